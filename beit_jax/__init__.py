@@ -1,0 +1,83 @@
+"""BEiT and Data2Vec-Vision in JAX/Flax.
+
+>>> import beit_jax
+>>> model, processor = beit_jax.from_pretrained("facebook/data2vec-vision-base-ft1k")
+>>> logits = model(processor("cat.jpg")).logits
+
+Models     BeitModel, BeitForMaskedImageModeling, BeitForImageClassification, BeitOutput
+Describing BeitConfig, VARIANTS
+Loading    from_pretrained, build_model, NativeCheckpoint, load, save
+Images     ImageProcessor, preset, open_image
+Using      classify, features
+Errors     BeitJaxError
+
+`beit_jax.convert` holds the converter and the parity check. Names are imported when first used: the command line
+answers ``--help`` before JAX could be loaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from beit_jax.config import BeitConfig
+    from beit_jax.encoder import BeitModel, BeitOutput
+    from beit_jax.errors import BeitJaxError
+    from beit_jax.heads import BeitForImageClassification, BeitForMaskedImageModeling, build_model
+    from beit_jax.images import ImageProcessor, open_image, preset
+    from beit_jax.predict import classify, features, from_pretrained
+    from beit_jax.variants import VARIANTS
+    from beit_jax.weights import NativeCheckpoint, load, save
+
+_HOME = {
+    "VARIANTS": "variants",
+    "BeitConfig": "config",
+    "BeitModel": "encoder",
+    "BeitOutput": "encoder",
+    "BeitJaxError": "errors",
+    "BeitForImageClassification": "heads",
+    "BeitForMaskedImageModeling": "heads",
+    "build_model": "heads",
+    "ImageProcessor": "images",
+    "open_image": "images",
+    "preset": "images",
+    "classify": "predict",
+    "features": "predict",
+    "from_pretrained": "predict",
+    "NativeCheckpoint": "weights",
+    "load": "weights",
+    "save": "weights",
+}
+
+__all__ = [
+    "VARIANTS",
+    "BeitConfig",
+    "BeitForImageClassification",
+    "BeitForMaskedImageModeling",
+    "BeitJaxError",
+    "BeitModel",
+    "BeitOutput",
+    "ImageProcessor",
+    "NativeCheckpoint",
+    "build_model",
+    "classify",
+    "features",
+    "from_pretrained",
+    "load",
+    "open_image",
+    "preset",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

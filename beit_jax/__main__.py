@@ -1,0 +1,323 @@
+"""The `beit-jax` command. A subcommand imports what it needs when it runs: ``--help`` loads neither JAX nor Pillow."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from beit_jax.errors import BeitJaxError, printable
+
+if TYPE_CHECKING:
+    from beit_jax.hub import Source
+
+_SourceName = Annotated[
+    str,
+    arg(
+        metavar="SOURCE",
+        help="A directory in Hugging Face format, a weight file in one, a native checkpoint, or a hub name.",
+    ),
+]
+_Images = Annotated[tuple[Path, ...], arg(metavar="IMAGE...", help="Image files.")]
+_Json = Annotated[bool, arg(help="Print JSON for programs instead of text for people.")]
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Options for a hub name such as microsoft/beit-base-patch16-224.
+
+    Token, endpoint and offline mode are huggingface_hub's environment variables (HF_TOKEN, HF_HUB_OFFLINE=1, ...).
+    """
+
+    revision: str | None = None
+    """Branch, tag or commit."""
+    cache_dir: Path | None = None
+    """Where downloads are kept; by default huggingface_hub's cache."""
+
+    def resolve(self, name: str) -> "Source":
+        from beit_jax.hub import resolve
+
+        return resolve(name, revision=self.revision, cache_dir=self.cache_dir)
+
+
+def demo(*, out: Path = Path("beit-jax-demo"), json: _Json = False) -> int:
+    """Convert the embedded digits classifier, compare it with PyTorch, classify images. Needs no network and no torch.
+
+    The checkpoint was trained in PyTorch by transformers (tests/reference/make_digits.py).
+
+    Try:
+      beit-jax demo
+
+    Args:
+        out: Where the converted checkpoint is written; a result of an earlier demo there is replaced.
+    """
+    from beit_jax import demo as demonstration
+
+    result = demonstration.run(out, progress=_progress)
+    if json:
+        _print_json(result.as_dict())
+    else:
+        _print(demonstration.describe(result))
+    return 0 if result.passed else 1
+
+
+def convert(
+    source: Positional[_SourceName],
+    dest: Positional[Annotated[Path, arg(metavar="DEST", help="Directory to create: the native checkpoint.")]],
+    *,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    json: _Json = False,
+    hub: Annotated[Hub, arg(name="")] = Hub(),
+) -> int:
+    """Convert a PyTorch checkpoint into a native one: config.json, preprocessor_config.json, flax_model.safetensors.
+
+    Every tensor is used or known to be derived, every shape is checked before a byte is copied, and the result is
+    verified before it appears under its name; a failed or interrupted conversion leaves nothing.
+
+    Try:
+      beit-jax convert microsoft/beit-large-patch16-224-pt22k beit-large
+      beit-jax convert ./downloaded-directory ./native
+
+    Args:
+        overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
+        allow_nonfinite: Accept NaN and infinite weights.
+    """
+    from beit_jax.convert import importer
+    from beit_jax.inspection import describe_plan, plan_as_dict
+
+    plan = importer.convert(
+        hub.resolve(source), dest, overwrite=overwrite, allow_nonfinite=allow_nonfinite, progress=_progress
+    )
+    if json:
+        _print_json(plan_as_dict(plan) | {"destination": str(dest)})
+    else:
+        _print([*describe_plan(plan), f"written      {dest}"])
+    return 0
+
+
+def inspect(
+    source: Positional[_SourceName],
+    *,
+    tensors: bool = False,
+    json: _Json = False,
+    hub: Annotated[Hub, arg(name="")] = Hub(),
+) -> int:
+    """Say what a checkpoint is and whether it can be converted, without reading its tensors.
+
+    Try:
+      beit-jax inspect microsoft/beit-base-patch16-224
+      beit-jax inspect ./native --tensors
+
+    Args:
+        tensors: List every tensor with its shape and dtype.
+    """
+    from beit_jax import inspection
+
+    found = inspection.inspect(hub.resolve(source), tensors=tensors)
+    if json:
+        _print_json(found.as_dict)
+    else:
+        _print(found.lines)
+    return 0
+
+
+def parity(
+    source: Positional[_SourceName],
+    *,
+    image: tuple[Path, ...] = (),
+    batch: int = 2,
+    seed: int = 0,
+    json: _Json = False,
+    hub: Annotated[Hub, arg(name="")] = Hub(),
+) -> int:
+    """Run transformers and the converted model on the same input and compare stage by stage.
+
+    Exit code 1 on a difference. Needs torch and transformers: pip install 'beit-jax[torch]'.
+
+    Try:
+      beit-jax parity microsoft/beit-base-patch16-224
+      beit-jax parity ./directory --image cat.jpg dog.jpg
+
+    Args:
+        image: Images to compare on; by default BATCH images of noise.
+        batch: How many images of noise.
+        seed: Of the noise and the masked patches.
+    """
+    from beit_jax import weights
+    from beit_jax.convert import parity as comparison
+    from beit_jax.images import ImageProcessor
+
+    where = hub.resolve(source)
+    if where.path.is_dir() and weights.is_native(where.path):
+        raise BeitJaxError(f"{source}: a native checkpoint; give the Hugging Face directory it was converted from")
+    pixels = ImageProcessor.from_file(where.directory / weights.PROCESSOR)(list(image)) if image else None
+    stages = comparison.check(where, pixels, seed=seed, batch=batch)
+    if json:
+        _print_json([stage.as_dict() for stage in stages])
+    else:
+        _print_table(
+            ["stage", "max error", "mean error", "scale", "tolerance", "verdict"],
+            [
+                [s.name, f"{s.max_error:.1e}", f"{s.mean_error:.1e}", f"{s.scale:.3g}", f"{s.tolerance:.1e}",
+                 "equal" if s.passed else "DIFFERENT"]
+                for s in stages
+            ],
+        )  # fmt: skip
+        different = [stage.name for stage in stages if not stage.passed]
+        _print([f"first difference at {different[0]}" if different else "all stages agree with PyTorch"])
+    return 0 if all(stage.passed for stage in stages) else 1
+
+
+def classify(
+    checkpoint: Positional[_SourceName],
+    images: Positional[_Images],
+    *,
+    top: int = 5,
+    batch_size: int = 8,
+    json: _Json = False,
+    hub: Annotated[Hub, arg(name="")] = Hub(),
+) -> int:
+    """Print the most probable classes of images.
+
+    Try:
+      beit-jax classify microsoft/beit-base-patch16-224 cat.jpg --top 3
+      beit-jax classify ./native *.png --json
+
+    Args:
+        top: Classes per image.
+        batch_size: Images computed at once.
+    """
+    from beit_jax import predict
+
+    _require_images(images)
+    model, processor = predict.from_pretrained(checkpoint, revision=hub.revision, cache_dir=hub.cache_dir)
+    guesses = predict.classify(model, processor, images, top=top, batch_size=batch_size)
+    if json:
+        named = zip(images, guesses, strict=True)
+        _print_json([{"image": str(path), "classes": [asdict(guess) for guess in best]} for path, best in named])
+        return 0
+    rows = [
+        [printable(path, 60) if i == 0 else "", f"{guess.probability:.4f}", printable(guess.label, 60)]
+        for path, best in zip(images, guesses, strict=True)
+        for i, guess in enumerate(best)
+    ]
+    _print_table(["image", "probability", "class"], rows)
+    return 0
+
+
+def features(
+    checkpoint: Positional[_SourceName],
+    images: Positional[_Images],
+    *,
+    output: Annotated[Path, arg(aliases=["-o"])],
+    pooling: Literal["pooled", "mean", "cls", "tokens"] = "pooled",
+    batch_size: int = 8,
+    hub: Annotated[Hub, arg(name="")] = Hub(),
+) -> int:
+    """Write the features of images to a NumPy .npz file.
+
+    The file holds `features`, one float32 row per image, and `images`, their names.
+
+    Try:
+      beit-jax features facebook/data2vec-vision-base *.jpg -o features.npz
+      beit-jax features ./native *.png -o tokens.npz --pooling tokens
+
+    Args:
+        output: The file to write, ending in .npz.
+        pooling: What the model pools itself (or the mean of the patch tokens where it pools nothing), the mean, the
+            class token, or all tokens.
+        batch_size: Images computed at once.
+    """
+    import numpy as np
+
+    from beit_jax import predict
+    from beit_jax.output import new_file
+
+    _require_images(images)
+    if output.suffix != ".npz":
+        raise BeitJaxError(f"{output}: expected a name ending in .npz")
+    model, processor = predict.from_pretrained(checkpoint, revision=hub.revision, cache_dir=hub.cache_dir)
+    with new_file(output) as partial, partial.open("wb") as file:
+        found = predict.features(model, processor, images, pooling=pooling, batch_size=batch_size)
+        np.savez(file, features=found, images=np.array([str(path) for path in images]))
+    _print([f"{output}: features {list(found.shape)} float32 of {len(images)} images"])
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    function.__name__: function for function in (demo, convert, inspect, parity, classify, features)
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns its exit code: 0, 1 when a comparison fails, 2 for the user's mistakes."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` blocks clean up
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="beit-jax",
+            description="BEiT and Data2Vec-Vision in JAX: convert PyTorch checkpoints, prove them equal, use them. "
+            "Begin with: beit-jax demo",
+            args=arguments,
+            config=(FlagCreatePairsOff,),
+        )
+    except BeitJaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was kept", file=sys.stderr)
+        return 130
+
+
+def _require_images(images: Sequence[Path]) -> None:
+    if not images:
+        raise BeitJaxError("no images given; name at least one file")
+
+
+def _print(lines: Sequence[str]) -> None:
+    print("\n".join(lines))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: brackets in file names are no markup
+    Console().print(table)
+
+
+def _progress(total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar of bytes done, on a terminal; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+
+    @contextmanager
+    def run() -> Iterator[Callable[[int], None]]:
+        with bar:
+            task = bar.add_task("converting and verifying", total=total)
+            yield lambda done: bar.update(task, advance=done)
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,11 @@
+"""The one error a user's mistake becomes: a single line that says what, where, expected, found and what to do."""
+
+
+class BeitJaxError(ValueError):
+    """Bad input. The message is one line; the command line prints it after ``error: `` and exits with code 2."""
+
+
+def printable(name: object, limit: int = 120) -> str:
+    """`name` without control characters and cut at `limit`: names in a file are not to be trusted on a terminal."""
+    text = str(name).encode("unicode_escape").decode("ascii")
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,102 @@
+"""Heads on the encoder: masked image modelling and image classification; and the model class of a configuration."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Float, Shaped
+
+from beit_jax.config import BeitConfig, Task
+from beit_jax.encoder import ArrayLike, BeitModel, BeitOutput
+from beit_jax.layers import layer_norm
+from beit_jax.tree import Nested, flatten
+
+
+def _head(config: BeitConfig, features: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    normal = nnx.initializers.normal(config.initializer_range)
+    return nnx.Linear(
+        config.hidden_size,
+        features,
+        kernel_init=normal,
+        dtype=dtype,
+        preferred_element_type=jnp.float32,
+        rngs=rngs,
+    )
+
+
+class BeitForMaskedImageModeling(nnx.Module):
+    """Predicts the visual token of every patch: ``logits`` [b, patches, vocab_size].
+
+    Source: microsoft/unilm@768a3c8 beit/modeling_pretrain.py; transformers 5.23 `BeitForMaskedImageModeling`.
+    """
+
+    def __init__(self, config: BeitConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.beit = BeitModel(config, dtype=dtype, rngs=rngs)
+        self.norm = layer_norm(config, rngs)
+        self.lm_head = _head(config, config.vocab_size, dtype, rngs)
+        self.config = config
+
+    def __call__(
+        self,
+        pixel_values: Float[ArrayLike, "b height width c"],
+        bool_masked_pos: Shaped[ArrayLike, "b patches"] | None = None,
+        **options: Any,
+    ) -> BeitOutput:
+        """As `BeitModel.__call__`, with logits for all patches, masked or not."""
+        output = self.beit(pixel_values, bool_masked_pos, **options)
+        # A class-token encoder has normalised its output already; the reference normalises again, and so do we.
+        return replace(output, logits=self.lm_head(self.norm(output.last_hidden_state[:, 1:])))
+
+
+class BeitForImageClassification(nnx.Module):
+    """Classifies images: ``logits`` [b, num_labels], in the order of ``config.labels``.
+
+    Source: microsoft/unilm@768a3c8 beit/modeling_finetune.py; transformers 5.23 `BeitForImageClassification`.
+    """
+
+    def __init__(self, config: BeitConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.beit = BeitModel(config, dtype=dtype, rngs=rngs)
+        self.classifier = _head(config, config.num_labels, dtype, rngs) if config.num_labels else None
+        self.config = config
+
+    def __call__(
+        self,
+        pixel_values: Float[ArrayLike, "b height width c"],
+        bool_masked_pos: Shaped[ArrayLike, "b patches"] | None = None,
+        **options: Any,
+    ) -> BeitOutput:
+        """As `BeitModel.__call__`; without labels the logits are the pooled features, as in transformers."""
+        output = self.beit(pixel_values, bool_masked_pos, **options)
+        pooled = output.pooler_output
+        return replace(output, logits=pooled if self.classifier is None else self.classifier(pooled))
+
+
+Model = BeitModel | BeitForMaskedImageModeling | BeitForImageClassification
+
+MODELS: Mapping[Task, type[Model]] = {
+    "features": BeitModel,
+    "masked_image_modeling": BeitForMaskedImageModeling,
+    "image_classification": BeitForImageClassification,
+}
+
+
+def abstract_model(config: BeitConfig, *, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef[Model], Nested]:
+    """A model without memory: what `nnx.merge` needs besides the parameters, and the parameters' shapes, nested."""
+    model = nnx.eval_shape(lambda: MODELS[config.task](config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    return graph, nnx.to_pure_dict(state)
+
+
+@lru_cache(maxsize=8)
+def param_shapes(config: BeitConfig) -> Mapping[str, tuple[int, ...]]:
+    """Flat name to shape of every parameter of the model."""
+    return {name: leaf.shape for name, leaf in flatten(abstract_model(config)[1]).items()}
+
+
+def build_model(config: BeitConfig, params: Nested, *, dtype: DTypeLike = jnp.float32) -> Model:
+    """The model with these (nested) parameters; works inside `jax.jit` as well."""
+    return nnx.merge(abstract_model(config, dtype=dtype)[0], params)

@@ -1,0 +1,151 @@
+"""`preprocessor_config.json` of transformers 4 and 5 -> the fields of an ImageProcessor."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+from beit_jax.errors import BeitJaxError, printable
+
+Resample: TypeAlias = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+Rounding: TypeAlias = Literal["floor", "half_even"]
+RESAMPLES: Final[tuple[Resample, ...]] = get_args(Resample)  # in the order of Pillow's numbers, which the files record
+ROUNDINGS: Final[tuple[Rounding, ...]] = get_args(Rounding)
+
+# What an absent key means, and for which types something else. The slow BeitImageProcessor of transformers 4 resized to
+# 256 and cropped 224 too, under a name that 5 uses for another default; but it wrote every key.
+_DEFAULTS: Final[dict[str, Any]] = {
+    "do_resize": True,
+    "size": 224,
+    "default_to_square": True,
+    "resample": RESAMPLES.index("bicubic"),
+    "do_center_crop": False,
+    "crop_size": 224,
+    "crop_rounding": "floor",
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+_TYPES: Final[dict[str, dict[str, Any]]] = {
+    "BeitFeatureExtractor": {"size": 256, "do_center_crop": True},
+    "BeitImageProcessor": {},
+    "BeitImageProcessorFast": {},
+    "BeitImageProcessorPil": {},
+}
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file. Raises BeitJaxError, naming the file, when it is missing or holds anything else."""
+    name, wanted = printable(os.fspath(path)), "expected a preprocessor_config.json; fetch it from the checkpoint"
+    try:
+        config = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise BeitJaxError(f"{name}: cannot be read ({error.strerror}), {wanted}") from error
+    except (ValueError, RecursionError) as error:
+        raise BeitJaxError(f"{name}: not JSON ({printable(error)}), {wanted}") from error
+    if not isinstance(config, dict):
+        raise BeitJaxError(f"{name}: holds a JSON {type(config).__name__}, not an object, {wanted}")
+    return config
+
+
+def processor_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The fields of ImageProcessor that `config` stands for, of the right types, not yet checked for range.
+
+    Raises BeitJaxError, beginning with `source`, for a value of the wrong type and for an unknown processor type.
+    """
+    read = _Reader(_with_defaults(config, source), source)
+    channels = read.channels()
+    mean, std = read.numbers("image_mean", channels), read.numbers("image_std", channels)
+    normalise = read.flag("do_normalize")
+    return {
+        "resize": read.edges("size", read.flag("default_to_square")) if read.flag("do_resize") else None,
+        "resample": read.resample(),
+        "crop": read.crop() if read.flag("do_center_crop") else None,
+        "crop_rounding": read.rounding(),
+        "rescale_factor": read.number("rescale_factor") if read.flag("do_rescale") else None,
+        "mean": mean if normalise else None,
+        "std": std if normalise else None,
+        "num_channels": channels,
+    }
+
+
+def _with_defaults(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    # Without a recorded type transformers goes by the model's type, which for these models means BeitImageProcessor.
+    kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "BeitImageProcessor"
+    if not isinstance(kind, str) or kind not in _TYPES:
+        found, wanted = printable(repr(kind)), ", ".join(_TYPES)
+        raise BeitJaxError(f"{source}: image_processor_type is {found}, expected one of {wanted}; use a preset instead")
+    defaults = _DEFAULTS | _TYPES[kind]
+    return {key: default if config.get(key) is None else config[key] for key, default in defaults.items()}
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Typed reads of `values`; the errors begin with `source`."""
+
+    values: Mapping[str, Any]
+    source: str
+
+    def wrong(self, key: str, expected: str) -> BeitJaxError:
+        found = printable(repr(self.values[key]))
+        return BeitJaxError(f"{self.source}: {key} is {found}, expected {expected}; correct the file")
+
+    def flag(self, key: str) -> bool:
+        value = self.values[key]
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return value
+
+    def number(self, key: str) -> float:
+        return self._numbers(key, [self.values[key]], "a number")[0]
+
+    def channels(self) -> int:
+        lists = [self.values[key] for key in ("image_mean", "image_std") if isinstance(self.values[key], list | tuple)]
+        return len(lists[0]) if lists else 3
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        value = self.values[key]
+        return self._numbers(key, value if isinstance(value, list | tuple) else [value] * count, "numbers")
+
+    def _numbers(self, key: str, values: list[Any] | tuple[Any, ...], expected: str) -> tuple[float, ...]:
+        # Bounded here, as float() of a longer int overflows.
+        if not all(type(value) in (int, float) and -1e30 < value < 1e30 for value in values):
+            raise self.wrong(key, expected)
+        return tuple(map(float, values))
+
+    def resample(self) -> Resample:
+        value = self.values["resample"]
+        if type(value) is not int or not 0 <= value < len(RESAMPLES):
+            raise self.wrong("resample", f"an int from 0 to {len(RESAMPLES) - 1}")
+        return RESAMPLES[value]
+
+    def rounding(self) -> Rounding:
+        value = self.values["crop_rounding"]
+        if value not in ROUNDINGS:
+            raise self.wrong("crop_rounding", f"one of {', '.join(ROUNDINGS)}")
+        return ROUNDINGS[ROUNDINGS.index(value)]
+
+    def edges(self, key: str, square: bool) -> tuple[int, int] | int:
+        """(height, width), or the shortest edge."""
+        value = edges = self.values[key]
+        if isinstance(value, dict):
+            named = {name: edge for name, edge in value.items() if edge is not None}
+            if set(named) == {"shortest_edge"}:
+                edges, square = named["shortest_edge"], False
+            else:
+                edges = [named["height"], named["width"]] if set(named) == {"height", "width"} else None
+        if type(edges) is int:
+            return (edges, edges) if square else edges
+        if not isinstance(edges, list | tuple) or [type(edge) for edge in edges] != [int, int]:
+            raise self.wrong(key, "an int, [height, width], {height, width} or {shortest_edge}, in pixels")
+        return edges[0], edges[1]
+
+    def crop(self) -> tuple[int, int]:
+        edges = self.edges("crop_size", square=True)
+        if isinstance(edges, int):
+            raise self.wrong("crop_size", "a height and a width")
+        return edges

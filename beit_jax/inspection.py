@@ -1,0 +1,126 @@
+"""What a checkpoint is, in words for people and as data for programs. No tensor is read."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from beit_jax import weights
+from beit_jax.config import BeitConfig
+from beit_jax.errors import printable
+from beit_jax.heads import param_shapes
+from beit_jax.hub import Source
+from beit_jax.images import ImageProcessor
+
+if TYPE_CHECKING:
+    from beit_jax.convert import Plan
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The same facts twice."""
+
+    lines: list[str]
+    as_dict: dict[str, Any]
+
+
+def inspect(source: Source, *, tensors: bool = False) -> Inspection:
+    """Describes a native checkpoint or any source the converter reads.
+
+    Args:
+        tensors: list every tensor too.
+
+    Raises:
+        BeitJaxError: whatever would stop it from being loaded or converted.
+    """
+    if source.path.is_dir() and weights.is_native(source.path):
+        return _native(source, tensors)
+    from beit_jax.convert import plan
+
+    decided = plan(source)
+    with decided.checkpoint:
+        listed = {name: (info.shape, str(info.dtype)) for name, info in decided.checkpoint.tensors.items()}
+        found = plan_as_dict(decided) | ({"tensors": _tensors_as_dict(listed)} if tensors else {})
+        return Inspection([*describe_plan(decided), *(_tensor_lines(listed) if tensors else ())], found)
+
+
+def describe_plan(plan: "Plan") -> list[str]:
+    """What the converter reads, as lines."""
+    revision = f" at {plan.source.revision}" if plan.source.revision else ""
+    dropped = f", {len(plan.dropped)} derived ones left out" if plan.dropped else ""
+    lines = [
+        f"source       {printable(plan.source.name)}{revision}",
+        f"files        {', '.join(printable(file.name) for file in plan.checkpoint.files)} ({plan.checkpoint.format})",
+        f"naming       {plan.naming.name}, {len(plan.checkpoint.tensors)} tensors{dropped}",
+        *_describe_model(plan.config, plan.processor, {str(spec.dtype) for spec in plan.specs.values()}),
+    ]
+    return [*lines, *(f"note         {note}" for note in plan.notes)]
+
+
+def plan_as_dict(plan: "Plan") -> dict[str, Any]:
+    """`describe_plan` for programs."""
+    return plan.provenance() | {
+        "source_tensors": len(plan.checkpoint.tensors),
+        "dropped": list(plan.dropped),
+        "notes": list(plan.notes),
+        **_model_as_dict(plan.config, plan.processor),
+    }
+
+
+def _native(source: Source, tensors: bool) -> Inspection:
+    config = BeitConfig.from_file(source.path / weights.CONFIG)
+    processor = ImageProcessor.from_file(source.path / weights.PROCESSOR)
+    provenance = json.loads(weights.read_metadata(source.path / weights.WEIGHTS)["provenance"])
+    listed = weights.read_specs(source.path / weights.WEIGHTS)
+    dtypes = {dtype for _, dtype in listed.values()}
+    lines = [
+        f"source       {printable(source.name)} (native checkpoint)",
+        *(f"{key:12} {printable(value)}" for key, value in sorted(provenance.items()) if value is not None),
+        *_describe_model(config, processor, dtypes),
+    ]
+    found = {"format": weights.FORMAT, "provenance": provenance, **_model_as_dict(config, processor)}
+    if tensors:
+        return Inspection([*lines, *_tensor_lines(listed)], found | {"tensors": _tensors_as_dict(listed)})
+    return Inspection(lines, found)
+
+
+def _describe_model(config: BeitConfig, processor: ImageProcessor, dtypes: Iterable[str]) -> list[str]:
+    head = {
+        "features": "no head",
+        "masked_image_modeling": f"{config.vocab_size} visual tokens",
+        "image_classification": f"{config.num_labels} classes",
+    }[config.task]
+    absolute = "absolute positions, " if config.use_absolute_position_embeddings else ""
+    return [
+        f"model        {config.to_hf()['architectures'][0]}, {_num_params(config):,} parameters, {head}",
+        f"encoder      {config.num_hidden_layers} layers, width {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, mlp {config.intermediate_size}, "
+        f"layer norm epsilon {config.layer_norm_eps:g}",
+        f"positions    {absolute}relative bias {config.position_bias}, resized by {config.position_resize}",
+        f"pooling      {config.pooling}; layer scale {'yes' if config.layer_scale_init_value > 0 else 'no'}; "
+        f"mask token {'yes' if config.use_mask_token else 'no'}",
+        f"images       {'x'.join(map(str, config.image_size))}, patch {'x'.join(map(str, config.patch_size))}: "
+        f"{processor.describe()}",
+        f"stored as    {', '.join(sorted(dtypes))}",
+    ]
+
+
+def _model_as_dict(config: BeitConfig, processor: ImageProcessor) -> dict[str, Any]:
+    return {
+        "parameters": _num_params(config),
+        "config": config.to_hf(),
+        "preprocessor": processor.to_hf(),
+    }
+
+
+def _num_params(config: BeitConfig) -> int:
+    return sum(map(prod, param_shapes(config).values()))
+
+
+def _tensor_lines(listed: Mapping[str, tuple[tuple[int, ...], str]]) -> list[str]:
+    return [f"{dtype:9} {'x'.join(map(str, shape)):>20}  {printable(name)}" for name, (shape, dtype) in listed.items()]
+
+
+def _tensors_as_dict(listed: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Any]:
+    return {name: {"shape": list(shape), "dtype": dtype} for name, (shape, dtype) in listed.items()}

@@ -1,0 +1,142 @@
+"""One transformer block of BEiT: attention with relative position bias, MLP, layer scale, stochastic depth.
+
+Precision. Parameters are float32. `dtype` (float32 or bfloat16) is what matrix products read; they accumulate in
+float32. LayerNorm, softmax, layer scale and the residual stream are float32 always.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from beit_jax.config import Activation, BeitConfig
+from beit_jax.position import num_relative_offsets, position_bias, resize_bias_table
+
+ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),  # erf, as the reference; JAX defaults to tanh
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+def layer_norm(config: BeitConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the hidden size in float32; the variance is the mean squared deviation, as in torch."""
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
+    )
+
+
+def dropout(x: Array, rate: float | Array, key: Key[Array, ""] | None, *, per_sample: bool = False) -> Array:
+    """Zeroes elements, or samples (stochastic depth, arXiv:1603.09382), with probability `rate`; scales the rest up.
+
+    `key` None means inference: nothing is dropped.
+    """
+    if key is None or (isinstance(rate, float) and rate == 0.0):
+        return x
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1) if per_sample else x.shape
+    keep = jax.random.bernoulli(key, 1.0 - rate, shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention. Query and value have a bias, key has none; positions add to the scaled scores."""
+
+    def __init__(self, config: BeitConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.qkv_kernel = nnx.Param(normal(rngs.params(), (hidden, 3, heads, head_dim)))
+        self.q_bias = nnx.Param(jnp.zeros((heads, head_dim)))
+        self.v_bias = nnx.Param(jnp.zeros((heads, head_dim)))
+        self.out_kernel = nnx.Param(normal(rngs.params(), (heads, head_dim, hidden)))
+        self.out_bias = nnx.Param(jnp.zeros((hidden,)))
+        if config.has_layer_bias:
+            self.bias_table = nnx.Param(jnp.zeros((num_relative_offsets(config.grid), heads)))
+        self.config, self.dtype = config, dtype
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        grid: tuple[int, int],
+        shared_bias: Float[Array, "heads n n"] | None,
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b heads n n"]]:
+        """The attended values, and the attention probabilities (float32, after their dropout as in the reference)."""
+        cast = partial(jnp.asarray, dtype=self.dtype)
+        qkv_bias = jnp.stack([self.q_bias[...], jnp.zeros_like(self.q_bias[...]), self.v_bias[...]])
+        qkv = jnp.einsum("bnd,dkhe->kbhne", cast(x), cast(self.qkv_kernel[...])) + cast(qkv_bias)[:, None, :, None]
+        query, keys, value = qkv
+        scores = jnp.einsum(
+            "bhqe,bhke->bhqk", query * self.config.head_dim**-0.5, keys, preferred_element_type=jnp.float32
+        )
+        for bias in (self.layer_bias(grid), shared_bias):
+            scores = scores if bias is None else scores + bias
+        probabilities = dropout(jax.nn.softmax(scores), self.config.attention_probs_dropout_prob, key)
+        attended = jnp.einsum("bhqk,bhke->bhqe", cast(probabilities), value)
+        out = jnp.einsum("bhqe,hed->bqd", attended, cast(self.out_kernel[...]), preferred_element_type=jnp.float32)
+        return out + self.out_bias[...], probabilities
+
+    def layer_bias(self, grid: tuple[int, int]) -> Float[Array, "heads n n"] | None:
+        """This layer's own position bias at the given patch grid, if the model has one per layer."""
+        if not self.config.has_layer_bias:
+            return None
+        table = resize_bias_table(self.bias_table[...], self.config.grid, grid, self.config.position_resize)
+        return position_bias(table, grid)
+
+
+class Mlp(nnx.Module):
+    """Two dense layers with the activation between."""
+
+    def __init__(self, config: BeitConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        dense = partial(
+            nnx.Linear, dtype=dtype, kernel_init=nnx.initializers.normal(config.initializer_range), rngs=rngs
+        )
+        self.fc1 = dense(config.hidden_size, config.intermediate_size)
+        self.fc2 = dense(config.intermediate_size, config.hidden_size, preferred_element_type=jnp.float32)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: ``x += drop(gamma_1 * attention(norm1 x)); x += drop(gamma_2 * mlp(norm2 x))``.
+
+    Source: microsoft/unilm@768a3c8 beit/modeling_finetune.py, `Block`; transformers 5.23 `BeitLayer`.
+    """
+
+    def __init__(self, config: BeitConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.norm1 = layer_norm(config, rngs)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.norm2 = layer_norm(config, rngs)
+        self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
+        if config.layer_scale_init_value > 0:
+            self.gamma_1 = nnx.Param(jnp.full((config.hidden_size,), config.layer_scale_init_value))
+            self.gamma_2 = nnx.Param(jnp.full((config.hidden_size,), config.layer_scale_init_value))
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        grid: tuple[int, int],
+        shared_bias: Float[Array, "heads n n"] | None = None,
+        drop_path_rate: Float[Array, ""] | float = 0.0,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b heads n n"]]:
+        """The new residual stream and the attention probabilities. Without `key` nothing is dropped."""
+        keys = [None] * 5 if key is None else jax.random.split(key, 5)
+
+        def branch(out: Array, gamma: str, drop_key: Array | None, path_key: Array | None) -> Array:
+            out = dropout(out, self.config.hidden_dropout_prob, drop_key)
+            scaled = getattr(self, gamma)[...] * out if self.config.layer_scale_init_value > 0 else out
+            return dropout(scaled, drop_path_rate, path_key, per_sample=True)
+
+        attended, probabilities = self.attention(self.norm1(x), grid, shared_bias, keys[0])
+        x = x + branch(attended, "gamma_1", keys[1], keys[2])
+        x = x + branch(self.mlp(self.norm2(x)), "gamma_2", keys[3], keys[4])
+        return x, probabilities

@@ -1,0 +1,95 @@
+"""Resampling of position tables as one matrix per axis: exact, differentiable, and the same under every input size.
+
+Every method is linear in the table, so it is built once in float64 with NumPy from the (static) sizes and applied as
+``rows @ table @ columns.T``. `jax.image.resize` is not used: its cubic kernel has a = -0.5 where torch has -0.75, and
+no method of it is the geometric one.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from scipy.interpolate import make_interp_spline
+
+from beit_jax.config import PositionResize
+
+Matrix = np.ndarray  # [target, source] float64
+
+
+@lru_cache(maxsize=64)
+def bias_matrix(method: PositionResize, source: int, target: int) -> Matrix:
+    """Resamples one axis of a relative position bias table from `source` to `target` offsets, both odd (2 * side - 1).
+
+    Equal sizes give the identity, for every method.
+    """
+    if source == target:
+        return np.eye(source)
+    if method == "bilinear":
+        return linear_matrix(source, target)
+    return _geometric_matrix(source, target, degree=3 if method == "geometric" else 1)
+
+
+def linear_matrix(source: int, target: int) -> Matrix:
+    """torch's ``interpolate(mode="bilinear", align_corners=False)`` along one axis, without antialiasing."""
+    position = np.maximum(_torch_position(source, target), 0.0)
+    lower = np.floor(position).astype(int)
+    upper = np.minimum(lower + 1, source - 1)
+    matrix = np.zeros((target, source))
+    np.add.at(matrix, (np.arange(target), lower), 1.0 - (position - lower))
+    np.add.at(matrix, (np.arange(target), upper), position - lower)
+    return matrix
+
+
+@lru_cache(maxsize=64)
+def bicubic_matrix(source: int, target: int) -> Matrix:
+    """torch's ``interpolate(mode="bicubic", align_corners=False)`` along one axis: a = -0.75, clamped at the border."""
+    if source == target:
+        return np.eye(source)
+    position = _torch_position(source, target)
+    lower = np.floor(position).astype(int)
+    matrix = np.zeros((target, source))
+    for tap in (-1, 0, 1, 2):
+        weight = _cubic_kernel(np.abs(position - (lower + tap)))
+        np.add.at(matrix, (np.arange(target), np.clip(lower + tap, 0, source - 1)), weight)
+    return matrix
+
+
+def _torch_position(source: int, target: int) -> np.ndarray:
+    """Where each target sample lies in the source. In float32, as torch rounds it: float64 would differ by 1e-5."""
+    scale, half = np.float32(source / target), np.float32(0.5)
+    return (scale * (np.arange(target, dtype=np.float32) + half) - half).astype(np.float64)
+
+
+def _cubic_kernel(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
+    """Cubic convolution (Keys 1981, eq. 4) at distances in [0, 2]."""
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = a * (((distance - 5) * distance + 8) * distance - 4)
+    return np.where(distance <= 1, near, far)
+
+
+def _geometric_matrix(source: int, target: int, degree: int) -> Matrix:
+    """The table resize of the original code: source offsets are placed at geometrically growing distances, so that near
+    offsets keep their values and the far ones stretch to the new window; splines in between (not-a-knot for cubic).
+
+    Source: microsoft/unilm@768a3c8 beit/run_class_finetuning.py, "geometric progression" (SciPy's interp2d there, which
+    clamps to the border). When the table shrinks this crops its centre.
+    """
+    ratio = _geometric_ratio(source, target)
+    steps = np.cumsum(ratio ** np.arange(source // 2))
+    grid = np.concatenate([-steps[::-1], [0.0], steps])
+    wanted = np.clip(np.arange(target) - target // 2, grid[0], grid[-1])
+    return np.asarray(make_interp_spline(grid, np.eye(source), k=degree)(wanted))
+
+
+def _geometric_ratio(source: int, target: int) -> float:
+    """The q with 1 + q + ... + q**(source//2 - 1) = target // 2, by the original's bisection of [1.01, 1.5] to 1e-6.
+
+    The last midpoint is returned as there: converted checkpoints must not differ in the sixth digit of q.
+    """
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        middle = (low + high) / 2.0
+        if (1.0 - middle ** (source // 2)) / (1.0 - middle) > target // 2:
+            high = middle
+        else:
+            low = middle
+    return middle

@@ -1,0 +1,66 @@
+"""The released models, one row each."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from beit_jax.config import BeitConfig
+
+_BASE = BeitConfig(position_bias="per_layer", task="image_classification", position_resize="geometric")
+_LARGE = replace(
+    _BASE,
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    layer_scale_init_value=1e-5,
+)
+
+
+def _pretrained(base: BeitConfig) -> BeitConfig:
+    return replace(base, task="masked_image_modeling", position_bias="shared", use_mask_token=True)
+
+
+def _absolute(base: BeitConfig) -> BeitConfig:
+    """DiT and the 1k model of 800 epochs: absolute positions instead of position bias."""
+    return replace(base, position_bias="none", use_absolute_position_embeddings=True)
+
+
+def _data2vec(base: BeitConfig) -> BeitConfig:
+    return replace(base, model_type="data2vec-vision", add_pooling_layer=False, layer_scale_init_value=1e-4)
+
+
+def _classes(base: BeitConfig, count: int, size: int = 224) -> BeitConfig:
+    return replace(base, labels=tuple(f"LABEL_{i}" for i in range(count)), image_size=(size, size))
+
+
+def _features(base: BeitConfig) -> BeitConfig:
+    """data2vec's encoder as published by facebook/data2vec-vision-*: shared table, class token, final norm, no head."""
+    return replace(base, task="features", position_bias="shared", pooling="cls")
+
+
+VARIANTS: Mapping[str, BeitConfig] = MappingProxyType(
+    {
+        # microsoft/unilm@768a3c8 beit/README.md and beit/modeling_{pretrain,finetune}.py
+        "beit_base_patch16_224_pt22k": _pretrained(_BASE),
+        "beit_large_patch16_224_pt22k": _pretrained(_LARGE),
+        "beit_base_patch16_224_pt22k_ft22k": _classes(_BASE, 21841),
+        "beit_large_patch16_224_pt22k_ft22k": _classes(_LARGE, 21841),
+        "beit_base_patch16_224": _classes(_BASE, 1000),
+        "beit_base_patch16_384": _classes(_BASE, 1000, 384),
+        "beit_large_patch16_224": _classes(_LARGE, 1000),
+        "beit_large_patch16_384": _classes(_LARGE, 1000, 384),
+        "beit_large_patch16_512": _classes(_LARGE, 1000, 512),
+        "beit_base_patch16_224_pt1k_800ep": replace(_absolute(_pretrained(_BASE)), layer_scale_init_value=0.0),
+        # facebookresearch/data2vec_vision@af9a363 beit/README.md; the Hugging Face releases
+        "data2vec_vision_base": _features(_data2vec(_BASE)),
+        "data2vec_vision_large": _features(_data2vec(_LARGE)),
+        "data2vec_vision_base_ft1k": _classes(_data2vec(_BASE), 1000),
+        "data2vec_vision_large_ft1k": _classes(_data2vec(_LARGE), 1000),
+        # microsoft/unilm@768a3c8 dit/README.md
+        "dit_base": _absolute(_pretrained(_BASE)),
+        "dit_large": _absolute(_pretrained(_LARGE)),
+        "dit_base_finetuned_rvlcdip": _classes(_absolute(_BASE), 16),
+        "dit_large_finetuned_rvlcdip": _classes(_absolute(_LARGE), 16),
+    }
+)

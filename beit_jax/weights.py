@@ -1,0 +1,234 @@
+"""Native checkpoints: a directory of ``config.json``, ``preprocessor_config.json`` and ``flax_model.safetensors``.
+
+The tensors are flat ``a/b/c`` names. The file's metadata holds a digest of every tensor, checked at every load, and
+where the weights came from.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import xxhash
+from safetensors import SafetensorError, safe_open
+
+from beit_jax.config import BeitConfig
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images import ImageProcessor
+
+WEIGHTS, CONFIG, PROCESSOR = "flax_model.safetensors", "config.json", "preprocessor_config.json"
+FORMAT = "beit-jax 1"
+_DTYPES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
+_CHUNK = 1 << 24  # bytes read at a time when verifying
+
+Advance = Callable[[int], None]  # called with the number of bytes done since the last call
+Progress = Callable[[int], AbstractContextManager[Advance]]  # called with the number of bytes in all
+
+
+def no_progress(total: int) -> AbstractContextManager[Advance]:
+    """Shows nothing."""
+    return nullcontext(lambda done: None)
+
+
+@dataclass(frozen=True)
+class LeafSpec:
+    """Shape and dtype of a tensor that is about to be written."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class NativeCheckpoint:
+    """A loaded native checkpoint.
+
+    Attributes:
+        params: flat name to array, float32 or bfloat16.
+        provenance: where the weights came from, as the converter recorded it.
+    """
+
+    config: BeitConfig
+    processor: ImageProcessor
+    params: dict[str, np.ndarray]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def is_native(path: Path) -> bool:
+    """Whether `path` is a directory that holds a native checkpoint."""
+    return (path / WEIGHTS).is_file()
+
+
+def save(directory: Path, checkpoint: NativeCheckpoint) -> None:
+    """Writes all three files into an existing directory (see `beit_jax.output.new_directory`) and verifies them."""
+    specs = {name: LeafSpec(leaf.shape, leaf.dtype) for name, leaf in checkpoint.params.items()}
+    save_json(directory, checkpoint.config, checkpoint.processor)
+    write_tensors(directory / WEIGHTS, specs, lambda name: [checkpoint.params[name]], checkpoint.provenance)
+    verify(directory / WEIGHTS)
+
+
+def save_json(directory: Path, config: BeitConfig, processor: ImageProcessor) -> None:
+    """Writes the two JSON files of a native checkpoint, readable by transformers as well."""
+    for name, content in ((CONFIG, config.to_hf()), (PROCESSOR, processor.to_hf())):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load(directory: Path) -> NativeCheckpoint:
+    """Reads a native checkpoint and checks every tensor against its recorded digest.
+
+    Raises:
+        BeitJaxError: a file is missing or damaged, naming the file and the tensor.
+    """
+    path = directory / WEIGHTS
+    config = BeitConfig.from_file(directory / CONFIG)
+    processor = ImageProcessor.from_file(directory / PROCESSOR)
+    metadata = read_metadata(path)
+    digests = json.loads(metadata["digests"])
+    params: dict[str, np.ndarray] = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in sorted(digests):
+                params[name] = file.get_tensor(name)
+                _check_digest(path, name, xxhash.xxh3_128_hexdigest(_bytes(params[name])), digests[name])
+    except (SafetensorError, OSError) as error:
+        raise BeitJaxError(f"{path}: damaged ({printable(error)}); convert again") from None
+    return NativeCheckpoint(config, processor, params, json.loads(metadata["provenance"]))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of ``flax_model.safetensors``: "format", "digests" and "provenance" (the latter two JSON).
+
+    Raises:
+        BeitJaxError: not a safetensors file, or one that this library did not write.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise BeitJaxError(f"{path}: not a readable safetensors file ({printable(error)}); convert again") from None
+    if metadata.get("format") != FORMAT:
+        found = printable(metadata.get("format", "none"))
+        raise BeitJaxError(f'{path}: expected the format "{FORMAT}" in its metadata, found "{found}"; convert again')
+    different = names ^ set(json.loads(metadata["digests"]))
+    if different:
+        raise BeitJaxError(f"{path}: tensors and digests differ at {printable(min(different))}; convert again")
+    return dict(metadata)
+
+
+def read_specs(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor of a native weight file."""
+    names = {"F32": "float32", "BF16": "bfloat16"}
+    with safe_open(path, framework="numpy") as file:
+        slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+        return {name: (tuple(part.get_shape()), names[part.get_dtype()]) for name, part in slices.items()}
+
+
+def write_tensors(
+    path: Path,
+    specs: Mapping[str, LeafSpec],
+    chunks: Callable[[str], Iterable[np.ndarray]],
+    provenance: Mapping[str, Any],
+    advance: Advance = lambda done: None,
+) -> None:
+    """Streams tensors into a new safetensors file: memory stays at one chunk per thread, whatever the file's size.
+
+    The safetensors library wants every tensor in memory at once; the format itself (an eight-byte length, a JSON
+    header, the bytes) does not. Files are reproducible: sorted names, fixed layout.
+
+    Args:
+        chunks: for a name, C-contiguous arrays that make up its bytes in order. A chunk may be reused after the next
+            one was asked for. Called from several threads, each name once.
+    """
+    names = sorted(specs)
+    offsets = dict(zip(names, np.cumsum([0] + [specs[name].nbytes for name in names]).tolist(), strict=False))
+    blank = {name: "0" * 32 for name in names}
+    header_size = len(_header(specs, offsets, blank, provenance))
+
+    with path.open("wb") as file:
+
+        def write(name: str) -> str:
+            digest, position = xxhash.xxh3_128(), header_size + offsets[name]
+            for chunk in chunks(name):
+                data = _bytes(chunk)
+                digest.update(data)
+                while data:
+                    written = os.pwrite(file.fileno(), data, position)
+                    data, position = data[written:], position + written
+                advance(chunk.nbytes)
+            expected = header_size + offsets[name] + specs[name].nbytes
+            assert position == expected, f"{name}: {position - expected} bytes more than its shape holds"
+            return digest.hexdigest()
+
+        # Largest first, so that two threads end together.
+        order = sorted(names, key=lambda name: -specs[name].nbytes)
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            digests = dict(zip(order, pool.map(write, order), strict=True))
+        os.pwrite(file.fileno(), _header(specs, offsets, digests, provenance), 0)
+
+
+def verify(path: Path, advance: Advance = lambda done: None) -> None:
+    """Reads a written file back and compares every tensor with its digest.
+
+    Raises:
+        BeitJaxError: a tensor's bytes are not those that were written.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        digests = json.loads(header.pop("__metadata__")["digests"])
+
+        def check(name: str) -> None:
+            buffer, digest = np.empty(_CHUNK, np.uint8), xxhash.xxh3_128()
+            start, end = (8 + length + offset for offset in header[name]["data_offsets"])
+            while start < end:
+                part = memoryview(buffer)[: min(_CHUNK, end - start)]
+                count = os.preadv(file.fileno(), [part], start)
+                digest.update(part[:count])
+                start += count
+                advance(count)
+                if not count:
+                    break
+            _check_digest(path, name, digest.hexdigest(), digests[name])
+
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            list(pool.map(check, sorted(header)))
+
+
+def _header(
+    specs: Mapping[str, LeafSpec], offsets: Mapping[str, int], digests: Mapping[str, str], provenance: Mapping[str, Any]
+) -> bytes:
+    metadata = {
+        "format": FORMAT,
+        "digests": json.dumps(dict(sorted(digests.items()))),
+        "provenance": json.dumps(dict(provenance), sort_keys=True),
+    }
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    for name in sorted(specs):
+        spec, start = specs[name], offsets[name]
+        entries[name] = {
+            "dtype": _DTYPES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, start + spec.nbytes],
+        }
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the format asks for data aligned to eight bytes
+    return len(header).to_bytes(8, "little") + header
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    """The bytes of a C-contiguous array; bfloat16 does not export a buffer of its own."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _check_digest(path: Path, name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise BeitJaxError(f"{path}: {printable(name)}: digest {expected} expected, {found} found; convert again")

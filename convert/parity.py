@@ -1,0 +1,136 @@
+"""Does the converted model compute what PyTorch computes? Stage by stage, on the same input, against transformers."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beit_jax.config import BeitConfig
+from beit_jax.encoder import BeitOutput
+from beit_jax.errors import BeitJaxError
+from beit_jax.heads import build_model
+from beit_jax.hub import Source
+from beit_jax.tree import unflatten
+
+from .importer import load
+
+TOLERANCE = 1e-5
+"""Largest absolute error of any value of a stage, times the stage's largest magnitude where that exceeds 1: float32
+carries seven digits, and real checkpoints have hidden states in the hundreds."""
+
+MASKED_SHARE = 0.4  # of the patches, in a model that predicts masked ones
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How far one stage of the model is from the reference.
+
+    Attributes:
+        max_error, mean_error: of absolute differences.
+        scale: the largest magnitude in the reference.
+    """
+
+    name: str
+    max_error: float
+    mean_error: float
+    scale: float
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE * max(1.0, self.scale)
+
+    @property
+    def passed(self) -> bool:
+        return self.max_error <= self.tolerance  # False for NaN
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"tolerance": self.tolerance, "passed": self.passed}
+
+
+def check(source: Source, pixel_values: np.ndarray | None = None, *, seed: int = 0, batch: int = 2) -> list[Stage]:
+    """Runs transformers and the converted model on the same pixels in float32 and compares every stage.
+
+    Args:
+        source: a directory in Hugging Face format.
+        pixel_values: [b, h, w, c] float32; by default `batch` images of normal noise of the native size.
+        seed: of the noise and of the masked positions.
+
+    Raises:
+        BeitJaxError: torch or transformers are not installed, or the source cannot be read.
+    """
+    checkpoint = load(source)
+    config = checkpoint.config
+    rng = np.random.default_rng(seed)
+    if pixel_values is None:
+        pixel_values = rng.standard_normal((batch, *config.image_size, config.num_channels)).astype(np.float32)
+    mask = _mask(config, pixel_values, rng)
+    expected = list(_reference(source, config, pixel_values, mask))
+    with jax.default_matmul_precision("highest"):
+        model = build_model(config, unflatten(dict(checkpoint.params)))
+        run = jax.jit(lambda model, pixels, mask: model(pixels, mask, output_hidden_states=True))
+        found = dict(_stages(jax.tree.map(np.asarray, run(model, jnp.asarray(pixel_values), mask))))
+    return [_compare(name, found[name], reference) for name, reference in expected]
+
+
+def _mask(config: BeitConfig, pixel_values: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+    if config.task != "masked_image_modeling" or not config.use_mask_token:
+        return None
+    patches = np.prod([side // patch for side, patch in zip(pixel_values.shape[1:3], config.patch_size, strict=True)])
+    return rng.random((len(pixel_values), patches)) < MASKED_SHARE
+
+
+def _stages(output: BeitOutput) -> Iterator[tuple[str, np.ndarray]]:
+    assert output.hidden_states is not None
+    for i, state in enumerate(output.hidden_states):
+        yield ("embeddings" if i == 0 else f"block {i}"), np.asarray(state)
+    for name, value in (("pooled", output.pooler_output), ("logits", output.logits)):
+        if value is not None:
+            yield name, np.asarray(value)
+    yield "last hidden state", np.asarray(output.last_hidden_state)
+
+
+def _compare(name: str, found: np.ndarray, reference: np.ndarray) -> Stage:
+    assert found.shape == reference.shape, f"{name}: {found.shape} here, {reference.shape} in the reference"
+    difference = np.abs(found.astype(np.float64) - reference)
+    return Stage(name, float(difference.max()), float(difference.mean()), float(np.abs(reference).max()))
+
+
+def _reference(
+    source: Source, config: BeitConfig, pixel_values: np.ndarray, mask: np.ndarray | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The stages as transformers computes them, in order."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise BeitJaxError(f"parity needs PyTorch ({error}): pip install 'beit-jax[torch]'") from None
+    transformers.logging.set_verbosity_error()
+    kind = getattr(transformers, config.to_hf()["architectures"][0])
+    options = {"add_pooling_layer": config.has_pooler} if config.task == "features" else {}
+    model = kind.from_pretrained(source.directory, attn_implementation="eager", dtype=torch.float32, **options).eval()
+    captured: dict[str, Any] = {}
+    backbone = model.base_model
+    if backbone.pooler is not None:
+        backbone.pooler.register_forward_hook(_keep(captured, "pooled"))
+    backbone.register_forward_hook(_keep(captured, "backbone"))
+    arguments = {} if mask is None else {"bool_masked_pos": torch.from_numpy(mask)}
+    with torch.no_grad():
+        pixels = torch.from_numpy(pixel_values).permute(0, 3, 1, 2).contiguous()
+        output = model(pixels, output_hidden_states=True, return_dict=True, **arguments)
+    for i, state in enumerate(output.hidden_states):
+        yield ("embeddings" if i == 0 else f"block {i}"), state.numpy()
+    yield "last hidden state", captured["backbone"][0].numpy()
+    if "pooled" in captured:
+        yield "pooled", captured["pooled"].numpy()
+    if "logits" in output:
+        yield "logits", output.logits.numpy()
+
+
+def _keep(captured: dict[str, Any], name: str) -> Callable[..., None]:
+    def hook(module: Any, inputs: Any, output: Any) -> None:
+        captured[name] = output
+
+    return hook

@@ -1,0 +1,205 @@
+"""What a pickled checkpoint may mention: inert records for tensors, plain data for the settings stored beside them.
+
+A name from a file is looked up in the closed table `CONSTRUCTORS` and nowhere else; nothing is imported for one. The
+names are those that torch 0.4 to 2.x and numpy 1 and 2 write.
+"""
+
+import datetime
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+# By the name of the storage, which is how torch writes a dtype.
+STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
+    "DoubleStorage": np.dtype(np.float64),
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+
+# Storages that may lie beside the weights, and whose size must be known to step over them.
+ITEM_SIZES = {
+    **{kind: dtype.itemsize for kind, dtype in STORAGE_DTYPES.items()},
+    **{"ComplexFloatStorage": 8, "ComplexDoubleStorage": 16, "UntypedStorage": 1},
+    **{"QInt8Storage": 1, "QUInt8Storage": 1, "QInt32Storage": 4, "QUInt4x2Storage": 1, "QUInt2x4Storage": 1},
+}
+
+Args = tuple[object, ...]
+
+
+class PickleError(ValueError):
+    """The stream is damaged, or asks for what no checkpoint needs."""
+
+
+@dataclass(frozen=True)
+class Global:
+    """A name the stream mentions, known here and never imported."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Forbidden:
+    """A name the stream mentions that has no business in a checkpoint, or whatever the stream made of it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes kept outside the pickle: `kind` as torch spells it (``FloatStorage``), `numel` elements under `key`."""
+
+    kind: str
+    key: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class PickledTensor:
+    """A strided view of a storage, counted in elements, as the stream states it: nothing is checked against it yet."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UnsupportedTensor:
+    """A tensor of a kind that is never converted; `kind` says which (``sparse``)."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """What an `argparse.Namespace` held."""
+
+    values: dict[object, object] = field(default_factory=dict)
+
+
+@dataclass
+class NumpyDtype:
+    """A numpy dtype by its code (``f8``) and byte order."""
+
+    code: str
+    order: str = "<"
+
+
+def _tensor(args: Args) -> object:
+    match args:
+        case (Storage() as storage, int(offset), tuple() as shape, tuple() as strides, *_):
+            if all(type(number) is int for number in (offset, *shape, *strides)):
+                return PickledTensor(storage, offset, shape, strides)
+    return UnsupportedTensor("malformed")
+
+
+def _first(args: Args) -> object:
+    return args[0]
+
+
+def _empty_dict(args: Args) -> object:
+    """An OrderedDict, or a defaultdict with its factory; their items follow in SETITEMS."""
+    if len(args) > 1 or not all(isinstance(arg, Global | Forbidden | None) for arg in args):
+        raise PickleError("fills a dictionary in the way of Python 2")
+    return {}
+
+
+def _text(args: Args) -> object:
+    """``torch.device('cuda', 0)`` -> ``cuda:0``."""
+    return ":".join(str(arg) for arg in args if isinstance(arg, str | int))
+
+
+def _path(args: Args) -> object:
+    return str(PurePosixPath(*(str(part) for part in args if isinstance(part, str))))
+
+
+def _latin1(args: Args) -> object:
+    """Protocol 2 has no bytes: they are written as text and an encoding."""
+    match args:
+        case (str(text), "latin1"):
+            return text.encode("latin-1")
+    raise PickleError("calls _codecs.encode on something other than latin-1 text")
+
+
+def _numpy_dtype(args: Args) -> object:
+    match args:
+        case (str(code), *_):
+            return NumpyDtype(code)
+    raise PickleError("holds a numpy dtype without a code")
+
+
+def _other_dtype(args: Args) -> object:
+    """``_rebuild_tensor_v3`` serves the dtypes that have no storage type; the seventh argument says which."""
+    match args:
+        case (_, _, _, _, _, _, Global(name=name), *_):
+            return UnsupportedTensor(name)
+    return UnsupportedTensor("malformed")
+
+
+def _numpy_scalar(args: Args) -> object:
+    match args:
+        case (NumpyDtype(code=code, order=order), bytes(data)) if re.fullmatch(r"b1|[iu][1248]|f[248]", code):
+            return np.frombuffer(data, np.dtype(order + code))[0].item()
+    raise PickleError("holds a numpy scalar that is not a plain number")
+
+
+CONSTRUCTORS: dict[str, Callable[[Args], object]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._utils._rebuild_sparse_tensor": lambda args: UnsupportedTensor("sparse"),
+    "torch._utils._rebuild_sparse_csr_tensor": lambda args: UnsupportedTensor("sparse"),
+    "torch._utils._rebuild_qtensor": lambda args: UnsupportedTensor("quantised"),
+    "torch._utils._rebuild_nested_tensor": lambda args: UnsupportedTensor("nested"),
+    "torch._utils._rebuild_meta_tensor_no_storage": lambda args: UnsupportedTensor("meta (without data)"),
+    "torch._utils._rebuild_tensor_v3": _other_dtype,
+    "torch._tensor._rebuild_from_type_v2": lambda args: UnsupportedTensor("subclassed"),
+    "torch.Size": _first,
+    "torch.device": _text,
+    "torch.serialization._get_layout": _first,
+    "collections.OrderedDict": _empty_dict,
+    "collections.defaultdict": _empty_dict,
+    "collections.Counter": _first,
+    "argparse.Namespace": lambda args: Namespace(),
+    "builtins.set": _first,
+    "builtins.frozenset": _first,
+    "_codecs.encode": _latin1,
+    "numpy.dtype": _numpy_dtype,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+    "datetime.datetime": lambda args: datetime.datetime(*args),  # type: ignore[arg-type]
+    "datetime.date": lambda args: datetime.date(*args),  # type: ignore[arg-type]
+    "datetime.time": lambda args: datetime.time(*args),  # type: ignore[arg-type]
+    "datetime.timedelta": lambda args: datetime.timedelta(*args),  # type: ignore[arg-type]
+    "datetime.timezone": lambda args: datetime.timezone(*args),  # type: ignore[arg-type]
+    **{
+        f"{module}.{kind}Path": _path
+        for module in ("pathlib", "pathlib._local")
+        for kind in ("Posix", "Windows", "PurePosix", "PureWindows")
+    },
+}
+
+# Names that stand for themselves: storage types, torch dtypes and layouts, factories of a defaultdict.
+_NAMES = re.compile(
+    rf"torch\.(storage\.)?({'|'.join(ITEM_SIZES)})"
+    r"|torch\.(bool|u?int\d+|b?float\d+\w*|complex\d+|per_\w+_affine\w*|strided|sparse_\w+|contiguous_format)"
+    r"|builtins\.(list|dict|int|float|str|bool|tuple)"
+)
+
+
+def is_known(name: str) -> bool:
+    """Whether a checkpoint may mention `name`."""
+    return name in CONSTRUCTORS or _NAMES.fullmatch(name) is not None

@@ -1,0 +1,151 @@
+"""Which torch tensor is which Flax leaf: one table per naming scheme, read in both directions.
+
+To add a format, write its backbone and head rules below and add a `Naming` to `NAMINGS`; detection, checking, import,
+export and parity follow from it. ``{i}`` stands for the layer of a stacked leaf. Backbone names are written bare; a
+prefix (``beit.`` in a model with a head) is found in the file.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from beit_jax.config import BeitConfig
+from beit_jax.errors import BeitJaxError, printable
+
+from .rules import CONV, FLAT, LINEAR, QKV, Op, Rule
+
+_TABLE = "relative_position_bias.relative_position_bias_table"
+
+
+def _rule(torch: str | tuple[str, ...], flax: str, op: Op | None = None) -> Rule:
+    names = (torch,) if isinstance(torch, str) else torch
+    return Rule(names, flax) if op is None else Rule(names, flax, op)
+
+
+def _affine(torch: str, flax: str) -> tuple[Rule, Rule]:
+    return _rule(f"{torch}.weight", f"{flax}/scale"), _rule(f"{torch}.bias", f"{flax}/bias")
+
+
+def _linear(torch: str, flax: str) -> tuple[Rule, Rule]:
+    return _rule(f"{torch}.weight", f"{flax}/kernel", LINEAR), _rule(f"{torch}.bias", f"{flax}/bias")
+
+
+# transformers, names in files: those of transformers 4, which transformers 5 still writes.
+_HF_LAYER = "encoder.layer.{i}."
+_HF_ATTENTION = _HF_LAYER + "attention.attention."
+_HF_BACKBONE: tuple[Rule, ...] = (
+    _rule("embeddings.cls_token", "embeddings/cls_token"),
+    _rule("embeddings.mask_token", "embeddings/mask_token"),
+    _rule("embeddings.position_embeddings", "embeddings/position_embeddings"),
+    _rule("embeddings.patch_embeddings.projection.weight", "embeddings/patch_kernel", CONV),
+    _rule("embeddings.patch_embeddings.projection.bias", "embeddings/patch_bias"),
+    _rule(f"encoder.{_TABLE}", "shared_bias_table"),
+    *_affine(_HF_LAYER + "layernorm_before", "blocks/norm1"),
+    _rule(
+        (_HF_ATTENTION + "query.weight", _HF_ATTENTION + "key.weight", _HF_ATTENTION + "value.weight"),
+        "blocks/attention/qkv_kernel",
+        QKV,
+    ),
+    _rule(_HF_ATTENTION + "query.bias", "blocks/attention/q_bias", FLAT),
+    _rule(_HF_ATTENTION + "value.bias", "blocks/attention/v_bias", FLAT),
+    _rule(_HF_ATTENTION + _TABLE, "blocks/attention/bias_table"),
+    _rule(_HF_LAYER + "attention.output.dense.weight", "blocks/attention/out_kernel", LINEAR),
+    _rule(_HF_LAYER + "attention.output.dense.bias", "blocks/attention/out_bias"),
+    _rule(_HF_LAYER + "lambda_1", "blocks/gamma_1"),
+    *_affine(_HF_LAYER + "layernorm_after", "blocks/norm2"),
+    *_linear(_HF_LAYER + "intermediate.dense", "blocks/mlp/fc1"),
+    *_linear(_HF_LAYER + "output.dense", "blocks/mlp/fc2"),
+    _rule(_HF_LAYER + "lambda_2", "blocks/gamma_2"),
+    *_affine("layernorm", "norm"),
+    *_affine("pooler.layernorm", "pooler_norm"),
+)
+_HF_HEADS: tuple[Rule, ...] = (
+    *_affine("layernorm", "norm"),
+    *_linear("lm_head", "lm_head"),
+    *_linear("classifier", "classifier"),
+)
+
+# transformers 5, names in memory (``model.state_dict()``) of BEiT; Data2VecVision kept the old ones.
+# Source: transformers 5.23 conversion_mapping.py, "BeitModel" and "ViTModel".
+_HF5_RENAMES = (
+    (_HF_ATTENTION + _TABLE, f"layers.{{i}}.{_TABLE}"),
+    (f"encoder.{_TABLE}", "shared_position_bias.relative_position_bias_table"),
+    (_HF_ATTENTION + "query.", "layers.{i}.attention.q_proj."),
+    (_HF_ATTENTION + "key.", "layers.{i}.attention.k_proj."),
+    (_HF_ATTENTION + "value.", "layers.{i}.attention.v_proj."),
+    (_HF_LAYER + "attention.output.dense.", "layers.{i}.attention.o_proj."),
+    (_HF_LAYER + "intermediate.dense.", "layers.{i}.mlp.fc1."),
+    (_HF_LAYER + "output.dense.", "layers.{i}.mlp.fc2."),
+    (_HF_LAYER, "layers.{i}."),
+)
+
+
+def _renamed(rules: Sequence[Rule], renames: Sequence[tuple[str, str]]) -> tuple[Rule, ...]:
+    """The rules with every torch name rewritten by the first (old, new) whose old text begins it."""
+
+    def rename(name: str) -> str:
+        return next((new + name.removeprefix(old) for old, new in renames if name.startswith(old)), name)
+
+    return tuple(replace(rule, torch=tuple(map(rename, rule.torch))) for rule in rules)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How one source names its tensors.
+
+    Attributes:
+        marker: a tensor that every file of this naming has and no other naming has, without prefix.
+        prefixes: what may stand before backbone names.
+        derived: matches tensors that are computed, not learned, and are therefore left out.
+    """
+
+    name: str
+    backbone: tuple[Rule, ...]
+    heads: tuple[Rule, ...]
+    marker: str
+    prefixes: tuple[str, ...]
+    derived: re.Pattern[str] = re.compile(r"(^|\.)relative_position_index$")
+
+    def rules(self, config: BeitConfig, prefix: str) -> list[Rule]:
+        """The rules for a model: torch names with `prefix`, Flax paths as `beit_jax.heads.MODELS` lays them out."""
+        parent = "" if config.task == "features" else "beit/"
+        backbone = [
+            replace(rule, torch=tuple(prefix + name for name in rule.torch), flax=parent + rule.flax)
+            for rule in self.backbone
+        ]
+        return backbone if config.task == "features" else [*backbone, *self.heads]
+
+    def own_prefix(self, config: BeitConfig) -> str:
+        """The prefix this source itself would write for the model."""
+        if config.task == "features":
+            return ""
+        return next(prefix for prefix in self.prefixes if prefix.startswith(config.model_type.replace("-", "_")))
+
+
+HF = Naming("transformers", _HF_BACKBONE, _HF_HEADS, "encoder.layer.0.attention.attention.query.weight",
+            ("beit.", "data2vec_vision.", ""))  # fmt: skip
+HF5 = replace(
+    HF,
+    name="transformers 5 in memory",
+    backbone=_renamed(_HF_BACKBONE, _HF5_RENAMES),
+    marker="layers.0.attention.q_proj.weight",
+)
+
+NAMINGS = (HF, HF5)
+
+
+def recognise(names: Collection[str], file: str) -> tuple[Naming, str]:
+    """The naming of a file's tensors and the prefix of its backbone.
+
+    Raises:
+        BeitJaxError: no naming fits, showing a few of the names.
+    """
+    for naming in NAMINGS:
+        for prefix in naming.prefixes:
+            if prefix + naming.marker in names:
+                return naming, prefix
+    shown = ", ".join(printable(name, 60) for name in sorted(names)[:3])
+    known = ", ".join(naming.name for naming in NAMINGS)
+    raise BeitJaxError(
+        f"{file}: no BEiT names found (known: {known}); the file holds {len(names)} tensors: {shown}, ..."
+    )

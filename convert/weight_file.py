@@ -1,0 +1,156 @@
+"""Bytes of one weight file, read by position and never mapped.
+
+A mapped file that is cut short under the reader kills the process (SIGBUS); a positioned read comes back short, and
+that becomes an ordinary error.
+"""
+
+import math
+import os
+import stat
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beit_jax.errors import BeitJaxError, printable
+
+MAX_TENSORS = 20_000  # the largest published BEiT has under 1000
+MAX_RANK = 8
+_MAX_BYTES = 2**62
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: what is known of it before any of its bytes are read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]  # ml_dtypes.bfloat16 for bfloat16
+    file: Path
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def shown(value: object) -> str:
+    """`value` from a file, for a message: numbers, text and flat lists as they are, else the type (it may be deep)."""
+    items = value if isinstance(value, list | tuple) else [value]
+    flat = all(isinstance(item, str | int | float | None) for item in items)
+    if not flat:
+        return type(value).__name__
+    return printable(list(value) if isinstance(value, tuple) else value)
+
+
+def checked_info(name: str, shape: object, dtype: np.dtype[Any], file: Path) -> TensorInfo:
+    """`TensorInfo` from a shape that a file claims; refuses what no array can have. Raises `BeitJaxError`."""
+    where = f"tensor {printable(name)} in {printable(file, 1024)}"
+    if not isinstance(shape, list | tuple):
+        raise BeitJaxError(f"{where} has shape {shown(shape)}; expected a list of non-negative integers")
+    if len(shape) > MAX_RANK:
+        raise BeitJaxError(f"{where} has {len(shape)} dimensions; expected at most {MAX_RANK}")
+    sizes = tuple(size for size in shape if type(size) is int and size >= 0)
+    if len(sizes) != len(shape):
+        raise BeitJaxError(f"{where} has shape {shown(shape)}; expected a list of non-negative integers")
+    if math.prod(max(size, 1) for size in sizes) * dtype.itemsize > _MAX_BYTES:
+        raise BeitJaxError(f"{where} has shape {shown(shape)}, larger than any memory")
+    return TensorInfo(name, sizes, dtype, file)
+
+
+class RandomAccessFile:
+    """A regular file open for positioned reads from any thread.
+
+    Raises `BeitJaxError` for whatever cannot be opened or holds no byte. `label` is the path, safe to print.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.label = printable(path, 1024)
+        try:
+            # O_NONBLOCK: opening a named pipe must not wait for a writer; it changes nothing for regular files.
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            broken = " (a symbolic link to a file that is not there)" if os.path.islink(path) else ""
+            raise BeitJaxError(f"{self.label}: no such file{broken}") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = getattr(error, "strerror", None) or error
+            raise BeitJaxError(f"cannot read {self.label}: {printable(reason)}") from None
+        status = os.fstat(self._fd)
+        self.size = status.st_size
+        self._version = (status.st_size, status.st_mtime_ns)
+        kind = _refused_kind(status)
+        if kind:
+            self.close()
+            raise BeitJaxError(f"{self.label} {kind}; expected a weight file")
+
+    def read_into(self, offset: int, buffer: memoryview, what: str) -> None:
+        """Fills the flat byte `buffer` from `offset`. Raises `BeitJaxError` naming `what` if the file changed."""
+        done = 0
+        try:
+            while done < len(buffer):
+                got = os.preadv(self._fd, [buffer[done:]], offset + done)
+                if got == 0:
+                    break
+                done += got
+            status = os.fstat(self._fd)
+        except OSError as error:
+            raise BeitJaxError(f"cannot read {what} from {self.label}: {printable(error.strerror)}") from None
+        if done < len(buffer) or (status.st_size, status.st_mtime_ns) != self._version:
+            raise BeitJaxError(
+                f"{self.label} changed while it was read (opened with {self.size} bytes, now {status.st_size}): "
+                f"{what} cannot be trusted; start again once the file is complete"
+            )
+
+    def read(self, offset: int, count: int, what: str) -> bytes:
+        """`count` bytes from `offset`; see `read_into`."""
+        data = bytearray(count)
+        self.read_into(offset, memoryview(data), what)
+        return bytes(data)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+
+def _refused_kind(status: os.stat_result) -> str | None:
+    if stat.S_ISDIR(status.st_mode):
+        return "is a directory"
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a regular file"
+    return "is empty (0 bytes)" if status.st_size == 0 else None
+
+
+class WeightFile(ABC):
+    """One parsed weight file: every name, shape and dtype known and checked, tensor bytes still on disk."""
+
+    def __init__(self, file: RandomAccessFile, format: str) -> None:
+        self.file = file
+        self.format = format
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, object] = {}
+        self.notes: list[str] = []
+
+    @abstractmethod
+    def _fill(self, info: TensorInfo, flat: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+        """Writes the C-ordered bytes of one tensor into `flat`, `info.nbytes` long."""
+
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
+        """One tensor, C-contiguous, in its stored dtype: a new array, or a view of the flat uint8 buffer `out`."""
+        info = self.tensors[name]
+        if out is None:
+            out = np.empty(info.nbytes, np.uint8)
+        elif out.dtype != np.uint8 or out.ndim != 1 or out.nbytes < info.nbytes or not out.flags.c_contiguous:
+            raise ValueError(f"out must be a flat contiguous uint8 array of at least {info.nbytes} bytes")
+        flat = out[: info.nbytes]
+        self._fill(info, flat)
+        if info.dtype == np.bool_ and flat.size and flat.max() > 1:
+            raise BeitJaxError(
+                f"tensor {printable(name)} in {self.file.label} is BOOL but holds a byte {flat.max()}; expected 0 or 1"
+            )
+        return flat.view(info.dtype).reshape(info.shape)
+
+    def close(self) -> None:
+        self.file.close()

@@ -1,0 +1,18 @@
+"""Settings of every test: float32 products in full precision, and compiled programs kept between runs."""
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# Examples that compile take as long as they take; a fixed seed makes a failure everyone's failure.
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("project")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("cacheprovider"):
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -1,0 +1,22 @@
+"""Every tolerance of the test suite, and why it is what it is. A failing one means: find the operation; never loosen."""
+
+MODEL = 1e-5
+"""Largest absolute difference of any hidden state or logit (of magnitude 3 or so) of a float32 model up to base size."""
+
+EXPORT = 1e-6
+"""Logits of a model that went to Flax and back: the tensors are the same bits, the program is the same."""
+
+GRADIENT = 1e-4
+"""Of a gradient leaf: largest absolute difference over the largest magnitude in the reference's leaf."""
+
+STEP = 1e-4
+"""Of one AdamW step, as a share of the learning rate, where the gradient stands clear of float32 noise."""
+
+RESIZE = 1e-5
+"""Resampled tables with values of magnitude 1 to 3, in float32."""
+
+SPLINE = 1e-12
+"""Resampling matrices against SciPy's in float64."""
+
+BFLOAT16 = 0.05
+"""Largest difference of a bfloat16 model's logits over the largest logit: eight bits of mantissa, a few layers."""

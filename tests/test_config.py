@@ -1,0 +1,142 @@
+import json
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beit_jax.config import BeitConfig, hf_notes
+from beit_jax.errors import BeitJaxError
+from beit_jax.heads import param_shapes
+from beit_jax.json_file import read_json
+from beit_jax.variants import VARIANTS
+
+# microsoft/unilm@768a3c8 beit/README.md and the models instantiated; 0 where no source states a number: then the count
+# is derived below from another row.
+PARAMETERS = {
+    "beit_base_patch16_224_pt22k": 91_965_776,
+    "beit_large_patch16_224_pt22k": 311_534_016,
+    "beit_base_patch16_224_pt22k_ft22k": 102_557_713,
+    "beit_large_patch16_224_pt22k_ft22k": 325_792_593,
+    "beit_base_patch16_224": 86_530_984,
+    "beit_base_patch16_384": 86_744_104,
+    "beit_large_patch16_224": 304_430_568,
+    "beit_large_patch16_384": 304_998_888,
+    "beit_large_patch16_512": 305_674_728,
+    "beit_base_patch16_224_pt1k_800ep": 92_089_856,
+    # facebookresearch/data2vec_vision@af9a363: 86,256,720 and 304,186,816 with mask token and the (d, d) regression head
+    # that the published encoders dropped.
+    "data2vec_vision_base": 86_256_720 - 768 - (768 * 768 + 768),
+    "data2vec_vision_large": 304_186_816 - 1024 - (1024 * 1024 + 1024),
+    "data2vec_vision_base_ft1k": 86_530_984,
+    "data2vec_vision_large_ft1k": 304_430_568,
+    # dit/README.md: BEiT with 197 absolute positions instead of bias tables.
+    "dit_base": 91_965_776 - 732 * 12 + 197 * 768,
+    "dit_large": 311_534_016 - 732 * 16 + 197 * 1024,
+    "dit_base_finetuned_rvlcdip": 86_530_984 - 12 * 732 * 12 + 197 * 768 - 984 * 769,
+    "dit_large_finetuned_rvlcdip": 304_430_568 - 24 * 732 * 16 + 197 * 1024 - 984 * 1025,
+}
+
+
+def test_every_variant_has_its_published_size() -> None:
+    assert {name: sum(map(prod, param_shapes(config).values())) for name, config in VARIANTS.items()} == PARAMETERS
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    for kind, name in ((transformers.BeitConfig, "beit"), (transformers.Data2VecVisionConfig, "data2vec-vision")):
+        written = json.loads(kind().to_json_string(use_diff=False))
+        assert BeitConfig.from_hf(written) == BeitConfig.from_hf({"model_type": name})
+        assert hf_notes(written) == []
+
+
+configs = st.builds(
+    BeitConfig,
+    model_type=st.sampled_from(["beit", "data2vec-vision"]),
+    task=st.sampled_from(["features", "image_classification"]),
+    image_size=st.sampled_from([(32, 32), (32, 64)]),
+    patch_size=st.sampled_from([(8, 8), (16, 8)]),
+    layer_norm_eps=st.floats(0, 1),
+    pooling=st.sampled_from(["mean", "cls"]),
+    add_pooling_layer=st.booleans(),
+    position_bias=st.sampled_from(["none", "shared", "per_layer", "both"]),
+    position_resize=st.sampled_from(["bilinear", "geometric", "geometric_linear"]),
+    use_mask_token=st.booleans(),
+    layer_scale_init_value=st.floats(0, 1),
+)
+
+
+@given(configs)
+def test_to_hf_and_back(config: BeitConfig) -> None:
+    if config.task == "image_classification":
+        config = replace(config, labels=("cat", "dog \u2192", "cat 2"))
+    assert BeitConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
+    config = replace(VARIANTS["data2vec_vision_base_ft1k"], labels=tuple(f"class {i}" for i in range(1000)))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(theirs, transformers.Data2VecVisionConfig)
+    assert (theirs.num_labels, theirs.id2label[999]) == (1000, "class 999")
+    assert BeitConfig.from_hf(json.loads(theirs.to_json_string(use_diff=False))) == config
+
+
+BAD = [
+    ({"model_type": "vit"}, "model_type: expected beit or data2vec-vision"),
+    ({}, "model_type: expected beit or data2vec-vision, found nothing"),
+    ({"hidden_size": "32"}, 'hidden_size: expected an integer, found "32"'),
+    ({"hidden_size": True}, "hidden_size: expected an integer, found true"),
+    ({"hidden_size": 0}, "hidden_size: expected a positive integer, found 0"),
+    ({"hidden_size": 100}, "hidden_size 100 is not a multiple of 12 heads"),
+    ({"image_size": [224]}, "image_size: expected an integer or [height, width]"),
+    ({"image_size": 225}, "image_size (225, 225) is not a multiple of patch_size (16, 16)"),
+    ({"layer_norm_eps": "small"}, "layer_norm_eps: expected a number"),
+    ({"drop_path_rate": 1.5}, "drop_path_rate: expected a rate in [0, 1), found 1.5"),
+    ({"use_mean_pooling": 1}, "use_mean_pooling: expected true or false, found 1"),
+    ({"hidden_act": "mish"}, "hidden_act: expected gelu or"),
+    ({"architectures": ["BeitForSemanticSegmentation"]}, "architectures: expected one of BeitModel"),
+    ({"architectures": ["ViTModel"]}, "architectures: expected one of BeitModel"),
+    ({"architectures": ["BeitForImageClassification"], "id2label": {"1": "a"}}, "id2label: expected an object"),
+    ({"architectures": ["BeitForImageClassification"], "id2label": ["a"]}, "id2label: expected an object"),
+    ({"beit_jax": {"position_resize": "nearest"}}, "beit_jax: position_resize: expected bilinear or"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_configurations_are_named(change: dict[str, Any], message: str) -> None:
+    config = ({"model_type": "beit"} if "model_type" not in change and change else {}) | change
+    with pytest.raises(BeitJaxError) as error:
+        BeitConfig.from_hf(config, file="dir/config.json")
+    assert str(error.value).startswith(f"dir/config.json: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_notes_name_unknown_keys_and_remote_code() -> None:
+    notes = hf_notes({"model_type": "beit", "hiden_size": 5, "auto_map": {"AutoModel": "evil.Model"}}, file="c.json")
+    assert notes == [
+        "c.json: auto_map names code to import; ignored, nothing of it is run",
+        "c.json: unknown key hiden_size ignored; did you mean hidden_size?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[]", "expected a JSON object, found a list"),
+        (b'{"a": 1, "a": 2}', "the key a stands twice"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_bad_json_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BeitJaxError, match="config.json: " + message.replace("(", r"\(")):
+        read_json(path)

@@ -1,0 +1,51 @@
+"""Imports only go down the floor plan, and the library never needs torch."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Lowest first. A module may import, at its top, only modules that stand before it. Imports inside functions are the
+# deliberate exceptions: the command line and `predict` reach the converter when they need it.
+LIBRARY = [
+    "errors", "tree", "json_file", "config", "variants", "image_config", "image_io", "images", "resize", "position", "layers", "encoder", "heads",
+    "output", "weights", "hub", "predict", "inspection", "demo", "__main__",
+]  # fmt: skip
+CONVERT = [
+    "weight_file", "safetensors_file", "pickle_names", "pickle_machine", "pickle_container", "pickle_state", "pickle_file",
+    "shard_index", "checkpoint", "rules", "tables", "fit", "importer", "exporter", "parity",
+]  # fmt: skip
+ORDER = [f"beit_jax.{name}" for name in LIBRARY] + [f"beit_jax.convert.{name}" for name in CONVERT]
+FILES = {
+    f"beit_jax.{name}": ROOT / "beit_jax" / f"{name}.py" for name in LIBRARY
+} | {f"beit_jax.convert.{name}": ROOT / "convert" / f"{name}.py" for name in CONVERT}  # fmt: skip
+
+
+def imports(module: str) -> set[str]:
+    """Modules of this project that a module imports when it is imported."""
+    package = module.rpartition(".")[0]
+    found = set()
+    for node in ast.parse(FILES[module].read_text()).body:  # top level only: not inside functions or TYPE_CHECKING
+        if isinstance(node, ast.ImportFrom):
+            base = f"{package}.{node.module}" if node.level else node.module or ""
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    files = {path for room in ("beit_jax", "convert") for path in (ROOT / room).glob("*.py")}
+    assert files - set(FILES.values()) == {ROOT / "beit_jax/__init__.py", ROOT / "convert/__init__.py"}
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_go_down(module: str) -> None:
+    above = set(ORDER[ORDER.index(module) :]) | {"beit_jax.train", "train", "convert"}
+    assert not imports(module) & above
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_torch_is_not_imported(module: str) -> None:
+    assert not any(name.partition(".")[0] in ("torch", "transformers", "timm") for name in imports(module))
