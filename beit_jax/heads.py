@@ -72,6 +72,7 @@ class BeitForImageClassification(nnx.Module):
         """As `BeitModel.__call__`; without labels the logits are the pooled features, as in transformers."""
         output = self.beit(pixel_values, bool_masked_pos, **options)
         pooled = output.pooler_output
+        assert pooled is not None  # a configuration for classification always pools
         return replace(output, logits=pooled if self.classifier is None else self.classifier(pooled))
 
 

@@ -1,11 +1,13 @@
 """A model's name to a local directory: a path as it is, a Hugging Face name through huggingface_hub's cache."""
 
-import json
+import errno
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.json_file import read_json
 from beit_jax.weights import CONFIG, PROCESSOR, WEIGHTS
 
 # In order of preference; an index stands for the shards it lists.
@@ -16,7 +18,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\\:\0]+")
+_NOWHERE = "no such file or directory, and not a hub name like microsoft/beit-base-patch16-224"
 
 
 @dataclass(frozen=True)
@@ -42,88 +46,150 @@ def resolve(name: str | Path, *, revision: str | None = None, cache_dir: Path | 
     """The local directory or file `name`, or the files of the hub model `name`, downloaded where the cache lacks them.
 
     Offline mode, tokens, endpoint and the default cache are huggingface_hub's (HF_HUB_OFFLINE, HF_TOKEN, HF_HOME...).
+    A file appears in the cache when it is complete; all files of a call are of one commit, whatever the branch does in
+    the meantime.
 
     Args:
         revision: branch, tag or commit of a hub model; "main" by default.
 
     Raises:
-        BeitJaxError: no such path, and not a hub name; no network; no such model, revision or weights; no access.
+        BeitJaxError: no such path, and not a hub name; no such model, revision or weights; no access; no answer, an
+            error or a broken connection where the cache does not hold all files; a cache that cannot be written.
     """
     text = str(name)
-    path = Path(text).expanduser()
-    if path.exists():
+    path = os.path.expanduser(text)  # unlike Path's, no exception for a user whom the system does not know
+    if os.path.exists(path):  # likewise for a name that the system refuses
         if revision is not None:
-            raise BeitJaxError(f"{printable(text)}: a revision was given, but this is a local path")
-        return Source(path, text)
+            raise BeitJaxError(f"{printable(text)}: a revision was given, but this is a local path; leave it out")
+        return Source(Path(path), text)
     if not _HUB_NAME.fullmatch(text) or text.startswith((".", "-")):
-        raise BeitJaxError(
-            f"{printable(text)}: no such file or directory, and not a hub name like microsoft/beit-base-patch16-224"
-        )
+        raise BeitJaxError(f"{printable(text)}: {_NOWHERE}")
+    if revision == "":
+        raise BeitJaxError(f"{text}: the revision is empty; give a branch, tag or commit, or leave it out")
     return _download(text, revision, cache_dir)
 
 
 def _download(name: str, revision: str | None, cache_dir: Path | None) -> Source:
-    # Imported here: with its HTTP client it costs more than everything a local run needs.
-    from huggingface_hub import errors, hf_hub_download
-
-    at = f" at revision {printable(revision)}" if revision else ""
-
-    def fetch(file: str, commit: str | None) -> Path:
-        return Path(hf_hub_download(name, file, revision=commit, cache_dir=cache_dir))
-
-    try:
-        config = fetch(CONFIG, revision)
-        commit = config.parent.name  # a snapshot's directory is its commit: all files come from the same one
-        _fetch_if_there(fetch, PROCESSOR, commit)
-        for file in WEIGHT_FILES:
-            found = _fetch_if_there(fetch, file, commit)
-            if found is None:
-                continue
-            for shard in _shards(found) if file.endswith(".index.json") else ():
-                fetch(shard, commit)
-            return Source(config.parent, name, commit)
-    except errors.GatedRepoError:
-        raise BeitJaxError(f"{name}: access is restricted; accept its terms on the hub and set HF_TOKEN") from None
-    except errors.RepositoryNotFoundError:
-        raise BeitJaxError(
-            f"{name}: no such path and no such model on the hub (or it is private: set HF_TOKEN)"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise BeitJaxError(f"{name}: no such revision{at}; see the model's page for its branches and commits") from None
-    except errors.LocalEntryNotFoundError:
-        raise BeitJaxError(
-            f"{name}{at}: not in the cache, and the hub cannot be reached (no network, or offline mode); "
-            "download it where there is a network, or give a local directory"
-        ) from None
-    except errors.EntryNotFoundError as error:
-        raise BeitJaxError(f"{name}{at}: a file is missing on the hub: {_one_line(error)}") from None
-    except errors.HfHubHTTPError as error:
-        raise BeitJaxError(f"{name}{at}: the hub answered: {_one_line(error)}") from None
-    except OSError as error:
-        raise BeitJaxError(f"{name}{at}: the download failed: {_one_line(error)}") from None
-    raise BeitJaxError(f"{name}{at}: holds none of {', '.join(WEIGHT_FILES)}")
+    model = _HubModel(name, revision, cache_dir)
+    config = model.fetch(CONFIG)
+    if config is None:
+        raise BeitJaxError(f"{model}: holds no {CONFIG}; expected a model in Hugging Face format, or a native one")
+    model.commit = config.parent.name  # a snapshot's directory is called as its commit
+    model.fetch(PROCESSOR)
+    for file in model.weight_files():
+        found = model.fetch(file, called="weights")
+        if found is None:
+            continue
+        for shard in _shards(found) if file.endswith(".index.json") else ():
+            if model.fetch(shard) is None:
+                raise BeitJaxError(f"{model}: {file} lists {printable(shard)}, which the hub does not have")
+        return Source(config.parent, name, model.commit)
+    raise BeitJaxError(f"{model}: holds none of {', '.join(WEIGHT_FILES)}; choose a model with PyTorch weights")
 
 
-def _fetch_if_there(fetch, file: str, commit: str) -> Path | None:  # type: ignore[no-untyped-def]
-    from huggingface_hub import errors
+class _HubModel:
+    """One model at one revision, through huggingface_hub's cache.
 
-    try:
-        return fetch(file, commit)  # type: ignore[no-any-return]
-    except errors.LocalEntryNotFoundError:
-        # Offline, a file that the model does not have and one that was never downloaded look the same.
-        return None
-    except errors.EntryNotFoundError:
-        return None
+    huggingface_hub is imported where it is used: with its HTTP client it costs more than everything a local run needs.
+
+    Attributes:
+        commit: once known, what every file is taken from; until then it is the revision.
+    """
+
+    def __init__(self, name: str, revision: str | None, cache_dir: Path | None):
+        self.name, self.revision = name, revision
+        self.cache_dir = None if cache_dir is None else os.path.expanduser(cache_dir)
+        self.commit: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name} at revision {printable(self.revision)}"
+
+    def fetch(self, file: str, *, called: str | None = None) -> Path | None:
+        """`file`, from the cache or the hub; None if the hub says, or once said, that there is no such file.
+
+        Args:
+            called: the model's what, in messages; its name if not given.
+
+        Raises:
+            BeitJaxError: anything else. No answer is never taken for "no such file".
+        """
+        from huggingface_hub import errors, hf_hub_download
+
+        revision = self.commit or self.revision
+        try:
+            if self.commit and self._is_known_absent(file):
+                return None
+            return Path(hf_hub_download(self.name, file, revision=revision, cache_dir=self.cache_dir))
+        except errors.RemoteEntryNotFoundError:
+            return None
+        except Exception as error:  # its own, its HTTP client's and hf_xet's errors have no base class in common
+            raise BeitJaxError(f"{self}: {_reason(error, called or printable(file))}") from error
+
+    def weight_files(self) -> tuple[str, ...]:
+        """`WEIGHT_FILES`, or in offline mode those in the cache: nobody can be asked for the more preferred ones."""
+        from huggingface_hub import constants
+
+        cached = tuple(file for file in WEIGHT_FILES if isinstance(self._look_up(file), str))
+        return cached if constants.HF_HUB_OFFLINE and cached else WEIGHT_FILES
+
+    def _is_known_absent(self, file: str) -> bool:
+        """Whether the cache remembers the hub's answer that the commit has no such file."""
+        from huggingface_hub import _CACHED_NO_EXIST
+
+        return self._look_up(file) is _CACHED_NO_EXIST
+
+    def _look_up(self, file: str) -> object:
+        from huggingface_hub import try_to_load_from_cache
+
+        return try_to_load_from_cache(self.name, file, revision=self.commit, cache_dir=self.cache_dir)
 
 
 def _shards(index: Path) -> list[str]:
-    """File names an index lists; which of them may be opened is decided when the checkpoint is read."""
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({name for name in listed if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)})
-    except (ValueError, KeyError, AttributeError):
-        return []  # the reader of the index says what is wrong with it
+    """Plain file names an index lists; what is wrong with others, its reader says before it opens anything."""
+    weight_map = read_json(index).get("weight_map")
+    listed = weight_map.values() if isinstance(weight_map, dict) else ()
+    return sorted({name for name in listed if isinstance(name, str) and _FILE_NAME.fullmatch(name)})
 
 
-def _one_line(error: Exception) -> str:
-    return printable(" ".join(str(error).split()), 200)
+def _reason(error: Exception, wanted: str) -> str:
+    """Why `wanted` could not be had, in one line."""
+    from huggingface_hub import errors
+
+    unanswered = isinstance(error, errors.LocalEntryNotFoundError)
+    cause = error.__cause__ if unanswered and error.__cause__ else error
+    match cause:
+        case errors.OfflineModeIsEnabled():
+            return (
+                f"no such path, the cache lacks its {wanted}, and offline mode is on (HF_HUB_OFFLINE); "
+                "download it once with a network, or give a local directory"
+            )
+        case errors.HFValidationError():
+            return _NOWHERE
+        case errors.GatedRepoError():
+            return "access is restricted; accept its terms on the hub and set HF_TOKEN"
+        case errors.RepositoryNotFoundError():
+            return "no such path and no such model on the hub (or it is private: set HF_TOKEN)"
+        case errors.RevisionNotFoundError():
+            return "no such revision; see the model's page for its branches, tags and commits"
+        case errors.HfHubHTTPError():
+            return _answered(cause.response.status_code, cause.response.reason_phrase)
+        case OSError() if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "the disk of the cache is full; free space, or choose another cache directory"
+        case OSError() if cause.errno:
+            return f"the cache cannot be used ({_one_line(cause)}); choose another cache directory"
+    text = _one_line(cause)
+    if unanswered:
+        return (
+            f"no such path, the cache lacks its {wanted}, and the hub cannot be reached ({text}); "
+            "check the network, or give a local directory"
+        )
+    return f"the download of its {wanted} failed ({text}); nothing incomplete was kept, run again"
+
+
+def _one_line(error: BaseException) -> str:
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+
+
+def _answered(status: int, phrase: str) -> str:
+    advice = {401: "check HF_TOKEN", 403: "check what HF_TOKEN may read", 429: "wait a while and run again"}
+    return f"the hub answered {status} {printable(phrase)}; {advice.get(status, 'run again later')}"

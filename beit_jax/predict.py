@@ -1,6 +1,6 @@
 """From a checkpoint and images to labels and features."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,12 +9,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from beit_jax import weights
-from beit_jax.encoder import BeitOutput
 from beit_jax.errors import BeitJaxError
 from beit_jax.heads import Model, build_model
 from beit_jax.hub import Source, resolve
@@ -23,6 +21,7 @@ from beit_jax.images import ImageProcessor
 from beit_jax.tree import unflatten
 
 Pooling = Literal["pooled", "mean", "cls", "tokens"]
+Wanted = Pooling | Literal["logits"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def classify(
     if model.config.task != "image_classification" or not labels:
         raise BeitJaxError(f"this model has no classifier (its task is {model.config.task}); use features instead")
     guesses = []
-    for logits in _run(model, processor, images, batch_size, _logits):
+    for logits in _run(model, processor, images, batch_size, "logits"):
         probabilities = np.asarray(jax.nn.softmax(logits))
         best = np.argsort(-probabilities, kind="stable")[:top]
         guesses.append([Guess(int(i), labels[i], float(probabilities[i])) for i in best])
@@ -104,39 +103,23 @@ def features(
     Raises:
         BeitJaxError: an image that cannot be read.
     """
-    select = partial(_pooled, pooling=pooling)
-    return np.stack([np.asarray(found, np.float32) for found in _run(model, processor, images, batch_size, select)])
+    return np.stack([np.asarray(found) for found in _run(model, processor, images, batch_size, pooling)])
 
 
-def _logits(output: BeitOutput) -> Array:
-    assert output.logits is not None
-    return output.logits
-
-
-def _pooled(output: BeitOutput, pooling: Pooling) -> Array:
-    if pooling == "pooled" and output.pooler_output is not None:
-        return output.pooler_output
+@partial(jax.jit, static_argnames="wanted")
+def _forward(model: Model, pixel_values: Array, wanted: Wanted) -> Array:
+    output = model(pixel_values)
     tokens = output.last_hidden_state
-    return {"cls": tokens[:, 0], "tokens": tokens}.get(pooling, tokens[:, 1:].mean(axis=1))
+    found = {"logits": output.logits, "pooled": output.pooler_output, "cls": tokens[:, 0], "tokens": tokens}.get(wanted)
+    return tokens[:, 1:].mean(axis=1) if found is None else found
 
 
 def _run(
-    model: Model,
-    processor: ImageProcessor,
-    images: Sequence[ImageLike],
-    batch_size: int,
-    select: Callable[[BeitOutput], Array],
+    model: Model, processor: ImageProcessor, images: Sequence[ImageLike], batch_size: int, wanted: Wanted
 ) -> Iterator[Array]:
-    """`select` of the model's output, image by image. The last batch is padded, so that one compilation serves all."""
-    graph, state = nnx.split(model)
-    size = min(batch_size, len(images))
-
-    @jax.jit
-    def forward(params: nnx.State, pixel_values: Array) -> Array:
-        return select(nnx.merge(graph, params)(pixel_values))
-
-    for start in range(0, len(images), size or 1):
+    """What is wanted, image by image. The last batch is padded, so that one compilation serves all."""
+    size = max(1, min(batch_size, len(images)))
+    for start in range(0, len(images), size):
         batch = list(images[start : start + size])
-        pixel_values = processor(batch)
-        padded = np.pad(pixel_values, [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)])
-        yield from forward(state, padded)[: len(batch)]
+        padded = np.pad(processor(batch), [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)])
+        yield from _forward(model, jnp.asarray(padded), wanted)[: len(batch)]

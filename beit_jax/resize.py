@@ -59,8 +59,9 @@ def _torch_position(source: int, target: int) -> np.ndarray:
     return (scale * (np.arange(target, dtype=np.float32) + half) - half).astype(np.float64)
 
 
-def _cubic_kernel(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
+def _cubic_kernel(distance: np.ndarray) -> np.ndarray:
     """Cubic convolution (Keys 1981, eq. 4) at distances in [0, 2]."""
+    a = -0.75
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = a * (((distance - 5) * distance + 8) * distance - 4)
     return np.where(distance <= 1, near, far)

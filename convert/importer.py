@@ -38,6 +38,7 @@ from .rules import Step, steps
 from .tables import Naming, recognise
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_CHUNK = 1 << 21  # bytes laid out, hashed and written at a time: they stay in a core's cache between the three
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def convert(
     ):
         reader = _Reader(decided, allow_nonfinite)
         save_json(directory, decided.config, decided.processor)
-        write_tensors(directory / WEIGHTS, decided.specs, reader.layers, decided.provenance(), advance)
+        write_tensors(directory / WEIGHTS, decided.specs, reader.chunks, decided.provenance(), advance)
         verify(directory / WEIGHTS, advance)
     return decided
 
@@ -214,21 +215,27 @@ class _Reader:
         step, spec = self.plan.steps[path], self.plan.specs[path]
         out = np.empty(spec.shape, spec.dtype)
         for names, layer in zip(step.layers, out if step.rule.stacked else [out], strict=True):
-            self.fill(step, names, layer)
+            step.rule.op.load(self.parts(names, spec.dtype), 0, layer)
         return out
 
-    def layers(self, path: str) -> Iterator[np.ndarray]:
-        """A leaf layer by layer, always in the same buffer."""
+    def chunks(self, path: str) -> Iterator[np.ndarray]:
+        """A leaf in pieces of some rows of a layer, always in the same buffer."""
         step, spec = self.plan.steps[path], self.plan.specs[path]
-        layer = self.buffer("layer", LeafSpec(step.layer_shape, spec.dtype).nbytes)
-        layer = layer.view(spec.dtype).reshape(step.layer_shape)
+        count, *rest = step.layer_shape
+        row_bytes = LeafSpec(tuple(rest), spec.dtype).nbytes
+        size = max(1, _CHUNK // row_bytes)
+        buffer = self.buffer("chunk", min(size, count) * row_bytes)
         for names in step.layers:
-            self.fill(step, names, layer)
-            yield layer
+            parts = self.parts(names, spec.dtype)
+            for start in range(0, count, size):
+                rows = min(size, count - start)
+                chunk = buffer[: rows * row_bytes].view(spec.dtype).reshape(rows, *rest)
+                step.rule.op.load(parts, start, chunk)
+                yield chunk
 
-    def fill(self, step: Step, names: Sequence[str], layer: np.ndarray) -> None:
-        parts = [self.tensor(name, f"part {i}", layer.dtype) for i, name in enumerate(names)]
-        step.rule.op.load(parts, layer)
+    def parts(self, names: Sequence[str], dtype: np.dtype[Any]) -> list[np.ndarray]:
+        """The torch tensors of one layer of a leaf, checked."""
+        return [self.tensor(name, f"part {i}", dtype) for i, name in enumerate(names)]
 
     def tensor(self, name: str, buffer: str, dtype: np.dtype[Any]) -> np.ndarray:
         info = self.plan.checkpoint.tensors[name]

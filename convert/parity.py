@@ -71,7 +71,7 @@ def check(source: Source, pixel_values: np.ndarray | None = None, *, seed: int =
     with jax.default_matmul_precision("highest"):
         model = build_model(config, unflatten(dict(checkpoint.params)))
         run = jax.jit(lambda model, pixels, mask: model(pixels, mask, output_hidden_states=True))
-        found = dict(_stages(jax.tree.map(np.asarray, run(model, jnp.asarray(pixel_values), mask))))
+        found = dict(_stages(run(model, jnp.asarray(pixel_values), mask)))
     return [_compare(name, found[name], reference) for name, reference in expected]
 
 

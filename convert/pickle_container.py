@@ -1,42 +1,29 @@
 """The two files `torch.save` writes around a pickle: a zip archive (since 1.6), or pickles followed by raw storages.
 
 Both are opened here into the unpickled object and a table of where each storage's bytes lie. Written from the archives
-themselves (`zipfile.ZipFile(f).infolist()`) and from the old files' five consecutive pickles (`pickletools.genops`).
+themselves (`zipfile.ZipFile(f).infolist()`) and from the old files' five consecutive pickles (`pickletools.dis`).
 """
 
 import io
 import struct
 import zipfile
-import zlib
-from dataclasses import dataclass
 from typing import Protocol
 
 from beit_jax.errors import BeitJaxError, printable
 
 from .pickle_machine import MAX_PICKLE, PickleMachine
 from .pickle_names import ITEM_SIZES, PickleError, Storage
-from .weight_file import RandomAccessFile
+from .weight_file import Extent, RandomAccessFile, read_checked, shown
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _MAX_DIRECTORY = 16 * 2**20
-_CHUNK = 2**20  # stays in cache between being read and being summed
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
-@dataclass(frozen=True)
-class Extent:
-    """Where one storage's bytes lie in the file, and their CRC-32 if the file has it."""
-
-    offset: int
-    nbytes: int
-    record: str
-    crc: int | None = None
-
-
 class Container(Protocol):
-    """An opened file: its top object, what to tell the user, and where storages are."""
+    """An opened file: its unpickled object, and where storages are."""
 
     format: str
     top: object
@@ -190,11 +177,10 @@ class LegacyContainer:
                 f"{file.label} is a pickle that torch.save did not write; expected a state dict of tensors"
             )
         version, platform = (run_pickle(file, stream, machine) for _ in range(2))
-        if version != _PROTOCOL or not isinstance(platform, dict) or platform.get("little_endian") is not True:
-            raise BeitJaxError(
-                f"{file.label} has protocol {printable(version)} on {printable(platform)}; "
-                f"expected {_PROTOCOL} on a little-endian machine"
-            )
+        if version != _PROTOCOL:
+            raise BeitJaxError(f"{file.label} has version {shown(version)} of PyTorch's format; expected {_PROTOCOL}")
+        if not isinstance(platform, dict) or platform.get("little_endian") is not True:
+            raise BeitJaxError(f"{file.label} was written on a big-endian machine; expected a little-endian one")
         self.top = run_pickle(file, stream, machine)
         keys = run_pickle(file, stream, machine)
         self._extents = self._follow(keys, stream.tell(), machine.storages)
@@ -204,10 +190,11 @@ class LegacyContainer:
 
     def _follow(self, keys: object, offset: int, storages: dict[str, Storage]) -> dict[str, Extent]:
         label = self._file.label
-        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+        names = [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
+        if sorted(names) != sorted(storages):
             raise BeitJaxError(f"{label} is damaged: its list of storages is not the one its pickle uses")
         extents = {}
-        for key in map(str, keys):
+        for key in names:
             storage = storages[key]
             nbytes = storage.numel * ITEM_SIZES[storage.kind]
             if offset + 8 + nbytes > self._file.size:
@@ -243,27 +230,12 @@ def run_pickle(file: RandomAccessFile, stream: io.BytesIO, machine: PickleMachin
 
 def _refusal(label: str, names: list[str]) -> str:
     names.sort(key=lambda name: name.startswith("torch."))  # a program's own classes and calls first
-    shown = ", ".join(printable(name) for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    listed = ", ".join(printable(name) for name in names[:8]) + (
+        f" and {len(names) - 8} more" if len(names) > 8 else ""
+    )
     if any(name.startswith("torch.nn.") for name in names):
         return (
-            f"refused: {label} is a whole-module pickle (it asks for {shown}); expected a state dict: "
+            f"refused: {label} is a whole-module pickle (it asks for {listed}); expected a state dict: "
             "where its code is at hand and trusted, save module.state_dict() instead"
         )
-    return f"refused: {label} asks to run {shown}; expected tensors and plain settings only. Nothing was run"
-
-
-def read_checked(file: RandomAccessFile, extent: Extent, what: str, into: memoryview | None = None) -> None:
-    """Reads a storage once, into a buffer or past a scratch one, and compares its CRC-32. Raises `BeitJaxError`."""
-    scratch = memoryview(bytearray(0 if into is not None else min(_CHUNK, extent.nbytes)))
-    crc = 0
-    for at in range(0, extent.nbytes, _CHUNK):
-        size = min(_CHUNK, extent.nbytes - at)
-        chunk = into[at : at + size] if into is not None else scratch[:size]
-        file.read_into(extent.offset + at, chunk, what)
-        if extent.crc is not None:
-            crc = zlib.crc32(chunk, crc)
-    if extent.crc is not None and crc != extent.crc:
-        raise BeitJaxError(
-            f"CRC mismatch in record {printable(extent.record)} of {file.label} ({what}): expected {extent.crc:08x}, "
-            f"found {crc:08x}; the file is damaged (or written with torch's checksums off): download or save it again"
-        )
+    return f"refused: {label} asks to run {listed}; expected tensors and plain settings only. Nothing was run"

@@ -8,10 +8,10 @@ import numpy as np
 
 from beit_jax.errors import BeitJaxError, printable
 
-from .pickle_container import Container, Extent, LegacyContainer, ZipContainer, read_checked
+from .pickle_container import Container, LegacyContainer, ZipContainer
 from .pickle_names import STORAGE_DTYPES, PickledTensor, PickleError, UnsupportedTensor
 from .pickle_state import Tensor, select_state
-from .weight_file import MAX_TENSORS, RandomAccessFile, TensorInfo, WeightFile, checked_info
+from .weight_file import MAX_TENSORS, Extent, RandomAccessFile, TensorInfo, WeightFile, checked_info, read_checked
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 `pickle.Unpickler` imports what the stream asks for. This machine knows the opcodes that protocols 2 to 5 write for
 data, and the closed table of names in `pickle_names`. Every other name is noted in `forbidden` and stands for nothing;
-the caller refuses the file and lists them. The tokenizer is the standard library's `pickletools`. Time and memory are
-bounded by the length of the stream, the opcode limit and the budget of `_spend`.
+the caller refuses the file and lists them. Time and memory are bounded by the length of the stream, the opcode limit
+and the budget of `_spend`.
+
+Opcodes and the layout of their arguments: the standard library's `pickletools`.
 """
 
-from collections.abc import Callable
-from pickletools import genops
+import pickletools
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from .pickle_names import (
@@ -41,15 +43,15 @@ class PickleMachine:
         self._below: list[list[object]] = []  # the stacks under each open MARK
         self._memo: dict[int, object] = {}
         try:
-            for count, (opcode, arg, _) in enumerate(genops(stream)):
+            for count, (name, arg) in enumerate(_tokens(stream)):
                 if count >= MAX_OPCODES:
                     raise PickleError(f"has more than {MAX_OPCODES} opcodes")
-                self._step(opcode.name, arg)
+                self._step(name, arg)
             return self._stack.pop()
         except PickleError:
             raise
         except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
-            # What genops raises for a damaged stream, and what the handlers meet in one: an empty stack, a wrong type.
+            # What pickletools raises for a damaged stream, and what handlers meet in one: an empty stack, a wrong type.
             raise PickleError(f"is damaged ({error})") from None
 
     def _step(self, name: str, arg: object) -> None:
@@ -59,10 +61,6 @@ class PickleMachine:
             self._stack.append(_CONSTANTS[name])
         elif name in _HANDLERS:
             _HANDLERS[name](self, arg)
-        elif name not in _IGNORED:
-            if name == "INST":
-                self._lookup(str(arg))
-            raise PickleError(f"uses opcode {name}, which no checkpoint needs")
 
     def _spend(self, count: int) -> None:
         """Bounds what one opcode can make larger than itself."""
@@ -138,10 +136,15 @@ class PickleMachine:
 
     def _stack_global(self, arg: object) -> None:
         name, module = self._stack.pop(), self._stack.pop()
-        self._stack.append(self._lookup(f"{module} {name}"))
+        self._stack.append(self._lookup(f"{module}.{name}"))
 
-    def _lookup(self, module_and_name: str) -> Global | Forbidden:
-        name = module_and_name.replace(" ", ".").replace("__builtin__.", "builtins.", 1)
+    def _instance(self, arg: object) -> None:
+        """A class and its arguments in one, of protocol 0: read for its name only."""
+        self._lookup(str(arg))
+        raise PickleError("uses opcode INST, which no checkpoint needs")
+
+    def _lookup(self, name: str) -> Global | Forbidden:
+        name = name.replace("__builtin__.", "builtins.", 1)
         self._spend(len(name))
         if is_known(name):
             return Global(name)
@@ -213,8 +216,29 @@ _HANDLERS: dict[str, Callable[[PickleMachine, object], None]] = {
     "MEMOIZE": PickleMachine._memoize,
     **dict.fromkeys(("BINGET", "LONG_BINGET"), PickleMachine._get),
     "GLOBAL": PickleMachine._global,
+    "INST": PickleMachine._instance,
     "STACK_GLOBAL": PickleMachine._stack_global,
     **dict.fromkeys(("REDUCE", "NEWOBJ"), PickleMachine._reduce),
     "BUILD": PickleMachine._build,
     "BINPERSID": PickleMachine._persistent,
 }
+_READ = _IGNORED | _CONSTANTS.keys() | _PUSHED | _HANDLERS.keys()
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+
+
+def _tokens(stream: BinaryIO) -> Iterator[tuple[str, object]]:
+    """Names and arguments of the opcodes of one pickle. Arguments of opcodes that are not in use are not looked at."""
+    name = ""
+    while name != "STOP":
+        code = stream.read(1)
+        if code not in _OPCODES:
+            raise PickleError(f"is damaged (found {code!r} in place of an opcode)" if code else "is truncated")
+        opcode = _OPCODES[code]
+        name = opcode.name
+        if name not in _READ:
+            raise PickleError(f"uses opcode {name}, which no checkpoint needs")
+        if name in ("GLOBAL", "INST"):  # pickletools would also resolve backslashes in the two names, unlike pickle
+            module, member = (stream.readline().removesuffix(b"\n").decode("utf-8") for _ in range(2))
+            yield name, f"{module}.{member}"
+        else:
+            yield name, opcode.arg.reader(stream) if opcode.arg else None

@@ -6,13 +6,12 @@ the torch names, one set of tensors per layer.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 
 from beit_jax.errors import BeitJaxError
 
-_BLOCK = 256  # a 256 x 256 float32 tile and its transpose stay in the second-level cache
+_ROWS, _COLUMNS, _PADDING = 128, 256, 16  # of a tile; 128 KiB of float32 stay in the second-level cache
 
 
 @dataclass(frozen=True)
@@ -20,11 +19,12 @@ class Op:
     """An invertible change of layout.
 
     Attributes:
-        load: copies torch tensors into one contiguous Flax array of the leaf's shape (casting to its dtype).
+        load: given torch tensors and an index, copies the rows of the Flax array from that index on (along its first
+            axis) into a contiguous array of as many rows, casting to its dtype.
         dump: the torch tensors of a Flax array, as views where possible.
     """
 
-    load: Callable[[Sequence[np.ndarray], np.ndarray], None]
+    load: Callable[[Sequence[np.ndarray], int, np.ndarray], None]
     dump: Callable[[np.ndarray], list[np.ndarray]]
 
     def torch_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -33,29 +33,38 @@ class Op:
 
 
 def _transpose(source: np.ndarray, target: np.ndarray) -> None:
-    """``target[...] = source.T`` by tiles: more than twice as fast as NumPy's strided copy on large matrices."""
-    for row in range(0, source.shape[0], _BLOCK):
-        for column in range(0, source.shape[1], _BLOCK):
-            tile = source[row : row + _BLOCK, column : column + _BLOCK]
-            target[column : column + _BLOCK, row : row + _BLOCK] = tile.T
+    """``target[...] = source.T``, by way of a small padded tile.
+
+    Widths are powers of two, so that the elements of a column share a few lines of the cache and evict each other: read
+    straight from the source, a transpose runs at a third of the speed.
+    """
+    padded = np.empty((_ROWS, _COLUMNS + _PADDING), source.dtype)
+    for row in range(0, source.shape[0], _ROWS):
+        for column in range(0, source.shape[1], _COLUMNS):
+            part = source[row : row + _ROWS, column : column + _COLUMNS]
+            tile = padded[: part.shape[0], : part.shape[1]]
+            tile[...] = part
+            target[column : column + _COLUMNS, row : row + _ROWS] = tile.T
 
 
-def _load_keep(parts: Sequence[np.ndarray], leaf: np.ndarray) -> None:
-    leaf[...] = parts[0].reshape(leaf.shape)
+def _load_keep(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    rows[...] = parts[0].reshape(-1, *rows.shape[1:])[start : start + len(rows)]
 
 
-def _load_linear(parts: Sequence[np.ndarray], leaf: np.ndarray) -> None:
-    _transpose(parts[0], leaf.reshape(parts[0].shape[::-1]))
+def _load_linear(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    flat = rows.reshape(-1, rows.shape[-1])
+    first = start * (len(flat) // len(rows))  # a row of a kernel that reads heads is head_dim rows of the matrix
+    _transpose(parts[0][:, first : first + len(flat)], flat)
 
 
-def _load_conv(parts: Sequence[np.ndarray], leaf: np.ndarray) -> None:
-    leaf[...] = parts[0].transpose(2, 3, 1, 0)
+def _load_conv(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    rows[...] = parts[0].transpose(2, 3, 1, 0)[start : start + len(rows)]
 
 
-def _load_qkv(parts: Sequence[np.ndarray], leaf: np.ndarray) -> None:
-    hidden, count = leaf.shape[:2]
-    for target, part in zip(leaf.reshape(hidden, count, -1).swapaxes(0, 1), parts, strict=True):
-        _transpose(part, target)
+def _load_qkv(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    targets = rows.reshape(*rows.shape[:2], -1).swapaxes(0, 1)
+    for target, part in zip(targets, parts, strict=True):
+        _transpose(part[:, start : start + len(rows)], target)
 
 
 def _dump_qkv(leaf: np.ndarray) -> list[np.ndarray]:
@@ -144,7 +153,3 @@ def export(rules: Sequence[Rule], params: Mapping[str, np.ndarray]) -> dict[str,
                 name: np.ascontiguousarray(part) for name, part in zip(names, step.rule.op.dump(leaf), strict=True)
             }
     return tensors
-
-
-def num_elements(shape: tuple[int, ...]) -> int:
-    return prod(shape)

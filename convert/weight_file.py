@@ -7,6 +7,7 @@ that becomes an ordinary error.
 import math
 import os
 import stat
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from beit_jax.errors import BeitJaxError, printable
 MAX_TENSORS = 20_000  # the largest published BEiT has under 1000
 MAX_RANK = 8
 _MAX_BYTES = 2**62
+_CHUNK = 2**20  # stays in cache between being read and being summed
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,33 @@ def _refused_kind(status: os.stat_result) -> str | None:
     if not stat.S_ISREG(status.st_mode):
         return "is not a regular file"
     return "is empty (0 bytes)" if status.st_size == 0 else None
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a record lies in a file, and its CRC-32 if the file has one."""
+
+    offset: int
+    nbytes: int
+    record: str
+    crc: int | None = None
+
+
+def read_checked(file: RandomAccessFile, extent: Extent, what: str, into: memoryview | None = None) -> None:
+    """Reads a record, into a buffer or only to sum it, and compares its CRC-32. Raises `BeitJaxError`."""
+    scratch = memoryview(bytearray(0 if into is not None else min(_CHUNK, extent.nbytes)))
+    crc = 0
+    for at in range(0, extent.nbytes, _CHUNK):
+        size = min(_CHUNK, extent.nbytes - at)
+        chunk = into[at : at + size] if into is not None else scratch[:size]
+        file.read_into(extent.offset + at, chunk, what)
+        if extent.crc is not None:
+            crc = zlib.crc32(chunk, crc)
+    if extent.crc is not None and crc != extent.crc:
+        raise BeitJaxError(
+            f"CRC mismatch in record {printable(extent.record)} of {file.label} ({what}): expected {extent.crc:08x}, "
+            f"found {crc:08x}; the file is damaged (or written with torch's checksums off): download or save it again"
+        )
 
 
 class WeightFile(ABC):

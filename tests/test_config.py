@@ -15,8 +15,7 @@ from beit_jax.heads import param_shapes
 from beit_jax.json_file import read_json
 from beit_jax.variants import VARIANTS
 
-# microsoft/unilm@768a3c8 beit/README.md and the models instantiated; 0 where no source states a number: then the count
-# is derived below from another row.
+# microsoft/unilm@768a3c8 beit/README.md and its models instantiated; the last rows are derived from these.
 PARAMETERS = {
     "beit_base_patch16_224_pt22k": 91_965_776,
     "beit_large_patch16_224_pt22k": 311_534_016,
@@ -28,8 +27,8 @@ PARAMETERS = {
     "beit_large_patch16_384": 304_998_888,
     "beit_large_patch16_512": 305_674_728,
     "beit_base_patch16_224_pt1k_800ep": 92_089_856,
-    # facebookresearch/data2vec_vision@af9a363: 86,256,720 and 304,186,816 with mask token and the (d, d) regression head
-    # that the published encoders dropped.
+    # facebookresearch/data2vec_vision@af9a363, less the mask token and the (d, d) regression head, which the published
+    # encoders dropped.
     "data2vec_vision_base": 86_256_720 - 768 - (768 * 768 + 768),
     "data2vec_vision_large": 304_186_816 - 1024 - (1024 * 1024 + 1024),
     "data2vec_vision_base_ft1k": 86_530_984,

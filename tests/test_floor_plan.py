@@ -9,12 +9,12 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module may import, at its top, only modules that stand before it. Imports inside functions are the
 # deliberate exceptions: the command line and `predict` reach the converter when they need it.
 LIBRARY = [
-    "errors", "tree", "json_file", "config", "variants", "image_config", "image_io", "images", "resize", "position", "layers", "encoder", "heads",
-    "output", "weights", "hub", "predict", "inspection", "demo", "__main__",
+    "errors", "tree", "json_file", "config", "variants", "image_config", "image_io", "images", "resize", "position",
+    "layers", "encoder", "heads", "output", "weights", "hub", "predict", "inspection", "demo", "__main__",
 ]  # fmt: skip
 CONVERT = [
-    "weight_file", "safetensors_file", "pickle_names", "pickle_machine", "pickle_container", "pickle_state", "pickle_file",
-    "shard_index", "checkpoint", "rules", "tables", "fit", "importer", "exporter", "parity",
+    "weight_file", "safetensors_file", "pickle_names", "pickle_machine", "pickle_container", "pickle_state",
+    "pickle_file", "shard_index", "checkpoint", "rules", "tables", "fit", "importer", "exporter", "parity",
 ]  # fmt: skip
 ORDER = [f"beit_jax.{name}" for name in LIBRARY] + [f"beit_jax.convert.{name}" for name in CONVERT]
 FILES = {

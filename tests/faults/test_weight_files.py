@@ -411,7 +411,7 @@ def test_code_is_refused_and_does_not_run(
     weights = {"w": 1.0 if wrapping is WRAPPINGS["raw pickle"] else torch.ones(1)}
     value = {"top": evil, "args": {"model": weights, "args": evil}, "weights": {"model": weights | {"v": evil}}}[place]
     path = write(tmp_path / "x.pth", wrapping(value, protocol))
-    refusal(path, "refused", path, named)
+    refusal(path, path, "asks to run", named)
     assert not sentinel.exists()
 
 
@@ -427,7 +427,7 @@ def test_nothing_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'sentinel')!r}, 'w')\nclass Thing: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     for pickled in (b"\x80\x02cevil_module\nThing\n.", b"\x80\x04\x8c\x0bevil_module\x8c\x05Thing\x93."):
-        refusal(write_zip(tmp_path / "x.pth", pickled, {}), "refused", "evil_module.Thing")
+        refusal(write_zip(tmp_path / "x.pth", pickled, {}), "asks to run", "evil_module.Thing")
     assert not (tmp_path / "sentinel").exists()
     assert "evil_module" not in sys.modules
 
@@ -755,7 +755,7 @@ def test_hostile_names(tmp_path: Path, name: str) -> None:
 
 def test_hostile_global_names(tmp_path: Path) -> None:
     pickled = b"\x80\x04\x8c\x03\x1b[2\x8c\x03a\nb\x93."
-    refusal(write_zip(tmp_path / "x.pth", pickled, {}), "refused", "\\x1b[2.a\\nb")
+    refusal(write_zip(tmp_path / "x.pth", pickled, {}), "asks to run", "\\x1b[2.a\\nb")
     many = b"\x80\x02" + b"".join(b"cm%d\nf\n0" % i for i in range(30)).replace(b"\n0", b"\n") + b"."
     refusal(write_zip(tmp_path / "x.pth", many, {}), "m0.f", "and 22 more")
 

@@ -195,4 +195,5 @@ def test_index(folder: Path, index: bytes) -> None:
         header = {name: entry("I16" if name == "b" else "F32", list(tensor.shape), 0, len(raw))}
         (directory / f"{name[0]}.safetensors").write_bytes(safetensors_bytes(header, raw))
     (directory / "model.safetensors.index.json").write_bytes(index)
-    assert values(directory) in (None, VALUES)
+    found = values(directory) or {}  # a whole shard can go unmentioned; that tensors are missing shows later
+    assert found.items() <= VALUES.items()

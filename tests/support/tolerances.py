@@ -1,7 +1,7 @@
-"""Every tolerance of the test suite, and why it is what it is. A failing one means: find the operation; never loosen."""
+"""Every tolerance of the test suite, and why. A failing one means: find the operation; never loosen it."""
 
 MODEL = 1e-5
-"""Largest absolute difference of any hidden state or logit (of magnitude 3 or so) of a float32 model up to base size."""
+"""Largest absolute difference of any hidden state or logit (of magnitude 3) of a float32 model up to base size."""
 
 EXPORT = 1e-6
 """Logits of a model that went to Flax and back: the tensors are the same bits, the program is the same."""

@@ -1,0 +1,86 @@
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import beit_jax
+from beit_jax.errors import BeitJaxError
+
+DIGITS = Path(str(files("beit_jax") / "digits"))
+IMAGES = sorted((DIGITS / "images").iterdir())
+
+
+@pytest.fixture(scope="module")
+def digits():  # type: ignore[no-untyped-def]
+    return beit_jax.from_pretrained(DIGITS)
+
+
+def test_classify_names_the_digit_and_sorts_by_probability(digits) -> None:  # type: ignore[no-untyped-def]
+    guesses = beit_jax.classify(*digits, IMAGES[:12], top=3)
+    assert [best[0].label for best in guesses] == [
+        "zero one two three four five six seven eight nine".split()[int(path.stem[-1])] for path in IMAGES[:12]
+    ]
+    for best in guesses:
+        probabilities = [guess.probability for guess in best]
+        assert len(best) == 3 and probabilities == sorted(probabilities, reverse=True) and sum(probabilities) <= 1.0
+
+
+def test_the_last_batch_is_padded_without_effect(digits) -> None:  # type: ignore[no-untyped-def]
+    whole = beit_jax.classify(*digits, IMAGES[:7], batch_size=7)
+    parts = beit_jax.classify(*digits, IMAGES[:7], batch_size=3)
+    for a, b in zip(whole, parts, strict=True):
+        assert [guess.index for guess in a] == [guess.index for guess in b]
+        assert np.allclose([g.probability for g in a], [g.probability for g in b], atol=1e-6)
+
+
+def test_features_are_what_the_model_pools(digits) -> None:  # type: ignore[no-untyped-def]
+    model, processor = digits
+    output = model(processor(IMAGES[:2]))
+    tokens = output.last_hidden_state
+    expected = {
+        "pooled": output.pooler_output,
+        "mean": tokens[:, 1:].mean(axis=1),
+        "cls": tokens[:, 0],
+        "tokens": tokens,
+    }
+    for pooling, value in expected.items():
+        found = beit_jax.features(model, processor, IMAGES[:2], pooling=pooling)
+        assert found.dtype == np.float32 and np.allclose(found, value, atol=1e-5)
+
+
+def test_dtype_and_sources(digits, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    from beit_jax.convert import convert
+
+    from beit_jax.hub import resolve
+
+    convert(resolve(DIGITS), tmp_path / "native")
+    native, processor = beit_jax.from_pretrained(tmp_path / "native")
+    assert processor == digits[1]
+    pixels = processor(IMAGES[:2])
+    assert np.array_equal(native(pixels).logits, digits[0](pixels).logits)
+    half, _ = beit_jax.from_pretrained(tmp_path / "native", dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("float32")}
+    assert not np.array_equal(half(pixels).logits, native(pixels).logits)
+
+
+def test_a_model_without_classifier_says_so(digits) -> None:  # type: ignore[no-untyped-def]
+    encoder = digits[0].beit
+    model = beit_jax.build_model(
+        replace(encoder.config, task="features", labels=()), nnx.to_pure_dict(nnx.state(encoder))
+    )
+    with pytest.raises(BeitJaxError, match=r"has no classifier \(its task is features\); use features"):
+        beit_jax.classify(model, digits[1], IMAGES[:1])
+    assert beit_jax.features(model, digits[1], IMAGES[:1]).shape == (1, 64)
+
+
+def test_public_names_are_all_there() -> None:
+    assert set(beit_jax.__all__) <= set(dir(beit_jax))
+    for name in beit_jax.__all__:
+        assert name == "VARIANTS" or getattr(beit_jax, name).__doc__
+    with pytest.raises(AttributeError):
+        beit_jax.nothing  # noqa: B018
