@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from beit_jax.convert.options import Options
 from beit_jax.errors import BeitJaxError, printable
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ def convert(
     dest: Positional[Annotated[Path, arg(metavar="DEST", help="Directory to create: the native checkpoint.")]],
     *,
     overwrite: bool = False,
-    allow_nonfinite: bool = False,
     json: _Json = False,
+    options: Annotated[Options, arg(name="")] = Options(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
     """Convert a PyTorch checkpoint into a native one: config.json, preprocessor_config.json, flax_model.safetensors.
@@ -83,22 +84,72 @@ def convert(
 
     Try:
       beit-jax convert microsoft/beit-large-patch16-224-pt22k beit-large
-      beit-jax convert ./downloaded-directory ./native
+      beit-jax convert beit_base_patch16_224_pt22k.pth native --image-size 384 --position-bias per_layer
 
     Args:
         overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
-        allow_nonfinite: Accept NaN and infinite weights.
     """
     from beit_jax.convert import importer
     from beit_jax.inspection import describe_plan, plan_as_dict
+    from beit_jax.output import check_destination
 
-    plan = importer.convert(
-        hub.resolve(source), dest, overwrite=overwrite, allow_nonfinite=allow_nonfinite, progress=_progress
-    )
+    check_destination(dest, overwrite=overwrite)  # before anything is downloaded
+    plan = importer.convert(hub.resolve(source), dest, options, overwrite=overwrite, progress=_progress)
     if json:
         _print_json(plan_as_dict(plan) | {"destination": str(dest)})
     else:
         _print([*describe_plan(plan), f"written      {dest}"])
+    return 0
+
+
+def export(
+    native: Positional[Annotated[Path, arg(metavar="NATIVE", help="A native checkpoint.")]],
+    dest: Positional[Annotated[Path, arg(metavar="DEST", help="Directory to create.")]],
+    *,
+    to: Literal["hf", "original", "timm"] = "hf",
+    overwrite: bool = False,
+) -> int:
+    """Give a model back to PyTorch: the inverse of convert, through the same tables, bit for bit.
+
+    hf: for transformers' from_pretrained. timm: for timm.create_model("local-dir:DEST"). original: checkpoint.pth for
+    unilm's scripts (needs torch to write).
+
+    Try:
+      beit-jax export ./native ./for-transformers
+      beit-jax export ./native ./for-timm --to timm
+
+    Args:
+        to: The layout.
+        overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
+    """
+    from beit_jax import weights
+    from beit_jax.convert import exporter
+
+    if not weights.is_native(native):
+        raise BeitJaxError(f"{printable(native)}: not a native checkpoint (no {weights.WEIGHTS}); convert it first")
+    notes = exporter.export(weights.load(native), dest, to, overwrite=overwrite)
+    _print([f"{dest}: written for {to}", *(f"note: {note}" for note in notes)])
+    return 0
+
+
+def published(*, json: _Json = False) -> int:
+    """List the published checkpoints: name, size, accuracy and where they are.
+
+    Try:
+      beit-jax list
+      beit-jax list --json
+    """
+    from dataclasses import asdict as as_dict
+
+    from beit_jax.published import PUBLISHED
+
+    if json:
+        _print_json([as_dict(row) for row in PUBLISHED])
+        return 0
+    _print_table(
+        ["name", "variant", "format", "result", "where"],
+        [[row.name, row.variant or "-", row.format, row.result or "-", row.where] for row in PUBLISHED],
+    )
     return 0
 
 
@@ -107,6 +158,7 @@ def inspect(
     *,
     tensors: bool = False,
     json: _Json = False,
+    options: Annotated[Options, arg(name="")] = Options(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
     """Say what a checkpoint is and whether it can be converted, without reading its tensors.
@@ -120,7 +172,7 @@ def inspect(
     """
     from beit_jax import inspection
 
-    found = inspection.inspect(hub.resolve(source), tensors=tensors)
+    found = inspection.inspect(hub.resolve(source), options, tensors=tensors)
     if json:
         _print_json(found.as_dict)
     else:
@@ -252,7 +304,14 @@ def features(
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
-    function.__name__: function for function in (demo, convert, inspect, parity, classify, features)
+    "demo": demo,
+    "list": published,
+    "inspect": inspect,
+    "convert": convert,
+    "parity": parity,
+    "classify": classify,
+    "features": features,
+    "export": export,
 }
 
 
@@ -298,7 +357,8 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(*head, box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: brackets in file names are no markup
-    Console().print(table)
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 200)  # a pipe has no width: cut nothing
 
 
 def _progress(total: int) -> AbstractContextManager[Callable[[int], None]]:

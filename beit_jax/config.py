@@ -20,6 +20,7 @@ PositionBias = Literal["none", "shared", "per_layer", "both"]
 Pooling = Literal["mean", "cls"]
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]
 PositionResize = Literal["bilinear", "geometric", "geometric_linear"]
+PresetName = Literal["hf", "unilm_eval", "timm"]  # of images; see `beit_jax.images.preset`
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,12 @@ class Source:
         return self.path if self.path.is_dir() else self.path.parent
 
 
+def recorded_sha256(file: Path) -> str | None:
+    """The SHA-256 of a file in the hub's cache, which keeps large files under their digest; None elsewhere."""
+    name = file.resolve().name
+    return name if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", name) else None
+
+
 def resolve(name: str | Path, *, revision: str | None = None, cache_dir: Path | None = None) -> Source:
     """The local directory or file `name`, or the files of the hub model `name`, downloaded where the cache lacks them.
 

@@ -1,10 +1,7 @@
 """`preprocessor_config.json` of transformers 4 and 5 -> the fields of an ImageProcessor."""
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 from beit_jax.errors import BeitJaxError, printable
@@ -36,20 +33,6 @@ _TYPES: Final[dict[str, dict[str, Any]]] = {
     "BeitImageProcessorFast": {},
     "BeitImageProcessorPil": {},
 }
-
-
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object in a JSON file. Raises BeitJaxError, naming the file, when it is missing or holds anything else."""
-    name, wanted = printable(os.fspath(path)), "expected a preprocessor_config.json; fetch it from the checkpoint"
-    try:
-        config = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise BeitJaxError(f"{name}: cannot be read ({error.strerror}), {wanted}") from error
-    except (ValueError, RecursionError) as error:
-        raise BeitJaxError(f"{name}: not JSON ({printable(error)}), {wanted}") from error
-    if not isinstance(config, dict):
-        raise BeitJaxError(f"{name}: holds a JSON {type(config).__name__}, not an object, {wanted}")
-    return config
 
 
 def processor_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:

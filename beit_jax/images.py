@@ -8,20 +8,22 @@ differ between them is the centre crop, hence the field `crop_rounding`.
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias, get_args
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, get_args
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from beit_jax.config import PresetName
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.image_config import RESAMPLES, ROUNDINGS, Resample, Rounding, processor_fields, read_config
+from beit_jax.image_config import RESAMPLES, ROUNDINGS, Resample, Rounding, processor_fields
 from beit_jax.image_io import MAX_PIXELS, ImageLike, load_image, open_image, to_rgb
+from beit_jax.json_file import read_json
 
 __all__ = ["HALF", "IMAGENET_MEAN", "IMAGENET_STD", "PRESETS", "ImageProcessor", "open_image", "preset", "to_rgb"]
 
-PresetName: TypeAlias = Literal["hf", "unilm_eval", "timm"]
 
 PRESETS: Final[tuple[PresetName, ...]] = get_args(PresetName)
 HALF: Final = (0.5, 0.5, 0.5)
@@ -102,6 +104,22 @@ class ImageProcessor:
             values /= np.array(self.std, np.float32)
         return values
 
+    def resized(self, size: tuple[int, int]) -> "ImageProcessor":
+        """The same steps ending in another (height, width). A crop keeps its share of the resized image.
+
+        Raises BeitJaxError for a crop of another shape than the one it replaces.
+        """
+        if self.crop is None:
+            return self if self.resize is None else replace(self, resize=size)
+        factor = size[0] / self.crop[0]
+        if size[1] != self.crop[1] * factor:
+            found, wanted = f"{self.crop[0]}x{self.crop[1]}", f"{size[0]}x{size[1]}"
+            raise BeitJaxError(f"image processor: a crop of {found} cannot become {wanted}; choose an image preset")
+        edges = self.resize if isinstance(self.resize, tuple) else (self.resize or 0,)
+        scaled = tuple(round(edge * factor) for edge in edges)
+        resize = None if self.resize is None else scaled[0] if len(scaled) == 1 else (scaled[0], scaled[1])
+        return replace(self, resize=resize, crop=size)
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], source: str = "preprocessor_config.json") -> "ImageProcessor":
         """The processor a `preprocessor_config.json` describes, as transformers' BeitImageProcessorPil computes it.
@@ -121,7 +139,7 @@ class ImageProcessor:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> "ImageProcessor":
         """`from_hf` of a JSON file. Raises BeitJaxError, naming it, when it is missing, no JSON object, or refused."""
-        return cls.from_hf(read_config(path), printable(os.fspath(path)))
+        return cls.from_hf(read_json(Path(path)), printable(os.fspath(path)))
 
     def to_hf(self) -> dict[str, Any]:
         """The `preprocessor_config.json` of this processor: `from_hf(p.to_hf()) == p`.

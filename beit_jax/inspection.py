@@ -14,7 +14,7 @@ from beit_jax.hub import Source
 from beit_jax.images import ImageProcessor
 
 if TYPE_CHECKING:
-    from beit_jax.convert import Plan
+    from beit_jax.convert import Options, Plan
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,11 @@ class Inspection:
     as_dict: dict[str, Any]
 
 
-def inspect(source: Source, *, tensors: bool = False) -> Inspection:
+def inspect(source: Source, options: "Options | None" = None, *, tensors: bool = False) -> Inspection:
     """Describes a native checkpoint or any source the converter reads.
 
     Args:
+        options: how to read a source that is converted.
         tensors: list every tensor too.
 
     Raises:
@@ -36,9 +37,9 @@ def inspect(source: Source, *, tensors: bool = False) -> Inspection:
     """
     if source.path.is_dir() and weights.is_native(source.path):
         return _native(source, tensors)
-    from beit_jax.convert import plan
+    from beit_jax.convert import Options, plan
 
-    decided = plan(source)
+    decided = plan(source, options or Options())
     with decided.checkpoint:
         listed = {name: (info.shape, str(info.dtype)) for name, info in decided.checkpoint.tensors.items()}
         found = plan_as_dict(decided) | ({"tensors": _tensors_as_dict(listed)} if tensors else {})
@@ -76,13 +77,25 @@ def _native(source: Source, tensors: bool) -> Inspection:
     dtypes = {dtype for _, dtype in listed.values()}
     lines = [
         f"source       {printable(source.name)} (native checkpoint)",
-        *(f"{key:12} {printable(value)}" for key, value in sorted(provenance.items()) if value is not None),
+        *_describe_provenance(provenance),
         *_describe_model(config, processor, dtypes),
     ]
     found = {"format": weights.FORMAT, "provenance": provenance, **_model_as_dict(config, processor)}
     if tensors:
         return Inspection([*lines, *_tensor_lines(listed)], found | {"tensors": _tensors_as_dict(listed)})
     return Inspection(lines, found)
+
+
+def _describe_provenance(provenance: Mapping[str, Any]) -> list[str]:
+    files = ", ".join(f"{name} sha256 {digest}" if digest else name for name, digest in provenance["files"].items())
+    options = ", ".join(f"{name} {value}" for name, value in provenance["options"].items())
+    told = {
+        "converted": f"from {printable(provenance['source'])} by {printable(provenance['converter'])}",
+        "revision": provenance["revision"],
+        "files": f"{printable(files, 400)} ({printable(provenance['format'])}, {printable(provenance['naming'])})",
+        "options": options,
+    }
+    return [f"{key:12} {printable(value, 500)}" for key, value in told.items() if value]
 
 
 def _describe_model(config: BeitConfig, processor: ImageProcessor, dtypes: Iterable[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """JSON from files that are not to be trusted: every complaint names the file and the key."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def read_json(path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise BeitJaxError(f"{path}: the key {printable(twice)} stands twice; keep one")
         return result
 
@@ -27,7 +28,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise BeitJaxError(f"{path}: {reason}; a model directory needs it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except BeitJaxError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of five thousand digits is a ValueError
         raise BeitJaxError(f"{path}: not JSON ({printable(error)})") from None
     if not isinstance(content, dict):
         raise BeitJaxError(f"{path}: expected a JSON object, found a {type(content).__name__}")

@@ -48,9 +48,20 @@ def bicubic_matrix(source: int, target: int) -> Matrix:
     lower = np.floor(position).astype(int)
     matrix = np.zeros((target, source))
     for tap in (-1, 0, 1, 2):
-        weight = _cubic_kernel(np.abs(position - (lower + tap)))
+        weight = _cubic_kernel(np.abs(position - (lower + tap)), -0.75)
         np.add.at(matrix, (np.arange(target), np.clip(lower + tap, 0, source - 1)), weight)
     return matrix
+
+
+def antialiased_bicubic_matrix(source: int, target: int) -> np.ndarray:
+    """torch's ``interpolate(mode="bicubic", antialias=True)`` along one axis: Pillow's kernel, a = -0.5, widened when
+    shrinking, weights normalised."""
+    scale = source / target
+    support = max(scale, 1.0)
+    centre = (np.arange(target)[:, None] + 0.5) * scale
+    distance = np.abs(np.arange(source)[None] + 0.5 - centre) / support
+    weight = np.where(distance < 2, _cubic_kernel(distance, -0.5), 0.0)
+    return np.asarray(weight / weight.sum(axis=1, keepdims=True))
 
 
 def _torch_position(source: int, target: int) -> np.ndarray:
@@ -59,9 +70,8 @@ def _torch_position(source: int, target: int) -> np.ndarray:
     return (scale * (np.arange(target, dtype=np.float32) + half) - half).astype(np.float64)
 
 
-def _cubic_kernel(distance: np.ndarray) -> np.ndarray:
+def _cubic_kernel(distance: np.ndarray, a: float) -> np.ndarray:
     """Cubic convolution (Keys 1981, eq. 4) at distances in [0, 2]."""
-    a = -0.75
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = a * (((distance - 5) * distance + 8) * distance - 4)
     return np.where(distance <= 1, near, far)
@@ -74,11 +84,26 @@ def _geometric_matrix(source: int, target: int, degree: int) -> Matrix:
     Source: microsoft/unilm@768a3c8 beit/run_class_finetuning.py, "geometric progression" (SciPy's interp2d there, which
     clamps to the border). When the table shrinks this crops its centre.
     """
-    ratio = _geometric_ratio(source, target)
-    steps = np.cumsum(ratio ** np.arange(source // 2))
-    grid = np.concatenate([-steps[::-1], [0.0], steps])
-    wanted = np.clip(np.arange(target) - target // 2, grid[0], grid[-1])
-    return np.asarray(make_interp_spline(grid, np.eye(source), k=degree)(wanted))
+    grid, wanted = geometric_grid(source, target)
+    spline = make_interp_spline(grid, np.eye(source), k=degree)
+    return np.asarray(spline(np.clip(wanted, grid[0], grid[-1])))
+
+
+def geometric_grid(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates of the source's offsets, and those wanted for the target: ``-t, ..., t`` with t = target // 2.
+
+    The sum runs as in the original, term by term: another order of additions changes the last bit. An axis that keeps
+    its size keeps its values (the original knows square tables only, and leaves equal ones alone).
+    """
+    wanted = np.arange(target) - float(target // 2)
+    if source == target:
+        return wanted, wanted
+    ratio, steps, current = _geometric_ratio(source, target), [], 1.0
+    for i in range(source // 2):
+        steps.append(current)
+        current += ratio ** (i + 1)
+    grid = np.array([*(-step for step in reversed(steps)), 0.0, *steps])
+    return grid, wanted
 
 
 def _geometric_ratio(source: int, target: int) -> float:

@@ -82,6 +82,16 @@ def save_json(directory: Path, config: BeitConfig, processor: ImageProcessor) ->
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def check_replaceable(destination: Path, source: Path | None = None) -> None:
+    """Refuses to replace a directory that holds something else than a model, or the source of what will replace it."""
+    if not destination.is_dir() or not any(destination.iterdir()):
+        return
+    if not any((destination / name).exists() for name in (CONFIG, "checkpoint.pth")):
+        raise BeitJaxError(f"{destination}: holds no model; --overwrite replaces only model directories")
+    if source is not None and source.resolve().is_relative_to(destination.resolve()):
+        raise BeitJaxError(f"{destination}: holds the source itself; choose another name")
+
+
 def load(directory: Path) -> NativeCheckpoint:
     """Reads a native checkpoint and checks every tensor against its recorded digest.
 
@@ -187,7 +197,8 @@ def write_tensors(
 
     with path.open("wb") as file:
         # The space is taken before any work is done; and pages written into allocated blocks cost a third less.
-        os.posix_fallocate(file.fileno(), 0, header_size + sum(spec.nbytes for spec in specs.values()))
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, header_size + sum(spec.nbytes for spec in specs.values()))
 
         def write(name: str) -> str:
             digest, position = xxhash.xxh3_128(), header_size + offsets[name]

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from beit_jax.convert import convert, to_torch
 from safetensors.numpy import save_file
 
+from beit_jax.convert import convert, to_torch
 from beit_jax.heads import param_shapes
 from beit_jax.hub import resolve
 from beit_jax.variants import VARIANTS

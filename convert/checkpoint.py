@@ -15,6 +15,7 @@ import numpy as np
 
 from beit_jax.errors import BeitJaxError, printable
 
+from .msgpack_file import MsgpackFile
 from .pickle_file import PickleFile
 from .safetensors_file import SafetensorsFile
 from .shard_index import INDEX_SUFFIX, ShardIndex
@@ -28,9 +29,10 @@ WEIGHT_NAMES = (
     "model.safetensors" + INDEX_SUFFIX,
     "pytorch_model.bin",
     "pytorch_model.bin" + INDEX_SUFFIX,
+    "flax_model.msgpack",
 )
 
-Kind = Literal["safetensors", "zip", "pickle"]
+Kind = Literal["safetensors", "zip", "pickle", "msgpack"]
 
 
 class Checkpoint:
@@ -94,7 +96,7 @@ def open_checkpoint(path: Path, *, prefer: str | None = None) -> Checkpoint:
 
     Args:
         path: in a directory the first of `WEIGHT_NAMES` is taken.
-        prefer: which of several sets of weights in one training checkpoint (``model_ema``).
+        prefer: which of several sets of weights in one training checkpoint: "model", "ema", or the name of an entry.
 
     Raises:
         BeitJaxError: nothing there, not weights, damaged, unsafe, or a choice between sets of weights is needed.
@@ -146,10 +148,12 @@ def _open_file(path: Path, prefer: str | None) -> WeightFile:
     file = RandomAccessFile(path)
     try:
         kind = _recognise(file)
-        if kind != "safetensors":
+        if kind in ("zip", "pickle"):
             return PickleFile(file, zipped=kind == "zip", prefer=prefer)
         if prefer is not None:
             raise BeitJaxError(f"{file.label} holds one set of weights; expected {printable(prefer)}")
+        if kind == "msgpack":
+            return MsgpackFile(file)
         part = SafetensorsFile(file)
         if path.suffix in {".bin", ".pt", ".pth"}:
             part.notes.append(f"{printable(path.name)} is a safetensors file")
@@ -177,6 +181,8 @@ def _recognise(file: RandomAccessFile) -> Kind:
             raise BeitJaxError(f"{file.label} is {description}; expected a .safetensors or PyTorch weight file")
     if is_safetensors or file.path.suffix == ".safetensors":
         return "safetensors"
+    if file.path.suffix == ".msgpack" and (head[0] & 0xF0 == 0x80 or head[0] in (0xDE, 0xDF)):  # a map
+        return "msgpack"
     raise BeitJaxError(
         f"{file.label} is not a weight file: it starts with {printable(head[:8])}; "
         "expected safetensors or a file written by torch.save"

@@ -3,6 +3,7 @@
 Nothing is guessed: every tensor of the source is used or known to be derived, every leaf is filled exactly once.
 """
 
+import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,28 +13,29 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from beit_jax.config import BeitConfig, hf_notes
+from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.heads import param_shapes
-from beit_jax.hub import Source
-from beit_jax.images import ImageProcessor, preset
-from beit_jax.json_file import read_json
+from beit_jax.hub import Source, recorded_sha256
+from beit_jax.images import ImageProcessor
 from beit_jax.output import check_destination, new_directory
 from beit_jax.weights import (
-    CONFIG,
-    PROCESSOR,
     WEIGHTS,
     LeafSpec,
     NativeCheckpoint,
     Progress,
+    check_replaceable,
     no_progress,
     save_json,
     verify,
     write_tensors,
 )
 
+from .adapt import Adaptation, adaptations
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .fit import FLOATS, check_fit
+from .identify import identify
+from .options import DEFAULT, Options
 from .rules import Step, steps
 from .tables import Naming, recognise
 
@@ -46,8 +48,11 @@ class Plan:
     """What an import will do, decided before any tensor is read.
 
     Attributes:
-        steps, specs: for every leaf of the model, what fills it, and its shape and dtype.
-        dropped: tensors of the source that are computed, not learned.
+        config: of the result.
+        steps: for every leaf of the model as it lies in the file, what fills it.
+        specs: shape and dtype of every leaf of the result.
+        adaptations: leaves of the result that are made from others, see `adapt`.
+        dropped: tensors of the source that are computed, not learned, or belong to another model around it.
         notes: lines the user should see.
     """
 
@@ -59,8 +64,10 @@ class Plan:
     prefix: str
     steps: Mapping[str, Step]
     specs: Mapping[str, LeafSpec]
+    adaptations: Mapping[str, tuple[tuple[str, ...], Adaptation]]
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
+    options: Options
 
     @property
     def nbytes(self) -> int:
@@ -73,49 +80,65 @@ class Plan:
         return {
             "source": self.source.name,
             "revision": self.source.revision,
-            "files": [file.name for file in self.checkpoint.files],
+            "files": {file.name: self._sha256(file) for file in self.checkpoint.files},
             "format": self.checkpoint.format,
             "naming": self.naming.name,
+            "options": self.options.asked(),
             "converter": f"beit-jax {__version__}",
         }
 
+    def _sha256(self, file: Path) -> str | None:
+        if not self.options.sha256:
+            return recorded_sha256(file)
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
 
-def plan(source: Source, *, processor: ImageProcessor | None = None) -> Plan:
-    """Reads names, shapes and configuration of a checkpoint in Hugging Face format and checks that they fit together.
 
-    Args:
-        processor: instead of the source's ``preprocessor_config.json``.
+def plan(source: Source, options: Options = DEFAULT) -> Plan:
+    """Reads names, shapes and configuration of a checkpoint and checks that they fit together.
 
     Raises:
-        BeitJaxError: unreadable files; a configuration of another family; tensors that are missing, unexpected, of
-            another shape than the configuration says, or not floating point. Names the file and the tensors.
+        BeitJaxError: unreadable files; a model of another family; tensors that are missing, unexpected, of another
+            shape than the configuration says, or not floating point. Names the file and the tensors.
     """
-    raw = read_json(source.directory / CONFIG)
-    notes = hf_notes(raw, file=str(source.directory / CONFIG))
-    checkpoint = open_checkpoint(source.path)
-    naming, prefix = recognise(checkpoint.tensors.keys(), str(source.path))
-    config = _complete_config(source, raw, checkpoint, prefix)
-    planned = steps(_present(naming, config, prefix), param_shapes(config))
-    dropped = tuple(name for name in checkpoint.tensors if naming.derived.search(name))
+    checkpoint = open_checkpoint(source.path, prefer=options.weights)
+    try:
+        return _plan(source, checkpoint, options)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Plan:
+    tensors = checkpoint.tensors
+    naming, prefix = recognise(tensors.keys(), str(source.path))
+    found = identify(source, checkpoint, naming, prefix, variant=options.variant, image_preset=options.image_preset)
+    shapes = param_shapes(found.config)
+    planned = steps([rule for rule in naming.rules(found.config, prefix) if rule.flax in shapes], shapes)
+    dropped, notes = _left_out(naming, prefix, tensors)
     expected = {name: shape for step in planned.values() for name, shape in step.torch_shapes()}
-    check_fit(
-        expected, checkpoint.tensors, set(dropped), config, f"{source.path}: does not fit {source.directory / CONFIG}"
+    check_fit(expected, tensors, set(dropped), found.config, str(source.path))
+    target = _target(found.config, options)
+    adapted = adaptations(found.config, target)
+    specs = {
+        path: LeafSpec(shape, _leaf_dtype([planned[name] for name in adapted.get(path, ((path,),))[0]], tensors))
+        for path, shape in param_shapes(target).items()
+    }
+    processor = (
+        found.processor.resized(target.image_size) if target.image_size != found.config.image_size else found.processor
     )
-    specs = {path: LeafSpec(step.shape, _leaf_dtype(step, checkpoint.tensors)) for path, step in planned.items()}
-    notes += [*checkpoint.notes, *_dtype_notes(planned, checkpoint.tensors)]
-    if processor is None:
-        processor, note = _processor(source, config)
-        notes += note
-    return Plan(source, config, processor, checkpoint, naming, prefix, planned, specs, dropped, tuple(notes))
+    notes = [*found.seen, *notes, *checkpoint.notes, *_dtype_notes(planned, tensors)]
+    return Plan(
+        source, target, processor, checkpoint, naming, prefix, planned, specs, adapted, dropped, tuple(notes), options
+    )
 
 
 def convert(
     source: Source,
     destination: Path,
+    options: Options = DEFAULT,
     *,
     overwrite: bool = False,
-    allow_nonfinite: bool = False,
-    processor: ImageProcessor | None = None,
     progress: Progress = no_progress,
 ) -> Plan:
     """Converts a checkpoint into a native one at `destination`, streaming: memory stays near one layer's tensors.
@@ -124,61 +147,74 @@ def convert(
 
     Args:
         overwrite: replace an existing destination, which stays whole until the new one is complete.
-        allow_nonfinite: accept NaN and infinite weights.
         progress: opened with the bytes to move, told of those done: every tensor is written once and verified once.
 
     Raises:
-        BeitJaxError: as `plan`; NaN or infinite weights; a destination that cannot be written. Nothing is left behind.
+        BeitJaxError: as `plan`; NaN or infinite weights; a destination that cannot be written, or that is no model or
+            holds the source. Nothing is left behind.
     """
     check_destination(destination, overwrite=overwrite)
-    decided = plan(source, processor=processor)
+    check_replaceable(destination, source.path)
+    decided = plan(source, options)
     with (
         decided.checkpoint,
         new_directory(destination, overwrite=overwrite, need_bytes=decided.nbytes) as directory,
         progress(2 * decided.nbytes) as advance,
     ):
-        reader = _Reader(decided, allow_nonfinite)
         save_json(directory, decided.config, decided.processor)
-        write_tensors(directory / WEIGHTS, decided.specs, reader.chunks, decided.provenance(), advance)
+        write_tensors(directory / WEIGHTS, decided.specs, _Reader(decided).chunks, decided.provenance(), advance)
         verify(directory / WEIGHTS, advance)
     return decided
 
 
-def load(source: Source, *, allow_nonfinite: bool = False) -> NativeCheckpoint:
+def load(source: Source, options: Options = DEFAULT) -> NativeCheckpoint:
     """Converts a checkpoint in memory.
 
     Raises:
         BeitJaxError: as `convert`.
     """
-    decided = plan(source)
+    decided = plan(source, options)
     with decided.checkpoint:
-        reader = _Reader(decided, allow_nonfinite)
-        params = {path: reader.leaf(path) for path in decided.steps}
+        reader = _Reader(decided)
+        params = {path: reader.leaf(path) for path in decided.specs}
     return NativeCheckpoint(decided.config, decided.processor, params, decided.provenance())
 
 
-def _complete_config(source: Source, raw: dict[str, Any], checkpoint: Checkpoint, prefix: str) -> BeitConfig:
-    """The configuration, with what ``config.json`` leaves open read from the tensors' names."""
-    names, file = checkpoint.tensors.keys(), str(source.directory / CONFIG)
-    if not raw.get("architectures"):
-        family = "Data2VecVision" if raw.get("model_type") == "data2vec-vision" else "Beit"
-        heads = {"classifier.weight": "ForImageClassification", "lm_head.weight": "ForMaskedImageModeling"}
-        raw = raw | {"architectures": [family + next((heads[name] for name in heads if name in names), "Model")]}
-    config = BeitConfig.from_hf(raw, file=file)
-    # Only names can tell whether a bare encoder that pools the mean was saved with its pooling layer.
-    if config.task == "features" and config.pooling == "mean":
-        config = replace(config, add_pooling_layer=f"{prefix}pooler.layernorm.weight" in names)
-    return config
+def _target(config: BeitConfig, options: Options) -> BeitConfig:
+    """The configuration asked for."""
+    changes: dict[str, Any] = {}
+    if options.position_bias:
+        changes["position_bias"] = options.position_bias
+    if options.position_resize:
+        changes["position_resize"] = options.position_resize
+    if options.patch_size:
+        changes["patch_size"] = _pair(options.patch_size)
+        changes["image_size"] = tuple(n * p for n, p in zip(config.grid, changes["patch_size"], strict=True))
+    if options.image_size:
+        changes["image_size"] = _pair(options.image_size)
+    return replace(config, **changes)
 
 
-def _present(naming: Naming, config: BeitConfig, prefix: str) -> Sequence[Any]:
-    shapes = param_shapes(config)
-    return [rule for rule in naming.rules(config, prefix) if rule.flax in shapes]
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
-def _leaf_dtype(step: Step, tensors: Mapping[str, TensorInfo]) -> np.dtype[Any]:
+def _left_out(naming: Naming, prefix: str, tensors: Mapping[str, TensorInfo]) -> tuple[tuple[str, ...], list[str]]:
+    """Tensors that are not this model's, and what to say about those that were learned."""
+    derived = [name for name in tensors if naming.derived.search(name)]
+    foreign = [name for name in tensors if naming.foreign.search(name)]
+    host = [name for name in tensors if prefix in naming.hosts and not name.startswith(prefix)]
+    notes = []
+    if foreign:
+        notes.append(f"{len(foreign)} tensors of heads that do not exist here left out: {printable(foreign[0])}, ...")
+    if host:
+        notes.append(f"encoder taken from {prefix!r}; {len(host)} tensors of the model around it left out")
+    return tuple(sorted({*derived, *foreign, *host})), notes
+
+
+def _leaf_dtype(steps: Sequence[Step], tensors: Mapping[str, TensorInfo]) -> np.dtype[Any]:
     """bfloat16 stays; everything else is computed and kept in float32, which holds every float16 exactly."""
-    stored = {tensors[name].dtype for names in step.layers for name in names}
+    stored = {tensors[name].dtype for step in steps for names in step.layers for name in names}
     return _BFLOAT16 if stored == {_BFLOAT16} else np.dtype(np.float32)
 
 
@@ -193,43 +229,43 @@ def _dtype_notes(planned: Mapping[str, Step], tensors: Mapping[str, TensorInfo])
     return [f"{count[np.dtype(dtype)]} tensors {what}" for dtype, what in said.items() if count[np.dtype(dtype)]]
 
 
-def _processor(source: Source, config: BeitConfig) -> tuple[ImageProcessor, list[str]]:
-    path = source.directory / PROCESSOR
-    if path.exists():
-        return ImageProcessor.from_file(path), []
-    processor = preset("hf", config.image_size)
-    return processor, [
-        f"{path}: no such file; images will be prepared as published BEiT models: {processor.describe()}"
-    ]
-
-
 class _Reader:
     """Reads planned leaves layer by layer into reused buffers, one set per thread: fresh memory costs page faults."""
 
-    def __init__(self, decided: Plan, allow_nonfinite: bool):
-        self.plan, self.allow_nonfinite = decided, allow_nonfinite
+    def __init__(self, decided: Plan):
+        self.plan, self.allow_nonfinite = decided, decided.options.allow_nonfinite
         self.buffers = threading.local()
 
     def leaf(self, path: str) -> np.ndarray:
-        """A whole leaf."""
-        step, spec = self.plan.steps[path], self.plan.specs[path]
-        out = np.empty(spec.shape, spec.dtype)
+        """A whole leaf of the result."""
+        if path in self.plan.adaptations:
+            sources, adapt = self.plan.adaptations[path]
+            return adapt({name: self.stored(name, self.plan.specs[path].dtype) for name in sources})
+        return self.stored(path, self.plan.specs[path].dtype)
+
+    def stored(self, path: str, dtype: np.dtype[Any]) -> np.ndarray:
+        """A whole leaf as it lies in the file."""
+        step = self.plan.steps[path]
+        out = np.empty(step.shape, dtype)
         for names, layer in zip(step.layers, out if step.rule.stacked else [out], strict=True):
-            step.rule.op.load(self.parts(names, spec.dtype), 0, layer)
+            step.rule.op.load(self.parts(names, dtype), 0, layer)
         return out
 
     def chunks(self, path: str) -> Iterator[np.ndarray]:
-        """A leaf in pieces of some rows of a layer, always in the same buffer."""
-        step, spec = self.plan.steps[path], self.plan.specs[path]
+        """A leaf of the result in pieces of some rows of a layer, always in the same buffer."""
+        if path in self.plan.adaptations:
+            yield self.leaf(path)
+            return
+        step, dtype = self.plan.steps[path], self.plan.specs[path].dtype
         count, *rest = step.layer_shape
-        row_bytes = LeafSpec(tuple(rest), spec.dtype).nbytes
+        row_bytes = LeafSpec(tuple(rest), dtype).nbytes
         size = max(1, _CHUNK // row_bytes)
         buffer = self.buffer("chunk", min(size, count) * row_bytes)
         for names in step.layers:
-            parts = self.parts(names, spec.dtype)
+            parts = self.parts(names, dtype)
             for start in range(0, count, size):
                 rows = min(size, count - start)
-                chunk = buffer[: rows * row_bytes].view(spec.dtype).reshape(rows, *rest)
+                chunk = buffer[: rows * row_bytes].view(dtype).reshape(rows, *rest)
                 step.rule.op.load(parts, start, chunk)
                 yield chunk
 
@@ -264,8 +300,9 @@ def _all_finite(array: np.ndarray) -> bool:
     if array.dtype == np.float32:
         # One pass at memory speed; squares of finite values overflow only beyond 1e19, and then the slow way decides.
         flat = array.reshape(-1)
-        if np.isfinite(np.dot(flat, flat)):
-            return True
+        with np.errstate(over="ignore"):
+            if np.isfinite(np.dot(flat, flat)):
+                return True
     return bool(np.isfinite(array.astype(np.float32) if array.dtype == _BFLOAT16 else array).all())
 
 

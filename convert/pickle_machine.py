@@ -17,6 +17,7 @@ from .pickle_names import (
     ITEM_SIZES,
     Forbidden,
     Global,
+    Module,
     Namespace,
     NumpyDtype,
     PickleError,
@@ -167,7 +168,7 @@ class PickleMachine:
     def _build(self, arg: object) -> None:
         state = self._stack.pop()
         match self._stack[-1], state:
-            case Namespace(values=values), dict():
+            case ((Namespace(values=values) | Module(attributes=values)), dict()):
                 self._spend(len(state))
                 values.update(state)
             case NumpyDtype() as dtype, (_, "<" | ">" | "|" as order, *_):
@@ -186,7 +187,11 @@ class PickleMachine:
                 if storage.kind not in ITEM_SIZES or self.storages.setdefault(key, storage) != storage:
                     raise PickleError(f"describes storage {key} in two ways, or as a {storage.kind}")
                 self._stack.append(storage)
-            case ("module", Forbidden() as module, *_):  # the legacy format stores a module's source beside it
+            case (
+                "module",
+                Forbidden() | Global() as module,
+                *_,
+            ):  # the legacy format keeps a module's source beside it
                 self._stack.append(module)
             case _:
                 raise PickleError("refers to a storage in a way PyTorch 0.4 and later do not write")

@@ -8,6 +8,7 @@ import datetime
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -89,6 +90,14 @@ class Namespace:
     values: dict[object, object] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Module:
+    """What a pickled `torch.nn.Module` of a class in `MODULES` held: its attributes, none of its behaviour."""
+
+    kind: str
+    attributes: dict[object, object] = field(default_factory=dict)
+
+
 @dataclass
 class NumpyDtype:
     """A numpy dtype by its code (``f8``) and byte order."""
@@ -133,6 +142,13 @@ def _latin1(args: Args) -> object:
     raise PickleError("calls _codecs.encode on something other than latin-1 text")
 
 
+def _module(kind: str, args: Args) -> object:
+    """``cls.__new__(cls)``, which is how a pickle makes any plain object; its attributes follow in BUILD."""
+    if args:
+        raise PickleError(f"makes a {kind} from arguments")
+    return Module(kind)
+
+
 def _numpy_dtype(args: Args) -> object:
     match args:
         case (str(code), *_):
@@ -154,6 +170,15 @@ def _numpy_scalar(args: Args) -> object:
             return np.frombuffer(data, np.dtype(order + code))[0].item()
     raise PickleError("holds a numpy scalar that is not a plain number")
 
+
+# The classes that make up OpenAI's ``encoder.pkl`` and ``decoder.pkl``, which are modules and not state dicts. Their
+# objects are read as records (`Module`); whatever else a pickled module needs, it is refused.
+MODULES = (
+    *("dall_e.encoder.Encoder", "dall_e.encoder.EncoderBlock", "dall_e.utils.Conv2d"),
+    *("dall_e.decoder.Decoder", "dall_e.decoder.DecoderBlock"),
+    *("torch.nn.modules.container.Sequential", "torch.nn.modules.activation.ReLU", "torch.nn.modules.linear.Identity"),
+    *("torch.nn.modules.pooling.MaxPool2d", "torch.nn.modules.upsampling.Upsample"),
+)
 
 CONSTRUCTORS: dict[str, Callable[[Args], object]] = {
     "torch._utils._rebuild_tensor": _tensor,
@@ -190,6 +215,7 @@ CONSTRUCTORS: dict[str, Callable[[Args], object]] = {
         for module in ("pathlib", "pathlib._local")
         for kind in ("Posix", "Windows", "PurePosix", "PureWindows")
     },
+    **{kind: partial(_module, kind) for kind in MODULES},
 }
 
 # Names that stand for themselves: storage types, torch dtypes and layouts, factories of a defaultdict.

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 
 from beit_jax.errors import BeitJaxError, printable
 
-from .pickle_names import Forbidden, Global, Namespace, NumpyDtype, PickledTensor, Storage, UnsupportedTensor
+from .pickle_module import module_tensors
+from .pickle_names import Forbidden, Global, Module, Namespace, NumpyDtype, PickledTensor, Storage, UnsupportedTensor
 
 WRAPPERS = ("state_dict", "model", "module", "model_ema", "state_dict_ema")
+SETS = {"model": ("state_dict", "model", "module"), "ema": ("model_ema", "state_dict_ema")}
+"""The trained weights and their moving average, whatever a training loop called them."""
+
 _MAX_VALUES = 10_000  # settings kept of one entry
 _MAX_DEPTH = 32
 _MAX_ENTRIES = 100
@@ -33,24 +37,31 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
     """Finds the one state dict in the object that a pickle held.
 
     Args:
-        top: a state dict, or a dict that has one under one of `WRAPPERS`.
-        prefer: the wrapper to take where several hold tensors.
+        top: a state dict, or a dict that has one under one of `WRAPPERS`, nested or not, or a module
+            (see `module_tensors`).
+        prefer: what to take where several hold tensors: the name of a wrapper, or one of `SETS`.
         label: the file, for messages.
 
     Raises:
         BeitJaxError: no state dict; several and no (or another) preference; an entry in it that is not a tensor.
     """
+    if isinstance(top, Module) and prefer in (None, "model"):
+        return State(module_tensors(top, label), {}, (f"weights taken from a pickled {top.kind}; nothing was run",))
     if not isinstance(top, dict):
         raise BeitJaxError(f"{label} holds a {_kind(top)}; expected a state dict of tensors")
-    wrappers = [key for key in WRAPPERS if _holds_tensors(top.get(key))]
+    wrappers = [key for key in WRAPPERS if _wraps_tensors(top.get(key))]
     notes: list[str] = []
     if wrappers:
         wrapper = _choose(wrappers, prefer, label)
         notes.append(f"weights taken from {wrapper!r}")
         beside = {key: value for key, value in top.items() if key != wrapper}
         mapping = top[wrapper]
+        while not _holds_tensors(mapping):  # BEiT v2 files: "module" within "model"
+            wrapper = _choose([key for key in WRAPPERS if _wraps_tensors(mapping.get(key))], None, label)
+            notes.append(f"and from {wrapper!r} in it")
+            mapping = mapping[wrapper]
     else:
-        if prefer is not None:
+        if prefer is not None and prefer != "model":
             raise BeitJaxError(f"{label} holds one state dict without a wrapper; expected {printable(prefer)}")
         beside = {key: value for key, value in top.items() if not isinstance(value, Tensor)}
         mapping = {key: value for key, value in top.items() if isinstance(value, Tensor)}
@@ -67,13 +78,23 @@ def _holds_tensors(value: object) -> bool:
     return isinstance(value, dict) and any(isinstance(entry, Tensor) for entry in value.values())
 
 
+def _wraps_tensors(value: object, depth: int = 4) -> bool:
+    if _holds_tensors(value):
+        return True
+    return isinstance(value, dict) and depth > 0 and any(_wraps_tensors(value.get(key), depth - 1) for key in WRAPPERS)
+
+
 def _choose(wrappers: list[str], prefer: str | None, label: str) -> str:
-    if prefer is None and len(wrappers) == 1:
+    if prefer in SETS:
+        wrappers = [key for key in wrappers if key in SETS[prefer]] or wrappers
+        if len(wrappers) == 1 and wrappers[0] in SETS[prefer]:
+            return wrappers[0]
+    elif prefer in wrappers:
+        return str(prefer)
+    elif prefer is None and len(wrappers) == 1:
         return wrappers[0]
-    if prefer in wrappers:
-        return prefer
     found = " and ".join(repr(key) for key in wrappers)
-    wanted = "choose one of them" if prefer is None else f"expected {printable(prefer)}"
+    wanted = "choose one of them (--weights model or ema)" if prefer is None else f"expected {printable(prefer)}"
     raise BeitJaxError(f"{label} holds weights under {found}: {wanted}")
 
 
@@ -157,6 +178,6 @@ def _kind(value: object) -> str:
             return f"{printable(kind)} tensor"
         case Storage():
             return "storage without a tensor"
-        case Global(name=name) | Forbidden(name=name):
+        case Global(name=name) | Forbidden(name=name) | Module(kind=name):
             return printable(name)
     return type(value).__name__

@@ -67,6 +67,20 @@ def _load_qkv(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None
         _transpose(part[:, start : start + len(rows)], target)
 
 
+def _load_fused(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    _transpose(parts[0][:, start : start + len(rows)], rows.reshape(len(rows), -1))
+
+
+def _load_flax_qkv(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    for target, part in zip(rows.reshape(*rows.shape[:2], -1).swapaxes(0, 1), parts, strict=True):
+        target[...] = part[start : start + len(rows)]
+
+
+def _dump_flax_qkv(leaf: np.ndarray) -> list[np.ndarray]:
+    hidden, count = leaf.shape[:2]
+    return list(leaf.reshape(hidden, count, -1).swapaxes(0, 1))
+
+
 def _dump_qkv(leaf: np.ndarray) -> list[np.ndarray]:
     hidden, count = leaf.shape[:2]
     return [part.T for part in leaf.reshape(hidden, count, -1).swapaxes(0, 1)]
@@ -86,6 +100,16 @@ CONV = Op(_load_conv, lambda leaf: [leaf.transpose(3, 2, 0, 1)])
 
 QKV = Op(_load_qkv, _dump_qkv)
 """Three torch Linears [heads * head_dim, in] <-> [in, 3, heads, head_dim]."""
+
+
+FUSED_QKV = Op(_load_fused, lambda leaf: [leaf.reshape(len(leaf), -1).T])
+"""One torch Linear [3 * heads * head_dim, in], queries first <-> [in, 3, heads, head_dim]."""
+
+FLAX_QKV = Op(_load_flax_qkv, _dump_flax_qkv)
+"""Three Flax kernels [in, heads * head_dim] <-> [in, 3, heads, head_dim]."""
+
+FLAX_HEADS = Op(_load_keep, lambda leaf: [leaf.reshape(-1, leaf.shape[-1])])
+"""Flax kernel [heads * head_dim, out] <-> [heads, head_dim, out]."""
 
 
 @dataclass(frozen=True)

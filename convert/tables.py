@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 
-from .rules import CONV, FLAT, LINEAR, QKV, Op, Rule
+from .rules import CONV, FLAT, FLAX_HEADS, FLAX_QKV, FUSED_QKV, KEEP, LINEAR, QKV, Op, Rule
 
 _TABLE = "relative_position_bias.relative_position_bias_table"
 
@@ -89,6 +89,47 @@ def _renamed(rules: Sequence[Rule], renames: Sequence[tuple[str, str]]) -> tuple
     return tuple(replace(rule, torch=tuple(map(rename, rule.torch))) for rule in rules)
 
 
+# The original code (unilm's BEiT, BEiT v2 and DiT, data2vec_vision), and timm, which kept its names.
+_UNILM_BACKBONE: tuple[Rule, ...] = (
+    _rule("cls_token", "embeddings/cls_token"),
+    _rule("mask_token", "embeddings/mask_token"),
+    _rule("pos_embed", "embeddings/position_embeddings"),
+    _rule("patch_embed.proj.weight", "embeddings/patch_kernel", CONV),
+    _rule("patch_embed.proj.bias", "embeddings/patch_bias"),
+    _rule("rel_pos_bias.relative_position_bias_table", "shared_bias_table"),
+    *_affine("blocks.{i}.norm1", "blocks/norm1"),
+    _rule("blocks.{i}.attn.qkv.weight", "blocks/attention/qkv_kernel", FUSED_QKV),
+    _rule("blocks.{i}.attn.q_bias", "blocks/attention/q_bias", FLAT),
+    _rule("blocks.{i}.attn.v_bias", "blocks/attention/v_bias", FLAT),
+    _rule("blocks.{i}.attn.relative_position_bias_table", "blocks/attention/bias_table"),
+    _rule("blocks.{i}.attn.proj.weight", "blocks/attention/out_kernel", LINEAR),
+    _rule("blocks.{i}.attn.proj.bias", "blocks/attention/out_bias"),
+    _rule("blocks.{i}.gamma_1", "blocks/gamma_1"),
+    *_affine("blocks.{i}.norm2", "blocks/norm2"),
+    *_linear("blocks.{i}.mlp.fc1", "blocks/mlp/fc1"),
+    *_linear("blocks.{i}.mlp.fc2", "blocks/mlp/fc2"),
+    _rule("blocks.{i}.gamma_2", "blocks/gamma_2"),
+    *_affine("norm", "norm"),
+    *_affine("fc_norm", "pooler_norm"),
+)
+_UNILM_HEADS: tuple[Rule, ...] = (
+    *_affine("norm", "norm"),
+    *_linear("lm_head", "lm_head"),
+    *_linear("head", "classifier"),
+)
+
+# transformers 4's FlaxBeit, ``flax_model.msgpack``: the torch names with Flax's leaf names and layouts.
+_FLAX_OPS = {QKV: FLAX_QKV, LINEAR: KEEP, CONV: KEEP}
+
+
+def _flax_names(rule: Rule) -> Rule:
+    leaf = rule.flax.rpartition("/")[2].rpartition("_")[2]  # kernel, scale, bias, or a tensor with a name of its own
+    known = leaf if leaf in ("kernel", "scale", "bias") else None
+    names = tuple(name.replace(".weight", f".{known}") if known else name for name in rule.torch)
+    op = FLAX_HEADS if rule.flax.endswith("out_kernel") else _FLAX_OPS.get(rule.op, rule.op)
+    return Rule(tuple(name.replace(".", "/") for name in names), rule.flax, op)
+
+
 @dataclass(frozen=True)
 class Naming:
     """How one source names its tensors.
@@ -96,7 +137,9 @@ class Naming:
     Attributes:
         marker: a tensor that every file of this naming has and no other naming has, without prefix.
         prefixes: what may stand before backbone names.
+        hosts: prefixes under which other models (DPT, MiDaS) keep a BEiT encoder; the rest of such a file is theirs.
         derived: matches tensors that are computed, not learned, and are therefore left out.
+        foreign: matches learned tensors of heads that exist nowhere here; left out and told.
     """
 
     name: str
@@ -104,7 +147,9 @@ class Naming:
     heads: tuple[Rule, ...]
     marker: str
     prefixes: tuple[str, ...]
-    derived: re.Pattern[str] = re.compile(r"(^|\.)relative_position_index$")
+    hosts: tuple[str, ...] = ()
+    derived: re.Pattern[str] = re.compile(r"(^|[./])relative_position_index$")
+    foreign: re.Pattern[str] = re.compile(r"(?!)")
 
     def rules(self, config: BeitConfig, prefix: str) -> list[Rule]:
         """The rules for a model: torch names with `prefix`, Flax paths as `beit_jax.heads.MODELS` lays them out."""
@@ -117,21 +162,49 @@ class Naming:
 
     def own_prefix(self, config: BeitConfig) -> str:
         """The prefix this source itself would write for the model."""
-        if config.task == "features":
+        if config.task == "features" or self.prefixes == ("",):
             return ""
-        return next(prefix for prefix in self.prefixes if prefix.startswith(config.model_type.replace("-", "_")))
+        family = config.model_type.replace("-", "_")
+        found = [prefix for prefix in self.prefixes if prefix.startswith(family)]
+        if not found:
+            raise BeitJaxError(f"{self.name} has no {config.model_type} models")
+        return found[0]
 
 
-HF = Naming("transformers", _HF_BACKBONE, _HF_HEADS, "encoder.layer.0.attention.attention.query.weight",
-            ("beit.", "data2vec_vision.", ""))  # fmt: skip
+HF = Naming(
+    name="transformers",
+    backbone=_HF_BACKBONE,
+    heads=_HF_HEADS,
+    marker="encoder.layer.0.attention.attention.query.weight",
+    prefixes=("beit.", "data2vec_vision.", ""),
+    hosts=("backbone.",),
+)
 HF5 = replace(
     HF,
     name="transformers 5 in memory",
     backbone=_renamed(_HF_BACKBONE, _HF5_RENAMES),
     marker="layers.0.attention.q_proj.weight",
+    hosts=("backbone.beit.", "backbone."),
+)
+UNILM = Naming(
+    name="original (unilm, data2vec_vision) and timm",
+    backbone=_UNILM_BACKBONE,
+    heads=_UNILM_HEADS,
+    marker="blocks.0.attn.qkv.weight",
+    prefixes=("",),
+    hosts=("pretrained.model.", "backbone.", "encoder."),
+    # BEiT v2's second prediction from an intermediate layer (beit2/modeling_pretrain.py).
+    foreign=re.compile(r"^cls_pt_(layers|norm|lm_head)\."),
+)
+FLAX = Naming(
+    name="transformers 4 FlaxBeit",
+    backbone=tuple(map(_flax_names, _HF_BACKBONE)),
+    heads=tuple(map(_flax_names, _HF_HEADS)),
+    marker="encoder/layer/0/attention/attention/query/kernel",
+    prefixes=("beit/", ""),
 )
 
-NAMINGS = (HF, HF5)
+NAMINGS = (HF, HF5, UNILM, FLAX)
 
 
 def recognise(names: Collection[str], file: str) -> tuple[Naming, str]:
@@ -141,11 +214,9 @@ def recognise(names: Collection[str], file: str) -> tuple[Naming, str]:
         BeitJaxError: no naming fits, showing a few of the names.
     """
     for naming in NAMINGS:
-        for prefix in naming.prefixes:
+        for prefix in (*naming.prefixes, *naming.hosts):
             if prefix + naming.marker in names:
                 return naming, prefix
     shown = ", ".join(printable(name, 60) for name in sorted(names)[:3])
     known = ", ".join(naming.name for naming in NAMINGS)
-    raise BeitJaxError(
-        f"{file}: no BEiT names found (known: {known}); the file holds {len(names)} tensors: {shown}, ..."
-    )
+    raise BeitJaxError(f"{file}: no BEiT names (known: {known}) among those of its {len(names)} tensors: {shown}, ...")

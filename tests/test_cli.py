@@ -112,7 +112,7 @@ def test_parity_names_the_first_stage_that_differs(
         (["classify", DIGITS, DIGITS / "config.json"], "config.json"),
         (["features", DIGITS, IMAGES[0], "-o", "features.csv"], "features.csv: expected a name ending in .npz"),
         (["inspect", DIGITS, "--revision", "main"], "a revision was given, but this is a local path"),
-        (["inspect", DIGITS / "images"], "config.json: no such file"),
+        (["inspect", DIGITS / "images"], "images holds no weights: expected one of model.safetensors"),
     ],
 )
 def test_mistakes_are_one_line(

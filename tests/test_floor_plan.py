@@ -9,16 +9,22 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module may import, at its top, only modules that stand before it. Imports inside functions are the
 # deliberate exceptions: the command line and `predict` reach the converter when they need it.
 LIBRARY = [
-    "errors", "tree", "json_file", "config", "variants", "image_config", "image_io", "images", "resize", "position",
-    "layers", "encoder", "heads", "output", "weights", "hub", "predict", "inspection", "demo", "__main__",
+    "errors", "tree", "json_file", "config", "variants", "published", "image_config", "image_io", "images", "resize",
+    "position", "layers", "encoder", "heads", "output", "weights", "dvae", "vqkd", "tokenizer", "hub", "predict",
+    "inspection", "demo",
 ]  # fmt: skip
 CONVERT = [
-    "weight_file", "safetensors_file", "pickle_names", "pickle_machine", "pickle_container", "pickle_state",
-    "pickle_file", "shard_index", "checkpoint", "rules", "tables", "fit", "importer", "exporter", "parity",
+    "options", "weight_file", "safetensors_file", "msgpack_file", "pickle_names", "pickle_machine", "pickle_container",
+    "pickle_module", "pickle_state", "pickle_file", "shard_index", "checkpoint", "rules", "tables", "fit", "identify",
+    "adapt", "importer", "exporter", "tokenizers", "parity",
 ]  # fmt: skip
-ORDER = [f"beit_jax.{name}" for name in LIBRARY] + [f"beit_jax.convert.{name}" for name in CONVERT]
+ORDER = [
+    *(f"beit_jax.{name}" for name in LIBRARY),
+    *(f"beit_jax.convert.{name}" for name in CONVERT),
+    "beit_jax.__main__",
+]
 FILES = {
-    f"beit_jax.{name}": ROOT / "beit_jax" / f"{name}.py" for name in LIBRARY
+    f"beit_jax.{name}": ROOT / "beit_jax" / f"{name}.py" for name in [*LIBRARY, "__main__"]
 } | {f"beit_jax.convert.{name}": ROOT / "convert" / f"{name}.py" for name in CONVERT}  # fmt: skip
 
 

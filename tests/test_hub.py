@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 import fake_hub
 import huggingface_hub
 import pytest
-from beit_jax.convert.checkpoint import open_checkpoint
 from fake_hub import FakeHub, Request
 
+from beit_jax.convert.checkpoint import open_checkpoint
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import WEIGHT_FILES, Source, resolve
 from beit_jax.weights import CONFIG, PROCESSOR, WEIGHTS, read_metadata
@@ -459,7 +459,7 @@ def test_convert_takes_a_hub_name_and_records_the_commit(tmp_path: Path, cache: 
     assert set(names_below(tmp_path / "native")) == {CONFIG, PROCESSOR, WEIGHTS}
     provenance = json.loads(read_metadata(tmp_path / "native" / WEIGHTS)["provenance"])
     assert (provenance["source"], provenance["revision"]) == ("org/digits", commit)
-    assert provenance["files"] == ["model.safetensors"]
+    assert list(provenance["files"]) == ["model.safetensors"]
 
 
 def test_convert_of_an_unknown_model_is_one_line_and_writes_nothing(tmp_path: Path, cache: Path) -> None:

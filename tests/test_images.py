@@ -526,8 +526,8 @@ def test_from_hf_refuses_in_one_line(tmp_path: Path, config: dict[str, Any], nam
         (b"\xff\xfe\xfa", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b'{"size": ' + b"9" * 5000 + b"}", "not JSON"),
-        (b"[224, 224]", "a JSON list"),
-        (b"null", "a JSON NoneType"),
+        (b"[224, 224]", "found a list"),
+        (b"null", "found a NoneType"),
     ],
 )
 def test_from_file_refuses_what_is_not_a_json_object(tmp_path: Path, content: bytes, expected: str) -> None:
@@ -542,7 +542,7 @@ def test_from_file(tmp_path: Path) -> None:
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(SLOW_V4))
     assert ImageProcessor.from_file(path) == ImageProcessor.from_hf(SLOW_V4)
-    assert "No such file" in refusal(ImageProcessor.from_file, tmp_path / "absent.json")
+    assert "no such file" in refusal(ImageProcessor.from_file, tmp_path / "absent.json")
     assert "Is a directory" in refusal(ImageProcessor.from_file, tmp_path)
 
 

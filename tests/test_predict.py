@@ -55,7 +55,6 @@ def test_features_are_what_the_model_pools(digits) -> None:  # type: ignore[no-u
 
 def test_dtype_and_sources(digits, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     from beit_jax.convert import convert
-
     from beit_jax.hub import resolve
 
     convert(resolve(DIGITS), tmp_path / "native")

@@ -14,9 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from beit_jax.convert.checkpoint import open_checkpoint
 from safetensors.torch import save_file
 from weight_files import Strided, entry, read_all, refusal, safetensors_bytes, torch_pickle, write_zip
+
+from beit_jax.convert.checkpoint import open_checkpoint
 
 DTYPES = {
     torch.float32: np.dtype(np.float32),

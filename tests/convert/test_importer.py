@@ -1,5 +1,6 @@
 """Every way a Hugging Face directory may lie on disk gives the same parameters; what does not fit is named."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 import reference
 import torch
-from beit_jax.convert import convert, load, plan
 from safetensors.numpy import save_file
 
 from beit_jax import weights
+from beit_jax.convert import Options, convert, load, plan
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import Source, resolve
+from beit_jax.inspection import inspect
 
 Tensors = dict[str, np.ndarray]
 OPTIONS = reference.TINY | reference.BIAS["both"] | {"num_labels": 5}
@@ -225,3 +227,12 @@ def test_absolute_positions_of_another_size(tmp_path: Path) -> None:
     config = json.loads((directory / "config.json").read_text()) | {"image_size": 64}
     (directory / "config.json").write_text(json.dumps(config))
     assert "The file has 16 positions, image_size and patch_size say 64" in rejected(resolve(directory))
+
+
+def test_sha256_is_recorded_when_asked(source: Path, tmp_path: Path) -> None:
+    digest = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
+    convert(resolve(source), tmp_path / "native", Options(sha256=True))
+    provenance = weights.load(tmp_path / "native").provenance
+    assert provenance["files"] == {"model.safetensors": digest} and provenance["options"] == {"sha256": True}
+    lines = "\n".join(inspect(resolve(tmp_path / "native")).lines)
+    assert digest in lines and f"from {source} by beit-jax" in lines and "options      sha256 True" in lines

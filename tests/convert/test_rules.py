@@ -5,12 +5,12 @@ from itertools import product
 import ml_dtypes
 import numpy as np
 import pytest
-from beit_jax.convert.rules import CONV, FLAT, KEEP, LINEAR, QKV, Op, Rule, export, steps
-from beit_jax.convert.tables import NAMINGS, recognise
 from hypothesis import given
 from hypothesis import strategies as st
 
 from beit_jax.config import BeitConfig
+from beit_jax.convert.rules import CONV, FLAT, KEEP, LINEAR, QKV, Op, Rule, export, steps
+from beit_jax.convert.tables import NAMINGS, recognise
 from beit_jax.errors import BeitJaxError
 from beit_jax.heads import param_shapes
 from beit_jax.variants import VARIANTS
@@ -106,5 +106,7 @@ def test_export_is_contiguous_and_stacked_by_layer() -> None:
 
 
 def test_unknown_names_are_shown() -> None:
-    with pytest.raises(BeitJaxError, match=r"^model.bin: no BEiT names found .* holds 2 tensors: evil\\x1b\[0m, x, "):
+    with pytest.raises(
+        BeitJaxError, match=r"^model.bin: no BEiT names .* among those of its 2 tensors: evil\\x1b\[0m, x, "
+    ):
         recognise({"x", "evil\x1b[0m"}, "model.bin")

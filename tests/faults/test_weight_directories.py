@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from beit_jax.convert.checkpoint import open_checkpoint
 from safetensors.torch import save_file
 from weight_files import read_all, refusal
+
+from beit_jax.convert.checkpoint import open_checkpoint
 
 SHARDS = {
     "model-00001-of-00002.safetensors": {"a": torch.zeros(2), "b": torch.ones(3)},

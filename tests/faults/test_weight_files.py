@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from beit_jax.convert.checkpoint import open_checkpoint
 from safetensors.torch import save_file
 from weight_files import Strided, entry, read_all, refusal, safetensors_bytes, torch_pickle, write_zip
 
+from beit_jax.convert.checkpoint import open_checkpoint
 from beit_jax.errors import BeitJaxError
 
 LEGACY = {"_use_new_zipfile_serialization": False}
@@ -581,6 +581,10 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "text length in 8 bytes": (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7fab.", "expected 9223372036854775807 bytes"),
     "settings that double 64 times": (
         b"\x80\x02}(" + _W + b"U\x04args]q\x40" + b"".join(b"h%c\x86q%c" % (64 + i, 65 + i) for i in range(64)) + b"u.",
+        "args (tuple) ignored",
+    ),
+    "settings that double 30 times": (  # not deep enough to be refused for depth
+        b"\x80\x02}(" + _W + b"U\x04args]q\x40" + b"".join(b"h%c\x86q%c" % (64 + i, 65 + i) for i in range(30)) + b"u.",
         "args (tuple) ignored",
     ),
     "keys that hash slowly": (b"\x80\x02})q\x00" + b"h\x00\x86q\x00" * 64 + b"Ns.", "key of type tuple"),

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from beit_jax.convert.checkpoint import open_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from weight_files import entry, read_all, safetensors_bytes, write_zip
 
+from beit_jax.convert.checkpoint import open_checkpoint
 from beit_jax.errors import BeitJaxError
 
 fuzz = settings(

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import reference
 import torch
-from beit_jax.convert import load
 
+from beit_jax.convert import load
 from beit_jax.heads import Model, build_model
 from beit_jax.hub import resolve
 from beit_jax.tree import unflatten

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import reference
 import torch
-from beit_jax.convert import load, to_torch
 from safetensors.numpy import load_file, save_file
 from tolerances import EXPORT
 
+from beit_jax.convert import load, to_torch
 from beit_jax.hub import resolve
 
 CASES = [

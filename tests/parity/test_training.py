@@ -10,10 +10,10 @@ import optax
 import pytest
 import reference
 import torch
-from beit_jax.convert import to_torch
 from flax import nnx
 from tolerances import GRADIENT, STEP
 
+from beit_jax.convert import to_torch
 from beit_jax.heads import Model
 from beit_jax.tree import flatten, unflatten
 

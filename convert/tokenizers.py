@@ -1,0 +1,340 @@
+"""PyTorch tokenizers to Flax and back: DALL-E's two networks, and BEiT v2's VQ-KD.
+
+To add a naming, write its rules below and add a `TokenizerNaming` to `NAMINGS`; detection, checking, import and export
+follow from it. What a model is, is read from the shapes of its tensors: these files come without a configuration.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beit_jax.dvae import DvaeDecoderConfig, DvaeEncoderConfig
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.hub import Source
+from beit_jax.output import check_destination, new_directory
+from beit_jax.tokenizer import TokenizerCheckpoint, TokenizerConfig, save_tokenizer, tokenizer_shapes
+from beit_jax.vqkd import VqkdConfig
+
+from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .fit import FLOATS
+from .rules import CONV, LINEAR, Rule, Step, export, steps
+from .tables import UNILM
+
+_HEAD_DIM = 64  # of every published model; no tensor's shape tells it
+_GRID = 14  # tokens along each side of BEiT's 224 pixels
+_SHOWN = 10  # tensors named in a message
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _shape(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
+    """The shape of a tensor without which nothing can be said."""
+    found = shapes.get(name)
+    if found is None or len(found) != rank:
+        raise BeitJaxError(f"expected a tensor {name} of {rank} dimensions, found {list(found) if found else 'none'}")
+    return found
+
+
+def _count(shapes: Shapes, name: str, start: int) -> int:
+    """How many tensors are called `name`, which has a ``{}``, with numbers from `start` on without a gap."""
+    return next(i for i in itertools.count() if name.format(start + i) not in shapes)
+
+
+# --- DALL-E -----------------------------------------------------------------------------------------------------------
+
+
+def _dvae_rules(config: DvaeEncoderConfig | DvaeDecoderConfig) -> list[Rule]:
+    """Names as in ``dall_e.Encoder().state_dict()``; convolutions there call their tensors w and b."""
+    names = {"blocks.input": "input", "blocks.output.conv": "output"}
+    groups, blocks = range(1, config.group_count + 1), range(1, config.n_blk_per_group + 1)
+    for group, block in itertools.product(groups, blocks):
+        theirs, ours = f"blocks.group_{group}.block_{block}", f"group_{group}/block_{block}"
+        names |= {f"{theirs}.res_path.conv_{i}": f"{ours}/conv_{i}" for i in (1, 2, 3, 4)}
+        names[f"{theirs}.id_path"] = f"{ours}/shortcut"
+    return [
+        rule
+        for theirs, ours in names.items()
+        for rule in (Rule((f"{theirs}.w",), f"{ours}/kernel", CONV), Rule((f"{theirs}.b",), f"{ours}/bias"))
+    ]
+
+
+def _dvae_config(shapes: Shapes) -> DvaeEncoderConfig | DvaeDecoderConfig:
+    first_out, first_in, size, _ = _shape(shapes, "blocks.input.w", 4)
+    last_out, last_in, _, _ = _shape(shapes, "blocks.output.conv.w", 4)
+    groups = _count(shapes, "blocks.group_{}.block_1.res_path.conv_1.w", 1)
+    blocks = _count(shapes, "blocks.group_1.block_{}.res_path.conv_1.w", 1)
+    if size == 1:  # the encoder begins with 7 x 7 pixels, the decoder with single tokens
+        return DvaeDecoderConfig(
+            n_init=first_out, n_hid=last_in, vocab_size=first_in, group_count=groups, n_blk_per_group=blocks,
+            output_channels=last_out // 2,
+        )  # fmt: skip
+    config = DvaeEncoderConfig(
+        n_hid=first_out, vocab_size=last_out, group_count=groups, n_blk_per_group=blocks, input_channels=first_in,
+    )  # fmt: skip
+    return replace(config, image_size=(_GRID * config.stride, _GRID * config.stride))
+
+
+# transformers' FlavaImageCodebook is the same encoder under other names.
+
+
+def _flava_rules(config: DvaeEncoderConfig) -> list[Rule]:
+    return [replace(rule, torch=tuple(map(_to_flava, rule.torch))) for rule in _dvae_rules(config)]
+
+
+def _flava_config(shapes: Shapes) -> DvaeEncoderConfig:
+    config = _dvae_config({_from_flava(name): shape for name, shape in shapes.items()})
+    if isinstance(config, DvaeDecoderConfig):
+        raise BeitJaxError("expected the encoder: its first convolution has 7 x 7 pixels")
+    return config
+
+
+def _to_flava(name: str) -> str:
+    name = re.sub(r"(group_\d+)\.", r"\1.group.", name).replace("res_path.", "res_path.path.")
+    return name.removesuffix(".w") + ".weight" if name.endswith(".w") else name.removesuffix(".b") + ".bias"
+
+
+def _from_flava(name: str) -> str:
+    name = name.replace(".group.", ".").replace("res_path.path.", "res_path.")
+    return name.removesuffix("eight") if name.endswith(".weight") else name.removesuffix("ias")
+
+
+# --- BEiT v2's VQ-KD --------------------------------------------------------------------------------------------------
+
+_VQKD_RULES = (
+    *(
+        replace(rule, torch=tuple(f"{part}.{name}" for name in rule.torch), flax=f"{part}/{rule.flax}")
+        for part in ("encoder", "decoder")
+        for rule in UNILM.backbone
+    ),
+    *(
+        rule
+        for part in ("encode_task", "decode_task")
+        for theirs, ours in ((f"{part}_layer.0", f"{part}/fc1"), (f"{part}_layer.2", f"{part}/fc2"))
+        for rule in (Rule((f"{theirs}.weight",), f"{ours}/kernel", LINEAR), Rule((f"{theirs}.bias",), f"{ours}/bias"))
+    ),
+    Rule(("quantize.embedding.weight",), "codebook/embedding"),
+    Rule(("quantize.cluster_size",), "codebook/usage"),
+    Rule(("quantize.embedding.cluster_size",), "codebook/cluster_size"),
+    Rule(("quantize.embedding.embed_avg",), "codebook/embedding_average"),
+    Rule(("quantize.embedding.initted",), "codebook/initialised"),
+)
+
+
+def _vqkd_rules(config: VqkdConfig) -> list[Rule]:
+    """Names as in unilm's ``VQKD``: two of its transformers, two heads and the codebook."""
+    return list(_VQKD_RULES)
+
+
+def _vqkd_config(shapes: Shapes) -> VqkdConfig:
+    _, _, *patch = _shape(shapes, "encoder.patch_embed.proj.weight", 4)
+    side = math.isqrt(max(_shape(shapes, "encoder.pos_embed", 3)[1] - 1, 0))  # another count does not fit later on
+    vocab_size, codebook_dim = _shape(shapes, "quantize.embedding.weight", 2)
+    decoder = {f"decoder_{name}": value for name, value in _transformer(shapes, "decoder").items()}
+    return VqkdConfig(
+        image_size=(side * patch[0], side * patch[1]),
+        patch_size=(patch[0], patch[1]),
+        vocab_size=vocab_size,
+        codebook_dim=codebook_dim,
+        target_size=_shape(shapes, "decode_task_layer.2.weight", 2)[0],
+        **_transformer(shapes, "encoder"),
+        **decoder,
+    )
+
+
+def _transformer(shapes: Shapes, part: str) -> dict[str, int]:
+    intermediate_size, hidden_size = _shape(shapes, f"{part}.blocks.0.mlp.fc1.weight", 2)
+    if hidden_size % _HEAD_DIM:
+        raise BeitJaxError(f"{part}: expected a hidden size in multiples of {_HEAD_DIM}, found {hidden_size}")
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": _count(shapes, f"{part}.blocks.{{}}.norm1.weight", 0),
+        "num_attention_heads": hidden_size // _HEAD_DIM,
+        "intermediate_size": intermediate_size,
+    }
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenizerNaming:
+    """How one source names a tokenizer's tensors.
+
+    Attributes:
+        kinds: the configurations of the models it can hold.
+        marker: a tensor that every file of this naming has and no other naming has.
+        config: the model, from the shapes of its tensors.
+        rules: for a configuration, its table.
+        derived: matches tensors that are no part of the tokenizer, and are therefore left out.
+    """
+
+    name: str
+    kinds: tuple[type[TokenizerConfig], ...]
+    marker: str
+    config: Callable[[Shapes], TokenizerConfig]
+    rules: Callable[[Any], list[Rule]]
+    derived: re.Pattern[str] = re.compile(r"(?!)")
+
+
+DALL_E = TokenizerNaming("dall_e", (DvaeEncoderConfig, DvaeDecoderConfig), "blocks.input.w", _dvae_config, _dvae_rules)
+FLAVA = TokenizerNaming(
+    "transformers FlavaImageCodebook", (DvaeEncoderConfig,), "blocks.input.weight", _flava_config, _flava_rules
+)
+VQKD = TokenizerNaming(
+    "unilm VQ-KD",
+    (VqkdConfig,),
+    "quantize.embedding.weight",
+    _vqkd_config,
+    _vqkd_rules,
+    re.compile(r"(loss|teacher|scaling)"),  # the training's teacher and its input scaling
+)
+NAMINGS = (DALL_E, FLAVA, VQKD)
+
+
+def load(source: Source, *, prefer: str | None = None, allow_nonfinite: bool = False) -> TokenizerCheckpoint:
+    """Converts a tokenizer, or DALL-E's decoder, in memory, in float32.
+
+    Args:
+        source: a state dict in any container that `open_checkpoint` reads, or one of OpenAI's pickled modules, of which
+            nothing is run.
+        prefer: which of several sets of weights in one training checkpoint (``model_ema``).
+        allow_nonfinite: accept NaN and infinite weights.
+
+    Raises:
+        BeitJaxError: an unreadable file; names of no tokenizer; tensors that are missing, unexpected, of another shape,
+            not floating point, NaN or infinite.
+    """
+    with open_checkpoint(source.path, prefer=prefer) as checkpoint:
+        naming = _recognise(checkpoint)
+        config = _config(naming, checkpoint)
+        planned = steps(naming.rules(config), tokenizer_shapes(config))
+        dropped = {name for name in checkpoint.tensors if naming.derived.match(name)}
+        _check_fit(checkpoint, planned, dropped)
+        params = {path: _leaf(checkpoint, step, allow_nonfinite) for path, step in planned.items()}
+        return TokenizerCheckpoint(config, params, _provenance(source, checkpoint, naming))
+
+
+def convert(
+    source: Source,
+    destination: Path,
+    *,
+    overwrite: bool = False,
+    prefer: str | None = None,
+    allow_nonfinite: bool = False,
+) -> TokenizerCheckpoint:
+    """`load` into a native tokenizer at `destination`, which appears when it is complete and verified.
+
+    Args:
+        overwrite: replace an existing destination, which stays whole until the new one is complete.
+
+    Raises:
+        BeitJaxError: as `load`; a destination that cannot be written. Nothing is left behind.
+    """
+    check_destination(destination, overwrite=overwrite)
+    checkpoint = load(source, prefer=prefer, allow_nonfinite=allow_nonfinite)
+    need_bytes = sum(leaf.nbytes for leaf in checkpoint.params.values())
+    with new_directory(destination, overwrite=overwrite, need_bytes=need_bytes) as directory:
+        save_tokenizer(directory, checkpoint)
+    return checkpoint
+
+
+def to_torch(
+    config: TokenizerConfig, params: Mapping[str, np.ndarray], naming: TokenizerNaming | None = None
+) -> dict[str, np.ndarray]:
+    """The flat parameters of a tokenizer as torch tensors by name, contiguous, under the names of its first source.
+
+    What comes out of a converted checkpoint equals the float32 tensors it was converted from bit for bit.
+
+    Raises:
+        BeitJaxError: `naming` has no such model.
+    """
+    chosen = naming or next(naming for naming in NAMINGS if type(config) in naming.kinds)
+    if type(config) not in chosen.kinds:
+        raise BeitJaxError(f"{chosen.name} has no {config.model_type}; leave the naming out")
+    return export(chosen.rules(config), params)
+
+
+def _recognise(checkpoint: Checkpoint) -> TokenizerNaming:
+    for naming in NAMINGS:
+        if naming.marker in checkpoint.tensors:
+            return naming
+    shown = ", ".join(printable(name, 60) for name in list(checkpoint.tensors)[:3])
+    known = ", ".join(naming.name for naming in NAMINGS)
+    raise BeitJaxError(
+        f"{printable(checkpoint.path, 1024)}: no tokenizer's names found (known: {known}); "
+        f"the file holds {len(checkpoint.tensors)} tensors: {shown}, ..."
+    )
+
+
+def _config(naming: TokenizerNaming, checkpoint: Checkpoint) -> TokenizerConfig:
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items() if not naming.derived.match(name)}
+    try:
+        return naming.config(shapes)
+    except BeitJaxError as error:
+        raise BeitJaxError(f"{printable(checkpoint.path, 1024)}: not a {naming.name} tokenizer: {error}") from None
+
+
+def _check_fit(checkpoint: Checkpoint, planned: Mapping[str, Step], dropped: set[str]) -> None:
+    """Compares names, shapes and dtypes; no tensor is read."""
+    expected = {name: shape for step in planned.values() for name, shape in step.torch_shapes()}
+    found = checkpoint.tensors
+    problems = [
+        f"{printable(name)} expected {_described(expected.get(name))} found {_described(found.get(name))}"
+        for name in sorted(expected.keys() | (found.keys() - dropped))
+        if name not in found or found[name].shape != expected.get(name) or found[name].dtype not in FLOATS
+    ]
+    if problems:
+        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise BeitJaxError(
+            f"{printable(checkpoint.path, 1024)}: {len(problems)} tensors do not fit the rest: "
+            f"{'; '.join(problems[:_SHOWN])}{more}. Use the published file, or one saved by the same code"
+        )
+
+
+def _described(tensor: TensorInfo | tuple[int, ...] | None) -> str:
+    match tensor:
+        case None:
+            return "nothing"
+        case TensorInfo(shape=shape, dtype=dtype):
+            return f"{list(shape)} of {dtype}"
+        case shape:
+            return f"{list(shape)}"
+
+
+def _leaf(checkpoint: Checkpoint, step: Step, allow_nonfinite: bool) -> np.ndarray:
+    """A whole leaf, stacked where its blocks are."""
+    out = np.empty(step.shape, np.float32)
+    for names, layer in zip(step.layers, out if step.rule.stacked else [out], strict=True):
+        step.rule.op.load([_tensor(checkpoint, name, allow_nonfinite) for name in names], 0, layer)
+    return out
+
+
+def _tensor(checkpoint: Checkpoint, name: str, allow_nonfinite: bool) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        tensor = checkpoint.read(name).astype(np.float32, copy=False)
+    if not allow_nonfinite and not np.isfinite(tensor).all():
+        raise BeitJaxError(
+            f"{printable(checkpoint.path, 1024)}: {printable(name)}: holds NaN or infinite values, or such beyond the "
+            "range of float32; repair the file, or pass --allow-nonfinite"
+        )
+    return tensor
+
+
+def _provenance(source: Source, checkpoint: Checkpoint, naming: TokenizerNaming) -> dict[str, Any]:
+    """What the native checkpoint records about its origin."""
+    from beit_jax import __version__
+
+    return {
+        "source": source.name,
+        "revision": source.revision,
+        "files": [file.name for file in checkpoint.files],
+        "format": checkpoint.format,
+        "naming": naming.name,
+        "converter": f"beit-jax {__version__}",
+    }
