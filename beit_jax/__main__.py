@@ -85,16 +85,28 @@ def convert(
     Try:
       beit-jax convert microsoft/beit-large-patch16-224-pt22k beit-large
       beit-jax convert beit_base_patch16_224_pt22k.pth native --image-size 384 --position-bias per_layer
+      beit-jax convert encoder.pkl dvae-encoder
 
     Args:
         overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
     """
-    from beit_jax.convert import importer
-    from beit_jax.inspection import describe_plan, plan_as_dict
+    from beit_jax.convert import importer, tokenizers
+    from beit_jax.inspection import describe_plan, describe_tokenizer, plan_as_dict
     from beit_jax.output import check_destination
 
     check_destination(dest, overwrite=overwrite)  # before anything is downloaded
-    plan = importer.convert(hub.resolve(source), dest, options, overwrite=overwrite, progress=_progress)
+    where = hub.resolve(source)
+    if tokenizers.is_tokenizer(where, prefer=options.weights):
+        tokenizer = tokenizers.convert(
+            where, dest, overwrite=overwrite, prefer=options.weights, allow_nonfinite=options.allow_nonfinite
+        )
+        found = describe_tokenizer(tokenizer)
+        if json:
+            _print_json(found.as_dict | {"destination": str(dest)})
+        else:
+            _print([*found.lines, f"written      {dest}"])
+        return 0
+    plan = importer.convert(where, dest, options, overwrite=overwrite, progress=_progress)
     if json:
         _print_json(plan_as_dict(plan) | {"destination": str(dest)})
     else:

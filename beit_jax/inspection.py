@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from beit_jax.errors import printable
 from beit_jax.heads import param_shapes
 from beit_jax.hub import Source
 from beit_jax.images import ImageProcessor
+from beit_jax.tokenizer import TokenizerCheckpoint, is_native_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from beit_jax.convert import Options, Plan
@@ -36,14 +37,33 @@ def inspect(source: Source, options: "Options | None" = None, *, tensors: bool =
         BeitJaxError: whatever would stop it from being loaded or converted.
     """
     if source.path.is_dir() and weights.is_native(source.path):
+        if is_native_tokenizer(source.path):
+            return describe_tokenizer(read_tokenizer(source.path))
         return _native(source, tensors)
-    from beit_jax.convert import Options, plan
+    from beit_jax.convert import Options, plan, tokenizers
 
-    decided = plan(source, options or Options())
+    options = options or Options()
+    if tokenizers.is_tokenizer(source, prefer=options.weights):
+        return describe_tokenizer(
+            tokenizers.load(source, prefer=options.weights, allow_nonfinite=options.allow_nonfinite)
+        )
+    decided = plan(source, options)
     with decided.checkpoint:
         listed = {name: (info.shape, str(info.dtype)) for name, info in decided.checkpoint.tensors.items()}
         found = plan_as_dict(decided) | ({"tensors": _tensors_as_dict(listed)} if tensors else {})
         return Inspection([*describe_plan(decided), *(_tensor_lines(listed) if tensors else ())], found)
+
+
+def describe_tokenizer(checkpoint: TokenizerCheckpoint) -> Inspection:
+    """What a converted tokenizer is."""
+    config = asdict(checkpoint.config)
+    parameters = sum(leaf.size for leaf in checkpoint.params.values())
+    lines = [
+        *_describe_provenance(checkpoint.provenance),
+        f"model        {checkpoint.config.model_type}, {parameters:,} parameters",
+        f"config       {', '.join(f'{name} {value}' for name, value in config.items())}",
+    ]
+    return Inspection(lines, {"provenance": checkpoint.provenance, "parameters": parameters, "config": config})
 
 
 def describe_plan(plan: "Plan") -> list[str]:

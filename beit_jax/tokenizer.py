@@ -100,6 +100,11 @@ def tokenizer_shapes(config: TokenizerConfig) -> Mapping[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in flatten(abstract_tokenizer(config)[1]).items()}
 
 
+def is_native_tokenizer(directory: Path) -> bool:
+    """Whether a native checkpoint holds a tokenizer, by its ``config.json``."""
+    return read_json(directory / CONFIG).get("model_type") in _CONFIGS
+
+
 def build_tokenizer(config: TokenizerConfig, params: Nested, *, dtype: DTypeLike = jnp.float32) -> TokenizerModel:
     """The model with these (nested) parameters; works inside `jax.jit` as well."""
     return nnx.merge(abstract_tokenizer(config, dtype=dtype)[0], params)

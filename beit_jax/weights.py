@@ -25,7 +25,7 @@ from beit_jax.images import ImageProcessor
 WEIGHTS, CONFIG, PROCESSOR = "flax_model.safetensors", "config.json", "preprocessor_config.json"
 FORMAT = "beit-jax 1"
 _DTYPES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
-_CHUNK = 1 << 18  # bytes read and hashed at a time: they stay in a core's cache in between
+_CHUNK = 1 << 20  # bytes read and hashed at a time: they stay in a core's cache in between
 
 Advance = Callable[[int], None]  # called with the number of bytes done since the last call
 Progress = Callable[[int], AbstractContextManager[Advance]]  # called with the number of bytes in all

@@ -291,7 +291,7 @@ class _Reader:
         """A flat uint8 buffer of `size` bytes; valid until this thread asks for one of the same name again."""
         have: np.ndarray | None = getattr(self.buffers, name, None)
         if have is None or have.nbytes < size:
-            have = np.empty(size, np.uint8)
+            have = np.empty(max(size, 1 << 23), np.uint8)
             setattr(self.buffers, name, have)
         return have[:size]
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from beit_jax.dvae import DvaeDecoderConfig, DvaeEncoderConfig
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.hub import Source
+from beit_jax.hub import Source, recorded_sha256
 from beit_jax.output import check_destination, new_directory
 from beit_jax.tokenizer import TokenizerCheckpoint, TokenizerConfig, save_tokenizer, tokenizer_shapes
 from beit_jax.vqkd import VqkdConfig
@@ -197,6 +197,16 @@ VQKD = TokenizerNaming(
 NAMINGS = (DALL_E, FLAVA, VQKD)
 
 
+def is_tokenizer(source: Source, *, prefer: str | None = None) -> bool:
+    """Whether the tensors of a checkpoint are named as a tokenizer's.
+
+    Raises:
+        BeitJaxError: an unreadable file.
+    """
+    with open_checkpoint(source.path, prefer=prefer) as checkpoint:
+        return any(naming.marker in checkpoint.tensors for naming in NAMINGS)
+
+
 def load(source: Source, *, prefer: str | None = None, allow_nonfinite: bool = False) -> TokenizerCheckpoint:
     """Converts a tokenizer, or DALL-E's decoder, in memory, in float32.
 
@@ -333,8 +343,9 @@ def _provenance(source: Source, checkpoint: Checkpoint, naming: TokenizerNaming)
     return {
         "source": source.name,
         "revision": source.revision,
-        "files": [file.name for file in checkpoint.files],
+        "files": {file.name: recorded_sha256(file) for file in checkpoint.files},
         "format": checkpoint.format,
         "naming": naming.name,
+        "options": {},
         "converter": f"beit-jax {__version__}",
     }

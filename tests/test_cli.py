@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from beit_jax.__main__ import COMMANDS, main
 
@@ -150,3 +151,19 @@ def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     heavy, took = run.stdout.rsplit(maxsplit=1)
     assert heavy.strip() == "set()" and float(took) < 0.5
+
+
+def test_tokenizers_convert_and_inspect_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from beit_jax.convert import tokenizers
+    from beit_jax.dvae import DvaeEncoderConfig
+    from beit_jax.tokenizer import tokenizer_shapes
+
+    config = DvaeEncoderConfig(n_hid=8, vocab_size=16, n_blk_per_group=1)
+    rng = np.random.default_rng(0)
+    params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in tokenizer_shapes(config).items()}
+    save_file(tokenizers.to_torch(config, params), tmp_path / "encoder.safetensors")
+    output(capsys, "convert", tmp_path / "encoder.safetensors", tmp_path / "native")
+    before = json.loads(output(capsys, "inspect", tmp_path / "encoder.safetensors", "--json"))
+    after = json.loads(output(capsys, "inspect", tmp_path / "native", "--json"))
+    assert before == after and after["config"]["vocab_size"] == 16
+    assert "dall" in output(capsys, "inspect", tmp_path / "native").lower()

@@ -97,7 +97,7 @@ def test_state_dicts(classes: Classes, tmp_path: Path, wrapper: str | None, opti
     torch.save({wrapper: tensors, "epoch": 3} if wrapper else tensors, tmp_path / "encoder.pt", **options)
     checkpoint = assert_holds(tmp_path / "encoder.pt", tensors)
     assert checkpoint.config == DvaeEncoderConfig(n_hid=8, vocab_size=24, n_blk_per_group=1)
-    assert checkpoint.provenance["naming"] == "dall_e" and checkpoint.provenance["files"] == ["encoder.pt"]
+    assert checkpoint.provenance["naming"] == "dall_e" and checkpoint.provenance["files"] == {"encoder.pt": None}
 
 
 def test_safetensors_and_half_precision(classes: Classes, tmp_path: Path) -> None:

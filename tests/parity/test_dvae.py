@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tolerances import MODEL
+from tolerances import HALF, MARGIN, MODEL
 
 from beit_jax.convert import tokenizers
 from beit_jax.dvae import DvaeDecoder, DvaeEncoder, DvaeEncoderConfig, map_pixels, unmap_pixels
@@ -19,12 +19,6 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.tokenizer import build_tokenizer, tokenizer_shapes
 from beit_jax.tree import unflatten
-
-MARGIN = 1e-4
-"""Between the two largest logits: a token above it is no matter of rounding."""
-
-HALF = 2e-3
-"""Of the largest logit: a few of float16's roundings (2^-11 each) in another order."""
 
 SMALL = {"n_hid": 16, "vocab_size": 96, "n_blk_per_group": 1}
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tolerances import MODEL
+from tolerances import MARGIN, MODEL
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,9 +18,6 @@ from beit_jax.hub import resolve
 from beit_jax.tokenizer import build_tokenizer
 from beit_jax.tree import unflatten
 from beit_jax.vqkd import VqkdConfig, VqkdTokenizer
-
-MARGIN = 1e-4
-"""Between the two least distances: a token above it is no matter of rounding."""
 
 
 class TorchBlock(nn.Module):

@@ -20,3 +20,9 @@ SPLINE = 1e-12
 
 BFLOAT16 = 0.05
 """Largest difference of a bfloat16 model's logits over the largest logit: eight bits of mantissa, a few layers."""
+
+MARGIN = 1e-4
+"""Between the best and the second best visual token: above it, which one is best is no matter of rounding."""
+
+HALF = 2e-3
+"""Of the largest logit of a float16 model: a few of its roundings (2^-11 each) in another order."""
