@@ -41,6 +41,7 @@ from .tables import Naming, recognise
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _CHUNK = 1 << 21  # bytes laid out, hashed and written at a time: they stay in a core's cache between the three
+_HUGE = 1 << 23  # bytes from which on NumPy's memory surely comes in huge pages, where the system has them
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,7 @@ class _Reader:
         """A flat uint8 buffer of `size` bytes; valid until this thread asks for one of the same name again."""
         have: np.ndarray | None = getattr(self.buffers, name, None)
         if have is None or have.nbytes < size:
-            have = np.empty(max(size, 1 << 23), np.uint8)
+            have = np.empty(max(size, _HUGE), np.uint8)
             setattr(self.buffers, name, have)
         return have[:size]
 

@@ -1,1 +1,1 @@
-"""Training."""
+"""Training. Nothing is here yet: the sharded loop, its objectives and recipes will be."""
