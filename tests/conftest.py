@@ -16,3 +16,15 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+ON_REQUEST = {"hub": "needs a network, downloads gigabytes", "slow": "takes minutes"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What cannot run everywhere, or takes long, runs by its marker's name only."""
+    for marker, reason in ON_REQUEST.items():
+        skip = pytest.mark.skip(reason=f"{reason}; run: pytest -m {marker}")
+        for item in items if marker not in config.getoption("markexpr") else ():
+            if item.get_closest_marker(marker):
+                item.add_marker(skip)
