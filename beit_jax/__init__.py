@@ -4,11 +4,12 @@
 >>> model, processor = beit_jax.from_pretrained("facebook/data2vec-vision-base-ft1k")
 >>> logits = model(processor("cat.jpg")).logits
 
-Models     BeitModel, BeitForMaskedImageModeling, BeitForImageClassification, BeitOutput
+Models     BeitModel, BeitForMaskedImageModeling, BeitForImageClassification, BeitForSemanticSegmentation, BeitBackbone,
+           BeitOutput
 Describing BeitConfig, VARIANTS
 Loading    from_pretrained, build_model, NativeCheckpoint, load, save
 Images     ImageProcessor, preset, open_image
-Using      classify, features
+Using      classify, features, segment
 Errors     BeitJaxError
 
 `beit_jax.convert` holds the converter and the parity check. Names are imported when first used: the command line
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from beit_jax.heads import BeitForImageClassification, BeitForMaskedImageModeling, build_model
     from beit_jax.images import ImageProcessor, open_image, preset
     from beit_jax.predict import classify, features, from_pretrained
+    from beit_jax.segmentation import segment
+    from beit_jax.segmenter import BeitBackbone, BeitForSemanticSegmentation
     from beit_jax.variants import VARIANTS
     from beit_jax.weights import NativeCheckpoint, load, save
 
@@ -36,8 +39,10 @@ _HOME = {
     "BeitModel": "encoder",
     "BeitOutput": "encoder",
     "BeitJaxError": "errors",
+    "BeitBackbone": "segmenter",
     "BeitForImageClassification": "heads",
     "BeitForMaskedImageModeling": "heads",
+    "BeitForSemanticSegmentation": "segmenter",
     "build_model": "heads",
     "ImageProcessor": "images",
     "open_image": "images",
@@ -48,13 +53,16 @@ _HOME = {
     "NativeCheckpoint": "weights",
     "load": "weights",
     "save": "weights",
+    "segment": "segmentation",
 }
 
 __all__ = [
     "VARIANTS",
+    "BeitBackbone",
     "BeitConfig",
     "BeitForImageClassification",
     "BeitForMaskedImageModeling",
+    "BeitForSemanticSegmentation",
     "BeitJaxError",
     "BeitModel",
     "BeitOutput",
@@ -68,6 +76,7 @@ __all__ = [
     "open_image",
     "preset",
     "save",
+    "segment",
 ]
 
 

@@ -16,7 +16,10 @@ from beit_jax.convert.options import Options
 from beit_jax.errors import BeitJaxError, printable
 
 if TYPE_CHECKING:
+    from beit_jax.heads import Model
     from beit_jax.hub import Source
+    from beit_jax.images import ImageProcessor
+    from beit_jax.segmentation import Inference
 
 _SourceName = Annotated[
     str,
@@ -45,6 +48,39 @@ class Hub:
         from beit_jax.hub import resolve
 
         return resolve(name, revision=self.revision, cache_dir=self.cache_dir)
+
+
+@dataclass(frozen=True)
+class Segmenting:
+    """How images are cut, scaled and averaged. By default as the checkpoint records."""
+
+    slide: bool = False
+    """Windows of the model's native size, a third of them overlapping; the default where proportions are kept."""
+    whole: bool = False
+    """The whole image at once; the default where the checkpoint's images have the native size."""
+    as_trained: bool = False
+    """Prepare images as BEiT was trained for ADE20K (ImageNet's mean, proportions kept), not as the checkpoint says."""
+    scales: tuple[float, ...] = (1.0,)
+    """Average over these sizes: 0.5 0.75 1 1.25 1.5 1.75 in the published multi-scale results."""
+    flip: bool = False
+    """Average over the mirrored image too."""
+    batch_size: int = 2
+    """Windows computed at once."""
+
+    def load(self, checkpoint: str, hub: Hub) -> "tuple[Model, ImageProcessor, Inference]":
+        """The model, the processor and the options, checked."""
+        from beit_jax import predict
+        from beit_jax.images import ade20k_processor
+        from beit_jax.segmentation import Inference
+
+        if self.slide and self.whole:
+            raise BeitJaxError("--slide and --whole were both given; give one")
+        mode: Literal["slide", "whole"] | None = "slide" if self.slide else "whole" if self.whole else None
+        how = Inference(mode, scales=self.scales, flip=self.flip, batch_size=self.batch_size)
+        model, processor = predict.from_pretrained(checkpoint, revision=hub.revision, cache_dir=hub.cache_dir)
+        if model.config.task != "semantic_segmentation":
+            raise BeitJaxError(f"{checkpoint}: does not segment (its task is {model.config.task})")
+        return model, ade20k_processor(min(model.config.image_size)) if self.as_trained else processor, how
 
 
 def demo(*, out: Path = Path("beit-jax-demo"), json: _Json = False) -> int:
@@ -315,6 +351,106 @@ def features(
     return 0
 
 
+def segment(
+    checkpoint: Positional[_SourceName],
+    image: Positional[Annotated[Path, arg(metavar="IMAGE", help="Image file.")]],
+    *,
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None,
+    mask: Path | None = None,
+    opacity: float = 0.5,
+    json: _Json = False,
+    how: Annotated[Segmenting, arg(name="")] = Segmenting(),
+    hub: Annotated[Hub, arg(name="")] = Hub(),
+) -> int:
+    """Name the class of every pixel of an image: a picture with a legend, a label map, or both.
+
+    Try:
+      beit-jax segment microsoft/beit-base-finetuned-ade-640-640 room.jpg -o room-classes.png
+      beit-jax segment ./native room.jpg --mask labels.png --as-trained --json
+
+    Args:
+        output: Picture to write: the image under the colours of its classes, and their names and areas.
+        mask: PNG to write: the number of its class for every pixel.
+        opacity: Of the colours, 0 to 1.
+    """
+    from beit_jax import pictures
+    from beit_jax.image_io import open_image
+    from beit_jax.label_maps import write_label_map
+    from beit_jax.output import new_file
+    from beit_jax.segmentation import segment as run
+
+    if output is None and mask is None and not json:
+        raise BeitJaxError("nothing to write: give --output PICTURE, --mask FILE or --json")
+    if output is not None and output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise BeitJaxError(f"{output}: expected a name ending in .png, .jpg or .webp")
+    if mask is not None and mask.suffix.lower() != ".png":
+        raise BeitJaxError(f"{mask}: expected a name ending in .png")
+    if not 0.0 <= opacity <= 1.0:
+        raise BeitJaxError(f"opacity {opacity}: expected 0 to 1")
+    picture = open_image(image)
+    model, processor, options = how.load(checkpoint, hub)
+    labels, names = run(model, processor, picture, options), model.config.labels
+    found = pictures.areas(labels, names)
+    if output is not None:
+        kind = {".png": "PNG", ".webp": "WEBP"}.get(output.suffix.lower(), "JPEG")
+        with new_file(output) as partial:
+            pictures.overlay(picture, labels, names, opacity=opacity).save(partial, format=kind)
+    if mask is not None:
+        with new_file(mask) as partial:
+            write_label_map(labels, partial)
+    if json:
+        _print_json({"image": str(image), "height": labels.shape[0], "width": labels.shape[1],
+                     "classes": [asdict(area) for area in found]})  # fmt: skip
+        return 0
+    _print_table(["class", "area"], [[printable(area.label, 60), f"{100 * area.share:.1f} %"] for area in found])
+    _print([f"written      {printable(path, 1024)}" for path in (output, mask) if path is not None])
+    return 0
+
+
+def evaluate(
+    checkpoint: Positional[_SourceName],
+    *,
+    images: Path,
+    annotations: Path,
+    labels_from_zero: bool = False,
+    json: _Json = False,
+    how: Annotated[Segmenting, arg(name="")] = Segmenting(),
+    hub: Annotated[Hub, arg(name="")] = Hub(),
+) -> int:
+    """Segment a folder of images and score the result against annotations: mIoU, mAcc and aAcc, as mmseg counts them.
+
+    Try:
+      beit-jax evaluate ./native --images ADE/images/validation --annotations ADE/annotations/validation --as-trained
+      beit-jax evaluate ./native --images DIR --annotations DIR --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --as-trained
+
+    Args:
+        images: Folder of images.
+        annotations: Folder of PNG files with a class number for every pixel, named as their images.
+        labels_from_zero: Annotations count classes from 0, and 255 is no class; ADE20K's own count from 1, and 0 is
+            no class.
+    """
+    from beit_jax.train import evaluate as scoring
+
+    scoring.paired(images, annotations)  # before a checkpoint is fetched for nothing
+    model, processor, options = how.load(checkpoint, hub)
+    scores = scoring.evaluate_folders(
+        model, processor, images, annotations, options, reduce=not labels_from_zero, progress=_image_progress
+    )
+    if json:
+        _print_json(scores.as_dict())
+        return 0
+    rows = [
+        [
+            printable(row["label"], 60),
+            *("" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("iou", "accuracy")),
+        ]
+        for row in scores.as_dict()["classes"]
+    ]
+    _print_table(["class", "IoU %", "accuracy %"], rows)
+    _print(scoring.describe(scores))
+    return 0
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "demo": demo,
     "list": published,
@@ -323,6 +459,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "parity": parity,
     "classify": classify,
     "features": features,
+    "segment": segment,
+    "evaluate": evaluate,
     "export": export,
 }
 
@@ -386,6 +524,37 @@ def _progress(total: int) -> AbstractContextManager[Callable[[int], None]]:
     def run() -> Iterator[Callable[[int], None]]:
         with bar:
             task = bar.add_task("converting and verifying", total=total)
+            yield lambda done: bar.update(task, advance=done)
+
+    return run()
+
+
+def _image_progress(total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar of images done, with their rate and the time left, on a terminal; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:.2f} images/s")
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
+
+    @contextmanager
+    def run() -> Iterator[Callable[[int], None]]:
+        with bar:
+            task = bar.add_task("segmenting", total=total)
             yield lambda done: bar.update(task, advance=done)
 
     return run()

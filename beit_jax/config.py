@@ -15,11 +15,12 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.json_file import Fields, read_json
 
 ModelType = Literal["beit", "data2vec-vision"]
-Task = Literal["features", "masked_image_modeling", "image_classification"]
+Task = Literal["features", "masked_image_modeling", "image_classification", "semantic_segmentation", "backbone"]
 PositionBias = Literal["none", "shared", "per_layer", "both"]
 Pooling = Literal["mean", "cls"]
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]
 PositionResize = Literal["bilinear", "geometric", "geometric_linear"]
+FeatureTaps = Literal["original", "hf"]
 PresetName = Literal["hf", "unilm_eval", "timm"]  # of images; see `beit_jax.images.preset`
 
 
@@ -41,6 +42,13 @@ class BeitConfig:
         layer_scale_init_value: initial layer scale; 0 means the model has none.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0 at the first.
         labels: class names in index order.
+        out_indices: of segmentation (four) and backbones: the blocks whose outputs are used, as `feature_taps` counts.
+        feature_taps: "original": i is the output of the 0-based block i, as the models were trained. "hf": what
+            transformers reads for i, which is the output of block i in a backbone, counted from 1, but of block i - 1
+            in segmentation: two earlier than the original.
+        add_fpn, reshape_hidden_states: of backbones: maps at strides 4, 8, 16, 32 (for a patch of 16) instead of all at
+            the patch's; maps without the class token instead of token sequences with it.
+        pool_scales, auxiliary_*, semantic_loss_ignore_index: of segmentation, as in transformers.
 
     Raises:
         BeitJaxError: for values that describe no model.
@@ -70,6 +78,17 @@ class BeitConfig:
     initializer_range: float = 0.02
     vocab_size: int = 8192
     labels: tuple[str, ...] = ()
+    out_indices: tuple[int, ...] = ()
+    feature_taps: FeatureTaps = "original"
+    add_fpn: bool = False
+    reshape_hidden_states: bool = True
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    use_auxiliary_head: bool = True
+    auxiliary_channels: int = 256
+    auxiliary_num_convs: int = 1
+    auxiliary_concat_input: bool = False
+    auxiliary_loss_weight: float = 0.4
+    semantic_loss_ignore_index: int = 255
 
     def __post_init__(self) -> None:
         positive = ("num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -86,6 +105,35 @@ class BeitConfig:
             raise BeitJaxError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
         if any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
             raise BeitJaxError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.task in ("semantic_segmentation", "backbone"):
+            self._check_taps()
+        if self.task == "semantic_segmentation":
+            self._check_segmentation()
+
+    def _check_taps(self) -> None:
+        states, last = self.tapped_states, self.num_hidden_layers
+        count = 4 if self.task == "semantic_segmentation" or self.add_fpn else None
+        _require(
+            len(states) == (count or max(1, len(states)))
+            and all(0 <= state <= last for state in states)
+            and list(states) == sorted(set(states)),
+            "out_indices",
+            f"{'four' if count else 'some'} growing indices of the {last} blocks",
+            list(self.out_indices),
+        )
+
+    def _check_segmentation(self) -> None:
+        _require(self.num_labels > 0, "labels", "the names of the classes", "none")
+        _require(
+            len(self.pool_scales) > 0 and min(self.pool_scales) > 0,
+            "pool_scales",
+            "positive integers",
+            list(self.pool_scales),
+        )
+        _require(self.auxiliary_channels > 0, "auxiliary_channels", "a positive integer", self.auxiliary_channels)
+        _require(self.auxiliary_num_convs > 0, "auxiliary_num_convs", "a positive integer", self.auxiliary_num_convs)
+        weight = self.auxiliary_loss_weight
+        _require(math.isfinite(weight) and weight >= 0, "auxiliary_loss_weight", "a finite number >= 0", weight)
 
     @property
     def head_dim(self) -> int:
@@ -111,6 +159,12 @@ class BeitConfig:
     @property
     def has_pooler(self) -> bool:
         return self.task == "image_classification" or (self.task == "features" and self.add_pooling_layer)
+
+    @property
+    def tapped_states(self) -> tuple[int, ...]:
+        """`out_indices` as hidden states: 0 the embeddings, i the output of the i-th block, counted from 1."""
+        offset = 1 if self.feature_taps == "original" else -1 if self.task == "semantic_segmentation" else 0
+        return tuple(index + offset for index in self.out_indices)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, file: str = "config.json") -> "BeitConfig":
@@ -149,6 +203,8 @@ _CLASS_SUFFIX: Mapping[Task, str] = {
     "features": "Model",
     "masked_image_modeling": "ForMaskedImageModeling",
     "image_classification": "ForImageClassification",
+    "semantic_segmentation": "ForSemanticSegmentation",
+    "backbone": "Backbone",
 }
 _POSITION_BIAS: Mapping[tuple[bool, bool], PositionBias] = {
     (False, False): "none",
@@ -173,6 +229,16 @@ _HF_DEFAULTS: Mapping[str, Any] = {
     "initializer_range": 0.02,
     "vocab_size": 8192,
 }
+# The same, read and written only for these tasks.
+_SEGMENTATION_DEFAULTS: Mapping[str, Any] = {
+    "use_auxiliary_head": True,
+    "auxiliary_channels": 256,
+    "auxiliary_num_convs": 1,
+    "auxiliary_concat_input": False,
+    "auxiliary_loss_weight": 0.4,
+    "semantic_loss_ignore_index": 255,
+}
+_BACKBONE_DEFAULTS: Mapping[str, Any] = {"add_fpn": False, "reshape_hidden_states": True}
 _OTHER_MODEL_KEYS = (
     "model_type architectures image_size patch_size hidden_act use_mean_pooling use_relative_position_bias id2label "
     "label2id use_shared_relative_position_bias num_labels beit_jax"
@@ -214,8 +280,9 @@ def _from_hf(config: Mapping[str, Any], file: str) -> BeitConfig:
         "layer_scale_init_value": max(0.0, values["layer_scale_init_value"]),
         "add_pooling_layer": model_type == "beit",
     }
-    if values["task"] == "image_classification":
+    if values["task"] in ("image_classification", "semantic_segmentation"):
         values["labels"] = _labels(read)
+    values |= _dense_fields(read, values["task"], model_type, values["num_hidden_layers"])
     values |= _own_fields(read)
     try:
         return BeitConfig(**values)
@@ -241,6 +308,26 @@ def _labels(read: Fields) -> tuple[str, ...]:
     return tuple(str(names[str(i)]) for i in range(len(names)))
 
 
+def _dense_fields(read: Fields, task: Task, model_type: ModelType, layers: int) -> dict[str, Any]:
+    """The fields of segmentation and of backbones."""
+    if task not in ("semantic_segmentation", "backbone"):
+        return {}
+    defaults = _SEGMENTATION_DEFAULTS if task == "semantic_segmentation" else _BACKBONE_DEFAULTS
+    found = {name: read.typed(name, type(value), value) for name, value in defaults.items()}
+    if task == "semantic_segmentation":
+        found["pool_scales"] = read.integers("pool_scales", (1, 2, 3, 6))
+    names = read.content.get("out_features")
+    stages = ["stem", *(f"stage{i}" for i in range(1, layers + 1))]
+    if isinstance(names, list) and read.content.get("out_indices") is None and set(names) <= set(stages):
+        indices = tuple(stages.index(name) for name in names)
+    else:
+        key = "out_indices" if read.content.get("out_indices") is not None else "segmentation_indices"
+        indices = read.integers(key, (3, 5, 7, 11) if model_type == "data2vec-vision" else (layers,))
+    found["out_indices"] = tuple(i + len(stages) if i < 0 else i for i in indices)
+    found["feature_taps"] = "hf"
+    return found
+
+
 def _own_fields(read: Fields) -> dict[str, Any]:
     """What this library adds, because transformers' configuration cannot say it."""
     own = Fields(read.typed("beit_jax", dict, {}), f"{read.file}: beit_jax")
@@ -249,6 +336,8 @@ def _own_fields(read: Fields) -> dict[str, Any]:
         found["position_resize"] = own.choice("position_resize", get_args(PositionResize), None)
     if "add_pooling_layer" in own.content:
         found["add_pooling_layer"] = own.typed("add_pooling_layer", bool, True)
+    if "feature_taps" in own.content:
+        found["feature_taps"] = own.choice("feature_taps", get_args(FeatureTaps), None)
     return found
 
 
@@ -279,11 +368,21 @@ def _to_hf(config: BeitConfig) -> dict[str, Any]:
         "use_shared_relative_position_bias": config.has_shared_bias,
         "hidden_act": config.hidden_act,
     } | {name: getattr(config, name) for name in _HF_DEFAULTS}
-    if config.task == "image_classification":
+    if config.task in ("image_classification", "semantic_segmentation"):
         result["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
         result["label2id"] = {label: i for i, label in enumerate(config.labels)}
     result["beit_jax"] = {
         "position_resize": config.position_resize,
         "add_pooling_layer": config.add_pooling_layer,
     }
+    if config.task in ("semantic_segmentation", "backbone"):
+        # transformers would read other blocks for the same indices where the taps are the original ones; the indices
+        # it needs (one beyond the last block) it refuses. The recorded choice keeps our own reading exact.
+        result["out_indices"] = list(config.out_indices)
+        result["beit_jax"]["feature_taps"] = config.feature_taps
+    if config.task == "semantic_segmentation":
+        result |= {name: getattr(config, name) for name in _SEGMENTATION_DEFAULTS}
+        result["pool_scales"] = list(config.pool_scales)
+    if config.task == "backbone":
+        result |= {name: getattr(config, name) for name in _BACKBONE_DEFAULTS}
     return result

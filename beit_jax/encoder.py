@@ -37,6 +37,7 @@ class BeitOutput:
         logits: the head's output, or None for a model without a head.
         hidden_states: on request, [depth + 1, b, 1 + patches, d]: the embeddings, then after each block, un-normalised.
         attentions: on request, [depth, b, heads, n, n] float32 probabilities.
+        taps: on request, chosen hidden states [taps, b, 1 + patches, d].
     """
 
     last_hidden_state: Float[Array, "b n d"]
@@ -44,6 +45,7 @@ class BeitOutput:
     logits: Float[Array, "b *classes"] | None = None
     hidden_states: Float[Array, "layers b n d"] | None = None
     attentions: Float[Array, "depth b heads n n"] | None = None
+    taps: Float[Array, "taps b n d"] | None = None
 
 
 class Embeddings(nnx.Module):
@@ -116,6 +118,24 @@ def patch_grid(config: BeitConfig, pixel_shape: tuple[int, ...]) -> Grid:
     return sides[0] // config.patch_size[0], sides[1] // config.patch_size[1]
 
 
+_Carry = tuple[Array, Array | None]
+_States = tuple[Array | None, Array | None]
+
+
+def _slots(taps: tuple[int, ...], depth: int) -> Array | None:
+    """Where each block writes its output in a buffer of the tapped states, [depth] int32; None without taps.
+
+    Every block writes, to the slot of the next tap: what is not tapped is overwritten before anyone reads it. So the
+    scan carries the taps alone, and neither direction of it holds a state per layer. Blocks after the last tap write to
+    one more slot.
+    """
+    if not taps:
+        return None
+    if list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] <= depth:
+        raise BeitJaxError(f"taps: expected growing indices of the {depth + 1} hidden states, found {list(taps)}")
+    return jnp.asarray(np.searchsorted(np.asarray(taps), np.arange(1, depth + 1)), jnp.int32)
+
+
 class BeitModel(nnx.Module):
     """The encoder, for `model_type` beit and data2vec-vision alike.
 
@@ -150,6 +170,8 @@ class BeitModel(nnx.Module):
         key: Key[Array, ""] | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        taps: tuple[int, ...] = (),
+        remat: bool = False,
     ) -> BeitOutput:
         """Encodes images.
 
@@ -158,6 +180,8 @@ class BeitModel(nnx.Module):
             bool_masked_pos: True where a patch is replaced by the mask token.
             key: randomness of dropout and stochastic depth; None for inference.
             output_hidden_states, output_attentions: fill these fields; they cost memory in proportion to depth.
+            taps: growing indices of hidden states (0: the embeddings) to return; they cost the memory of their number.
+            remat: for gradients, keep the blocks' inputs only and compute each block again on the way back.
 
         Raises:
             BeitJaxError: wrong shapes, or a mask for a model without a mask token.
@@ -169,17 +193,24 @@ class BeitModel(nnx.Module):
         embedded = self.embeddings(pixel_values, bool_masked_pos, embed_key)
         shared_bias = self.shared_bias(grid)
 
-        def run(x: Array, layer: tuple[Block, Array, Array | None]) -> tuple[Array, tuple[Array | None, Array | None]]:
-            block, drop_path_rate, block_key = layer
+        def run(carry: _Carry, layer: tuple[Block, Array, Array | None, Array | None]) -> tuple[_Carry, _States]:
+            (x, kept), (block, drop_path_rate, block_key, slot) = carry, layer
             x, probabilities = block(x, grid, shared_bias, drop_path_rate, block_key)
-            return x, (x if output_hidden_states else None, probabilities if output_attentions else None)
+            if kept is not None:
+                kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
+            return (x, kept), (x if output_hidden_states else None, probabilities if output_attentions else None)
 
         rates = jnp.linspace(0.0, self.config.drop_path_rate, self.config.num_hidden_layers)
         keys = None if block_keys is None else jnp.stack(block_keys)
-        x, (after, attentions) = jax.lax.scan(run, embedded, (self.blocks, rates, keys))
+        slots = _slots(taps, self.config.num_hidden_layers)
+        kept = None if slots is None else jnp.broadcast_to(embedded, (len(taps) + 1, *embedded.shape))
+        step = jax.checkpoint(run) if remat else run
+        (x, kept), (after, attentions) = jax.lax.scan(step, (embedded, kept), (self.blocks, rates, keys, slots))
         hidden_states = None if after is None else jnp.concatenate([embedded[None], after])
         last = self.norm(x) if self.config.pooling == "cls" else x
-        return BeitOutput(last, self.pool(last), None, hidden_states, attentions)
+        return BeitOutput(
+            last, self.pool(last), None, hidden_states, attentions, None if kept is None else kept[: len(taps)]
+        )
 
     def shared_bias(self, grid: Grid) -> Float[Array, "heads n n"] | None:
         """The position bias that all layers share, at the given patch grid, if the model has one."""

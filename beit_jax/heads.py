@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Float, Shaped
 from beit_jax.config import BeitConfig, Task
 from beit_jax.encoder import ArrayLike, BeitModel, BeitOutput
 from beit_jax.layers import layer_norm
+from beit_jax.segmenter import BeitBackbone, BeitForSemanticSegmentation, batch_statistics
 from beit_jax.tree import Nested, flatten
 
 
@@ -76,17 +78,22 @@ class BeitForImageClassification(nnx.Module):
         return replace(output, logits=pooled if self.classifier is None else self.classifier(pooled))
 
 
-Model = BeitModel | BeitForMaskedImageModeling | BeitForImageClassification
+Model = BeitModel | BeitForMaskedImageModeling | BeitForImageClassification | BeitForSemanticSegmentation | BeitBackbone
 
 MODELS: Mapping[Task, type[Model]] = {
     "features": BeitModel,
     "masked_image_modeling": BeitForMaskedImageModeling,
     "image_classification": BeitForImageClassification,
+    "semantic_segmentation": BeitForSemanticSegmentation,
+    "backbone": BeitBackbone,
 }
 
 
 def abstract_model(config: BeitConfig, *, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef[Model], Nested]:
-    """A model without memory: what `nnx.merge` needs besides the parameters, and the parameters' shapes, nested."""
+    """A model without memory: what `nnx.merge` needs besides the parameters, and the parameters' shapes, nested.
+
+    Running statistics of batch norm stand among the parameters; `statistics` names them.
+    """
     model = nnx.eval_shape(lambda: MODELS[config.task](config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     return graph, nnx.to_pure_dict(state)
@@ -94,8 +101,21 @@ def abstract_model(config: BeitConfig, *, dtype: DTypeLike = jnp.float32) -> tup
 
 @lru_cache(maxsize=8)
 def param_shapes(config: BeitConfig) -> Mapping[str, tuple[int, ...]]:
-    """Flat name to shape of every parameter of the model."""
+    """Flat name to shape of every parameter of the model, and of every running statistic."""
     return {name: leaf.shape for name, leaf in flatten(abstract_model(config)[1]).items()}
+
+
+@lru_cache(maxsize=8)
+def statistics(config: BeitConfig) -> frozenset[str]:
+    """Which names in `param_shapes` are running statistics: state of training that no gradient moves."""
+    model = nnx.eval_shape(lambda: MODELS[config.task](config, rngs=nnx.Rngs(0)))
+    return frozenset(flatten(batch_statistics(model)))
+
+
+def num_params(config: BeitConfig) -> int:
+    """How many numbers training learns: all parameters, without running statistics."""
+    learned = param_shapes(config).keys() - statistics(config)
+    return sum(prod(param_shapes(config)[name]) for name in learned)
 
 
 def build_model(config: BeitConfig, params: Nested, *, dtype: DTypeLike = jnp.float32) -> Model:

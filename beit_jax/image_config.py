@@ -11,6 +11,18 @@ Rounding: TypeAlias = Literal["floor", "half_even"]
 RESAMPLES: Final[tuple[Resample, ...]] = get_args(Resample)  # in the order of Pillow's numbers, which the files record
 ROUNDINGS: Final[tuple[Rounding, ...]] = get_args(Rounding)
 
+
+@dataclass(frozen=True)
+class Within:
+    """The largest size of the same proportions whose short edge is at most `short` and whose long one at most `long`.
+
+    Sides are rounded half up, as mmcv's ``rescale_size`` does.
+    """
+
+    short: int
+    long: int
+
+
 # What an absent key means, and for which types something else. The slow BeitImageProcessor of transformers 4 resized to
 # 256 and cropped 224 too, under a name that 5 uses for another default; but it wrote every key.
 _DEFAULTS: Final[dict[str, Any]] = {
@@ -18,6 +30,8 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "size": 224,
     "default_to_square": True,
     "resample": RESAMPLES.index("bicubic"),
+    "antialias": True,
+    "max_longest_edge": None,
     "do_center_crop": False,
     "crop_size": 224,
     "crop_rounding": "floor",
@@ -45,8 +59,9 @@ def processor_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     mean, std = read.numbers("image_mean", channels), read.numbers("image_std", channels)
     normalise = read.flag("do_normalize")
     return {
-        "resize": read.edges("size", read.flag("default_to_square")) if read.flag("do_resize") else None,
+        "resize": read.resize() if read.flag("do_resize") else None,
         "resample": read.resample(),
+        "antialias": read.flag("antialias"),
         "crop": read.crop() if read.flag("do_center_crop") else None,
         "crop_rounding": read.rounding(),
         "rescale_factor": read.number("rescale_factor") if read.flag("do_rescale") else None,
@@ -126,6 +141,15 @@ class _Reader:
         if not isinstance(edges, list | tuple) or [type(edge) for edge in edges] != [int, int]:
             raise self.wrong(key, "an int, [height, width], {height, width} or {shortest_edge}, in pixels")
         return edges[0], edges[1]
+
+    def resize(self) -> tuple[int, int] | int | Within:
+        """`edges` of the size, which a key of ours limits where it is the shortest edge's."""
+        edges, longest = self.edges("size", self.flag("default_to_square")), self.values["max_longest_edge"]
+        if longest is None:
+            return edges
+        if type(longest) is not int or not isinstance(edges, int):
+            raise self.wrong("max_longest_edge", "an int, with a size of {shortest_edge}")
+        return Within(edges, longest)
 
     def crop(self) -> tuple[int, int]:
         edges = self.edges("crop_size", square=True)

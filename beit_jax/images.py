@@ -18,11 +18,23 @@ from PIL import Image
 
 from beit_jax.config import PresetName
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.image_config import RESAMPLES, ROUNDINGS, Resample, Rounding, processor_fields
+from beit_jax.image_config import RESAMPLES, ROUNDINGS, Resample, Rounding, Within, processor_fields
 from beit_jax.image_io import MAX_PIXELS, ImageLike, load_image, open_image, to_rgb
 from beit_jax.json_file import read_json
+from beit_jax.resize import linear_taps
 
-__all__ = ["HALF", "IMAGENET_MEAN", "IMAGENET_STD", "PRESETS", "ImageProcessor", "open_image", "preset", "to_rgb"]
+__all__ = [
+    "HALF",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "PRESETS",
+    "ImageProcessor",
+    "Within",
+    "ade20k_processor",
+    "open_image",
+    "preset",
+    "to_rgb",
+]
 
 
 PRESETS: Final[tuple[PresetName, ...]] = get_args(PresetName)
@@ -38,7 +50,10 @@ class ImageProcessor:
     Steps, each skipped when None: decode and convert to RGB, or to greyscale when `num_channels` is 1 (`open_image`,
     `to_rgb`); resize with Pillow; centre crop; multiply by `rescale_factor`; subtract `mean` and divide by `std`.
 
-    resize: exact (height, width), or the length of the shortest edge, the long one being int(length * long / short).
+    resize: exact (height, width); or the length of the shortest edge, the long one being int(length * long / short);
+        or limits to stay `Within`, proportions kept.
+    antialias: whether shrinking averages (Pillow) or samples, as OpenCV's bilinear resize does, from which it differs
+        by one of the 255 levels at most.
     crop: (height, width); where the image is smaller it is padded with zeros, before rescaling.
     crop_rounding: where the crop starts when the spare pixels are odd. "floor": floor(spare / 2), also when negative,
         that is padding (transformers' center_crop). "half_even": round(spare / 2) as Python rounds, and truncation
@@ -47,7 +62,7 @@ class ImageProcessor:
     Raises BeitJaxError for values out of range.
     """
 
-    resize: tuple[int, int] | int | None = (224, 224)
+    resize: tuple[int, int] | int | Within | None = (224, 224)
     resample: Resample = "bilinear"
     crop: tuple[int, int] | None = None
     crop_rounding: Rounding = "floor"
@@ -55,6 +70,7 @@ class ImageProcessor:
     mean: tuple[float, ...] | None = HALF
     std: tuple[float, ...] | None = HALF
     num_channels: int = 3
+    antialias: bool = True
 
     def __post_init__(self) -> None:
         count, edges = self.num_channels, f"positive lengths, at most {MAX_PIXELS} pixels"
@@ -63,6 +79,7 @@ class ImageProcessor:
             ("resize", _bounded(self.resize), edges),
             ("crop", _bounded(self.crop), edges),
             ("resample", self.resample in RESAMPLES, f"one of {', '.join(RESAMPLES)}"),
+            ("resample", self.antialias or self.resample == "bilinear", "bilinear, as antialias is false"),
             ("crop_rounding", self.crop_rounding in ROUNDINGS, f"one of {', '.join(ROUNDINGS)}"),
             ("rescale_factor", self.rescale_factor is None or 1e-30 < self.rescale_factor < 1e30, "a positive number"),
             ("mean", self.mean is None or (len(self.mean) == count and _within(self.mean, -1e30)), f"{count} numbers"),
@@ -93,7 +110,10 @@ class ImageProcessor:
         pil = load_image(image, "RGB" if self.num_channels == 3 else "L", name)
         if self.resize is not None:
             height, width = _target(self.resize, pil.height, pil.width, name)
-            pil = pil.resize((width, height), Image.Resampling[self.resample.upper()])
+            if self.antialias:
+                pil = pil.resize((width, height), Image.Resampling[self.resample.upper()])
+            else:
+                pil = Image.fromarray(_sampled(np.asarray(pil), (height, width)))
         pixels = np.asarray(pil).reshape(pil.height, pil.width, self.num_channels)
         if self.crop is not None:
             pixels = _centre_crop(pixels, self.crop, self.crop_rounding)
@@ -109,6 +129,9 @@ class ImageProcessor:
 
         Raises BeitJaxError for a crop of another shape than the one it replaces.
         """
+        if isinstance(self.resize, Within):  # the model's windows are cut from what this gives: it grows with them
+            longest = round(self.resize.long * min(size) / self.resize.short)
+            return replace(self, resize=Within(min(size), longest))
         if self.crop is None:
             return self if self.resize is None else replace(self, resize=size)
         factor = size[0] / self.crop[0]
@@ -144,11 +167,11 @@ class ImageProcessor:
     def to_hf(self) -> dict[str, Any]:
         """The `preprocessor_config.json` of this processor: `from_hf(p.to_hf()) == p`.
 
-        BeitImageProcessorPil loads it and computes the same, except after a crop with `crop_rounding` "half_even": that
-        key is ours, and where the spare pixels are odd transformers may start the crop or the padding one pixel off.
+        BeitImageProcessorPil loads it and computes the same, except for what it cannot do: `Within`; `antialias` false;
+        a crop with `crop_rounding` "half_even", which it may start one pixel off where the spare pixels are odd.
         """
         sizes = {
-            key: {"shortest_edge": edges} if isinstance(edges, int) else {"height": edges[0], "width": edges[1]}
+            key: _written(edges)
             for key, edges in (("size", self.resize), ("crop_size", self.crop))
             if edges is not None
         }
@@ -156,6 +179,8 @@ class ImageProcessor:
             "image_processor_type": "BeitImageProcessor",
             "do_resize": self.resize is not None,
             "resample": RESAMPLES.index(self.resample),
+            "antialias": self.antialias,
+            "max_longest_edge": self.resize.long if isinstance(self.resize, Within) else None,
             "do_center_crop": self.crop is not None,
             "crop_rounding": self.crop_rounding,
             "do_rescale": self.rescale_factor is not None,
@@ -169,8 +194,7 @@ class ImageProcessor:
         """One line for people, sizes as height x width: "resize 224x224 bilinear, /255, mean 0.5 std 0.5"."""
         steps = ["greyscale"] if self.num_channels == 1 else []
         if self.resize is not None:
-            edges = f"shortest edge {self.resize}" if isinstance(self.resize, int) else "{}x{}".format(*self.resize)
-            steps.append(f"resize {edges} {self.resample}")
+            steps.append(f"resize {_spoken(self.resize)} {self.resample}{'' if self.antialias else ' (sampled)'}")
         if self.crop is not None:
             steps.append("centre crop {}x{}".format(*self.crop))
         if self.rescale_factor is not None:
@@ -215,14 +239,55 @@ def preset(
     return ImageProcessor(edge, "bicubic", (height, width), crop_rounding="half_even", mean=mean, std=std)
 
 
-def _target(resize: tuple[int, int] | int, height: int, width: int, name: str) -> tuple[int, int]:
+def ade20k_processor(size: int = 640) -> ImageProcessor:
+    """Images as BEiT's ADE20K models were trained on them, of which `size` is the crop: the short edge becomes `size`
+    unless the long one would exceed four times that; the mean and deviation are ImageNet's.
+
+    The checkpoints on the hub record `preset("hf", 640)` with bicubic resampling instead.
+    Source: microsoft/unilm@768a3c8 beit/semantic_segmentation/configs/_base_/datasets/ade20k_640x640.py.
+    """
+    limits = Within(size, 4 * size)
+    return ImageProcessor(limits, "bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD, antialias=False)
+
+
+def _target(resize: tuple[int, int] | int | Within, height: int, width: int, name: str) -> tuple[int, int]:
     if isinstance(resize, tuple):
         return resize
+    if isinstance(resize, Within):
+        scale = min(resize.long / max(height, width), resize.short / min(height, width))
+        rows, columns = (max(1, int(side * scale + 0.5)) for side in (height, width))
+        if rows * columns > MAX_PIXELS:
+            raise BeitJaxError(
+                f"{name}: {height}x{width} becomes {rows}x{columns}, expected at most {MAX_PIXELS} pixels"
+            )
+        return rows, columns
     long = int(resize * max(height, width) / min(height, width))
     if resize * long > MAX_PIXELS:
         found = f"{height}x{width} becomes {resize * long} pixels at shortest edge {resize}"
         raise BeitJaxError(f"{name}: {found}, expected at most {MAX_PIXELS}; crop it first")
     return (long, resize) if width <= height else (resize, long)
+
+
+def _sampled(pixels: UInt8[np.ndarray, "h w *c"], size: tuple[int, int]) -> UInt8[np.ndarray, "h2 w2 *c"]:
+    """Bilinear interpolation between the four nearest pixels, also when shrinking."""
+    values = pixels.astype(np.float32)
+    for axis, target in enumerate(size):
+        lower, upper, weight = linear_taps(values.shape[axis], target)
+        weight = weight.astype(np.float32).reshape([-1 if i == axis else 1 for i in range(values.ndim)])
+        values = values.take(lower, axis) * (1 - weight) + values.take(upper, axis) * weight
+    return np.floor(values + np.float32(0.5)).astype(np.uint8)
+
+
+def _written(edges: tuple[int, int] | int | Within) -> dict[str, int]:
+    if isinstance(edges, Within):
+        return {"shortest_edge": edges.short}
+    return {"shortest_edge": edges} if isinstance(edges, int) else {"height": edges[0], "width": edges[1]}
+
+
+def _spoken(edges: tuple[int, int] | int | Within) -> str:
+    if isinstance(edges, Within):
+        return f"within {edges.short}x{edges.long}"
+    return f"shortest edge {edges}" if isinstance(edges, int) else "{}x{}".format(*edges)
 
 
 def _centre_crop(
@@ -242,9 +307,11 @@ def _centre_crop(
     return canvas
 
 
-def _bounded(edges: tuple[int, int] | int | None) -> bool:
+def _bounded(edges: tuple[int, int] | int | Within | None) -> bool:
     if edges is None:
         return True
+    if isinstance(edges, Within):
+        return 0 < edges.short <= edges.long <= MAX_PIXELS
     height, width = edges if isinstance(edges, tuple) else (edges, edges)
     return min(height, width) > 0 and height * width <= MAX_PIXELS
 

@@ -3,13 +3,12 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from beit_jax import weights
 from beit_jax.config import BeitConfig
 from beit_jax.errors import printable
-from beit_jax.heads import param_shapes
+from beit_jax.heads import num_params
 from beit_jax.hub import Source
 from beit_jax.images import ImageProcessor
 from beit_jax.tokenizer import TokenizerCheckpoint, is_native_tokenizer, read_tokenizer
@@ -107,13 +106,14 @@ def _native(source: Source, tensors: bool) -> Inspection:
 
 
 def _describe_provenance(provenance: Mapping[str, Any]) -> list[str]:
-    files = ", ".join(f"{name} sha256 {digest}" if digest else name for name, digest in provenance["files"].items())
-    options = ", ".join(f"{name} {value}" for name, value in provenance["options"].items())
+    """What is recorded: everything by the converter, perhaps nothing by someone's own program."""
+    files = [f"{name} sha256 {digest}" if digest else name for name, digest in provenance.get("files", {}).items()]
+    formats = [provenance[key] for key in ("format", "naming") if key in provenance]
     told = {
-        "converted": f"from {printable(provenance['source'])} by {printable(provenance['converter'])}",
-        "revision": provenance["revision"],
-        "files": f"{printable(files, 400)} ({printable(provenance['format'])}, {printable(provenance['naming'])})",
-        "options": options,
+        "converted": " by ".join(str(provenance[key]) for key in ("source", "converter") if key in provenance),
+        "revision": provenance.get("revision"),
+        "files": ", ".join([*files, *formats]),
+        "options": ", ".join(f"{name} {value}" for name, value in provenance.get("options", {}).items()),
     }
     return [f"{key:12} {printable(value, 500)}" for key, value in told.items() if value]
 
@@ -123,10 +123,12 @@ def _describe_model(config: BeitConfig, processor: ImageProcessor, dtypes: Itera
         "features": "no head",
         "masked_image_modeling": f"{config.vocab_size} visual tokens",
         "image_classification": f"{config.num_labels} classes",
+        "semantic_segmentation": f"UperNet, {config.num_labels} classes",
+        "backbone": f"{len(config.out_indices)} feature maps",
     }[config.task]
     absolute = "absolute positions, " if config.use_absolute_position_embeddings else ""
     return [
-        f"model        {config.to_hf()['architectures'][0]}, {_num_params(config):,} parameters, {head}",
+        f"model        {config.to_hf()['architectures'][0]}, {num_params(config):,} parameters, {head}",
         f"encoder      {config.num_hidden_layers} layers, width {config.hidden_size}, "
         f"{config.num_attention_heads} heads, mlp {config.intermediate_size}, "
         f"layer norm epsilon {config.layer_norm_eps:g}",
@@ -135,20 +137,26 @@ def _describe_model(config: BeitConfig, processor: ImageProcessor, dtypes: Itera
         f"mask token {'yes' if config.use_mask_token else 'no'}",
         f"images       {'x'.join(map(str, config.image_size))}, patch {'x'.join(map(str, config.patch_size))}: "
         f"{processor.describe()}",
+        *_describe_taps(config),
         f"stored as    {', '.join(sorted(dtypes))}",
+    ]
+
+
+def _describe_taps(config: BeitConfig) -> list[str]:
+    if not config.out_indices:
+        return []
+    counted = "as trained" if config.feature_taps == "original" else "as transformers reads them"
+    return [
+        f"taps         out_indices {list(config.out_indices)}, {counted}: hidden states {list(config.tapped_states)}"
     ]
 
 
 def _model_as_dict(config: BeitConfig, processor: ImageProcessor) -> dict[str, Any]:
     return {
-        "parameters": _num_params(config),
+        "parameters": num_params(config),
         "config": config.to_hf(),
         "preprocessor": processor.to_hf(),
     }
-
-
-def _num_params(config: BeitConfig) -> int:
-    return sum(map(prod, param_shapes(config).values()))
 
 
 def _tensor_lines(listed: Mapping[str, tuple[tuple[int, ...], str]]) -> list[str]:

@@ -76,3 +76,12 @@ class Fields:
         if len(sides) != 2 or not all(type(side) is int for side in sides):
             raise self.error(key, "an integer or [height, width]")
         return sides[0], sides[1]
+
+    def integers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """A list of integers; `default` where the key is absent or null."""
+        value = self.content.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, list | tuple) or not all(type(item) is int for item in value):
+            raise self.error(key, "a list of integers")
+        return tuple(value)

@@ -36,7 +36,7 @@ _UNILM = "https://github.com/addf400/files/releases/download/v1.0/"
 _UNILM2 = "https://github.com/addf400/files/releases/download/BEiT-v2/"
 _DATA2VEC = "https://dl.fbaipublicfiles.com/fairseq/data2vec/data2vec_vision/"
 
-_HUGGING_FACE = {
+_HUGGING_FACE: dict[str, tuple[str | None, str | None]] = {
     "microsoft/beit-base-patch16-224-pt22k": ("beit_base_patch16_224_pt22k", None),
     "microsoft/beit-large-patch16-224-pt22k": ("beit_large_patch16_224_pt22k", None),
     "microsoft/beit-base-patch16-224-pt22k-ft22k": ("beit_base_patch16_224_pt22k_ft22k", None),
@@ -46,8 +46,8 @@ _HUGGING_FACE = {
     "microsoft/beit-large-patch16-224": ("beit_large_patch16_224", "87.4"),
     "microsoft/beit-large-patch16-384": ("beit_large_patch16_384", "88.4"),
     "microsoft/beit-large-patch16-512": ("beit_large_patch16_512", "88.60"),
-    "microsoft/beit-base-finetuned-ade-640-640": (None, "mIoU 53.6 (ADE20K)"),
-    "microsoft/beit-large-finetuned-ade-640-640": (None, "mIoU 56.7 (ADE20K)"),
+    "microsoft/beit-base-finetuned-ade-640-640": ("beit_base_patch16_640_ade20k", "mIoU 53.6 (ADE20K)"),
+    "microsoft/beit-large-finetuned-ade-640-640": ("beit_large_patch16_640_ade20k", "mIoU 56.7 (ADE20K)"),
     "microsoft/dit-base": ("dit_base", None),
     "microsoft/dit-large": ("dit_large", None),
     "microsoft/dit-base-finetuned-rvlcdip": ("dit_base_finetuned_rvlcdip", "92.11 (RVL-CDIP)"),
@@ -70,8 +70,8 @@ _ORIGINAL: dict[str, dict[str, tuple[str | None, str | None]]] = {
         "beit_large_patch16_224_pt22k_ft22kto1k": ("beit_large_patch16_224", "87.4"),
         "beit_large_patch16_384_pt22k_ft22kto1k": ("beit_large_patch16_384", "88.4"),
         "beit_large_patch16_512_pt22k_ft22kto1k": ("beit_large_patch16_512", "88.60"),
-        "beit_base_patch16_640_pt22k_ft22ktoade20k": (None, "mIoU 53.6 (ADE20K)"),
-        "beit_large_patch16_640_pt22k_ft22ktoade20k": (None, "mIoU 56.7 (ADE20K)"),
+        "beit_base_patch16_640_pt22k_ft22ktoade20k": ("beit_base_patch16_640_ade20k", "mIoU 53.6 (ADE20K)"),
+        "beit_large_patch16_640_pt22k_ft22ktoade20k": ("beit_large_patch16_640_ade20k", "mIoU 56.7 (ADE20K)"),
         "beit_base_patch16_224_pt1k_800ep": ("beit_base_patch16_224_pt1k_800ep", None),
     },
     _UNILM2: {
@@ -89,7 +89,7 @@ _ORIGINAL: dict[str, dict[str, tuple[str | None, str | None]]] = {
         "beitv2_large_patch16_224_pt1k_ft21kto1k": ("beit_large_patch16_224", "88.4"),
     },
 }
-_DATA2VEC_FILES = {
+_DATA2VEC_FILES: dict[str, str | None] = {
     "base_800/checkpoint-799.pth": None,
     "large_800/checkpoint-799.pth": None,
     "large_1600/checkpoint-799.pth": None,
@@ -108,7 +108,7 @@ _WITH_DIGEST: dict[str, dict[str, str | None]] = {
         "vqkd_encoder_base_decoder_1x768x12_dino-663c55d7": None,
     },
 }
-_TIMM = {
+_TIMM: dict[str, tuple[str | None, str | None]] = {
     "beit_base_patch16_224.in22k_ft_in22k_in1k": ("beit_base_patch16_224", "85.238"),
     "beit_base_patch16_224.in22k_ft_in22k": ("beit_base_patch16_224_pt22k_ft22k", None),
     "beit_base_patch16_384.in22k_ft_in22k_in1k": ("beit_base_patch16_384", "86.814"),

@@ -30,13 +30,18 @@ def bias_matrix(method: PositionResize, source: int, target: int) -> Matrix:
 
 def linear_matrix(source: int, target: int) -> Matrix:
     """torch's ``interpolate(mode="bilinear", align_corners=False)`` along one axis, without antialiasing."""
+    lower, upper, weight = linear_taps(source, target)
+    matrix = np.zeros((target, source))
+    np.add.at(matrix, (np.arange(target), lower), 1.0 - weight)
+    np.add.at(matrix, (np.arange(target), upper), weight)
+    return matrix
+
+
+def linear_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two source samples that each target sample lies between, and the weight of the second, each [target]."""
     position = np.maximum(_torch_position(source, target), 0.0)
     lower = np.floor(position).astype(int)
-    upper = np.minimum(lower + 1, source - 1)
-    matrix = np.zeros((target, source))
-    np.add.at(matrix, (np.arange(target), lower), 1.0 - (position - lower))
-    np.add.at(matrix, (np.arange(target), upper), position - lower)
-    return matrix
+    return lower, np.minimum(lower + 1, source - 1), position - lower
 
 
 @lru_cache(maxsize=64)

@@ -39,6 +39,11 @@ def _features(base: BeitConfig) -> BeitConfig:
     return replace(base, task="features", position_bias="shared", pooling="cls")
 
 
+def _segments(base: BeitConfig, out_indices: tuple[int, ...]) -> BeitConfig:
+    """UperNet for the 150 classes of ADE20K at 640 pixels."""
+    return replace(_classes(base, 150, 640), task="semantic_segmentation", out_indices=out_indices)
+
+
 VARIANTS: Mapping[str, BeitConfig] = MappingProxyType(
     {
         # microsoft/unilm@768a3c8 beit/README.md and beit/modeling_{pretrain,finetune}.py
@@ -52,6 +57,9 @@ VARIANTS: Mapping[str, BeitConfig] = MappingProxyType(
         "beit_large_patch16_384": _classes(_LARGE, 1000, 384),
         "beit_large_patch16_512": _classes(_LARGE, 1000, 512),
         "beit_base_patch16_224_pt1k_800ep": replace(_absolute(_pretrained(_BASE)), layer_scale_init_value=0.0),
+        # microsoft/unilm@768a3c8 beit/semantic_segmentation
+        "beit_base_patch16_640_ade20k": _segments(_BASE, (3, 5, 7, 11)),
+        "beit_large_patch16_640_ade20k": replace(_segments(_LARGE, (7, 11, 15, 23)), layer_scale_init_value=1e-6),
         # facebookresearch/data2vec_vision@af9a363 beit/README.md; the Hugging Face releases
         "data2vec_vision_base": _features(_data2vec(_BASE)),
         "data2vec_vision_large": _features(_data2vec(_LARGE)),

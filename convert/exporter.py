@@ -18,19 +18,30 @@ from beit_jax.position import relative_position_index
 from beit_jax.weights import CONFIG, PROCESSOR, NativeCheckpoint, check_replaceable
 
 from .rules import export as dump
-from .tables import HF, UNILM, Naming
+from .tables import MMSEG, UNILM, Naming, own_naming
+
+_RUNNING_MEAN, _BATCHES = ".running_mean", ".num_batches_tracked"
 
 Layout = Literal["hf", "original", "timm"]
 
 
-def to_torch(config: BeitConfig, params: Mapping[str, np.ndarray], naming: Naming = HF) -> dict[str, np.ndarray]:
+def to_torch(
+    config: BeitConfig, params: Mapping[str, np.ndarray], naming: Naming | None = None
+) -> dict[str, np.ndarray]:
     """The flat parameters of a model as torch tensors by name, contiguous, in the dtype they have.
 
     What comes out of a converted checkpoint equals the tensors it was converted from bit for bit, except float16 and
-    float64 sources, which are float32 here.
+    float64 sources, which are float32 here, and the counters of batches beside running statistics, which nothing reads
+    and which are zero here.
+
+    Args:
+        naming: by default the one transformers writes for the model.
     """
+    naming = own_naming(config) if naming is None else naming
     rules = [rule for rule in naming.rules(config, naming.own_prefix(config)) if rule.flax in params]
-    return dump(rules, params)
+    tensors = dump(rules, params)
+    layers = [name.removesuffix(_RUNNING_MEAN) for name in tensors if name.endswith(_RUNNING_MEAN)]
+    return tensors | {layer + _BATCHES: np.zeros((), np.int64) for layer in layers}
 
 
 def export(checkpoint: NativeCheckpoint, destination: Path, layout: Layout, *, overwrite: bool = False) -> list[str]:
@@ -39,7 +50,7 @@ def export(checkpoint: NativeCheckpoint, destination: Path, layout: Layout, *, o
     hf: ``model.safetensors``, ``config.json``, ``preprocessor_config.json``, for transformers' ``from_pretrained``.
     timm: ``model.safetensors`` and timm's ``config.json``, for ``timm.create_model("local-dir:...")``.
     original: ``checkpoint.pth``, ``{"model": state dict}`` with recomputed ``relative_position_index``, for unilm's
-        scripts. Needs torch to write.
+        scripts; a segmentation model as mmseg has it. Needs torch to write.
 
     Returns:
         Notes for the user: what the layout cannot say.
@@ -57,10 +68,12 @@ def export(checkpoint: NativeCheckpoint, destination: Path, layout: Layout, *, o
     size = sum(leaf.nbytes for leaf in checkpoint.params.values())
     with new_directory(destination, overwrite=overwrite, need_bytes=size) as directory:
         if layout == "original":
-            tensors = to_torch(config, checkpoint.params, UNILM)
-            _save_pth(tensors | _indices(config), directory / "checkpoint.pth")
+            segments = config.task == "semantic_segmentation"
+            tensors = to_torch(config, checkpoint.params, MMSEG if segments else UNILM)
+            tensors |= {f"{'backbone.' * segments}{name}": index for name, index in _indices(config).items()}
+            _save_pth(tensors, "state_dict" if segments else "model", directory / "checkpoint.pth")
             return ["images and labels have no place in this layout; see the checkpoint it was exported from"]
-        tensors = to_torch(config, checkpoint.params, HF if layout == "hf" else UNILM)
+        tensors = to_torch(config, checkpoint.params, own_naming(config) if layout == "hf" else UNILM)
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         (directory / "model.safetensors").chmod(0o666 & ~_umask())  # the library writes for the owner alone
         if layout == "hf":
@@ -79,6 +92,7 @@ def _refuse_hf(config: BeitConfig) -> None:
 def _refuse_timm(config: BeitConfig) -> None:
     problems = {
         "a masked-image head": config.task == "masked_image_modeling",
+        "segmentation": config.task in ("semantic_segmentation", "backbone"),
         "a mask token": config.use_mask_token,
         f"layer norm epsilon {config.layer_norm_eps:g} (timm's is 1e-06)": config.layer_norm_eps != 1e-6,
         f"the activation {config.hidden_act}": config.hidden_act != "gelu",
@@ -135,7 +149,7 @@ def _indices(config: BeitConfig) -> dict[str, np.ndarray]:
     return shared | {f"blocks.{i}.attn.relative_position_index": index for i in layers}
 
 
-def _save_pth(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+def _save_pth(tensors: Mapping[str, np.ndarray], wrapper: str, path: Path) -> None:
     try:
         import torch
     except ImportError as error:
@@ -147,7 +161,7 @@ def _save_pth(tensors: Mapping[str, np.ndarray], path: Path) -> None:
         else torch.from_numpy(t)
         for name, t in tensors.items()
     }
-    torch.save({"model": as_torch}, path)
+    torch.save({wrapper: as_torch}, path)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -72,7 +72,7 @@ def _advice(wrong_shape: Sequence[str], expected: Shapes, found: Mapping[str, Te
             continue
         if name.endswith("relative_position_bias_table"):
             return _table_advice(have, want, config)
-        if name == "classifier.weight" and have[1] == want[1]:
+        if name.endswith(("classifier.weight", "conv_seg.weight")) and have[1:] == want[1:]:
             return f"The file has {have[0]} classes, id2label has {want[0]}: correct config.json"
         if name.endswith("position_embeddings"):
             positions = f"The file has {have[1] - 1} positions, image_size and patch_size say {want[1] - 1}"

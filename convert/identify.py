@@ -11,13 +11,14 @@ from typing import Any
 from beit_jax.config import BeitConfig, PresetName, hf_notes
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import Source
-from beit_jax.images import HALF, ImageProcessor, preset
+from beit_jax.images import HALF, ImageProcessor, ade20k_processor, preset
 from beit_jax.json_file import Fields, read_json
 from beit_jax.variants import VARIANTS
 from beit_jax.weights import CONFIG, PROCESSOR
 
 from .checkpoint import Checkpoint, TensorInfo
-from .tables import UNILM, Naming
+from .mmseg import describe
+from .tables import MMSEG, UNILM, Naming
 
 HEAD_DIM = 64  # of every published model; says how many heads there are where no table does
 
@@ -62,12 +63,16 @@ def identify(
         known = _Found(VARIANTS[variant], ("the variant that was named",))
     elif naming is UNILM and not path.exists():
         known = _from_tensors(tensors, checkpoint, str(source.path))
+    elif naming is MMSEG and not path.exists():
+        known = _from_mmseg(checkpoint, str(source.path))
     else:
         raw = read_json(path)
         if "architecture" in raw and "model_type" not in raw:
             known = _from_timm(raw, tensors, checkpoint, str(path))
         else:
             known = _from_hf(raw, checkpoint, prefix, prefix in naming.hosts, str(path))
+            if naming is MMSEG and "feature_taps" not in raw.get("beit_jax", {}):
+                known = replace(known, config=replace(known.config, feature_taps="original"))
     processor, seen = _processor(source, known, image_preset)
     return Identity(known.config, processor, (*known.seen, *seen))
 
@@ -87,7 +92,11 @@ def _from_hf(raw: dict[str, Any], checkpoint: Checkpoint, prefix: str, hosted: b
     if not raw.get("architectures"):
         family = "Data2VecVision" if raw.get("model_type") == "data2vec-vision" else "Beit"
         separator = "/" if "/" in prefix else "."
-        heads = {"classifier": "ForImageClassification", "lm_head": "ForMaskedImageModeling"}
+        heads = {
+            "classifier": "ForImageClassification",
+            "lm_head": "ForMaskedImageModeling",
+            "decode_head": "ForSemanticSegmentation",
+        }
         found = [kind for head, kind in heads.items() if any(name.startswith(head + separator) for name in names)]
         raw = raw | {"architectures": [family + (found[0] if found and not hosted else "Model")]}
     config = BeitConfig.from_hf(raw, file=file)
@@ -95,6 +104,12 @@ def _from_hf(raw: dict[str, Any], checkpoint: Checkpoint, prefix: str, hosted: b
     if config.task == "features" and config.pooling == "mean":
         config = replace(config, add_pooling_layer=any(name.startswith(f"{prefix}pooler") for name in names))
     return _Found(config, notes)
+
+
+def _from_mmseg(checkpoint: Checkpoint, file: str) -> _Found:
+    config = describe(checkpoint.tensors, checkpoint.metadata, file)
+    seen = ("mmseg's UperNet by the names and shapes of the tensors, images as it was trained",)
+    return _Found(config, seen, ade20k_processor(config.image_size[0]))
 
 
 def _from_timm(raw: dict[str, Any], tensors: Mapping[str, TensorInfo], checkpoint: Checkpoint, file: str) -> _Found:
@@ -203,4 +218,6 @@ def _processor(source: Source, found: _Found, wanted: PresetName | None) -> tupl
         return ImageProcessor.from_file(path), ()
     name: PresetName = "hf" if found.config.position_resize == "bilinear" else "unilm_eval"
     processor = preset(name, size)
+    if name == "hf" and found.config.task == "semantic_segmentation":
+        processor = replace(processor, resample="bicubic")
     return processor, (f"{path}: no such file; images will be prepared by the preset {name}: {processor.describe()}",)

@@ -89,6 +89,8 @@ def _stages(output: BeitOutput) -> Iterator[tuple[str, np.ndarray]]:
     for name, value in (("pooled", output.pooler_output), ("logits", output.logits)):
         if value is not None:
             yield name, np.asarray(value)
+    for i, value in enumerate(getattr(output, "feature_maps", ())):
+        yield f"feature map {i}", np.asarray(value)
     yield "last hidden state", np.asarray(output.last_hidden_state)
 
 
@@ -107,6 +109,11 @@ def _reference(
         import transformers
     except ImportError as error:
         raise BeitJaxError(f"parity needs PyTorch ({error}): pip install 'beit-jax[torch]'") from None
+    if config.feature_taps == "original" and config.task in ("semantic_segmentation", "backbone"):
+        raise BeitJaxError(
+            f"{source.name}: its head reads the blocks it was trained on (feature_taps: original), for which "
+            "transformers has no setting: nothing to compare with"
+        )
     transformers.logging.set_verbosity_error()
     kind = getattr(transformers, config.to_hf()["architectures"][0])
     options = {"add_pooling_layer": config.has_pooler} if config.task == "features" else {}
@@ -126,7 +133,14 @@ def _reference(
     if "pooled" in captured:
         yield "pooled", captured["pooled"].numpy()
     if "logits" in output:
-        yield "logits", output.logits.numpy()
+        yield "logits", _channels_last(output.logits.numpy())
+    for i, value in enumerate(output.get("feature_maps") or ()):
+        yield f"feature map {i}", _channels_last(value.numpy())
+
+
+def _channels_last(array: np.ndarray) -> np.ndarray:
+    """Maps [b, c, h, w] as [b, h, w, c]; anything else as it is."""
+    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 
 
 def _keep(captured: dict[str, Any], name: str) -> Callable[..., None]:

@@ -61,6 +61,10 @@ def _load_conv(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> Non
     rows[...] = parts[0].transpose(2, 3, 1, 0)[start : start + len(rows)]
 
 
+def _load_up(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    rows[...] = parts[0].transpose(2, 3, 0, 1)[start : start + len(rows)]
+
+
 def _load_qkv(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
     targets = rows.reshape(*rows.shape[:2], -1).swapaxes(0, 1)
     for target, part in zip(targets, parts, strict=True):
@@ -97,6 +101,9 @@ LINEAR = Op(_load_linear, lambda leaf: [leaf.reshape(-1, leaf.shape[-1]).T])
 
 CONV = Op(_load_conv, lambda leaf: [leaf.transpose(3, 2, 0, 1)])
 """torch Conv2d [out, in, height, width] <-> [height, width, in, out]."""
+
+CONV_TRANSPOSE = Op(_load_up, lambda leaf: [leaf.transpose(2, 3, 0, 1)])
+"""torch ConvTranspose2d [in, out, height, width] <-> [height, width, in, out]."""
 
 QKV = Op(_load_qkv, _dump_qkv)
 """Three torch Linears [heads * head_dim, in] <-> [in, 3, heads, head_dim]."""

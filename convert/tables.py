@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 
-from .rules import CONV, FLAT, FLAX_HEADS, FLAX_QKV, FUSED_QKV, KEEP, LINEAR, QKV, Op, Rule
+from .rules import CONV, CONV_TRANSPOSE, FLAT, FLAX_HEADS, FLAX_QKV, FUSED_QKV, KEEP, LINEAR, QKV, Op, Rule
 
 _TABLE = "relative_position_bias.relative_position_bias_table"
 
@@ -80,6 +80,74 @@ _HF5_RENAMES = (
 )
 
 
+@dataclass(frozen=True)
+class HeadNames:
+    """How a source names the segmentation heads; the defaults are mmseg's words, which transformers 4 kept.
+
+    Attributes:
+        pyramid: of the first, second and third layer with weights of fpn1, and the one of fpn2.
+        conv, norm: the two halves of a convolution with batch norm.
+        bottleneck: of the pyramid pooling.
+        pool: of the convolution of the k-th pooling scale.
+        classifier: of both heads.
+    """
+
+    pyramid: tuple[str, str, str, str] = ("fpn1.0", "fpn1.1", "fpn1.3", "fpn2.0")
+    conv: str = "conv"
+    norm: str = "bn"
+    bottleneck: str = "bottleneck"
+    pool: str = "psp_modules.{k}.1"
+    classifier: str = "classifier"
+
+    def pyramid_rules(self) -> tuple[Rule, ...]:
+        up4_first, up4_norm, up4_second, up2 = self.pyramid
+        layers = ((up4_first, "up4_first"), (up4_second, "up4_second"), (up2, "up2"))
+        return (
+            *(
+                rule
+                for torch, flax in layers
+                for rule in (
+                    _rule(f"{torch}.weight", f"fpn/{flax}/kernel", CONV_TRANSPOSE),
+                    _rule(f"{torch}.bias", f"fpn/{flax}/bias"),
+                )
+            ),
+            *_batch_norm(up4_norm, "fpn/up4_norm"),
+        )
+
+    def head_rules(self, config: BeitConfig) -> tuple[Rule, ...]:
+        """Of both heads, as many as the configuration says of what repeats."""
+        decode = [(f"lateral_convs.{i}", f"lateral_{i}") for i in range(3)]
+        decode += [(f"fpn_convs.{i}", f"smooth_{i}") for i in range(3)]
+        decode += [(self.pool.replace("{k}", str(k)), f"pool_{k}") for k in range(len(config.pool_scales))]
+        decode += [(self.bottleneck, "bottleneck"), ("fpn_bottleneck", "fuse")]
+        auxiliary = [(f"convs.{i}", f"conv_{i}") for i in range(config.auxiliary_num_convs)]
+        auxiliary.append(("conv_cat", "concat"))
+        rules: list[Rule] = []
+        for head, layers in (("decode_head", decode), ("auxiliary_head", auxiliary)):
+            for torch, flax in layers:
+                rules.append(_rule(f"{head}.{torch}.{self.conv}.weight", f"{head}/{flax}/kernel", CONV))
+                rules.extend(_batch_norm(f"{head}.{torch}.{self.norm}", f"{head}/{flax}/norm"))
+            rules.append(_rule(f"{head}.{self.classifier}.weight", f"{head}/classifier/kernel", CONV))
+            rules.append(_rule(f"{head}.{self.classifier}.bias", f"{head}/classifier/bias"))
+        return tuple(rules)
+
+
+def _batch_norm(torch: str, flax: str) -> tuple[Rule, ...]:
+    return (
+        *_affine(torch, flax),
+        _rule(f"{torch}.running_mean", f"{flax}/mean"),
+        _rule(f"{torch}.running_var", f"{flax}/var"),
+    )
+
+
+_V5_WORDS = HeadNames(
+    conv="convolution", norm="normalization", bottleneck="psp_bottleneck", pool="psp_modules.blocks.{k}.conv"
+)
+_V5_PYRAMID = (
+    "fpn.fpn1.conv_transpose1", "fpn.fpn1.normalization", "fpn.fpn1.conv_transpose2", "fpn.fpn2",
+)  # fmt: skip
+
+
 def _renamed(rules: Sequence[Rule], renames: Sequence[tuple[str, str]]) -> tuple[Rule, ...]:
     """The rules with every torch name rewritten by the first (old, new) whose old text begins it."""
 
@@ -135,8 +203,10 @@ class Naming:
     """How one source names its tensors.
 
     Attributes:
-        marker: a tensor that every file of this naming has and no other naming has, without prefix.
+        marker: a tensor that every file of this naming has and no naming after it has, without prefix.
+        head_marker: another one, of a head, for a naming that differs in the heads only.
         prefixes: what may stand before backbone names.
+        segmentation: the names of the segmentation heads.
         hosts: prefixes under which other models (DPT, MiDaS) keep a BEiT encoder; the rest of such a file is theirs.
         derived: matches tensors that are computed, not learned, and are therefore left out.
         foreign: matches learned tensors of heads that exist nowhere here; left out and told.
@@ -147,8 +217,10 @@ class Naming:
     heads: tuple[Rule, ...]
     marker: str
     prefixes: tuple[str, ...]
+    segmentation: HeadNames = HeadNames()
+    head_marker: str | None = None
     hosts: tuple[str, ...] = ()
-    derived: re.Pattern[str] = re.compile(r"(^|[./])relative_position_index$")
+    derived: re.Pattern[str] = re.compile(r"(^|[./])(relative_position_index|num_batches_tracked)$")
     foreign: re.Pattern[str] = re.compile(r"(?!)")
 
     def rules(self, config: BeitConfig, prefix: str) -> list[Rule]:
@@ -158,17 +230,32 @@ class Naming:
             replace(rule, torch=tuple(prefix + name for name in rule.torch), flax=parent + rule.flax)
             for rule in self.backbone
         ]
-        return backbone if config.task == "features" else [*backbone, *self.heads]
+        if config.task == "features":
+            return backbone
+        if config.task == "backbone":
+            return [*map(_prefixed_norm, backbone), *self.segmentation.pyramid_rules()]
+        if config.task == "semantic_segmentation":
+            return [*backbone, *self.segmentation.pyramid_rules(), *self.segmentation.head_rules(config)]
+        return [*backbone, *self.heads]
 
     def own_prefix(self, config: BeitConfig) -> str:
         """The prefix this source itself would write for the model."""
-        if config.task == "features" or self.prefixes == ("",):
+        if len(self.prefixes) == 1:
+            return self.prefixes[0]
+        if config.task in ("features", "backbone"):
             return ""
         family = config.model_type.replace("-", "_")
         found = [prefix for prefix in self.prefixes if prefix.startswith(family)]
         if not found:
             raise BeitJaxError(f"{self.name} has no {config.model_type} models")
         return found[0]
+
+
+def _prefixed_norm(rule: Rule) -> Rule:
+    """transformers 5 writes a backbone without prefix, except for the norm of its (unused) last state."""
+    if not rule.flax.startswith("beit/norm/"):
+        return rule
+    return replace(rule, torch=tuple("beit." + name.removeprefix("beit.") for name in rule.torch))
 
 
 HF = Naming(
@@ -179,11 +266,20 @@ HF = Naming(
     prefixes=("beit.", "data2vec_vision.", ""),
     hosts=("backbone.",),
 )
+# Data2VecVision's heads follow BEiT's since transformers 5, but nothing renames them on the way to a file.
+HF5_DATA2VEC = replace(
+    HF,
+    name="transformers 5 (Data2VecVision segmentation)",
+    hosts=(),
+    segmentation=_V5_WORDS,
+    head_marker="decode_head.psp_bottleneck.convolution.weight",
+)
 HF5 = replace(
     HF,
     name="transformers 5 in memory",
     backbone=_renamed(_HF_BACKBONE, _HF5_RENAMES),
     marker="layers.0.attention.q_proj.weight",
+    segmentation=replace(_V5_WORDS, pyramid=_V5_PYRAMID),
     hosts=("backbone.beit.", "backbone."),
 )
 UNILM = Naming(
@@ -203,8 +299,25 @@ FLAX = Naming(
     marker="encoder/layer/0/attention/attention/query/kernel",
     prefixes=("beit/", ""),
 )
+MMSEG = Naming(
+    name="mmseg",
+    backbone=_UNILM_BACKBONE,
+    heads=(),
+    marker="blocks.0.attn.qkv.weight",
+    prefixes=("backbone.",),
+    segmentation=HeadNames(
+        pyramid=("backbone.fpn1.0", "backbone.fpn1.1", "backbone.fpn1.3", "backbone.fpn2.0"), classifier="conv_seg"
+    ),
+    head_marker="decode_head.conv_seg.weight",
+)
 
-NAMINGS = (HF, HF5, UNILM, FLAX)
+NAMINGS = (HF5_DATA2VEC, HF, HF5, MMSEG, UNILM, FLAX)
+
+
+def own_naming(config: BeitConfig) -> Naming:
+    """The naming under which transformers itself writes the model to a file."""
+    is_data2vec = config.model_type == "data2vec-vision" and config.task == "semantic_segmentation"
+    return HF5_DATA2VEC if is_data2vec else HF
 
 
 def recognise(names: Collection[str], file: str) -> tuple[Naming, str]:
@@ -215,7 +328,7 @@ def recognise(names: Collection[str], file: str) -> tuple[Naming, str]:
     """
     for naming in NAMINGS:
         for prefix in (*naming.prefixes, *naming.hosts):
-            if prefix + naming.marker in names:
+            if prefix + naming.marker in names and (naming.head_marker is None or naming.head_marker in names):
                 return naming, prefix
     shown = ", ".join(printable(name, 60) for name in sorted(names)[:3])
     known = ", ".join(naming.name for naming in NAMINGS)

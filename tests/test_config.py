@@ -1,6 +1,5 @@
 import json
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from beit_jax.config import BeitConfig, hf_notes
 from beit_jax.errors import BeitJaxError
-from beit_jax.heads import param_shapes
+from beit_jax.heads import num_params
 from beit_jax.json_file import read_json
 from beit_jax.variants import VARIANTS
 
@@ -27,6 +26,9 @@ PARAMETERS = {
     "beit_large_patch16_384": 304_998_888,
     "beit_large_patch16_512": 305_674_728,
     "beit_base_patch16_224_pt1k_800ep": 92_089_856,
+    # beit/semantic_segmentation/README.md.
+    "beit_base_patch16_640_ade20k": 163_407_980,
+    "beit_large_patch16_640_ade20k": 441_271_084,
     # facebookresearch/data2vec_vision@af9a363, less the mask token and the (d, d) regression head, which the published
     # encoders dropped.
     "data2vec_vision_base": 86_256_720 - 768 - (768 * 768 + 768),
@@ -42,7 +44,7 @@ PARAMETERS = {
 
 
 def test_every_variant_has_its_published_size() -> None:
-    assert {name: sum(map(prod, param_shapes(config).values())) for name, config in VARIANTS.items()} == PARAMETERS
+    assert {name: num_params(config) for name, config in VARIANTS.items()} == PARAMETERS
 
 
 def test_defaults_are_those_of_transformers() -> None:
@@ -75,6 +77,38 @@ def test_to_hf_and_back(config: BeitConfig) -> None:
     assert BeitConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
+@pytest.mark.parametrize("taps", ["original", "hf"])
+def test_segmentation_and_backbone_to_hf_and_back(taps: Any) -> None:
+    config = replace(
+        VARIANTS["beit_base_patch16_640_ade20k"],
+        feature_taps=taps, use_auxiliary_head=False, auxiliary_num_convs=3, auxiliary_concat_input=True,
+        auxiliary_channels=7, auxiliary_loss_weight=0.5, semantic_loss_ignore_index=0, pool_scales=(2, 5),
+    )  # fmt: skip
+    backbone = BeitConfig(task="backbone", out_indices=(1, 2, 5, 9), feature_taps=taps, add_fpn=True)
+    tokens = replace(backbone, add_fpn=False, reshape_hidden_states=False, out_indices=(0, 4))
+    for each in (config, backbone, tokens):
+        written = json.loads(json.dumps(each.to_hf()))
+        assert BeitConfig.from_hf(written) == each
+        theirs = transformers.BeitConfig(**written)
+        assert tuple(theirs.out_indices) == each.out_indices and theirs.num_labels == (each.num_labels or 2)
+
+
+def test_which_hidden_states_are_tapped() -> None:
+    """unilm takes the outputs of 0-based blocks; transformers reads hidden_states[i - 1] in its segmentation models."""
+    published = VARIANTS["beit_base_patch16_640_ade20k"]
+    assert published.tapped_states == (4, 6, 8, 12)
+    from_hf = BeitConfig.from_hf({"model_type": "beit", "image_size": 640, "id2label": {"0": "a"}} | SEGMENTS)
+    assert from_hf.feature_taps == "hf" and from_hf.tapped_states == (2, 4, 6, 10)
+    legacy = SEGMENTS | {"out_indices": None, "segmentation_indices": [3, 5, 7, 11]}
+    assert BeitConfig.from_hf({"model_type": "beit"} | legacy).tapped_states == (2, 4, 6, 10)
+    data2vec = {"model_type": "data2vec-vision", "architectures": ["Data2VecVisionForSemanticSegmentation"]}
+    assert BeitConfig.from_hf(data2vec).out_indices == (3, 5, 7, 11)
+    backbone = {"model_type": "beit", "architectures": ["BeitBackbone"]}
+    assert BeitConfig.from_hf(backbone).tapped_states == (12,)
+    assert BeitConfig.from_hf(backbone | {"out_indices": [2, -1]}).tapped_states == (2, 12)
+    assert BeitConfig.from_hf(backbone | {"out_features": ["stem", "stage3"]}).tapped_states == (0, 3)
+
+
 def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
     config = replace(VARIANTS["data2vec_vision_base_ft1k"], labels=tuple(f"class {i}" for i in range(1000)))
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
@@ -84,6 +118,7 @@ def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
     assert BeitConfig.from_hf(json.loads(theirs.to_json_string(use_diff=False))) == config
 
 
+SEGMENTS = {"architectures": ["BeitForSemanticSegmentation"], "out_indices": [3, 5, 7, 11]}
 BAD = [
     ({"model_type": "vit"}, "model_type: expected beit or data2vec-vision"),
     ({}, "model_type: expected beit or data2vec-vision, found nothing"),
@@ -97,7 +132,20 @@ BAD = [
     ({"drop_path_rate": 1.5}, "drop_path_rate: expected a rate in [0, 1), found 1.5"),
     ({"use_mean_pooling": 1}, "use_mean_pooling: expected true or false, found 1"),
     ({"hidden_act": "mish"}, "hidden_act: expected gelu or"),
-    ({"architectures": ["BeitForSemanticSegmentation"]}, "architectures: expected one of BeitModel"),
+    ({"architectures": ["BeitForDepth"]}, "architectures: expected one of BeitModel"),
+    ({"architectures": ["BeitForSemanticSegmentation"]}, "out_indices: expected four growing indices of the 12 blocks"),
+    (
+        SEGMENTS | {"out_indices": [1, 2, 3, 15]},
+        "out_indices: expected four growing indices of the 12 blocks, found [1",
+    ),
+    (SEGMENTS | {"out_indices": [1, 3, 2, 4]}, "out_indices: expected four growing indices"),
+    (SEGMENTS | {"out_indices": [0, 1, 2, 3]}, "out_indices: expected four growing indices"),
+    (SEGMENTS | {"out_indices": "all"}, 'out_indices: expected a list of integers, found "all"'),
+    (SEGMENTS | {"pool_scales": []}, "pool_scales: expected positive integers, found []"),
+    (SEGMENTS | {"num_labels": 0}, "labels: expected the names of the classes, found none"),
+    (SEGMENTS | {"auxiliary_num_convs": 0}, "auxiliary_num_convs: expected a positive integer, found 0"),
+    (SEGMENTS | {"beit_jax": {"feature_taps": "timm"}}, "beit_jax: feature_taps: expected original or hf"),
+    ({"architectures": ["BeitBackbone"], "out_indices": []}, "out_indices: expected some growing indices"),
     ({"architectures": ["ViTModel"]}, "architectures: expected one of BeitModel"),
     ({"architectures": ["BeitForImageClassification"], "id2label": {"1": "a"}}, "id2label: expected an object"),
     ({"architectures": ["BeitForImageClassification"], "id2label": ["a"]}, "id2label: expected an object"),

@@ -59,7 +59,7 @@ def test_jit_grad_and_vmap_take_the_model_as_a_pytree() -> None:
 
 def test_initialised_models_have_the_shapes_that_loading_expects() -> None:
     for task, kind in MODELS.items():
-        config = replace(CONFIG, task=task)
+        config = replace(CONFIG, task=task, num_hidden_layers=4, out_indices=(0, 1, 2, 3))
         made = flatten(nnx.to_pure_dict(nnx.state(kind(config, rngs=nnx.Rngs(0)))))
         assert {name: leaf.shape for name, leaf in made.items()} == dict(param_shapes(config))
         assert np.abs(made[next(name for name in made if name.endswith("qkv_kernel"))]).max() > 0
@@ -87,6 +87,40 @@ def test_outputs_only_on_request() -> None:
     assert output.hidden_states is None and output.attentions is None
     output = model()(PIXELS, output_hidden_states=True, output_attentions=True)
     assert output.hidden_states.shape == (4, 4, 17, 32) and output.attentions.shape == (3, 4, 4, 17, 17)
+
+
+def test_taps_are_the_hidden_states_they_name() -> None:
+    states = model()(PIXELS, output_hidden_states=True).hidden_states
+    for taps in ((0,), (3,), (0, 3), (1, 2), (0, 1, 2, 3), (2,)):
+        found = jax.jit(lambda m, x, taps=taps: m.beit(x, taps=taps).taps)(model(), PIXELS)
+        assert np.allclose(found, states[np.array(taps)], atol=1e-6)
+    for taps in ((2, 1), (1, 1), (4,), (-1, 2)):
+        with pytest.raises(BeitJaxError, match="taps: expected growing indices of the 4 hidden states"):
+            model().beit(PIXELS, taps=taps)
+
+
+def test_taps_are_all_that_is_kept() -> None:
+    """The program for two taps of a deep model holds two states more than the one for none, not one per block."""
+    config = replace(CONFIG, num_hidden_layers=24, position_bias="none")
+    deep = model(config)
+
+    def temporary(taps: tuple[int, ...]) -> int:
+        run = jax.jit(lambda m, x: (m.beit(x, taps=taps).taps, m.beit(x, taps=taps).last_hidden_state.sum()))
+        return int(
+            run.lower(deep, np.zeros((64, 32, 32, 3), np.float32)).compile().memory_analysis().temp_size_in_bytes
+        )
+
+    state = 64 * 17 * 32 * 4
+    assert temporary((5, 24)) - temporary(()) <= 6 * state
+
+
+def test_recomputing_blocks_changes_no_gradient() -> None:
+    def gradient(remat: bool) -> Any:
+        return jax.grad(lambda m: m(PIXELS, key=jax.random.key(0), remat=remat).logits.sum())(model())
+
+    plain, again = gradient(False), gradient(True)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+        assert np.allclose(a, b, atol=1e-5)
 
 
 def test_masked_patches_do_not_show_their_pixels() -> None:

@@ -9,23 +9,27 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module may import, at its top, only modules that stand before it. Imports inside functions are the
 # deliberate exceptions: the command line and `predict` reach the converter when they need it.
 LIBRARY = [
-    "errors", "tree", "json_file", "config", "variants", "published", "image_config", "image_io", "images", "resize",
-    "position", "layers", "encoder", "heads", "output", "weights", "dvae", "vqkd", "tokenizer", "hub", "predict",
-    "inspection", "demo",
+    "errors", "tree", "json_file", "config", "variants", "published", "resize", "image_config", "image_io", "images",
+    "label_maps", "position", "layers", "dense", "encoder", "segmenter", "heads", "output", "weights", "dvae", "vqkd",
+    "tokenizer", "hub", "predict", "segmentation", "pictures", "inspection", "demo",
 ]  # fmt: skip
 CONVERT = [
     "options", "weight_file", "safetensors_file", "msgpack_file", "pickle_names", "pickle_machine", "pickle_container",
-    "pickle_module", "pickle_state", "pickle_file", "shard_index", "checkpoint", "rules", "tables", "fit", "identify",
-    "adapt", "importer", "exporter", "tokenizers", "parity",
+    "pickle_module", "pickle_state", "pickle_file", "shard_index", "checkpoint", "rules", "tables", "fit", "mmseg",
+    "identify", "adapt", "importer", "exporter", "tokenizers", "parity",
 ]  # fmt: skip
+TRAIN = ["segmentation", "evaluate"]
 ORDER = [
     *(f"beit_jax.{name}" for name in LIBRARY),
     *(f"beit_jax.convert.{name}" for name in CONVERT),
+    *(f"beit_jax.train.{name}" for name in TRAIN),
     "beit_jax.__main__",
 ]
 FILES = {
     f"beit_jax.{name}": ROOT / "beit_jax" / f"{name}.py" for name in [*LIBRARY, "__main__"]
-} | {f"beit_jax.convert.{name}": ROOT / "convert" / f"{name}.py" for name in CONVERT}  # fmt: skip
+} | {f"beit_jax.convert.{name}": ROOT / "convert" / f"{name}.py" for name in CONVERT} | {
+    f"beit_jax.train.{name}": ROOT / "train" / f"{name}.py" for name in TRAIN
+}  # fmt: skip
 
 
 def imports(module: str) -> set[str]:
@@ -42,13 +46,17 @@ def imports(module: str) -> set[str]:
 
 
 def test_every_module_has_its_place() -> None:
-    files = {path for room in ("beit_jax", "convert") for path in (ROOT / room).glob("*.py")}
-    assert files - set(FILES.values()) == {ROOT / "beit_jax/__init__.py", ROOT / "convert/__init__.py"}
+    files = {path for room in ("beit_jax", "convert", "train") for path in (ROOT / room).glob("*.py")}
+    assert files - set(FILES.values()) == {ROOT / room / "__init__.py" for room in ("beit_jax", "convert", "train")}
 
 
 @pytest.mark.parametrize("module", ORDER)
 def test_imports_go_down(module: str) -> None:
-    above = set(ORDER[ORDER.index(module) :]) | {"beit_jax.train", "train", "convert"}
+    above = set(ORDER[ORDER.index(module) :]) | {"train", "convert"}
+    if module.startswith("beit_jax.train."):  # training reads native checkpoints only
+        above |= {"beit_jax.convert", *(f"beit_jax.convert.{name}" for name in CONVERT)}
+    else:
+        above |= {"beit_jax.train"}
     assert not imports(module) & above
 
 

@@ -1,1 +1,1 @@
-"""Training. Nothing is here yet: the sharded loop, its objectives and recipes will be."""
+"""Training: evaluation and losses of segmentation. The sharded loop, its objectives and recipes will be here."""

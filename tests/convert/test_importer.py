@@ -235,4 +235,4 @@ def test_sha256_is_recorded_when_asked(source: Path, tmp_path: Path) -> None:
     provenance = weights.load(tmp_path / "native").provenance
     assert provenance["files"] == {"model.safetensors": digest} and provenance["options"] == {"sha256": True}
     lines = "\n".join(inspect(resolve(tmp_path / "native")).lines)
-    assert digest in lines and f"from {source} by beit-jax" in lines and "options      sha256 True" in lines
+    assert digest in lines and f"{source} by beit-jax" in lines and "options      sha256 True" in lines

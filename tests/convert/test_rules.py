@@ -1,5 +1,6 @@
 """The operations and the tables: invertible, total, and unambiguous for every model."""
 
+from dataclasses import replace
 from itertools import product
 
 import ml_dtypes
@@ -9,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beit_jax.config import BeitConfig
-from beit_jax.convert.rules import CONV, FLAT, KEEP, LINEAR, QKV, Op, Rule, export, steps
-from beit_jax.convert.tables import NAMINGS, recognise
+from beit_jax.convert.rules import CONV, CONV_TRANSPOSE, FLAT, FUSED_QKV, KEEP, LINEAR, QKV, Op, Rule, export, steps
+from beit_jax.convert.tables import MMSEG, NAMINGS, recognise
 from beit_jax.errors import BeitJaxError
 from beit_jax.heads import param_shapes
 from beit_jax.variants import VARIANTS
@@ -22,7 +23,9 @@ OPS = {
     "linear": (LINEAR, (6, 5)),
     "linear of heads": (LINEAR, (3, 4, 5)),
     "conv": (CONV, (2, 3, 4, 5)),
+    "transposed conv": (CONV_TRANSPOSE, (2, 3, 4, 5)),
     "qkv": (QKV, (6, 3, 2, 4)),
+    "fused qkv": (FUSED_QKV, (6, 3, 2, 4)),
 }
 
 
@@ -56,6 +59,18 @@ def test_qkv_by_hand() -> None:
     assert leaf.tolist() == [[[[0, 1], [2, 3]], [[10, 11], [12, 13]], [[20, 21], [22, 23]]]]
 
 
+def test_fused_qkv_is_the_three_parts_one_below_the_other() -> None:
+    leaf = np.random.default_rng(0).standard_normal((6, 3, 2, 4))
+    assert np.array_equal(FUSED_QKV.dump(leaf)[0], np.concatenate(QKV.dump(leaf)))
+
+
+def test_transposed_conv_by_hand() -> None:
+    weight = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)  # in, out, height, width
+    leaf = np.empty((4, 5, 2, 3), weight.dtype)
+    CONV_TRANSPOSE.load([weight], 0, leaf)
+    assert leaf[1, 2, 0, 1] == weight[0, 1, 1, 2]
+
+
 def test_conv_by_hand() -> None:
     weight = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)  # out, in, height, width
     leaf = np.empty((4, 5, 3, 2), weight.dtype)
@@ -67,6 +82,8 @@ def test_conv_by_hand() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_leaf_of_every_variant_has_one_rule(naming, variant: str) -> None:  # type: ignore[no-untyped-def]
     config = VARIANTS[variant]
+    if naming is MMSEG and config.task != "semantic_segmentation":
+        pytest.skip("mmseg knows segmentation only")
     shapes = param_shapes(config)
     for prefix in naming.prefixes:
         planned = steps([rule for rule in naming.rules(config, prefix) if rule.flax in shapes], shapes)
@@ -88,6 +105,17 @@ def test_every_rule_serves_some_model() -> None:
     for naming in NAMINGS:
         for rule in (*naming.backbone, *naming.heads):
             assert rule.flax in leaves, rule
+
+
+def test_every_segmentation_rule_serves_some_model() -> None:
+    config = replace(
+        VARIANTS["beit_base_patch16_640_ade20k"], auxiliary_num_convs=2, auxiliary_concat_input=True, pool_scales=(1, 5)
+    )
+    heads = ("fpn/", "decode_head/", "auxiliary_head/")
+    leaves = {name for name in param_shapes(config) if name.startswith(heads)}
+    for naming in NAMINGS:
+        rules = (*naming.segmentation.pyramid_rules(), *naming.segmentation.head_rules(config))
+        assert {rule.flax for rule in rules} == leaves and len(rules) == len(leaves)
 
 
 def test_a_leaf_without_a_rule_is_named() -> None:

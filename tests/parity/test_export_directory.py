@@ -15,7 +15,7 @@ from tolerances import EXPORT
 from beit_jax.config import BeitConfig
 from beit_jax.convert import export, load, to_torch
 from beit_jax.convert.rules import steps
-from beit_jax.convert.tables import FLAX, NAMINGS, UNILM
+from beit_jax.convert.tables import FLAX, HF, HF5, MMSEG, NAMINGS, UNILM, Naming
 from beit_jax.errors import BeitJaxError
 from beit_jax.heads import param_shapes
 from beit_jax.hub import resolve
@@ -27,10 +27,24 @@ from beit_jax.weights import NativeCheckpoint
 def tiny(config: BeitConfig) -> BeitConfig:
     """A released model, made small."""
     size = (32, 32)
+    if config.task == "semantic_segmentation":
+        config = replace(config, num_hidden_layers=4, out_indices=(0, 1, 2, 3), auxiliary_channels=8)
+    else:
+        config = replace(config, num_hidden_layers=2)
     return replace(
-        config, hidden_size=64, num_attention_heads=1, num_hidden_layers=2, intermediate_size=24, image_size=size,
+        config, hidden_size=64, num_attention_heads=1, intermediate_size=24, image_size=size,
         patch_size=(8, 8), vocab_size=12, labels=config.labels[:3],
     )  # fmt: skip
+
+
+def holds(naming: Naming, config: BeitConfig) -> bool:
+    """Which models exist under which names."""
+    segments = config.task == "semantic_segmentation"
+    if naming in (FLAX, UNILM):  # transformers 4 had no Flax data2vec; the original segments in mmseg
+        return not segments and (naming is UNILM or config.model_type == "beit")
+    if naming is MMSEG:
+        return segments
+    return naming in (HF, HF5) or (segments and config.model_type == "data2vec-vision")
 
 
 def random_checkpoint(config: BeitConfig, seed: int = 0) -> NativeCheckpoint:
@@ -44,7 +58,7 @@ def test_every_table_inverts_itself_for_every_variant(variant: str, naming, seed
     """Export, then import: the same bits; and the rules cover the model exactly."""
     checkpoint = random_checkpoint(tiny(VARIANTS[variant]), seed)
     config = checkpoint.config
-    assume(naming is not FLAX or config.model_type == "beit")  # transformers 4 never had Flax data2vec
+    assume(holds(naming, config))
     tensors = to_torch(config, checkpoint.params, naming)
     shapes = param_shapes(config)
     rules = [rule for rule in naming.rules(config, naming.own_prefix(config)) if rule.flax in shapes]
@@ -55,10 +69,10 @@ def test_every_table_inverts_itself_for_every_variant(variant: str, naming, seed
             step.rule.op.load([tensors[name] for name in names], 0, layer)
             used += names
         assert np.array_equal(leaf, checkpoint.params[path]), path
-    assert sorted(used) == sorted(tensors)
+    assert sorted(used) == sorted(name for name in tensors if not naming.derived.search(name))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "ade20k" not in name])
 def test_transformers_loads_an_exported_directory(tmp_path: Path, variant: str) -> None:
     """Every released configuration, tiny: nothing missing, nothing unexpected, and the same logits as ours."""
     import jax

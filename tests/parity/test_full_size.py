@@ -23,7 +23,7 @@ from beit_jax.variants import VARIANTS
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "ade20k" not in name])
 def test_released_configuration(variant: str, tmp_path: Path) -> None:
     config = replace(VARIANTS[variant], layer_norm_eps=1e-12)
     options = {

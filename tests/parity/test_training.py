@@ -70,7 +70,7 @@ def loss_and_gradients(model: Model, batch: dict[str, np.ndarray]) -> tuple[jax.
 def test_every_gradient_leaf(case: tuple[torch.nn.Module, Model, dict[str, np.ndarray]]) -> None:
     theirs, ours, batch = case
     _, gradients = loss_and_gradients(ours, batch)
-    expected = {name: parameter.grad.numpy() for name, parameter in named_as_in_files(theirs).items()}
+    expected = {name: parameter.grad.numpy() for name, parameter in reference.named_as_in_files(theirs).items()}
     assert gradients.keys() == expected.keys()
     for name, reference_gradient in expected.items():
         scale = np.abs(reference_gradient).max()
@@ -88,20 +88,13 @@ def test_one_adamw_step(case: tuple[torch.nn.Module, Model, dict[str, np.ndarray
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     stepped = optax.apply_updates(params, updates)
     torch.optim.AdamW(theirs.parameters(), rate, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.05).step()
-    for name, parameter in named_as_in_files(theirs).items():
+    for name, parameter in reference.named_as_in_files(theirs).items():
         # Adam's first step is the sign of the gradient: where that drowns in rounding, it is arbitrary in both.
         gradient = np.abs(parameter.grad.numpy())
         clear = gradient > 1e-3 * gradient.max()
         assert clear.mean() > 0.2, name
         difference = np.abs(np.asarray(stepped[name]) - parameter.detach().numpy())[clear]
         assert difference.max() <= STEP * rate, name
-
-
-def named_as_in_files(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters under the names transformers writes, which are those of our table."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return dict(revert_weight_conversion(model, dict(model.named_parameters())))
 
 
 def test_unflatten_inverts_flatten() -> None:

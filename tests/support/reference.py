@@ -11,8 +11,11 @@ CLASSES = {
     ("beit", "features"): transformers.BeitModel,
     ("beit", "masked_image_modeling"): transformers.BeitForMaskedImageModeling,
     ("beit", "image_classification"): transformers.BeitForImageClassification,
+    ("beit", "semantic_segmentation"): transformers.BeitForSemanticSegmentation,
+    ("beit", "backbone"): transformers.BeitBackbone,
     ("data2vec-vision", "features"): transformers.Data2VecVisionModel,
     ("data2vec-vision", "image_classification"): transformers.Data2VecVisionForImageClassification,
+    ("data2vec-vision", "semantic_segmentation"): transformers.Data2VecVisionForSemanticSegmentation,
 }
 TINY = {
     "hidden_size": 32,
@@ -23,6 +26,13 @@ TINY = {
     "patch_size": 8,
     "vocab_size": 24,
     "drop_path_rate": 0.0,
+}
+SEGMENTATION = {key: value for key, value in TINY.items() if key not in ("num_hidden_layers", "vocab_size")} | {
+    "num_hidden_layers": 4,
+    "use_relative_position_bias": True,
+    "num_labels": 7,
+    "auxiliary_channels": 24,
+    "out_indices": [1, 2, 3, 4],
 }
 BIAS = {
     "none": {},
@@ -49,7 +59,17 @@ def random_model(
                 parameter.copy_(draw * parameter[0].numel() ** -0.5)
             else:
                 parameter.add_(draw * scale)
+    randomise_statistics(model, generator)
     return model
+
+
+def randomise_statistics(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """Draws the running statistics of every batch norm; variances stay positive."""
+    for name, buffer in sorted(model.named_buffers()):
+        if name.endswith("running_mean"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
+        elif name.endswith("running_var"):
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
 
 
 def save(model: torch.nn.Module, directory: Path, *, processor: bool = True) -> Path:
@@ -77,6 +97,18 @@ def mask(model: torch.nn.Module, pixel_values: np.ndarray, *, seed: int = 2) -> 
     patch = model.config.patch_size
     count = (pixel_values.shape[1] // patch) * (pixel_values.shape[2] // patch)
     return np.random.default_rng(seed).random((len(pixel_values), count)) < 0.4
+
+
+def in_file_names(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters or buffers of a model under the names transformers writes to files, which are those of our table."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, tensors))
+
+
+def named_as_in_files(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters under the names transformers writes to files."""
+    return in_file_names(model, dict(model.named_parameters()))
 
 
 def run(model: torch.nn.Module, pixel_values: np.ndarray, bool_masked_pos: np.ndarray | None = None) -> Any:

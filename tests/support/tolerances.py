@@ -3,6 +3,12 @@
 MODEL = 1e-5
 """Largest absolute difference of any hidden state or logit (of magnitude 3) of a float32 model up to base size."""
 
+SEGMENTATION = 1e-4
+"""As MODEL, of segmentation logits of magnitude 3: the blocks are followed by sums over up to 3840 x 9 inputs."""
+
+STATISTICS = 1e-5
+"""Of running statistics of magnitude 1 after one step."""
+
 EXPORT = 1e-6
 """Logits of a model that went to Flax and back: the tensors are the same bits, the program is the same."""
 
