@@ -23,14 +23,16 @@ from .weight_file import RandomAccessFile, TensorInfo, WeightFile
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
+Format = Literal["safetensors", "pytorch", "flax"]
+
 # In the order in which transformers looks for them.
-WEIGHT_NAMES = (
-    "model.safetensors",
-    "model.safetensors" + INDEX_SUFFIX,
-    "pytorch_model.bin",
-    "pytorch_model.bin" + INDEX_SUFFIX,
-    "flax_model.msgpack",
-)
+WEIGHT_NAMES: Mapping[str, Format] = {
+    "model.safetensors": "safetensors",
+    "model.safetensors" + INDEX_SUFFIX: "safetensors",
+    "pytorch_model.bin": "pytorch",
+    "pytorch_model.bin" + INDEX_SUFFIX: "pytorch",
+    "flax_model.msgpack": "flax",
+}
 
 Kind = Literal["safetensors", "zip", "pickle", "msgpack"]
 
@@ -91,12 +93,13 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(path: Path, *, prefer: str | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, *, prefer: str | None = None, format: Format | None = None) -> Checkpoint:
     """Opens a directory in Hugging Face format, or one weight file of a format recognised by its content.
 
     Args:
         path: in a directory the first of `WEIGHT_NAMES` is taken.
         prefer: which of several sets of weights in one training checkpoint: "model", "ema", or the name of an entry.
+        format: take only weights of this format from a directory.
 
     Raises:
         BeitJaxError: nothing there, not weights, damaged, unsafe, or a choice between sets of weights is needed.
@@ -106,9 +109,10 @@ def open_checkpoint(path: Path, *, prefer: str | None = None) -> Checkpoint:
         if path.name.endswith(INDEX_SUFFIX):
             return _open_shards(path, path, prefer, ())
         return Checkpoint(path, [_open_file(path, prefer)])
-    present = [name for name in WEIGHT_NAMES if os.path.lexists(path / name)]  # a broken link is an error, not absence
+    wanted = [name for name in WEIGHT_NAMES if format in (None, WEIGHT_NAMES[name])]
+    present = [name for name in wanted if os.path.lexists(path / name)]  # a broken link is an error, not absence
     if not present:
-        raise BeitJaxError(_nothing_found(path))
+        raise BeitJaxError(_nothing_found(path, wanted))
     chosen, *others = present
     notes = [f"{name} ignored: {chosen} is preferred" for name in others]
     if chosen.endswith(INDEX_SUFFIX):
@@ -116,7 +120,7 @@ def open_checkpoint(path: Path, *, prefer: str | None = None) -> Checkpoint:
     return Checkpoint(path, [_open_file(path / chosen, prefer)], notes)
 
 
-def _nothing_found(directory: Path) -> str:
+def _nothing_found(directory: Path, wanted: Sequence[str]) -> str:
     label = printable(directory, 1024)
     try:
         names = sorted(os.listdir(directory))
@@ -125,7 +129,7 @@ def _nothing_found(directory: Path) -> str:
     found = ", ".join(printable(name, 60) for name in names[:10]) or "nothing"
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return (
-        f"{label} holds no weights: expected one of {', '.join(WEIGHT_NAMES)}; found {found}{more}. "
+        f"{label} holds no weights: expected one of {', '.join(wanted)}; found {found}{more}. "
         "A weight file of another name can be given itself"
     )
 

@@ -81,18 +81,15 @@ class Plan:
         return {
             "source": self.source.name,
             "revision": self.source.revision,
-            "files": {file.name: self._sha256(file) for file in self.checkpoint.files},
+            "files": {file.name: self._digest(file) for file in self.checkpoint.files},
             "format": self.checkpoint.format,
             "naming": self.naming.name,
             "options": self.options.asked(),
             "converter": f"beit-jax {__version__}",
         }
 
-    def _sha256(self, file: Path) -> str | None:
-        if not self.options.sha256:
-            return recorded_sha256(file)
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+    def _digest(self, file: Path) -> str | None:
+        return _sha256(file) if self.options.sha256 or self.options.expect_sha256 else recorded_sha256(file)
 
 
 def plan(source: Source, options: Options = DEFAULT) -> Plan:
@@ -102,8 +99,9 @@ def plan(source: Source, options: Options = DEFAULT) -> Plan:
         BeitJaxError: unreadable files; a model of another family; tensors that are missing, unexpected, of another
             shape than the configuration says, or not floating point. Names the file and the tensors.
     """
-    checkpoint = open_checkpoint(source.path, prefer=options.weights)
+    checkpoint = open_checkpoint(source.path, prefer=options.weights, format=options.format)
     try:
+        _check_sha256(checkpoint, options.expect_sha256)
         return _plan(source, checkpoint, options)
     except BaseException:
         checkpoint.close()
@@ -179,6 +177,24 @@ def load(source: Source, options: Options = DEFAULT) -> NativeCheckpoint:
         reader = _Reader(decided)
         params = {path: reader.leaf(path) for path in decided.specs}
     return NativeCheckpoint(decided.config, decided.processor, params, decided.provenance())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _check_sha256(checkpoint: Checkpoint, expected: str | None) -> None:
+    """Nothing else tells a flipped bit in a safetensors file."""
+    if expected is None:
+        return
+    if len(checkpoint.files) > 1:
+        raise BeitJaxError(f"{checkpoint.path}: --expect-sha256 is of one file, found {len(checkpoint.files)} shards")
+    found = _sha256(checkpoint.files[0])
+    if not expected or not found.startswith(expected.lower()):
+        raise BeitJaxError(
+            f"{checkpoint.files[0]}: sha256 {printable(expected)} expected, {found} found; download the file again"
+        )
 
 
 def _target(config: BeitConfig, options: Options) -> BeitConfig:

@@ -27,6 +27,10 @@ class Options:
     """Prepare images by a preset instead of what the source says."""
     allow_nonfinite: bool = False
     """Accept NaN and infinite weights."""
+    format: Literal["safetensors", "pytorch", "flax"] | None = None
+    """Which of a directory's weights to read, where it has several formats; safetensors by default."""
+    expect_sha256: str | None = None
+    """Refuse a weight file whose SHA-256 does not begin with this, as published names and pages give it."""
     sha256: bool = False
     """Record the SHA-256 of local source files too (a second per gigabyte); the hub's cache knows those of its own."""
 

@@ -236,3 +236,34 @@ def test_sha256_is_recorded_when_asked(source: Path, tmp_path: Path) -> None:
     assert provenance["files"] == {"model.safetensors": digest} and provenance["options"] == {"sha256": True}
     lines = "\n".join(inspect(resolve(tmp_path / "native")).lines)
     assert digest in lines and f"{source} by beit-jax" in lines and "options      sha256 True" in lines
+
+
+def test_expected_sha256(source: Path, tmp_path: Path) -> None:
+    """A flipped bit in a value: nothing but the digest can tell."""
+    content = bytearray((source / "model.safetensors").read_bytes())
+    digest = hashlib.sha256(content).hexdigest()
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert load(resolve(tmp_path), Options(expect_sha256=digest[:8].upper())).provenance["files"] == {
+        "model.safetensors": digest
+    }
+    content[-3] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    load(resolve(tmp_path))
+    with pytest.raises(
+        BeitJaxError, match=rf"model\.safetensors: sha256 {digest} expected, [0-9a-f]{{64}} found; download"
+    ):
+        load(resolve(tmp_path), Options(expect_sha256=digest))
+
+
+def test_format_is_chosen_where_there_are_several(source: Path, expected: Tensors, tmp_path: Path) -> None:
+    state = {name: torch.from_numpy(tensor) + 1 for name, tensor in read(source).items()}
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    assert any("pytorch_model.bin ignored" in note for note in plan(resolve(tmp_path)).notes)
+    assert_same(load(resolve(tmp_path)).params, expected)
+    other = load(resolve(tmp_path), Options(format="pytorch"))
+    assert np.array_equal(other.params["classifier/bias"], expected["classifier/bias"] + 1)
+    with pytest.raises(BeitJaxError, match=r"holds no weights: expected one of flax_model\.msgpack; found"):
+        plan(resolve(tmp_path), Options(format="flax"))
