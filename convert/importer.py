@@ -55,6 +55,7 @@ class Plan:
         adaptations: leaves of the result that are made from others, see `adapt`.
         dropped: tensors of the source that are computed, not learned, or belong to another model around it.
         notes: lines the user should see.
+        digests: SHA-256 of every weight file, where it was asked for or is known.
     """
 
     source: Source
@@ -69,6 +70,7 @@ class Plan:
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
     options: Options
+    digests: Mapping[str, str | None]
 
     @property
     def nbytes(self) -> int:
@@ -81,15 +83,12 @@ class Plan:
         return {
             "source": self.source.name,
             "revision": self.source.revision,
-            "files": {file.name: self._digest(file) for file in self.checkpoint.files},
+            "files": dict(self.digests),
             "format": self.checkpoint.format,
             "naming": self.naming.name,
             "options": self.options.asked(),
             "converter": f"beit-jax {__version__}",
         }
-
-    def _digest(self, file: Path) -> str | None:
-        return _sha256(file) if self.options.sha256 or self.options.expect_sha256 else recorded_sha256(file)
 
 
 def plan(source: Source, options: Options = DEFAULT) -> Plan:
@@ -101,7 +100,6 @@ def plan(source: Source, options: Options = DEFAULT) -> Plan:
     """
     checkpoint = open_checkpoint(source.path, prefer=options.weights, format=options.format)
     try:
-        _check_sha256(checkpoint, options.expect_sha256)
         return _plan(source, checkpoint, options)
     except BaseException:
         checkpoint.close()
@@ -109,6 +107,7 @@ def plan(source: Source, options: Options = DEFAULT) -> Plan:
 
 
 def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Plan:
+    digests = _digests(checkpoint, options)
     tensors = checkpoint.tensors
     naming, prefix = recognise(tensors.keys(), str(source.path))
     found = identify(source, checkpoint, naming, prefix, variant=options.variant, image_preset=options.image_preset)
@@ -128,7 +127,19 @@ def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Plan:
     )
     notes = [*found.seen, *notes, *checkpoint.notes, *_dtype_notes(planned, tensors)]
     return Plan(
-        source, target, processor, checkpoint, naming, prefix, planned, specs, adapted, dropped, tuple(notes), options
+        source,
+        target,
+        processor,
+        checkpoint,
+        naming,
+        prefix,
+        planned,
+        specs,
+        adapted,
+        dropped,
+        tuple(notes),
+        options,
+        digests,
     )
 
 
@@ -184,17 +195,21 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _check_sha256(checkpoint: Checkpoint, expected: str | None) -> None:
-    """Nothing else tells a flipped bit in a safetensors file."""
+def _digests(checkpoint: Checkpoint, options: Options) -> dict[str, str | None]:
+    """SHA-256 of the weight files. Nothing but the expected one tells a flipped bit in a safetensors file."""
+    asked = options.sha256 or options.expect_sha256 is not None
+    found = {file.name: _sha256(file) if asked else recorded_sha256(file) for file in checkpoint.files}
+    expected = options.expect_sha256
     if expected is None:
-        return
-    if len(checkpoint.files) > 1:
-        raise BeitJaxError(f"{checkpoint.path}: --expect-sha256 is of one file, found {len(checkpoint.files)} shards")
-    found = _sha256(checkpoint.files[0])
-    if not expected or not found.startswith(expected.lower()):
+        return found
+    if len(found) > 1:
+        raise BeitJaxError(f"{checkpoint.path}: --expect-sha256 is of one file, found {len(found)} shards")
+    digest = found[checkpoint.files[0].name]
+    if not expected or digest is None or not digest.startswith(expected.lower()):
         raise BeitJaxError(
-            f"{checkpoint.files[0]}: sha256 {printable(expected)} expected, {found} found; download the file again"
+            f"{checkpoint.files[0]}: sha256 {printable(expected)} expected, {digest} found; download the file again"
         )
+    return found
 
 
 def _target(config: BeitConfig, options: Options) -> BeitConfig:
