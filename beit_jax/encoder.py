@@ -3,7 +3,10 @@
 Blocks are stored stacked: every leaf under ``blocks`` has a leading axis of length `num_hidden_layers`.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from jaxtyping import Array, Float, Key, Shaped
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.layers import Block, dropout, layer_norm
+from beit_jax.partition import constrain
 from beit_jax.position import (
     Grid,
     num_relative_offsets,
@@ -24,6 +28,18 @@ from beit_jax.position import (
 )
 
 ArrayLike = Array | np.ndarray
+Remat = Literal["none", "block", "dots"]
+
+REMAT: Mapping[Remat, Callable[[Any], Any]] = {
+    "none": lambda step: step,
+    "block": partial(jax.checkpoint, prevent_cse=False),
+    "dots": partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+"""What wraps the scanned step. The two passes are two loops, so nothing computed again can be merged with its first
+computation, and `jax.checkpoint` need not prevent it.
+
+"dots" saves the products with parameters; attention scores, quadratic in the tokens, are computed again.
+"""
 
 
 @jax.tree_util.register_dataclass
@@ -171,7 +187,7 @@ class BeitModel(nnx.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         taps: tuple[int, ...] = (),
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> BeitOutput:
         """Encodes images.
 
@@ -181,7 +197,8 @@ class BeitModel(nnx.Module):
             key: randomness of dropout and stochastic depth; None for inference.
             output_hidden_states, output_attentions: fill these fields; they cost memory in proportion to depth.
             taps: growing indices of hidden states (0: the embeddings) to return; they cost the memory of their number.
-            remat: for gradients, keep the blocks' inputs only and compute each block again on the way back.
+            remat: what gradients compute again on the way back: nothing; "block": each block, of which only the input
+                is kept; "dots": each block but its products with parameters.
 
         Raises:
             BeitJaxError: wrong shapes, or a mask for a model without a mask token.
@@ -190,12 +207,13 @@ class BeitModel(nnx.Module):
         embed_key, block_keys = None, None
         if key is not None:
             embed_key, *block_keys = jax.random.split(key, 1 + self.config.num_hidden_layers)
-        embedded = self.embeddings(pixel_values, bool_masked_pos, embed_key)
+        embedded = constrain(self.embeddings(pixel_values, bool_masked_pos, embed_key))
         shared_bias = self.shared_bias(grid)
 
         def run(carry: _Carry, layer: tuple[Block, Array, Array | None, Array | None]) -> tuple[_Carry, _States]:
             (x, kept), (block, drop_path_rate, block_key, slot) = carry, layer
             x, probabilities = block(x, grid, shared_bias, drop_path_rate, block_key)
+            x = constrain(x)
             if kept is not None:
                 kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
             return (x, kept), (x if output_hidden_states else None, probabilities if output_attentions else None)
@@ -204,8 +222,9 @@ class BeitModel(nnx.Module):
         keys = None if block_keys is None else jnp.stack(block_keys)
         slots = _slots(taps, self.config.num_hidden_layers)
         kept = None if slots is None else jnp.broadcast_to(embedded, (len(taps) + 1, *embedded.shape))
-        step = jax.checkpoint(run) if remat else run
-        (x, kept), (after, attentions) = jax.lax.scan(step, (embedded, kept), (self.blocks, rates, keys, slots))
+        (x, kept), (after, attentions) = jax.lax.scan(
+            REMAT[remat](run), (embedded, kept), (self.blocks, rates, keys, slots)
+        )
         hidden_states = None if after is None else jnp.concatenate([embedded[None], after])
         last = self.norm(x) if self.config.pooling == "cls" else x
         return BeitOutput(

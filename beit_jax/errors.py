@@ -1,8 +1,12 @@
 """The one error a user's mistake becomes: a single line that says what, where, expected, found and what to do."""
 
+from typing import ClassVar
+
 
 class BeitJaxError(ValueError):
-    """Bad input. The message is one line; the command line prints it after ``error: `` and exits with code 2."""
+    """Bad input. The message is one line; the command line prints it after ``error: `` and exits with `exit_code`."""
+
+    exit_code: ClassVar[int] = 2
 
 
 def printable(name: object, limit: int = 120) -> str:

@@ -1,9 +1,13 @@
 """Nested dicts of arrays and their flat form, ``{"a/b/c": leaf}``: how parameters are named everywhere at rest."""
 
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from beit_jax.errors import BeitJaxError, printable
 
 Nested = dict[str, Any]
+T = TypeVar("T")
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -25,3 +29,15 @@ def unflatten(flat: Mapping[str, Any]) -> Nested:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return nested
+
+
+def first_match(rules: Sequence[tuple[str, T]], name: str) -> T:
+    """The value of the first rule whose pattern, a regular expression, matches the whole of a flat name.
+
+    Raises:
+        BeitJaxError: no rule covers the name. A table of rules must cover every parameter: none is treated by accident.
+    """
+    for pattern, value in rules:
+        if re.fullmatch(pattern, name):
+            return value
+    raise BeitJaxError(f"{printable(name)}: none of {len(rules)} rules covers this parameter; add one")

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from beit_jax.encoder import Remat
 from beit_jax.heads import abstract_model, build_model, param_shapes
 from beit_jax.images import ImageProcessor
 from beit_jax.segmentation import Inference, segment
@@ -58,7 +59,7 @@ def sliding() -> None:
 def training() -> None:
     graph, shapes = abstract_model(CONFIG)
 
-    def planned(remat: bool) -> int:
+    def planned(remat: Remat) -> int:
         def loss(params: Any, pixels: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
             ours = nnx.merge(graph, params)
             value = segmentation_loss(ours(pixels, train=True, remat=remat), labels, CONFIG)
@@ -69,7 +70,7 @@ def training() -> None:
         compiled = jax.jit(jax.grad(loss, has_aux=True)).lower(shapes, pixels, labels).compile()
         return int(compiled.memory_analysis().temp_size_in_bytes)
 
-    print(json.dumps({"temporary_bytes": planned(False), "temporary_bytes_remat": planned(True)}))
+    print(json.dumps({"temporary_bytes": planned("none"), "temporary_bytes_remat": planned("block")}))
 
 
 CASES = {function.__name__: function for function in (forward, sliding, training)}

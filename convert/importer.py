@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from beit_jax.adapt import Adaptation, adaptations
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.heads import param_shapes
@@ -31,7 +32,6 @@ from beit_jax.weights import (
     write_tensors,
 )
 
-from .adapt import Adaptation, adaptations
 from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .fit import FLOATS, check_fit
 from .identify import identify

@@ -114,15 +114,6 @@ def test_taps_are_all_that_is_kept() -> None:
     assert temporary((5, 24)) - temporary(()) <= 6 * state
 
 
-def test_recomputing_blocks_changes_no_gradient() -> None:
-    def gradient(remat: bool) -> Any:
-        return jax.grad(lambda m: m(PIXELS, key=jax.random.key(0), remat=remat).logits.sum())(model())
-
-    plain, again = gradient(False), gradient(True)
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-        assert np.allclose(a, b, atol=1e-5)
-
-
 def test_masked_patches_do_not_show_their_pixels() -> None:
     mask = np.zeros((4, 16), bool)
     mask[:, 5] = True

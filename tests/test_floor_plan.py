@@ -9,14 +9,15 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module may import, at its top, only modules that stand before it. Imports inside functions are the
 # deliberate exceptions: the command line and `predict` reach the converter when they need it.
 LIBRARY = [
-    "errors", "tree", "json_file", "config", "variants", "published", "resize", "image_config", "image_io", "images",
-    "label_maps", "position", "layers", "dense", "encoder", "segmenter", "heads", "output", "weights", "dvae", "vqkd",
-    "tokenizer", "hub", "predict", "segmentation", "pictures", "inspection", "demo",
+    "errors", "tree", "json_file", "config", "variants", "published", "resize", "image_config",
+    "image_io", "images", "label_maps", "position", "adapt", "partition", "layers", "dense", "encoder", "segmenter",
+    "heads", "output", "weights", "dvae", "vqkd", "tokenizer", "hub", "predict", "segmentation", "pictures",
+    "inspection", "demo",
 ]  # fmt: skip
 CONVERT = [
-    "options", "weight_file", "safetensors_file", "msgpack_file", "pickle_names", "pickle_machine", "pickle_container",
-    "pickle_module", "pickle_state", "pickle_file", "shard_index", "checkpoint", "rules", "tables", "fit", "mmseg",
-    "identify", "adapt", "importer", "exporter", "tokenizers", "parity",
+    "options", "weight_file", "safetensors_file", "msgpack_file", "pickle_names", "pickle_machine",
+    "pickle_container", "pickle_module", "pickle_state", "pickle_file", "shard_index", "checkpoint", "rules",
+    "tables", "fit", "mmseg", "identify", "importer", "exporter", "tokenizers", "parity",
 ]  # fmt: skip
 TRAIN = ["segmentation", "evaluate"]
 ORDER = [

@@ -14,9 +14,9 @@ import safetensors.torch
 from numpy.testing import assert_allclose
 from tolerances import EXPORT, MODEL, RESIZE
 
+from beit_jax.adapt import resize_patch_kernel
 from beit_jax.config import BeitConfig
 from beit_jax.convert import export, load
-from beit_jax.convert.adapt import resize_patch_kernel
 from beit_jax.convert.rules import steps
 from beit_jax.convert.tables import UNILM
 from beit_jax.errors import BeitJaxError

@@ -10,8 +10,8 @@ from numpy.testing import assert_allclose
 from scipy.interpolate import RectBivariateSpline
 from tolerances import RESIZE
 
+from beit_jax.adapt import resize_patch_kernel, resize_table
 from beit_jax.convert import Options, convert, load
-from beit_jax.convert.adapt import resize_patch_kernel, resize_table
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import Source, resolve
 from beit_jax.position import resize_bias_table

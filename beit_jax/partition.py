@@ -1,0 +1,32 @@
+"""Where activations lie on a mesh of devices. Without a mesh, nothing here does anything."""
+
+from math import prod
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Float
+
+BATCH_AXES = ("data", "fsdp")
+"""The mesh axes that a batch is split over; parameters are split over the second of them too."""
+
+
+def spec(*axes: str | tuple[str, ...] | None) -> PartitionSpec:
+    """`PartitionSpec`, which has no types: for every dimension the mesh axes that split it."""
+    return PartitionSpec(*axes)
+
+
+def constrain(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """`x`, split along its first axis over `BATCH_AXES` and whole along the others.
+
+    The partitioner sees only that parameters and batch share an axis. Told where activations lie, it gathers the
+    parameters of one block at a time; left to itself it also moves activations, which are larger.
+
+    Does nothing unless `jax.set_mesh` is in force with both axes in Auto mode and the batch divides among them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if any(types.get(axis) != AxisType.Auto for axis in BATCH_AXES):
+        return x
+    if x.shape[0] % prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(BATCH_AXES))
