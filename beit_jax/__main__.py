@@ -1,19 +1,19 @@
 """The `beit-jax` command. A subcommand imports what it needs when it runs: ``--help`` loads neither JAX nor Pillow."""
 
-import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from beit_jax.convert.options import Options
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.terminal import byte_progress, image_progress, print_json, print_lines, print_table
+from beit_jax.train.commands import Classifying, evaluate_classifier, prepare, train_command
 
 if TYPE_CHECKING:
     from beit_jax.heads import Model
@@ -96,11 +96,11 @@ def demo(*, out: Path = Path("beit-jax-demo"), json: _Json = False) -> int:
     """
     from beit_jax import demo as demonstration
 
-    result = demonstration.run(out, progress=_progress)
+    result = demonstration.run(out, progress=byte_progress)
     if json:
-        _print_json(result.as_dict())
+        print_json(result.as_dict())
     else:
-        _print(demonstration.describe(result))
+        print_lines(demonstration.describe(result))
     return 0 if result.passed else 1
 
 
@@ -138,15 +138,15 @@ def convert(
         )
         found = describe_tokenizer(tokenizer)
         if json:
-            _print_json(found.as_dict | {"destination": str(dest)})
+            print_json(found.as_dict | {"destination": str(dest)})
         else:
-            _print([*found.lines, f"written      {dest}"])
+            print_lines([*found.lines, f"written      {dest}"])
         return 0
-    plan = importer.convert(where, dest, options, overwrite=overwrite, progress=_progress)
+    plan = importer.convert(where, dest, options, overwrite=overwrite, progress=byte_progress)
     if json:
-        _print_json(plan_as_dict(plan) | {"destination": str(dest)})
+        print_json(plan_as_dict(plan) | {"destination": str(dest)})
     else:
-        _print([*describe_plan(plan), f"written      {dest}"])
+        print_lines([*describe_plan(plan), f"written      {dest}"])
     return 0
 
 
@@ -176,7 +176,7 @@ def export(
     if not weights.is_native(native):
         raise BeitJaxError(f"{printable(native)}: not a native checkpoint (no {weights.WEIGHTS}); convert it first")
     notes = exporter.export(weights.load(native), dest, to, overwrite=overwrite)
-    _print([f"{dest}: written for {to}", *(f"note: {note}" for note in notes)])
+    print_lines([f"{dest}: written for {to}", *(f"note: {note}" for note in notes)])
     return 0
 
 
@@ -192,9 +192,9 @@ def published(*, json: _Json = False) -> int:
     from beit_jax.published import PUBLISHED
 
     if json:
-        _print_json([as_dict(row) for row in PUBLISHED])
+        print_json([as_dict(row) for row in PUBLISHED])
         return 0
-    _print_table(
+    print_table(
         ["name", "variant", "format", "result", "where"],
         [[row.name, row.variant or "-", row.format, row.result or "-", row.where] for row in PUBLISHED],
     )
@@ -222,9 +222,9 @@ def inspect(
 
     found = inspection.inspect(hub.resolve(source), options, tensors=tensors)
     if json:
-        _print_json(found.as_dict)
+        print_json(found.as_dict)
     else:
-        _print(found.lines)
+        print_lines(found.lines)
     return 0
 
 
@@ -260,9 +260,9 @@ def parity(
     pixels = ImageProcessor.from_file(where.directory / weights.PROCESSOR)(list(image)) if image else None
     stages = comparison.check(where, pixels, seed=seed, batch=batch)
     if json:
-        _print_json([stage.as_dict() for stage in stages])
+        print_json([stage.as_dict() for stage in stages])
     else:
-        _print_table(
+        print_table(
             ["stage", "max error", "mean error", "scale", "tolerance", "verdict"],
             [
                 [s.name, f"{s.max_error:.1e}", f"{s.mean_error:.1e}", f"{s.scale:.3g}", f"{s.tolerance:.1e}",
@@ -271,7 +271,7 @@ def parity(
             ],
         )  # fmt: skip
         different = [stage.name for stage in stages if not stage.passed]
-        _print([f"first difference at {different[0]}" if different else "all stages agree with PyTorch"])
+        print_lines([f"first difference at {different[0]}" if different else "all stages agree with PyTorch"])
     return 0 if all(stage.passed for stage in stages) else 1
 
 
@@ -301,14 +301,14 @@ def classify(
     guesses = predict.classify(model, processor, images, top=top, batch_size=batch_size)
     if json:
         named = zip(images, guesses, strict=True)
-        _print_json([{"image": str(path), "classes": [asdict(guess) for guess in best]} for path, best in named])
+        print_json([{"image": str(path), "classes": [asdict(guess) for guess in best]} for path, best in named])
         return 0
     rows = [
         [printable(path, 60) if i == 0 else "", f"{guess.probability:.4f}", printable(guess.label, 60)]
         for path, best in zip(images, guesses, strict=True)
         for i, guess in enumerate(best)
     ]
-    _print_table(["image", "probability", "class"], rows)
+    print_table(["image", "probability", "class"], rows)
     return 0
 
 
@@ -347,7 +347,7 @@ def features(
     with new_file(output) as partial, partial.open("wb") as file:
         found = predict.features(model, processor, images, pooling=pooling, batch_size=batch_size)
         np.savez(file, features=found, images=np.array([str(path) for path in images]))
-    _print([f"{output}: features {list(found.shape)} float32 of {len(images)} images"])
+    print_lines([f"{output}: features {list(found.shape)} float32 of {len(images)} images"])
     return 0
 
 
@@ -399,45 +399,63 @@ def segment(
         with new_file(mask) as partial:
             write_label_map(labels, partial)
     if json:
-        _print_json({"image": str(image), "height": labels.shape[0], "width": labels.shape[1],
+        print_json({"image": str(image), "height": labels.shape[0], "width": labels.shape[1],
                      "classes": [asdict(area) for area in found]})  # fmt: skip
         return 0
-    _print_table(["class", "area"], [[printable(area.label, 60), f"{100 * area.share:.1f} %"] for area in found])
-    _print([f"written      {printable(path, 1024)}" for path in (output, mask) if path is not None])
+    print_table(["class", "area"], [[printable(area.label, 60), f"{100 * area.share:.1f} %"] for area in found])
+    print_lines([f"written      {printable(path, 1024)}" for path in (output, mask) if path is not None])
     return 0
 
 
 def evaluate(
     checkpoint: Positional[_SourceName],
     *,
-    images: Path,
-    annotations: Path,
+    data: Annotated[Path | None, arg(metavar="DIR")] = None,
+    images: Annotated[Path | None, arg(metavar="DIR")] = None,
+    annotations: Annotated[Path | None, arg(metavar="DIR")] = None,
     labels_from_zero: bool = False,
     json: _Json = False,
+    classifying: Annotated[Classifying, arg(name="")] = Classifying(),
     how: Annotated[Segmenting, arg(name="")] = Segmenting(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
-    """Segment a folder of images and score the result against annotations: mIoU, mAcc and aAcc, as mmseg counts them.
+    """Score a checkpoint on labelled images: top-1 and top-5 of a classifier, or mIoU, mAcc and aAcc of segmentation.
 
     Try:
+      beit-jax evaluate facebook/data2vec-vision-base-ft1k --data ./imagenet
+      beit-jax evaluate ./native --data ./folder-per-class --preset unilm_eval --confusion mistakes.png
       beit-jax evaluate ./native --images ADE/images/validation --annotations ADE/annotations/validation --as-trained
       beit-jax evaluate ./native --images DIR --annotations DIR --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --as-trained
 
     Args:
-        images: Folder of images.
+        data: Of a classifier: what `beit-jax prepare` wrote, or a folder of images per class.
+        images: Of segmentation: folder of images.
         annotations: Folder of PNG files with a class number for every pixel, named as their images.
         labels_from_zero: Annotations count classes from 0, and 255 is no class; ADE20K's own count from 1, and 0 is
             no class.
     """
+    if data is not None and images is None and annotations is None:
+        from beit_jax import predict
+
+        model, processor = predict.from_pretrained(checkpoint, revision=hub.revision, cache_dir=hub.cache_dir)
+        return evaluate_classifier(model, processor, data, classifying, json=json)
+    if data is not None or images is None or annotations is None:
+        raise BeitJaxError("give --data to evaluate a classifier, or --images and --annotations for segmentation")
+    return _evaluate_segmentation(checkpoint, images, annotations, labels_from_zero, json, how, hub)
+
+
+def _evaluate_segmentation(
+    checkpoint: str, images: Path, annotations: Path, labels_from_zero: bool, json: bool, how: Segmenting, hub: Hub
+) -> int:
     from beit_jax.train import evaluate as scoring
 
     scoring.paired(images, annotations)  # before a checkpoint is fetched for nothing
     model, processor, options = how.load(checkpoint, hub)
     scores = scoring.evaluate_folders(
-        model, processor, images, annotations, options, reduce=not labels_from_zero, progress=_image_progress
+        model, processor, images, annotations, options, reduce=not labels_from_zero, progress=image_progress
     )
     if json:
-        _print_json(scores.as_dict())
+        print_json(scores.as_dict())
         return 0
     rows = [
         [
@@ -446,8 +464,8 @@ def evaluate(
         ]
         for row in scores.as_dict()["classes"]
     ]
-    _print_table(["class", "IoU %", "accuracy %"], rows)
-    _print(scoring.describe(scores))
+    print_table(["class", "IoU %", "accuracy %"], rows)
+    print_lines(scoring.describe(scores))
     return 0
 
 
@@ -462,15 +480,17 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "segment": segment,
     "evaluate": evaluate,
     "export": export,
+    "prepare": prepare,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit code: 0, 1 when a comparison fails, 2 for the user's mistakes."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` blocks clean up
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
+            COMMANDS | {"train": train_command(arguments)},
             prog="beit-jax",
             description="BEiT and Data2Vec-Vision in JAX: convert PyTorch checkpoints, prove them equal, use them. "
             "Begin with: beit-jax demo",
@@ -479,7 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except BeitJaxError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; nothing was kept", file=sys.stderr)
         return 130
@@ -488,76 +508,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _require_images(images: Sequence[Path]) -> None:
     if not images:
         raise BeitJaxError("no images given; name at least one file")
-
-
-def _print(lines: Sequence[str]) -> None:
-    print("\n".join(lines))
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*head, box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: brackets in file names are no markup
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 200)  # a pipe has no width: cut nothing
-
-
-def _progress(total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """A bar of bytes done, on a terminal; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-
-    @contextmanager
-    def run() -> Iterator[Callable[[int], None]]:
-        with bar:
-            task = bar.add_task("converting and verifying", total=total)
-            yield lambda done: bar.update(task, advance=done)
-
-    return run()
-
-
-def _image_progress(total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """A bar of images done, with their rate and the time left, on a terminal; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text("" if task.speed is None else f"{task.speed:.2f} images/s")
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, disable=not console.is_terminal)
-
-    @contextmanager
-    def run() -> Iterator[Callable[[int], None]]:
-        with bar:
-            task = bar.add_task("segmenting", total=total)
-            yield lambda done: bar.update(task, advance=done)
-
-    return run()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The one error a user's mistake becomes: a single line that says what, where, expected, found and what to do."""
 
+from pathlib import PurePath
 from typing import ClassVar
 
 
@@ -9,7 +10,12 @@ class BeitJaxError(ValueError):
     exit_code: ClassVar[int] = 2
 
 
-def printable(name: object, limit: int = 120) -> str:
-    """`name` without control characters and cut at `limit`: names in a file are not to be trusted on a terminal."""
+def printable(name: object, limit: int | None = None) -> str:
+    """`name` without control characters and cut at `limit`: names in a file are not to be trusted on a terminal.
+
+    By default names are cut at 120 characters, and paths, whose end matters most, at 1024.
+    """
+    if limit is None:
+        limit = 1024 if isinstance(name, PurePath) else 120
     text = str(name).encode("unicode_escape").decode("ascii")
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module may import, at its top, only modules that stand before it. Imports inside functions are the
 # deliberate exceptions: the command line and `predict` reach the converter when they need it.
 LIBRARY = [
-    "errors", "tree", "json_file", "config", "variants", "published", "resize", "image_config",
+    "errors", "terminal", "tree", "json_file", "config", "variants", "published", "resize", "image_config",
     "image_io", "images", "label_maps", "position", "adapt", "partition", "layers", "dense", "encoder", "segmenter",
     "heads", "output", "weights", "dvae", "vqkd", "tokenizer", "hub", "predict", "segmentation", "pictures",
     "inspection", "demo",
@@ -19,7 +19,13 @@ CONVERT = [
     "pickle_container", "pickle_module", "pickle_state", "pickle_file", "shard_index", "checkpoint", "rules",
     "tables", "fit", "mmseg", "identify", "importer", "exporter", "tokenizers", "parity",
 ]  # fmt: skip
-TRAIN = ["segmentation", "evaluate"]
+TRAIN = [
+    "recipe", "recipes", "resolve", "schedule", "slide", "randaugment", "augment", "mixing", "decode", "builders",
+    "prepare", "data", "state", "optim", "initialize", "segmentation", "objectives", "sharding", "step", "hosts",
+    "lock", "digests", "step_files", "snapshot", "checkpoint", "log", "watch", "estimate", "evaluate", "accuracy",
+    "labelled", "confusion",
+    "probe", "tasks", "plan", "preview", "contract", "loop", "commands",
+]  # fmt: skip
 ORDER = [
     *(f"beit_jax.{name}" for name in LIBRARY),
     *(f"beit_jax.convert.{name}" for name in CONVERT),

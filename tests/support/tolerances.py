@@ -32,3 +32,7 @@ MARGIN = 1e-4
 
 HALF = 2e-3
 """Of the largest logit of a float16 model: a few of its roundings (2^-11 each) in another order."""
+
+TRAINING = 1e-4
+"""Of losses, relatively, and of weights after twenty steps, over the largest way that a weight of their leaf went: each
+step adds rounding of a gradient, and the optimizer of that comparison does not magnify it."""

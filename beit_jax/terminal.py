@@ -1,0 +1,72 @@
+"""What people see: lines, tables and progress bars; and JSON where a program reads."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
+Bar = AbstractContextManager[Callable[[int], None]]
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """The lines, on standard output."""
+    print("\n".join(lines))
+
+
+def print_json(value: Any) -> None:
+    """Indented JSON, on standard output."""
+    print(json.dumps(value, indent=2))
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table as wide as its content needs, on standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: brackets in file names are no markup
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 200)  # a pipe has no width: cut nothing
+
+
+def byte_progress(total: int) -> Bar:
+    """A bar of bytes done, on a terminal; nothing elsewhere."""
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
+    return _bar("converting and verifying", total, DownloadColumn(), TransferSpeedColumn())
+
+
+def image_progress(total: int, description: str = "segmenting") -> Bar:
+    """A bar of images done, with their rate and the time left, on a terminal; nothing elsewhere."""
+    from rich.progress import MofNCompleteColumn, ProgressColumn, Task
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:.2f} images/s")
+
+    return _bar(description, total, MofNCompleteColumn(), Rate())
+
+
+@contextmanager
+def _bar(description: str, total: int, *columns: "ProgressColumn") -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done: bar.update(task, advance=done)

@@ -1,0 +1,153 @@
+"""Recipes: the published numbers, and that every one of them is a run that can be traced."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from beit_jax.errors import BeitJaxError
+from beit_jax.heads import abstract_model, num_params
+from beit_jax.train.objectives import classification
+from beit_jax.train.optim import optimizer
+from beit_jax.train.recipe import DataOptions, OptimOptions, Recipe, check
+from beit_jax.train.recipes import RECIPES, recipe_named
+from beit_jax.train.resolve import image_processor, model_config
+from beit_jax.train.schedule import schedule_table
+from beit_jax.train.state import initial_state
+from beit_jax.train.step import make_train_step
+from beit_jax.variants import VARIANTS
+
+IMAGENET = 1_281_167
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid_documented_and_named(name: str) -> None:
+    recipe = recipe_named(name)
+    check(recipe)
+    assert recipe.name == name
+    assert RECIPES[name].__doc__
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if recipe_named(name).objective == "classification"])
+def test_every_recipe_traces(name: str) -> None:
+    """Shapes of one whole step at the recipe's own sizes: nothing is computed."""
+    recipe = recipe_named(name)
+    variant = VARIANTS.get(recipe.model.variant)
+    labels = tuple(f"class {i}" for i in range(10 if variant is None else variant.num_labels))
+    config = model_config(recipe.model, labels)
+    graph, params = abstract_model(config, dtype=jnp.dtype(recipe.model.dtype))
+    tx = optimizer(recipe.optim, config)
+    state = jax.eval_shape(lambda params: initial_state(params, tx, ema=recipe.optim.ema is not None), params)
+    step = make_train_step(
+        graph,
+        classification(recipe, config),
+        tx,
+        schedule_table(recipe.optim, IMAGENET // recipe.data.batch_size),
+        accumulate=recipe.optim.accumulate,
+        ema=recipe.optim.ema,
+    )
+    batch = {
+        "image": jax.ShapeDtypeStruct((recipe.data.batch_size, *config.image_size, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((recipe.data.batch_size,), jnp.int32),
+    }
+    after, metrics = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    assert metrics["loss"].shape == ()
+
+
+# GPUs x images x accumulation, lr, warmup, epochs, layer decay, drop path, weight decay, classes, pixels:
+# microsoft/unilm@768a3c8 beit/README.md, beit/get_started_for_image_classification.md;
+# facebookresearch/data2vec_vision@af9a363 beit/README.md.
+PUBLISHED = {
+    "beit_base_ft1k": (8 * 128, 4e-3, 20, 100, 0.65, 0.1, 0.05, 1000, 224),
+    "beit_large_ft1k": (8 * 64 * 2, 1e-3, 5, 50, 0.75, 0.2, 0.05, 1000, 224),
+    "beit_base_ft22k": (16 * 256, 3e-3, 5, 90, 0.65, 0.2, 0.05, 21841, 224),
+    "beit_large_ft22k": (16 * 64 * 2, 2e-3, 5, 90, 0.75, 0.2, 0.05, 21841, 224),
+    "beit_base_ft22k_ft1k_384": (8 * 64, 2e-5, 5, 30, 0.85, 0.1, 1e-8, 1000, 384),
+    "beit_large_ft22k_ft1k_512": (8 * 32 * 2, 2e-5, 5, 30, 0.9, 0.4, 1e-8, 1000, 512),
+    "data2vec_base_ft1k": (8 * 128, 4e-3, 10, 100, 0.65, 0.2, 0.0, 1000, 224),
+    "data2vec_large_ft1k": (16 * 64, 5e-3, 5, 50, 0.65, 0.25, 0.05, 1000, 224),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_numbers(name: str) -> None:
+    recipe = recipe_named(name)
+    variant = VARIANTS[recipe.model.variant]
+    config = model_config(recipe.model, variant.labels)
+    optim = recipe.optim
+    assert (
+        recipe.data.batch_size,
+        optim.lr,
+        optim.warmup_epochs,
+        optim.epochs,
+        optim.layer_decay,
+        config.drop_path_rate,
+        optim.weight_decay,
+        config.num_labels,
+        config.image_size[0],
+    ) == PUBLISHED[name]
+    assert num_params(config) == num_params(variant)
+
+
+def test_evaluation_images_are_prepared_as_the_original_does() -> None:
+    """Shorter side 256, centre 224; from 384 on the whole image: unilm beit/datasets.py."""
+    for name, resize, crop in (("beit_base_ft1k", 256, 224), ("beit_large_ft22k_ft1k_512", 512, 512)):
+        recipe = recipe_named(name)
+        config = model_config(recipe.model, ("a", "b"))
+        processor = image_processor(recipe, config)
+        assert (processor.resize, processor.crop) == (resize, (crop, crop))
+        assert processor.resample == "bicubic"
+    v2 = recipe_named("beitv2_base_ft1k")
+    assert image_processor(v2, model_config(v2.model, ("a",))).mean == (0.485, 0.456, 0.406)
+
+
+def test_a_checkpoint_brings_its_own_architecture() -> None:
+    pretrained = replace(VARIANTS["data2vec_vision_base"], layer_norm_eps=1e-12)
+    config = model_config(recipe_named("beit_base_ft1k").model, ("cat", "dog"), pretrained)
+    assert config.model_type == "data2vec-vision"
+    assert config.layer_norm_eps == 1e-12
+    assert config.layer_scale_init_value == 1e-4
+    assert config.position_bias == "per_layer"
+    assert config.pooling == "mean"
+    assert config.labels == ("cat", "dog")
+
+
+def test_a_checkpoint_of_another_size_is_refused() -> None:
+    with pytest.raises(
+        BeitJaxError, match=r"--init: hidden_size 1024, but --model.variant has 768; choose the variant"
+    ):
+        model_config(recipe_named("beit_base_ft1k").model, ("a",), VARIANTS["beit_large_patch16_224_pt22k"])
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(BeitJaxError, match="the nearest is beit_base_ft1k"):
+        recipe_named("beit_bas_ft1k")
+
+
+def test_an_unknown_variant() -> None:
+    recipe = recipe_named("beit_base_ft1k")
+    with pytest.raises(BeitJaxError, match=r"--model.variant: no variant is called beit_huge"):
+        model_config(replace(recipe.model, variant="beit_huge"), ("a",))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optim": OptimOptions(lr=float("nan"))}, r"--optim.lr: expected a positive number, found nan"),
+        ({"optim": OptimOptions(warmup_epochs=40)}, r"--optim.warmup-epochs: expected at most the epochs"),
+        ({"optim": OptimOptions(layer_decay=0.0)}, r"--optim.layer-decay: expected a number in \(0, 1\]"),
+        ({"optim": OptimOptions(ema=1.0)}, r"--optim.ema"),
+        ({"data": DataOptions(batch_size=0)}, r"--data.batch-size: expected a positive integer"),
+        (
+            {"data": DataOptions(batch_size=10), "optim": OptimOptions(accumulate=4)},
+            r"--data.batch-size: expected a multiple of 4 \(--optim.accumulate\), found 10",
+        ),
+    ],
+)
+def test_values_out_of_range(change: dict[str, object], message: str) -> None:
+    with pytest.raises(BeitJaxError, match=message):
+        check(replace(Recipe("any"), **change))

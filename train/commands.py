@@ -1,0 +1,213 @@
+"""`beit-jax prepare`, `train` and half of `evaluate`. As in `beit_jax.__main__`, imports wait until a command runs."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from beit_jax.errors import BeitJaxError
+from beit_jax.terminal import image_progress, print_json, print_lines, print_table
+
+if TYPE_CHECKING:
+    from beit_jax.heads import Model
+    from beit_jax.images import ImageProcessor
+
+from .recipe import AugmentOptions, DataOptions, ModelOptions, OptimOptions, Recipe, RunOptions, check
+from .recipes import RECIPES, recipe_named
+
+Kind = Literal["digits", "folder", "imagenet", "ade20k"]
+Resume = Literal["auto", "must", "never"]
+
+
+def prepare(
+    kind: Positional[Annotated[Kind, arg(help="What SOURCE is.")]],
+    paths: Positional[Annotated[tuple[Path, ...], arg(metavar="[SOURCE] DEST")]],
+    *,
+    held_out: float = 0.1,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    json: Annotated[bool, arg(help="Print JSON for programs instead of text for people.")] = False,
+) -> int:
+    """Write a data set as `beit-jax train` and `evaluate` read it: TFDS in ArrayRecord files, without TensorFlow.
+
+    digits needs no SOURCE (scikit-learn's handwritten digits); folder is a tree with a folder per class, below train/
+    and val/ or not; imagenet is the folder of ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and the development kit;
+    ade20k is ADEChallengeData2016. Data that TFDS itself prepared as array_record need no preparation.
+
+    Try:
+      beit-jax prepare digits ./digits
+      beit-jax prepare imagenet /downloads/imagenet ./imagenet
+
+    Args:
+        held_out: Of a folder without val/: the share of each class that becomes the validation split.
+        skip_bad: Leave out images that cannot be read, naming each; otherwise they are named and nothing is written.
+        overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
+    """
+    with _extra():
+        from . import prepare as preparing
+
+    wanted = 1 if kind == "digits" else 2
+    if len(paths) != wanted:
+        names = "DEST" if wanted == 1 else "SOURCE DEST"
+        raise BeitJaxError(f"prepare {kind}: expected {names}, found {len(paths)} names")
+    progress = partial(image_progress, description="preparing")
+    source, dest = paths[0], paths[-1]
+    if kind == "digits":
+        done = preparing.prepare_digits(dest, progress, overwrite=overwrite)
+    elif kind == "folder":
+        done = preparing.prepare_folder(
+            source, dest, progress, held_out=held_out, overwrite=overwrite, skip_bad=skip_bad
+        )
+    elif kind == "imagenet":
+        done = preparing.prepare_imagenet(source, dest, progress, overwrite=overwrite, skip_bad=skip_bad)
+    else:
+        done = preparing.prepare_ade20k(source, dest, progress, overwrite=overwrite, skip_bad=skip_bad)
+    if json:
+        print_json(asdict(done) | {"directory": str(done.directory)})
+        return 0
+    splits = ", ".join(f"{name} {count:,}" for name, count in done.splits.items())
+    left_out = [f"left out     {line}" for line in done.left_out]
+    print_lines([*left_out, f"written      {done.directory}: {splits}; {len(done.labels):,} classes"])
+    return 0
+
+
+@dataclass(frozen=True)
+class Classifying:
+    """How a classifier is evaluated."""
+
+    split: str = "validation"
+    """Of prepared data; of folders, a folder of this name if there is one."""
+    preset: Literal["hf", "unilm_eval", "timm"] | None = None
+    """Prepare images as transformers, the original's evaluation or timm do, not as the checkpoint says."""
+    real: Path | None = None
+    """ImageNet's reassessed labels: real.json."""
+    confusion: Path | None = None
+    """PNG to write: which classes are taken for which."""
+    per_class: bool = False
+    """Print a line for every class."""
+    eval_batch_size: int = 64
+    """Images computed at once."""
+    workers: int | None = None
+    """Processes that prepare images; 0: threads of this one. By default half of the cores, at most 16."""
+
+
+def evaluate_classifier(
+    model: "Model", processor: "ImageProcessor", data: Path, options: Classifying, *, json: bool
+) -> int:
+    """`beit-jax evaluate` with ``--data``."""
+    from beit_jax.images import HALF, preset
+
+    with _extra():
+        from . import accuracy, labelled
+        from .confusion import confusion_picture
+
+    if options.confusion is not None and options.confusion.suffix.lower() != ".png":
+        raise BeitJaxError(f"{options.confusion}: expected a name ending in .png")
+    if options.preset is not None:
+        processor = preset(
+            options.preset, model.config.image_size, mean=processor.mean or HALF, std=processor.std or HALF
+        )
+    scores = labelled.evaluate_directory(
+        model,
+        processor,
+        data,
+        split=options.split,
+        real=options.real,
+        batch_size=options.eval_batch_size,
+        workers=options.workers,
+        progress=partial(image_progress, description="evaluating"),
+    )
+    if options.confusion is not None:
+        confusion_picture(scores, options.confusion)
+    if json:
+        print_json(scores.as_dict())
+        return 0
+    if options.per_class:
+        print_table(accuracy.TABLE, accuracy.class_table(scores))
+    print_lines(accuracy.describe(scores))
+    return 0
+
+
+def train_command(arguments: Sequence[str]) -> Callable[..., int]:
+    """The function behind `beit-jax train`; its defaults, and so its help, are those of the recipe that is named.
+
+    Raises:
+        BeitJaxError: no such recipe; names the nearest.
+    """
+    name = arguments[1] if len(arguments) > 1 and arguments[0] == "train" else ""
+    given = recipe_named(name) if name and not name.startswith("-") else Recipe(name="")
+
+    def train(
+        recipe: Positional[Annotated[str, arg(metavar="RECIPE", help=f"One of: {', '.join(RECIPES)}.")]],
+        *,
+        data: Annotated[Path, arg(metavar="DIR", help="Prepared data: beit-jax prepare --help.")],
+        out: Annotated[Path, arg(metavar="DIR", help="Where the run is kept; an earlier one there is continued.")],
+        init: Annotated[
+            Path | None, arg(metavar="CHECKPOINT", help="Native checkpoint to start from; by default drawn at random.")
+        ] = None,
+        resume: Annotated[
+            Resume,
+            arg(help="Continue where DIR stands if it holds a run; only so; or only if it holds none."),
+        ] = "auto",
+        dry_run: Annotated[
+            bool, arg(help="Print the recipe, parameters, memory and operations, trace a step, and stop.")
+        ] = False,
+        json: Annotated[bool, arg(help="Print JSON for programs instead of text for people.")] = False,
+        model: ModelOptions = given.model,
+        batches: Annotated[DataOptions, arg(name="data")] = given.data,
+        augment: AugmentOptions = given.augment,
+        optim: OptimOptions = given.optim,
+        run: RunOptions = given.run,
+    ) -> int:
+        resolved = Recipe(recipe, given.objective, model, batches, augment, optim, run)
+        check(resolved)
+        return _train(resolved, data, out, init, resume, dry_run=dry_run, json=json)
+
+    train.__doc__ = _HELP.format(about=inspect.getdoc(RECIPES[name]) if name in RECIPES else _LIST)
+    return train
+
+
+_LIST = "Name a recipe before --help to see its numbers."
+_HELP = """Train: fine-tune or probe by a published recipe, sharded over all devices, resumable to the bit.
+
+    {about}
+
+    Exit code 75: stopped by a signal after saving; the same command goes on.
+
+    Try:
+      beit-jax prepare digits ./digits && beit-jax train digits_finetune --data ./digits --out ./run
+      beit-jax train beit_base_ft1k --data ./imagenet --out ./run --init ./beit-base-pt22k --model.drop-path 0.2
+      beit-jax train beit_large_ft1k --data ./imagenet --out ./run --dry-run
+    """
+
+
+def _train(
+    recipe: Recipe, data: Path, out: Path, init: Path | None, resume: Resume, *, dry_run: bool, json: bool
+) -> int:
+    with _extra():
+        from . import loop
+        from .plan import make_plan
+        from .preview import preview
+
+    plan = make_plan(recipe, data, init)
+    if dry_run:
+        found = preview(plan)
+        print_json(found.as_dict()) if json else print_lines(found.lines())
+        return 0
+    outcome = loop.train(plan, out, resume=resume)
+    print_json(outcome.as_dict()) if json else print_lines(outcome.lines())
+    return outcome.exit_code
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Around imports of what a plain installation does not have."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise BeitJaxError(f"{error.name} is not installed; pip install 'beit-jax[train]'") from None

@@ -1,0 +1,310 @@
+"""One loop for every objective: input, step, log, evaluation, checkpoint, interruption.
+
+A run is a directory: ``run.json`` (recipe, data, versions), ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and,
+at the end, ``model/``, a native checkpoint that `classify`, `export` and `parity` take as it is. Started again with the
+same directory it continues from its last good checkpoint and, on the same machine and mesh, ends in the same bits as if
+it had never stopped: a batch follows from seed and step, and so does all randomness of a step.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from beit_jax import weights
+from beit_jax.errors import BeitJaxError
+from beit_jax.output import new_directory
+from beit_jax.tree import flatten
+from beit_jax.weights import NativeCheckpoint
+
+from .checkpoint import Checkpoints, SaveFailed
+from .contract import Resume, begin
+from .data import eval_batches, train_batches
+from .estimate import flops, peak_flops
+from .log import Clock, Log, Phase, Timing
+from .plan import Plan
+from .sharding import put_batch
+from .state import State
+from .watch import INTERRUPTED, Interruption, Watchdog
+
+PROFILED_FROM = 10  # steps after the start, when compilation and the first evaluations are over
+
+
+class NotFinite(BeitJaxError):
+    """Loss or gradients were not finite for too many steps in a row."""
+
+    exit_code = 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        scores: of the last evaluation; empty if there was none.
+        models: native checkpoints that were written: the run came to its end.
+    """
+
+    step: int
+    steps: int
+    scores: Mapping[str, float]
+    timing: Timing
+    models: tuple[Path, ...]
+    exit_code: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "step": self.step,
+            "steps": self.steps,
+            "scores": dict(self.scores),
+            "timing": self.timing.as_dict(),
+            "models": [str(path) for path in self.models],
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        end = "done" if self.step == self.steps else "stopped by a signal and saved; the same command goes on"
+        scores = [f"{name:<12} {value:.4f}" for name, value in self.scores.items()]
+        models = [f"written      {path}" for path in self.models]
+        return [f"step {self.step:,} of {self.steps:,}: {end}", *self.timing.lines(), *scores, *models]
+
+
+def train(plan: Plan, out: Path, *, resume: Resume = "auto", quiet: bool = False) -> Outcome:
+    """Carries a run out, or on.
+
+    Args:
+        out: directory of the run; made if it does not exist.
+        resume: "auto": continue what `out` holds, or begin; "must": continue only; "never": begin only.
+        quiet: show nothing.
+
+    Raises:
+        BeitJaxError: `out` holds something else, or a run of another recipe or other data; no checkpoint in it is
+            whole; the disk is full; too many unreadable images.
+        NotFinite: too many steps in a row without finite loss and gradients; the last checkpoint is before them.
+    """
+    notes = begin(plan, out, resume)
+    with ExitStack() as stack:
+        run = _Run(plan, out, stack, quiet)
+        for note in notes:
+            run.log.note(note)
+        while run.step < plan.steps:
+            run.advance()
+            if run.interrupted():
+                return run.outcome(exit_code=INTERRUPTED)
+        return run.outcome(models=run.results())
+
+
+@dataclass
+class _Run:
+    """A run in progress: what the loop goes on with, and what has to be closed at its end."""
+
+    plan: Plan
+    out: Path
+    stack: ExitStack
+    quiet: bool
+    scores: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        plan, enter, run = self.plan, self.stack.enter_context, self.plan.recipe.run
+        self.clock = Clock()
+        self.signals = enter(Interruption())
+        self.watchdog = enter(Watchdog(run.hang_minutes))
+        self.checkpoints = enter(Checkpoints(self.out / "checkpoints", keep=run.keep))
+        with self.watchdog.phase("restore"), self.clock.measure("checkpoint"):
+            restored = self.checkpoints.restore(plan.abstract_state)
+            self.state: State = plan.first_state() if restored is None else restored.state
+        self.first = self.step = self.saved = int(self.state.step)
+        self.bad = int(self.state.bad)
+        self.last: Mapping[str, jax.Array] | None = None
+        self.log = enter(
+            Log(
+                self.out,
+                total_steps=plan.steps,
+                start_step=self.step,
+                process_index=jax.process_index(),
+                quiet=self.quiet,
+            )
+        )
+        if restored is not None:
+            self.log.note(f"continuing after step {self.step:,}")
+        self.batches = enter(
+            train_batches(
+                plan.training,
+                plan.recipe.data,
+                plan.transform,
+                seed=run.seed,
+                start_step=self.step,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+        )
+        self.named = 0  # unreadable records
+        self.pending: list[Mapping[str, jax.Array]] = []
+        enter(jax.set_mesh(plan.mesh))
+
+    def advance(self) -> None:
+        """One step, and what is due after it."""
+        run, plan = self.plan.recipe.run, self.plan
+        self._profile()
+        with self.clock.measure("input"):
+            batch = put_batch(next(self.batches), plan.mesh)
+            self._name_bad_records()
+        compiling = self.step == self.first
+        phase: Phase = "compile" if compiling else "step"
+        with self.watchdog.phase(phase), self.clock.measure(phase, images=plan.recipe.data.batch_size):
+            self.state, metrics = plan.step(self.state, batch)
+            if compiling:
+                jax.block_until_ready(metrics)
+            self._watch_finite()  # of the step before: this one is on its way
+        self.last = metrics
+        self.pending.append(metrics)
+        self.step += 1
+        self.log.advance(self.step)
+        last = self.step == plan.steps
+        if last or self.step % run.log_every == 0:
+            self._record()
+        if last or self.step % run.save_every == 0:
+            self._save()
+        if last or self.step % max(1, round(run.eval_every_epochs * plan.steps_per_epoch)) == 0:
+            self._evaluate()
+        self._poll()
+
+    def interrupted(self) -> bool:
+        """Whether a signal asked to stop; then the state is saved."""
+        if self.step == self.plan.steps or not self.signals.agreed(self.step):
+            return False
+        self._record()
+        self._save()
+        self._settle()
+        return True
+
+    def results(self) -> tuple[Path, ...]:
+        """Writes the models of a run that came to its end."""
+        self._settle()
+        if not self.scores:  # the run had come to its end before
+            self._evaluate()
+        written = []
+        with self.clock.measure("checkpoint"):
+            for name, params in self.plan.task.results(self.state).items():
+                leaves = {path: _on_host(leaf) for path, leaf in flatten(params).items()}
+                if jax.process_index() == 0:
+                    self._write(self.out / name, leaves)
+                written.append(self.out / name)
+        return tuple(written)
+
+    def outcome(self, *, models: tuple[Path, ...] = (), exit_code: int = 0) -> Outcome:
+        """How the run stands."""
+        return Outcome(self.step, self.plan.steps, self.scores, self.clock.timing(), models, exit_code)
+
+    def _name_bad_records(self) -> None:
+        for reason in list(self.batches.bad.reasons.values())[self.named :]:
+            self.log.note(f"warning: {reason}; another image stands in for it")
+            self.named += 1
+
+    def _watch_finite(self) -> None:
+        """Counts the last step whose result is known, and gives up after too many bad ones in a row."""
+        if self.last is None:
+            return
+        self.bad = 0 if bool(self.last["finite"]) else self.bad + 1
+        if self.bad >= self.plan.recipe.optim.max_bad_steps:
+            self.checkpoints.wait()
+            raise NotFinite(
+                f"loss or gradients were not finite in steps {self.step - self.bad + 1} to {self.step}, all of them "
+                f"skipped; the last checkpoint is of step {self.saved}. Lower --optim.lr, or look at these batches"
+            )
+
+    def _record(self) -> None:
+        """Logs the means of the metrics since the last record, over the steps that were not skipped."""
+        with self.clock.measure("other"):
+            metrics = [entry for entry in jax.device_get(self.pending) if entry["finite"]]
+            skipped = float(self.state.skipped)
+        self.pending.clear()
+        means = {name: float(np.mean([entry[name] for entry in metrics])) for name in metrics[0]} if metrics else {}
+        means.pop("finite", None)
+        devices = self.plan.mesh.devices
+        peak = peak_flops(devices.flat[0].device_kind)
+        operations = flops(self.plan.config).training()
+        rates = self.clock.interval().rates(operations, None if peak is None else peak * devices.size)
+        self.log.write(self.step, means | rates | {"skipped": skipped})
+
+    def _save(self) -> None:
+        """Begins a checkpoint of this step, unless there is one."""
+        while self.saved != self.step:
+            with self.watchdog.phase("checkpoint"), self.clock.measure("checkpoint"), self._forgiving():
+                self.checkpoints.save(self.step, self.state, {"recipe": self.plan.recipe.name})
+                self.saved = self.step
+
+    def _poll(self) -> None:
+        """Saves this step if the last one that should be saved was not."""
+        with self._forgiving():
+            self.checkpoints.poll()
+            return
+        self._save()
+
+    def _settle(self) -> None:
+        """Waits until this step is saved."""
+        while self.checkpoints.newest != self.step:
+            self._save()
+            with self.watchdog.phase("checkpoint"), self.clock.measure("checkpoint"), self._forgiving():
+                self.checkpoints.wait()
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Passes over a save that failed, if it may be tried again: `saved` says that it is not."""
+        try:
+            yield
+        except SaveFailed as failure:
+            if not failure.retry:
+                raise
+            self.log.note(f"warning: {failure}")
+            self.saved = self.first
+
+    def _evaluate(self) -> None:
+        plan = self.plan
+        data = plan.recipe.data
+        size = data.eval_batch_size or data.batch_size // plan.recipe.optim.accumulate
+        with self.clock.measure("evaluation"):
+            batches = eval_batches(
+                plan.validation,
+                plan.processor,
+                size,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                workers=data.workers,
+            )
+            self.scores = plan.task.scores(self.state, batches, plan.mesh, lambda images: self.watchdog.beat())
+        self.log.write(self.step, self.scores)
+
+    def _write(self, directory: Path, leaves: Mapping[str, np.ndarray]) -> None:
+        plan = self.plan
+        provenance = {
+            "source": f"beit-jax train {plan.recipe.name}",
+            "recipe": plan.recipe.as_dict(),
+            "data": plan.training.contract(),
+            "step": self.step,
+            "scores": self.scores,
+        }
+        with new_directory(directory, overwrite=True) as partial:
+            weights.save(partial, NativeCheckpoint(plan.config, plan.processor, dict(leaves), provenance))
+
+    def _profile(self) -> None:
+        """Starts and stops the profiler's trace, if one is wanted."""
+        steps, done = self.plan.recipe.run.profile_steps, self.step - self.first
+        if steps and done == PROFILED_FROM:
+            jax.profiler.start_trace(str(self.out / "profile"))
+        if steps and done == PROFILED_FROM + steps:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+
+
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    """The whole array, from all hosts that hold parts of it."""
+    if leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))

@@ -1,0 +1,100 @@
+"""What a run would be, without running it: numbers that follow from its shapes."""
+
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from beit_jax.heads import num_params
+from beit_jax.partition import BATCH_AXES
+
+from .estimate import Memory, flops, memory
+from .plan import Plan
+from .recipe import Recipe
+from .sharding import batch_sharding
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Numbers of a run.
+
+    Attributes:
+        flops_per_image: floating point operations of a training step, for one image.
+        memory: of each device, estimated.
+        mesh: axis to devices.
+    """
+
+    recipe: Recipe
+    parameters: int
+    steps: int
+    steps_per_epoch: int
+    training_images: int
+    validation_images: int
+    classes: int
+    flops_per_image: float
+    memory: Memory
+    mesh: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self) | {"memory": asdict(self.memory) | {"total": self.memory.total}}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        groups = {name: value for name, value in self.recipe.as_dict().items() if isinstance(value, dict)}
+        settings = [f"{group}.{name} = {value}" for group, values in groups.items() for name, value in values.items()]
+        devices = " x ".join(f"{size} {axis}" for axis, size in self.mesh.items())
+        return [
+            f"recipe       {self.recipe.name} ({self.recipe.objective})",
+            *(f"  {setting}" for setting in settings),
+            f"data         {self.training_images:,} images to train, {self.validation_images:,} to evaluate, "
+            f"{self.classes:,} classes",
+            f"steps        {self.steps:,}, {self.steps_per_epoch:,} an epoch",
+            f"parameters   {self.parameters:,}",
+            f"operations   {self.flops_per_image / 1e9:,.1f} GFLOP an image and step, "
+            f"{self.flops_per_image * self.recipe.data.batch_size * self.steps:.3g} FLOP in all",
+            f"devices      {devices}",
+            "memory       of each device, estimated, without what the compiler adds:",
+            *(f"  {line}" for line in self.memory.lines()),
+            "one step was traced with these shapes; nothing was computed or written",
+        ]
+
+
+def preview(plan: Plan) -> Preview:
+    """Traces a step and adds up.
+
+    Raises:
+        BeitJaxError: shapes that do not fit, as the run would.
+    """
+    recipe = plan.recipe
+    size, sharding = recipe.data.batch_size, batch_sharding(plan.mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((size, *plan.config.image_size, 3), jnp.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding),
+    }
+    with jax.set_mesh(plan.mesh):
+        jax.eval_shape(plan.step, plan.abstract_state, batch)
+    mesh = dict(plan.mesh.shape)
+    images = size // recipe.optim.accumulate // prod(mesh[axis] for axis in BATCH_AXES)
+    return Preview(
+        recipe=recipe,
+        parameters=num_params(plan.config),
+        steps=plan.steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        training_images=len(plan.training),
+        validation_images=len(plan.validation),
+        classes=plan.config.num_labels,
+        flops_per_image=flops(plan.config).training(),
+        memory=memory(
+            plan.config,
+            images,
+            dtype=jnp.dtype(recipe.model.dtype),
+            remat=recipe.model.remat,
+            ema=recipe.optim.ema is not None,
+            accumulate=recipe.optim.accumulate,
+            shards=mesh["fsdp"] * mesh["tensor"],
+        ),
+        mesh=mesh,
+    )
