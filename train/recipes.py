@@ -290,7 +290,7 @@ def digits_finetune() -> Recipe:
             randaugment=None,
             erasing=0.0,
         ),
-        optim=OptimOptions(lr=2e-3, epochs=40, warmup_epochs=5, clip=1.0),
+        optim=OptimOptions(lr=2e-3, epochs=60, warmup_epochs=5, clip=1.0),
         run=RunOptions(log_every=20, save_every=400, eval_every_epochs=10),
     )
 

@@ -86,6 +86,11 @@ def test_crops_have_the_distribution_of_their_definition() -> None:
         assert stats.spearmanr(shares[first], shares[second]).pvalue > LIKELY, (first, second)
 
 
+def test_crops_reach_both_ends() -> None:
+    boxes = np.array([draw_box((6, 5), (0.3, 0.7), (3 / 4, 4 / 3), rng(seed)) for seed in range(300)])
+    assert boxes.min(axis=0)[:2].tolist() == [0, 0] and boxes.max(axis=0)[2:].tolist() == [6, 5]
+
+
 @pytest.mark.parametrize(
     ("size", "box"),
     [
@@ -204,6 +209,10 @@ def test_arguments(name: str, increasing: bool, at_5: float, at_10: float) -> No
         assert mirrored == found[0]
 
 
+def test_enhancements_stop_at_a_tenth() -> None:
+    assert argument("Color", 12, True, increasing=True) == 0.1  # levels beyond 10 come from mmax
+
+
 @pytest.mark.parametrize(
     ("operation", "expected"),
     [
@@ -281,7 +290,8 @@ def test_jitter_draws_every_order_and_uniform_factors() -> None:
     for name in ("Brightness", "Contrast", "Color"):
         factors = np.array([operation.argument for draw in drawn for operation in draw if operation.name == name])
         assert stats.kstest((factors - 0.6) / 0.8, "uniform").pvalue > LIKELY
-    assert all(0 <= operation.argument <= 2.5 for operation in draw_jitter(1.5, generator))
+    strong = [operation.argument for _ in range(200) for operation in draw_jitter(1.5, generator)]
+    assert 0 <= min(strong) < 0.1 and 2.4 < max(strong) <= 2.5
 
 
 def test_jitter_gives_way_to_randaugment() -> None:

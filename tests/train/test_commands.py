@@ -50,7 +50,7 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(
     assert "1,347 images to train, 450 to evaluate, 10 classes" in printed
     assert main([*run, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["steps"] == 40 * (1347 // 32)
+    assert found["steps"] == 60 * (1347 // 32)
     assert found["recipe"]["optim"]["lr"] == 2e-3
     assert found["memory"]["total"] > 16 * found["parameters"]
     assert not (tmp_path / "run").exists()

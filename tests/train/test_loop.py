@@ -240,12 +240,13 @@ def test_fine_tuning_starts_from_a_checkpoint(
 
 
 def test_a_probe_of_every_block(recipe: Recipe, digits: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """And a profiler's trace of two of its steps, as asked for."""
     probe = recipe_named("digits_probe")
     probe = replace(
         probe,
         model=replace(probe.model, image_size=16),
         optim=replace(probe.optim, epochs=2),
-        run=replace(probe.run, save_every=20),
+        run=replace(probe.run, save_every=20, profile_steps=2),
     )
     with pytest.raises(BeitJaxError, match=r"a linear probe needs an encoder: give --init"):
         make_plan(probe, digits, None)
@@ -257,3 +258,4 @@ def test_a_probe_of_every_block(recipe: Recipe, digits: Path, uninterrupted: Pat
     assert outcome.scores["accuracy"] == max(by_block)
     assert outcome.scores["accuracy"] > 0.15, "no better than chance"
     assert outcome.models == ()
+    assert list((tmp_path / "probe" / "profile").rglob("*.xplane.pb"))

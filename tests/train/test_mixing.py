@@ -85,6 +85,7 @@ def test_rectangles_have_the_distribution_of_their_definition() -> None:
     top, bottom, left, right = np.stack(draw_erasing(jax.random.key(1), (side, side), 4000, 1.0)).astype(float)
     rows, columns = bottom - top, right - left
     area = rows * columns / side**2
+    assert 0.02 < area.min() < 0.021 and 0.33 < area.max() < 1 / 3
     small = area < 0.25
     assert stats.kstest((area[small] - 0.02) / 0.23, "uniform").pvalue > LIKELY
     aspect = np.log(rows / columns)[small] / np.log(1 / 0.3) / 2 + 0.5
@@ -160,9 +161,17 @@ def test_cut_images_hold_whole_pixels() -> None:
 
 
 def test_shares_have_their_beta_distribution() -> None:
-    draw = jax.jit(jax.vmap(lambda key: draw_mixing(key, SIZE, MIXUP)))(keys(3000))
-    assert not draw.cut.any()
-    assert stats.kstest(np.asarray(draw.share), stats.beta(0.8, 0.8).cdf).pvalue > LIKELY
+    options, fine = AugmentOptions(mixup=4.0, cutmix=0.4), (20_000, 20_000)
+    draw = jax.jit(jax.vmap(lambda key: draw_mixing(key, fine, options)))(keys(3000))
+    blended, cut = np.asarray(draw.share)[~draw.cut], np.asarray(draw.cut)
+    assert stats.kstest(blended, stats.beta(4.0, 4.0).cdf).pvalue > LIKELY
+    top, bottom = (np.asarray(edges)[cut].astype(float) for edges in draw.box[:2])
+    whole = (top > 0) & (bottom < fine[0])  # a side that no border has clipped is the drawn one
+    shares = 1 - ((bottom - top)[whole] / fine[0]) ** 2
+    # A side of s is whole with probability 1 - s, so that short ones are met more often.
+    grid = np.linspace(0, 1, 100_001)
+    weights = stats.beta(0.4, 0.4).pdf(grid[1:-1]) * (1 - np.sqrt(1 - grid[1:-1]))
+    assert stats.kstest(shares, lambda x: np.interp(x, grid[1:-1], np.cumsum(weights) / weights.sum())).pvalue > LIKELY
 
 
 def test_cuts_have_the_area_of_their_share_before_the_border() -> None:
