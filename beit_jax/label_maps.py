@@ -1,9 +1,10 @@
 """Label maps: one class number per pixel, read from PNG files, reduced and resized without inventing classes."""
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import numpy as np
 from jaxtyping import Integer
@@ -27,8 +28,24 @@ def read_label_map(path: str | os.PathLike[str]) -> LabelMap:
     name = printable(os.fspath(path))
     if not Path(path).is_file():
         raise BeitJaxError(f"{name}: no such file; give the path of a label map")
+    return _decoded(Path(path), name)
+
+
+def decode_label_map(data: bytes, name: str) -> LabelMap:
+    """The class numbers in the bytes of a PNG file, as `read_label_map` gives them.
+
+    Args:
+        name: what stands for the map in an error; printable.
+
+    Raises:
+        BeitJaxError: no PNG, damaged, too large, or with colours for pixels instead of numbers.
+    """
+    return _decoded(io.BytesIO(data), name)
+
+
+def _decoded(file: Path | IO[bytes], name: str) -> LabelMap:
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with Image.open(file, formats=("PNG",)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BeitJaxError(f"{name}: {image.width}x{image.height} pixels, expected at most {MAX_PIXELS}")
             if image.mode not in _MODES:

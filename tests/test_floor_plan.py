@@ -20,10 +20,10 @@ CONVERT = [
     "tables", "fit", "mmseg", "identify", "importer", "exporter", "tokenizers", "parity",
 ]  # fmt: skip
 TRAIN = [
-    "recipe", "recipes", "resolve", "schedule", "slide", "randaugment", "augment", "mixing", "decode", "builders",
-    "prepare", "data", "state", "optim", "initialize", "segmentation", "objectives", "sharding", "step", "hosts",
-    "lock", "digests", "step_files", "snapshot", "checkpoint", "log", "watch", "estimate", "evaluate", "accuracy",
-    "labelled", "confusion",
+    "recipe", "recipes", "resolve", "schedule", "slide", "randaugment", "augment", "segmentation_augment",
+    "mixing", "decode", "builders", "prepare", "data", "state", "optim", "initialize", "segmentation", "objectives",
+    "sharding", "step", "hosts", "lock", "digests", "step_files", "snapshot", "checkpoint", "log", "watch", "estimate",
+    "evaluate", "accuracy", "labelled", "confusion",
     "probe", "tasks", "plan", "preview", "contract", "loop", "commands",
 ]  # fmt: skip
 ORDER = [

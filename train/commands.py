@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from beit_jax.heads import Model
     from beit_jax.images import ImageProcessor
 
-from .recipe import AugmentOptions, DataOptions, ModelOptions, OptimOptions, Recipe, RunOptions, check
+from .recipe import (
+    AugmentOptions,
+    DataOptions,
+    ModelOptions,
+    OptimOptions,
+    Recipe,
+    RunOptions,
+    SegmentationOptions,
+    check,
+)
 from .recipes import RECIPES, recipe_named
 
 Kind = Literal["digits", "folder", "imagenet", "ade20k"]
@@ -161,10 +170,11 @@ def train_command(arguments: Sequence[str]) -> Callable[..., int]:
         model: ModelOptions = given.model,
         batches: Annotated[DataOptions, arg(name="data")] = given.data,
         augment: AugmentOptions = given.augment,
+        segment: SegmentationOptions = given.segment,
         optim: OptimOptions = given.optim,
         run: RunOptions = given.run,
     ) -> int:
-        resolved = Recipe(recipe, given.objective, model, batches, augment, optim, run)
+        resolved = Recipe(recipe, given.objective, model, batches, augment, segment, optim, run)
         check(resolved)
         return _train(resolved, data, out, init, resume, dry_run=dry_run, json=json)
 
@@ -173,7 +183,7 @@ def train_command(arguments: Sequence[str]) -> Callable[..., int]:
 
 
 _LIST = "Name a recipe before --help to see its numbers."
-_HELP = """Train: fine-tune or probe by a published recipe, sharded over all devices, resumable to the bit.
+_HELP = """Train: fine-tune, segment or probe by a published recipe, sharded over all devices, resumable to the bit.
 
     {about}
 
@@ -183,6 +193,7 @@ _HELP = """Train: fine-tune or probe by a published recipe, sharded over all dev
       beit-jax prepare digits ./digits && beit-jax train digits_finetune --data ./digits --out ./run
       beit-jax train beit_base_ft1k --data ./imagenet --out ./run --init ./beit-base-pt22k --model.drop-path 0.2
       beit-jax train beit_large_ft1k --data ./imagenet --out ./run --dry-run
+      beit-jax train beit_base_ade20k_640 --data ./ade20k --out ./run --init ./beit-base-ft22k
     """
 
 

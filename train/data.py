@@ -10,13 +10,13 @@ import os
 import signal
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypedDict, TypeVar, cast, overload
 
 import grain
 import numpy as np
@@ -28,14 +28,18 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.label_maps import LabelMap, check_labels, decode_label_map, reduce_labels
 
 from .augment import Transform
+from .builders import ADE20K_CLASSES
 from .decode import decode
 from .prepare import INFO, check_shards
 from .recipe import DataOptions
 
-if TYPE_CHECKING:  # it imports SciPy: a third of the time in which a worker process starts
+if TYPE_CHECKING:  # they import SciPy: a third of the time in which a worker process starts
     from beit_jax.images import ImageProcessor
+
+    from .segmentation_augment import SegmentationTransform
 
 PIPELINE: Final = 1  # goes up when the same data and seed would give other batches
 REPLACEMENTS: Final = 16  # records tried in the place of one that cannot be read
@@ -49,6 +53,14 @@ class Record(TypedDict):
 
     image: bytes
     label: int
+    file_name: str
+
+
+class SegmentationRecord(TypedDict):
+    """An image file, the PNG file of its label map (0 for none, classes from 1), and the name they came with."""
+
+    image: bytes
+    segmentation: bytes
     file_name: str
 
 
@@ -74,8 +86,8 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """A split of a prepared data set. Indexing reads one record.
+class Records:
+    """A split of a prepared data set, whatever its records hold.
 
     Attributes:
         name: TFDS' name and version.
@@ -96,38 +108,6 @@ class Dataset:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, index: int) -> Record:
-        """The record at `index`.
-
-        Raises:
-            BeitJaxError: it is damaged, is no classified image, or its label is out of range.
-            RuntimeError: the storage failed.
-            IndexError: there is no such record.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        try:
-            data = self._source[index]
-        except RuntimeError as error:
-            if "Corrupted" not in str(error):  # of the file, as Riegeli finds it; all else is the storage's failure
-                raise
-            raise BeitJaxError(f"{self.where(index)}: damaged ({printable(error)}); copy it again") from error
-        try:
-            # Not TFDS' own parser, which takes as long as decoding a small image.
-            found = tf_example_pb2.Example.FromString(data).features.feature
-            image, label = found["image"].bytes_list.value[0], found["label"].int64_list.value[0]
-        except (DecodeError, IndexError) as error:
-            raise BeitJaxError(f"{self.where(index)}: no classified image ({printable(error)})") from error
-        if not 0 <= label < len(self.labels):
-            raise BeitJaxError(f"{self.where(index)}: label {label}, expected 0 to {len(self.labels) - 1}")
-        name = b"".join(found["file_name"].bytes_list.value).decode("utf-8", "replace")
-        return Record(image=image, label=label, file_name=name or self.where(index))
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """The decoded image (RGB) and its label; raises as indexing and `decode` do, naming the record."""
-        record = self[index]
-        return decode(record["image"], f"{self.where(index)} ({printable(record['file_name'])})"), record["label"]
-
     def where(self, index: int) -> str:
         """A record for people: its shard, and its place there."""
         place = bisect_right(self._starts, index) - 1
@@ -146,6 +126,94 @@ class Dataset:
             "pipeline": PIPELINE,
         }
 
+    def _values(self, index: int, kind: str, **lists: str) -> dict[str, Any]:
+        """The first value of each of these features, by name, and the file name.
+
+        Args:
+            kind: what a record should be, for errors.
+            lists: feature to the list of ``tf.train.Feature`` that holds it.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            data = self._source[index]
+        except RuntimeError as error:
+            if "Corrupted" not in str(error):  # of the file, as Riegeli finds it; all else is the storage's failure
+                raise
+            raise BeitJaxError(f"{self.where(index)}: damaged ({printable(error)}); copy it again") from error
+        try:
+            # Not TFDS' own parser, which takes as long as decoding a small image.
+            found = tf_example_pb2.Example.FromString(data).features.feature
+            values = {name: getattr(found[name], held).value[0] for name, held in lists.items()}
+        except (DecodeError, IndexError) as error:
+            raise BeitJaxError(f"{self.where(index)}: no {kind} ({printable(error)})") from error
+        name = b"".join(found["file_name"].bytes_list.value).decode("utf-8", "replace")
+        return values | {"file_name": name or self.where(index)}
+
+    def _called(self, index: int, file_name: str) -> str:
+        return f"{self.where(index)} ({printable(file_name)})"
+
+
+class Dataset(Records):
+    """A split of classified images. Indexing reads one record."""
+
+    def __getitem__(self, index: int) -> Record:
+        """The record at `index`.
+
+        Raises:
+            BeitJaxError: it is damaged, is no classified image, or its label is out of range.
+            RuntimeError: the storage failed.
+            IndexError: there is no such record.
+        """
+        values = self._values(index, "classified image", image="bytes_list", label="int64_list")
+        image, label, file_name = values["image"], values["label"], values["file_name"]
+        if not 0 <= label < len(self.labels):
+            raise BeitJaxError(f"{self.where(index)}: label {label}, expected 0 to {len(self.labels) - 1}")
+        return Record(image=image, label=label, file_name=file_name)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """The decoded image (RGB) and its label; raises as indexing and `decode` do, naming the record."""
+        record = self[index]
+        return decode(record["image"], self._called(index, record["file_name"])), record["label"]
+
+
+class SegmentationDataset(Records):
+    """A split of images with label maps. Indexing reads one record."""
+
+    def __getitem__(self, index: int) -> SegmentationRecord:
+        """The record at `index`.
+
+        Raises:
+            BeitJaxError: it is damaged, or is no image with a segmentation.
+            RuntimeError: the storage failed.
+            IndexError: there is no such record.
+        """
+        values = self._values(index, "image with a segmentation", image="bytes_list", segmentation="bytes_list")
+        image, segmentation, file_name = values["image"], values["segmentation"], values["file_name"]
+        return SegmentationRecord(image=image, segmentation=segmentation, file_name=file_name)
+
+    def load(self, index: int) -> tuple[Image.Image, LabelMap]:
+        """The decoded image (RGB) and its labels, uint8 [h, w]: classes from 0, and 255 where there is none.
+
+        Raises:
+            BeitJaxError: as indexing, `decode` and `decode_label_map` do, or sizes that differ, or a class out of
+                range; naming the record.
+        """
+        record = self[index]
+        name = self._called(index, record["file_name"])
+        image, labels = decode(record["image"], name), decode_label_map(record["segmentation"], f"{name}: segmentation")
+        if labels.shape != (image.height, image.width):
+            found = f"{labels.shape[1]}x{labels.shape[0]}"
+            raise BeitJaxError(
+                f"{name}: segmentation of {found} pixels, expected {image.width}x{image.height} as its image"
+            )
+        labels = reduce_labels(labels)
+        check_labels(labels, self.labels, f"{name}: reduced segmentation")
+        return image, labels.astype(np.uint8)
+
+
+_Kind = TypeVar("_Kind", bound=Records)
+
 
 def open_dataset(directory: Path, split: str) -> Dataset:
     """A split of a data set that `beit-jax prepare`, or TFDS with ``--file_format=array_record``, has written.
@@ -158,16 +226,20 @@ def open_dataset(directory: Path, split: str) -> Dataset:
         BeitJaxError: no data set there, another format, no such split, no images with labels; a file of the split is
             missing, cut off or another one.
     """
-    builder = _builder(directory)
-    label = _label_feature(directory, builder.info.features)
-    instructions = _instructions(directory, builder.info.splits, split)
-    check_shards(instructions)
-    shards = (
-        Shard(Path(part.filename).name, part.skip, part.take, os.stat(part.filename).st_size) for part in instructions
-    )
-    name = f"{builder.info.name} {builder.info.version}"
-    source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    return Dataset(directory, name, split, tuple(label.names), tuple(shards), source)
+    return _open(Dataset, directory, split, _class_names)
+
+
+def open_segmentation(directory: Path, split: str) -> SegmentationDataset:
+    """A split of ADE20K that ``beit-jax prepare ade20k`` has written; its 150 classes are called as its models' are.
+
+    Args:
+        directory: the one that holds dataset_info.json.
+        split: as of `open_dataset`.
+
+    Raises:
+        BeitJaxError: as `open_dataset`; no images with segmentations.
+    """
+    return _open(SegmentationDataset, directory, split, _map_names)
 
 
 @dataclass
@@ -191,7 +263,7 @@ class Batches(Iterator[Batch]):
     Whatever ends it with an error ends it for good: going on would silently shift every later batch.
     """
 
-    def __init__(self, stream: "_Stream", dataset: Dataset, max_bad: float):
+    def __init__(self, stream: "_Stream", dataset: Dataset | SegmentationDataset, max_bad: float):
         self.bad = BadRecords(int(max_bad * len(dataset)))
         self._stream, self._dataset, self._max_bad = stream, dataset, max_bad
 
@@ -228,11 +300,37 @@ class Batches(Iterator[Batch]):
         )
 
 
-@contextmanager
+@overload
 def train_batches(
     dataset: Dataset,
     options: DataOptions,
     transform: Transform,
+    *,
+    seed: int,
+    start_step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> AbstractContextManager[Batches]: ...
+
+
+@overload
+def train_batches(
+    dataset: SegmentationDataset,
+    options: DataOptions,
+    transform: "SegmentationTransform",
+    *,
+    seed: int,
+    start_step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> AbstractContextManager[Batches]: ...
+
+
+@contextmanager
+def train_batches(
+    dataset: Dataset | SegmentationDataset,
+    options: DataOptions,
+    transform: "Transform | SegmentationTransform",
     *,
     seed: int,
     start_step: int,
@@ -246,7 +344,8 @@ def train_batches(
     its index alone; `Batches.bad` says which.
 
     Yields:
-        "image" uint8 [local, h, w, 3] as `transform` makes it, "label" int32 [local]; local = batch size / hosts.
+        "image" uint8 [local, h, w, 3] as `transform` makes it, "label" int32 [local], or [local, h, w] of label maps;
+        local = batch size / hosts.
 
     Raises:
         BeitJaxError: a batch size that the hosts cannot share, or a seed out of range; from iterating, more unreadable
@@ -257,7 +356,7 @@ def train_batches(
         raise BeitJaxError(f"--run.seed: expected 0 to {2**32 - 1}, found {seed}")
     # Randomness is drawn by the place in the whole sequence, before it is divided: after that, hosts would repeat it.
     images = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat(None)
-    images = images.random_map(_Train(dataset, transform))
+    images = images.random_map(_Train(dataset, _of_both(dataset, transform)))
     mine = images[start_step * options.batch_size + process_index :: process_count]
     stream = _Stream(mine.batch(local, drop_remainder=True), options.workers, dataset.directory)
     try:
@@ -307,6 +406,21 @@ def default_workers() -> int:
 # Opening
 
 
+def _open(
+    kind: type[_Kind], directory: Path, split: str, class_names: Callable[[Path, Mapping[str, Any]], tuple[str, ...]]
+) -> _Kind:
+    builder = _builder(directory)
+    labels = class_names(directory, builder.info.features)
+    instructions = _instructions(directory, builder.info.splits, split)
+    check_shards(instructions)
+    shards = (
+        Shard(Path(part.filename).name, part.skip, part.take, os.stat(part.filename).st_size) for part in instructions
+    )
+    name = f"{builder.info.name} {builder.info.version}"
+    source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    return kind(directory, name, split, labels, tuple(shards), source)
+
+
 def _builder(directory: Path) -> Any:
     if not (directory / INFO).is_file():
         below = sorted(path.parent for depth in ("*", "*/*") for path in directory.glob(f"{depth}/{INFO}"))
@@ -326,12 +440,21 @@ def _builder(directory: Path) -> Any:
     return builder
 
 
-def _label_feature(directory: Path, features: Mapping[str, Any]) -> Any:
-    wanted = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+def _class_names(directory: Path, features: Mapping[str, Any]) -> tuple[str, ...]:
+    _check_features(directory, features, {"image": tfds.features.Image, "label": tfds.features.ClassLabel})
+    return tuple(features["label"].names)
+
+
+def _map_names(directory: Path, features: Mapping[str, Any]) -> tuple[str, ...]:
+    _check_features(directory, features, {"image": tfds.features.Image, "segmentation": tfds.features.Image})
+    return tuple(f"LABEL_{number}" for number in range(ADE20K_CLASSES))
+
+
+def _check_features(directory: Path, features: Mapping[str, Any], wanted: Mapping[str, type]) -> None:
     if not all(name in features and isinstance(features[name], kind) for name, kind in wanted.items()):
+        expected = " and ".join(f"{name} ({kind.__name__})" for name, kind in wanted.items())
         found = printable(", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items()))
-        raise BeitJaxError(f"{printable(directory)}: expected image (Image) and label (ClassLabel), found {found}")
-    return features["label"]
+        raise BeitJaxError(f"{printable(directory)}: expected {expected}, found {found}")
 
 
 def _instructions(directory: Path, splits: Mapping[str, Any], split: str) -> list[Any]:
@@ -368,10 +491,30 @@ def _candidates(index: int, count: int) -> Iterator[int]:
         yield xxhash.xxh3_64_intdigest(f"{index} {attempt}".encode()) % count
 
 
+# Of an image and its label or label map, what stands in the batch.
+_OfBoth = Callable[[Image.Image, Any, np.random.Generator], tuple[np.ndarray, Any]]
+
+
+@dataclass(frozen=True)
+class _OfImage:
+    """A transform of the image, beside which its class stays as it is."""
+
+    transform: Transform
+
+    def __call__(self, image: Image.Image, label: int, rng: np.random.Generator) -> tuple[np.ndarray, np.int32]:
+        return self.transform(image, rng), np.int32(label)
+
+
+def _of_both(dataset: Dataset | SegmentationDataset, transform: "Transform | SegmentationTransform") -> _OfBoth:
+    if isinstance(dataset, SegmentationDataset):
+        return cast(_OfBoth, transform)
+    return _OfImage(cast(Transform, transform))
+
+
 @dataclass(frozen=True)
 class _Train:
-    dataset: Dataset
-    transform: Transform
+    dataset: Dataset | SegmentationDataset
+    transform: _OfBoth
 
     def __call__(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
         index, reason = int(element), ""
@@ -381,8 +524,8 @@ class _Train:
             except BeitJaxError as error:
                 reason = str(error)
                 continue
-            pixels = self.transform(image, rng)
-            return {"image": pixels, "label": np.int32(label), "index": np.int64(index), "failures": np.int32(failures)}
+            pixels, target = self.transform(image, label, rng)
+            return {"image": pixels, "label": target, "index": np.int64(index), "failures": np.int32(failures)}
         raise BeitJaxError(f"{REPLACEMENTS} records in a row cannot be read; the last: {reason}")
 
 

@@ -45,3 +45,10 @@ def from_first(find: Callable[[], Any]) -> Any:
     if message is not None:
         raise BeitJaxError(message)
     return found
+
+
+def on_host(leaf: jax.Array) -> np.ndarray:
+    """The whole array, from all processes that hold parts of it."""
+    if leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from beit_jax import weights
 from beit_jax.errors import BeitJaxError
@@ -24,8 +23,9 @@ from beit_jax.weights import NativeCheckpoint
 
 from .checkpoint import Checkpoints, SaveFailed
 from .contract import Resume, begin
-from .data import eval_batches, train_batches
+from .data import train_batches
 from .estimate import flops, peak_flops
+from .hosts import on_host
 from .log import Clock, Log, Phase, Timing
 from .plan import Plan
 from .sharding import put_batch
@@ -137,7 +137,7 @@ class _Run:
             train_batches(
                 plan.training,
                 plan.recipe.data,
-                plan.transform,
+                plan.task.transform,
                 seed=run.seed,
                 start_step=self.step,
                 process_index=jax.process_index(),
@@ -192,7 +192,7 @@ class _Run:
         written = []
         with self.clock.measure("checkpoint"):
             for name, params in self.plan.task.results(self.state).items():
-                leaves = {path: _on_host(leaf) for path, leaf in flatten(params).items()}
+                leaves = {path: on_host(leaf) for path, leaf in flatten(params).items()}
                 if jax.process_index() == 0:
                     self._write(self.out / name, leaves)
                 written.append(self.out / name)
@@ -267,18 +267,10 @@ class _Run:
 
     def _evaluate(self) -> None:
         plan = self.plan
-        data = plan.recipe.data
-        size = data.eval_batch_size or data.batch_size // plan.recipe.optim.accumulate
         with self.clock.measure("evaluation"):
-            batches = eval_batches(
-                plan.validation,
-                plan.processor,
-                size,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                workers=data.workers,
+            self.scores = plan.task.scores(
+                self.state, plan.validation, plan.processor, plan.mesh, lambda images: self.watchdog.beat()
             )
-            self.scores = plan.task.scores(self.state, batches, plan.mesh, lambda images: self.watchdog.beat())
         self.log.write(self.step, self.scores)
 
     def _write(self, directory: Path, leaves: Mapping[str, np.ndarray]) -> None:
@@ -301,10 +293,3 @@ class _Run:
         if steps and done == PROFILED_FROM + steps:
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
-
-
-def _on_host(leaf: jax.Array) -> np.ndarray:
-    """The whole array, from all hosts that hold parts of it."""
-    if leaf.is_fully_addressable:
-        return np.asarray(leaf)
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))

@@ -34,6 +34,7 @@ DECAY: Sequence[tuple[str, bool]] = (
     (r".*(bias|scale|gamma_1|gamma_2|cls_token|position_embeddings)", False),
 )
 BLOCK_TABLES = r"(beit/)?blocks/attention/bias_table"
+CLASS_TOKEN = r"(beit/)?embeddings/cls_token"
 
 
 def optimizer(options: OptimOptions, config: BeitConfig) -> optax.GradientTransformation:
@@ -44,7 +45,7 @@ def optimizer(options: OptimOptions, config: BeitConfig) -> optax.GradientTransf
     """
 
     def mask(params: Nested) -> Nested:
-        return weight_decay_mask(params, bias_tables=options.decay_bias_tables)
+        return weight_decay_mask(params, bias_tables=options.decay_bias_tables, class_token=options.decay_class_token)
 
     def scale(updates: Nested, params: Nested | None) -> Nested:
         return jax.tree.map(jnp.multiply, updates, layer_scales(updates, config, options.layer_decay))
@@ -70,16 +71,19 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def weight_decay_mask(params: Nested, *, bias_tables: bool = True) -> Nested:
+def weight_decay_mask(params: Nested, *, bias_tables: bool = True, class_token: bool = False) -> Nested:
     """True for every parameter that decays.
 
     Args:
         bias_tables: whether the blocks' tables of relative position bias do; the shared one always does.
+        class_token: whether the class token does. In the original's segmentation it does: its list of exceptions has
+            "cls_token", the parameter is called "backbone.cls_token" there.
 
     Raises:
         BeitJaxError: a parameter of a name that the table does not know.
     """
-    rules = [(BLOCK_TABLES, bias_tables), *DECAY]
+    exceptions = [(BLOCK_TABLES, bias_tables), *([(CLASS_TOKEN, True)] if class_token else [])]
+    rules = [*exceptions, *DECAY]
     return unflatten({name: first_match(rules, name) for name in flatten(params)})
 
 

@@ -13,19 +13,16 @@ from beit_jax import weights
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.images import ImageProcessor
-from beit_jax.tree import Nested
 from beit_jax.weights import NativeCheckpoint
 
-from .augment import Transform, train_transform
-from .data import Dataset, open_dataset
 from .optim import optimizer
-from .recipe import STATISTICS, Recipe
+from .recipe import Recipe
 from .resolve import image_processor, model_config
-from .schedule import schedule_table
+from .schedule import poly_table, schedule_table
 from .sharding import check_batch, init_sharded, make_mesh, place, state_shardings
 from .state import State, initial_state
 from .step import TrainStep, make_train_step
-from .tasks import Classification, Probe, Task
+from .tasks import Images, Start, Task, task_of
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,8 @@ class Plan:
     config: BeitConfig
     processor: ImageProcessor
     start: NativeCheckpoint | None
-    training: Dataset
-    validation: Dataset
+    training: Images
+    validation: Images
     mesh: Mesh
     task: Task
     tx: optax.GradientTransformation
@@ -56,12 +53,6 @@ class Plan:
     @property
     def steps_per_epoch(self) -> int:
         return len(self.training) // self.recipe.data.batch_size
-
-    @property
-    def transform(self) -> Transform:
-        """What the host does to a training image."""
-        mean, _ = STATISTICS[self.recipe.data.statistics]
-        return train_transform(self.recipe.augment, self.config.image_size, mean)
 
     @cached_property
     def step(self) -> TrainStep:
@@ -97,16 +88,18 @@ class Plan:
         # Step keys are made from the seed too: the initial draw takes another branch of it.
         key = jax.random.fold_in(jax.random.key(self.recipe.run.seed), 2**31)
         if self.start is None:
-            return init_sharded(lambda: self._state(*self.task.first(key)), self.mesh)
-        placed = [place(tree, state_shardings(tree, self.mesh)) for tree in self.task.first(key)]
-        return init_sharded(self._state, self.mesh, *placed)
+            return init_sharded(lambda: self._state(self.task.first(key)), self.mesh)
+        first = self.task.first(key)
+        trees = (first.params, first.stats, first.beside)
+        placed = Start(*(place(tree, state_shardings(tree, self.mesh)) for tree in trees))
+        return init_sharded(self._state, self.mesh, placed)
 
     @cached_property
     def _shapes(self) -> State:
-        return jax.eval_shape(self._state, *self.task.shapes())
+        return jax.eval_shape(self._state, self.task.shapes())
 
-    def _state(self, params: Nested, beside: Nested) -> State:
-        return replace(initial_state(params, self.tx), ema=beside)
+    def _state(self, start: Start) -> State:
+        return replace(initial_state(start.params, self.tx), stats=start.stats, ema=start.beside)
 
 
 def make_plan(recipe: Recipe, data: Path, init: Path | None) -> Plan:
@@ -116,7 +109,8 @@ def make_plan(recipe: Recipe, data: Path, init: Path | None) -> Plan:
         BeitJaxError: data or checkpoint that do not fit the recipe or each other; a mesh that does not fit the devices;
             fewer images than a batch.
     """
-    training, validation = open_dataset(data, "train"), open_dataset(data, "validation")
+    kind = task_of(recipe)
+    training, validation = kind.open(data, "train"), kind.open(data, "validation")
     if training.labels != validation.labels:
         raise BeitJaxError(f"{data}: the splits train and validation have different labels; prepare them together")
     if len(training) < recipe.data.batch_size:
@@ -124,7 +118,10 @@ def make_plan(recipe: Recipe, data: Path, init: Path | None) -> Plan:
             f"{data}: {len(training)} training images, fewer than --data.batch-size {recipe.data.batch_size}"
         )
     start = None if init is None else weights.load(init)
-    config = model_config(recipe.model, training.labels, None if start is None else start.config)
+    config = model_config(
+        recipe.model, training.labels, None if start is None else start.config, task=kind.architecture
+    )
+    table = poly_table if recipe.optim.schedule == "poly" else schedule_table
     mesh = make_mesh(recipe.run.mesh)
     check_batch(recipe.data.batch_size, mesh, parts=recipe.optim.accumulate)
     return Plan(
@@ -135,15 +132,7 @@ def make_plan(recipe: Recipe, data: Path, init: Path | None) -> Plan:
         training=training,
         validation=validation,
         mesh=mesh,
-        task=_task(recipe, config, start),
+        task=kind(recipe, config, start),
         tx=optimizer(recipe.optim, config),
-        rates=schedule_table(recipe.optim, len(training) // recipe.data.batch_size),
+        rates=table(recipe.optim, len(training) // recipe.data.batch_size),
     )
-
-
-def _task(recipe: Recipe, config: BeitConfig, start: NativeCheckpoint | None) -> Task:
-    if recipe.objective == "classification":
-        return Classification(recipe, config, start)
-    if start is None:
-        raise BeitJaxError("a linear probe needs an encoder: give --init CHECKPOINT")
-    return Probe(recipe, config, start)

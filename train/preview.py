@@ -71,8 +71,8 @@ def preview(plan: Plan) -> Preview:
     recipe = plan.recipe
     size, sharding = recipe.data.batch_size, batch_sharding(plan.mesh)
     batch = {
-        "image": jax.ShapeDtypeStruct((size, *plan.config.image_size, 3), jnp.uint8, sharding=sharding),
-        "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding),
+        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+        for name, shape in plan.task.batch(size).items()
     }
     with jax.set_mesh(plan.mesh):
         jax.eval_shape(plan.step, plan.abstract_state, batch)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from beit_jax.errors import BeitJaxError
 
-Objective = Literal["classification", "linear_probe"]
+Objective = Literal["classification", "linear_probe", "segmentation"]
 Statistics = Literal["half", "imagenet"]
 Interpolation = Literal["bilinear", "bicubic", "random"]
 
@@ -92,6 +92,27 @@ class AugmentOptions:
 
 
 @dataclass(frozen=True)
+class SegmentationOptions:
+    """What happens to training images and their label maps, in this order, and how validation images are run.
+
+    Source: microsoft/unilm@768a3c8 beit/semantic_segmentation/configs/_base_/datasets/ade20k.py.
+    """
+
+    scale: tuple[int, int] = (2048, 512)
+    """Bounds of the long and the short edge that images are resized to; the evaluation's, and training's at ratio 1."""
+    ratio: tuple[float, float] = (0.5, 2.0)
+    """Range of the factor of both bounds, drawn for every training image."""
+    max_class_share: float = 0.75
+    """Crops of which one class takes more than this share are drawn again, up to ten times; 1 for no limit."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    photometric: bool = True
+    """Whether brightness, contrast, saturation and hue are distorted."""
+    mode: Literal["slide", "whole"] = "slide"
+    """Validation images: windows of the crop's size over each, two thirds of it apart, or each in one piece."""
+
+
+@dataclass(frozen=True)
 class OptimOptions:
     """AdamW as BEiT uses it."""
 
@@ -103,11 +124,15 @@ class OptimOptions:
     warmup_epochs: float = 5.0
     """Linear warmup from `warmup_lr`."""
     warmup_lr: float = 0.0
+    schedule: Literal["cosine", "poly"] = "cosine"
+    """After the warmup: half a cosine, or a straight line (a polynomial of power 1)."""
     weight_decay: float = 0.05
     layer_decay: float = 1.0
     """Learning rate of each layer over that of the next; 1 for none."""
     decay_bias_tables: bool = True
     """Whether weight decay applies to relative position bias tables of blocks."""
+    decay_class_token: bool = False
+    """Whether weight decay applies to the class token; the original's does so in segmentation only."""
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -151,6 +176,7 @@ class Recipe:
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     augment: AugmentOptions = field(default_factory=AugmentOptions)
+    segment: SegmentationOptions = field(default_factory=SegmentationOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
@@ -166,6 +192,7 @@ def check(recipe: Recipe) -> None:
         BeitJaxError: a value out of its range, naming the option as the command line spells it.
     """
     model, data, augment, optim, run = recipe.model, recipe.data, recipe.augment, recipe.optim, recipe.run
+    segment = recipe.segment
     rates = {
         "model.drop-path": model.drop_path,
         "model.dropout": model.dropout,
@@ -182,6 +209,7 @@ def check(recipe: Recipe) -> None:
         "augment.mix-probability": augment.mix_probability,
         "augment.mix-switch": augment.mix_switch,
         "data.max-bad": data.max_bad,
+        "segment.flip": segment.flip,
     }
     for name, value in shares.items():
         _require(0.0 <= value <= 1.0, name, "a number in [0, 1]", value)
@@ -227,8 +255,24 @@ def check(recipe: Recipe) -> None:
     for name, (low, high) in {
         "augment.crop-scale": augment.crop_scale,
         "augment.crop-ratio": augment.crop_ratio,
+        "segment.ratio": segment.ratio,
     }.items():
         _require(0 < low <= high, name, "two growing positive numbers", (low, high))
+    long, short = segment.scale
+    _require(long >= short >= 1, "segment.scale", "pixels of the long edge and of the short one", segment.scale)
+    _require(0 < segment.max_class_share <= 1, "segment.max-class-share", "a number in (0, 1]", segment.max_class_share)
+    _check_unused(recipe)
+
+
+def _check_unused(recipe: Recipe) -> None:
+    """Refuses options that the objective does not read."""
+    unused = "augment" if recipe.objective == "segmentation" else "segment"
+    options = getattr(recipe, unused)
+    for entry in dataclasses.fields(options):
+        value = getattr(options, entry.name)
+        if value != entry.default:
+            name = f"{unused}.{entry.name.replace('_', '-')}"
+            raise BeitJaxError(f"--{name}: {recipe.objective} does not use it, leave it out; found {value}")
 
 
 def _require(condition: bool, name: str, expected: str, found: object) -> None:

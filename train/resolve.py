@@ -3,9 +3,9 @@
 from dataclasses import replace
 from importlib.resources import as_file, files
 
-from beit_jax.config import BeitConfig
+from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images import ImageProcessor, preset
+from beit_jax.images import ImageProcessor, Within, ade20k_processor, preset
 from beit_jax.variants import VARIANTS
 
 from .recipe import STATISTICS, ModelOptions, Recipe
@@ -14,19 +14,32 @@ DIGITS = "digits"
 _SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
-def model_config(options: ModelOptions, labels: tuple[str, ...], start: BeitConfig | None = None) -> BeitConfig:
-    """The classifier that is trained.
+def model_config(
+    options: ModelOptions,
+    labels: tuple[str, ...],
+    start: BeitConfig | None = None,
+    *,
+    task: Task = "image_classification",
+) -> BeitConfig:
+    """The model that is trained.
 
     Args:
-        labels: of the data; they name the classifier's outputs.
+        labels: of the data; they name the outputs.
         start: configuration of the checkpoint that training starts from. It decides what a checkpoint brings along:
             family, patch, LayerNorm's epsilon, layer scale, kind of positions. Sizes must be the variant's. A position
             bias that pre-training shared becomes one per layer where the variant has that, as in BEiT's fine-tuning.
 
+        task: which head it has. What a segmentation head reads of the encoder is the variant's to say.
+
     Raises:
-        BeitJaxError: no such variant, or a checkpoint of another size.
+        BeitJaxError: no such variant, one that does not segment for a model that shall, or a checkpoint of another
+            size.
     """
-    variant = replace(_variant(options.variant), task="image_classification", labels=labels, use_mask_token=False)
+    named = _variant(options.variant)
+    if task == "semantic_segmentation" and named.task != task:
+        known = " or ".join(name for name, config in VARIANTS.items() if config.task == task)
+        raise BeitJaxError(f"--model.variant: {printable(options.variant)} does not segment; choose {known}")
+    variant = replace(named, task=task, labels=labels, use_mask_token=False)
     config = variant if start is None else _continued(variant, start)
     size = variant.image_size if options.image_size is None else (options.image_size, options.image_size)
     config = replace(
@@ -46,9 +59,13 @@ def image_processor(recipe: Recipe, config: BeitConfig) -> ImageProcessor:
     """How images are prepared for evaluation and use: the original's resize and crop, the recipe's statistics.
 
     The shorter side is resized to the size over 0.875, then the centre is cut; from 384 pixels on nothing is cut.
-    Source: microsoft/unilm@768a3c8 beit/datasets.py `build_transform`. Digits are resized as they are.
+    Source: microsoft/unilm@768a3c8 beit/datasets.py `build_transform`. Digits are resized as they are; images to
+    segment fit into the recipe's bounds and are not cut.
     """
     mean, std = STATISTICS[recipe.data.statistics]
+    if config.task == "semantic_segmentation":
+        long, short = recipe.segment.scale
+        return replace(ade20k_processor(short), resize=Within(short, long), mean=mean, std=std)
     if recipe.model.variant == DIGITS:
         return ImageProcessor(resize=config.image_size, resample="bilinear", mean=mean, std=std)
     return preset("unilm_eval", config.image_size, mean=mean, std=std)

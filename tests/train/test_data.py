@@ -22,9 +22,20 @@ from beit_jax.images import ImageProcessor, Within
 from beit_jax.train import prepare
 from beit_jax.train.augment import Transform, train_transform
 from beit_jax.train.builders import Source, Split, classification_features
-from beit_jax.train.data import Batch, Batches, Dataset, Images, eval_batches, open_dataset, train_batches
-from beit_jax.train.prepare import write
-from beit_jax.train.recipe import AugmentOptions, DataOptions
+from beit_jax.train.data import (
+    Batch,
+    Batches,
+    Dataset,
+    Images,
+    SegmentationDataset,
+    eval_batches,
+    open_dataset,
+    open_segmentation,
+    train_batches,
+)
+from beit_jax.train.prepare import prepare_ade20k, write
+from beit_jax.train.recipe import AugmentOptions, DataOptions, SegmentationOptions
+from beit_jax.train.segmentation_augment import segmentation_transform
 
 RECORDS, BATCH = 23, 8  # a batch divides no epoch
 LABELS = ("ant", "bee", "cat")
@@ -431,3 +442,170 @@ def test_data_that_tfds_prepared(tmp_path: Path) -> None:
     assert sorted(record_of(images)) == sorted(list(range(RECORDS)) * BATCH)
     with pytest.raises(BeitJaxError, match=r"no data set here .* did you mean .*stock/3.1.4\?"):
         open_dataset(tmp_path, "train")
+
+
+# Segmentation
+
+
+def png(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def label_map(number: int) -> np.ndarray:
+    """As ADE20K stores it: 0 for none, and the class 2 * number + 1 or the one after it, counted from 1."""
+    values = np.full((12, 16), 2 * number + 1, np.uint8)
+    values[:, 8:] += 1
+    values[0] = 0
+    return values
+
+
+def scenes(directory: Path, maps: dict[int, bytes] | None = None, images: dict[int, bytes] | None = None) -> Path:
+    """Prepared data of RECORDS images that show their number, of which some may have other files."""
+    root = directory / "ADEChallengeData2016"
+    for part, count in (("training", RECORDS), ("validation", 1)):
+        for kind in ("images", "annotations"):
+            (root / kind / part).mkdir(parents=True)
+        for i in range(count):
+            (root / "images" / part / f"{i:02d}.png").write_bytes(png(np.full((12, 16, 3), i, np.uint8)))
+            (root / "annotations" / part / f"{i:02d}.png").write_bytes(png(label_map(i)))
+    done = prepare_ade20k(root, directory / "data").directory
+    return _rewritten(done, maps or {}, images or {}) if maps or images else done
+
+
+def _rewritten(directory: Path, maps: dict[int, bytes], images: dict[int, bytes]) -> Path:
+    """The training records with other files, which `prepare` would not have let pass."""
+    builder = tfds.builder_from_directory(directory)
+    good = open_segmentation(directory, "train")
+    examples = [
+        {**good[i], "image": images.get(i, good[i]["image"]), "segmentation": maps.get(i, good[i]["segmentation"])}
+        for i in range(len(good))
+    ]
+    source = Source(
+        "ade20k_semantic",
+        "",
+        (),
+        builder.info.features,
+        {"train": Split(len(examples), examples)},
+        0,
+        lambda example: None,
+    )
+    return write(source, directory.with_name("rewritten")).directory
+
+
+@pytest.fixture(scope="module")
+def segmented(tmp_path_factory: pytest.TempPathFactory) -> SegmentationDataset:
+    return open_segmentation(scenes(tmp_path_factory.mktemp("scenes")), "train")
+
+
+def segmentation_batches(dataset: SegmentationDataset, count: int, **changes: Any) -> list[Batch]:
+    options = DataOptions(batch_size=BATCH, workers=changes.pop("workers", 0), max_bad=0.5)
+    augment = SegmentationOptions(scale=(32, 24), photometric=changes.pop("photometric", True))
+    arguments = {"seed": 0, "start_step": 0} | changes
+    with train_batches(dataset, options, segmentation_transform(augment, 20), **arguments) as stream:
+        return list(islice(stream, count))
+
+
+def records_of_maps(labels: np.ndarray) -> np.ndarray:
+    """Which record each label map is of; -1 if it shows no class."""
+    return np.where(labels == 255, -1, labels // 2).max(axis=(1, 2))
+
+
+def test_a_segmentation_record(segmented: SegmentationDataset) -> None:
+    assert len(segmented) == RECORDS and segmented.name == "ade20k_semantic 1.0.0"
+    assert (len(segmented.labels), segmented.labels[0], segmented.labels[-1]) == (150, "LABEL_0", "LABEL_149")
+    assert segmented[4]["file_name"] == "training/04.png" and segmented[4]["segmentation"] == png(label_map(4))
+    image, labels = segmented.load(4)
+    assert (image.mode, image.size, image.getpixel((3, 3))) == ("RGB", (16, 12), (4, 4, 4))
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, np.repeat([[255] * 16, [8] * 8 + [9] * 8], [1, 11], axis=0))
+    with pytest.raises(IndexError):
+        segmented.load(RECORDS)
+
+
+def test_contract_of_segmentation(segmented: SegmentationDataset, tmp_path: Path) -> None:
+    contract = segmented.contract()
+    assert json.loads(json.dumps(contract)) == contract
+    assert (contract["records"], contract["classes"][:15]) == (RECORDS, "150 with names ")
+    moved = open_segmentation(Path(shutil.copytree(segmented.directory, tmp_path / "moved")), "train")
+    assert moved.contract() == contract
+    fewer = open_segmentation(segmented.directory, "train[:9]").contract()
+    assert {key for key in fewer if fewer[key] != contract[key]} == {"split", "records", "files"}
+
+
+def test_data_of_the_other_kind(tiny: Dataset, segmented: SegmentationDataset) -> None:
+    with pytest.raises(BeitJaxError, match=r"expected image .Image. and segmentation .Image., found .*label .ClassL"):
+        open_segmentation(tiny.directory, "train")
+    with pytest.raises(BeitJaxError, match=r"expected image .Image. and label .ClassLabel., found .*segmentation"):
+        open_dataset(segmented.directory, "train")
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (
+            png(np.full((12, 16), 151, np.uint8)),
+            "reduced segmentation: label 150 at row 0, column 0, expected 0 to 149",
+        ),
+        (png(np.full((12, 16), 300, np.uint16)), "reduced segmentation: label 299 at row 0"),
+        (png(np.zeros((16, 12), np.uint8)), "segmentation of 12x16 pixels, expected 16x12 as its image"),
+        (png(np.zeros((12, 16, 3), np.uint8)), "segmentation: mode RGB holds colours"),
+        (b"no image", "segmentation: not a readable PNG"),
+        (png(np.zeros((12, 16), np.uint8))[:45], "segmentation: not a readable PNG"),
+    ],
+    ids=["class", "class of 16 bits", "size", "colours", "no image", "cut off"],
+)
+def test_segmentations_that_cannot_be_used(stored: bytes, message: str, tmp_path: Path) -> None:
+    dataset = open_segmentation(scenes(tmp_path, {5: stored}), "train")
+    name = r"ade20k_semantic-train.array_record-00000-of-00001: record 5 \(training/05.png\)"
+    with pytest.raises(BeitJaxError, match=rf"^{name}:? ?{message}") as caught:
+        dataset.load(5)
+    assert "\n" not in str(caught.value)
+    dataset.load(4)
+
+
+def test_ignored_pixels_may_be_stored_as_such(tmp_path: Path) -> None:
+    stored = np.full((12, 16), 255, np.uint8)
+    _, labels = open_segmentation(scenes(tmp_path, {5: png(stored)}), "train").load(5)
+    np.testing.assert_array_equal(labels, stored)
+
+
+def test_a_batch_of_segmentation(segmented: SegmentationDataset) -> None:
+    parts = segmentation_batches(segmented, 23, photometric=False)
+    for batch in parts:
+        assert (batch["image"].dtype, batch["image"].shape) == (np.uint8, (BATCH, 20, 20, 3))
+        assert (batch["label"].dtype, batch["label"].shape) == (np.int32, (BATCH, 20, 20))
+        records = records_of_maps(batch["label"])
+        np.testing.assert_array_equal(records, batch["image"].max(axis=(1, 2, 3)))
+        assert (batch["label"] != 255).any(axis=(1, 2)).all()
+    epochs = records_of_maps(joined(parts, "label")).reshape(BATCH, RECORDS)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(RECORDS), (BATCH, 1)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_segmentation_batches_are_a_function_of_the_step(workers: int, segmented: SegmentationDataset) -> None:
+    whole = segmentation_batches(segmented, 5)
+    for host in (0, 1):
+        part = segmentation_batches(segmented, 3, workers=workers, start_step=2, process_index=host, process_count=2)
+        assert_equal(part, [{key: value[host::2] for key, value in batch.items()} for batch in whole[2:]])
+    assert (joined(segmentation_batches(segmented, 5, seed=1), "label") != joined(whole, "label")).any()
+
+
+def test_bad_segmentation_records_are_replaced(segmented: SegmentationDataset, tmp_path: Path) -> None:
+    bad = (3, 17)
+    dataset = open_segmentation(
+        scenes(tmp_path, {3: png(np.full((12, 16), 151, np.uint8))}, {17: b"no image"}), "train"
+    )
+    whole, patched = (segmentation_batches(data, RECORDS) for data in (segmented, dataset))
+    affected = np.isin(records_of_maps(joined(whole, "label")), bad)
+    assert affected.sum() == BATCH * len(bad)
+    for key in ("image", "label"):
+        np.testing.assert_array_equal(joined(patched, key)[~affected], joined(whole, key)[~affected])
+    assert not np.isin(records_of_maps(joined(patched, "label")), bad).any()
+    options = DataOptions(batch_size=BATCH, workers=0, max_bad=0.5)
+    transform = segmentation_transform(SegmentationOptions(scale=(32, 24)), 20)
+    with train_batches(dataset, options, transform, seed=0, start_step=0) as stream:
+        drain(stream, RECORDS)
+        assert set(stream.bad.reasons) == set(bad)
+        assert "record 3 (training/03.png): reduced segmentation: label 150" in stream.bad.reasons[3]

@@ -7,18 +7,21 @@ import jax.numpy as jnp
 import pytest
 
 from beit_jax.errors import BeitJaxError
-from beit_jax.heads import abstract_model, num_params
-from beit_jax.train.objectives import classification
+from beit_jax.heads import abstract_model, num_params, statistics
+from beit_jax.images import Within
+from beit_jax.train.objectives import classification, segmentation
 from beit_jax.train.optim import optimizer
 from beit_jax.train.recipe import DataOptions, OptimOptions, Recipe, check
 from beit_jax.train.recipes import RECIPES, recipe_named
 from beit_jax.train.resolve import image_processor, model_config
-from beit_jax.train.schedule import schedule_table
+from beit_jax.train.schedule import poly_table, schedule_table
 from beit_jax.train.state import initial_state
 from beit_jax.train.step import make_train_step
 from beit_jax.variants import VARIANTS
 
 IMAGENET = 1_281_167
+ADE20K = 20_210
+SEGMENTS = [name for name in RECIPES if recipe_named(name).objective == "segmentation"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -91,6 +94,68 @@ def test_published_numbers(name: str) -> None:
         config.image_size[0],
     ) == PUBLISHED[name]
     assert num_params(config) == num_params(variant)
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_every_segmentation_recipe_traces(name: str) -> None:
+    """As above, with running statistics."""
+    recipe = recipe_named(name)
+    labels = tuple(f"class {i}" for i in range(150))
+    config = model_config(recipe.model, labels, task="semantic_segmentation")
+    graph, params = abstract_model(config, dtype=jnp.dtype(recipe.model.dtype))
+    tx = optimizer(recipe.optim, config)
+    state = jax.eval_shape(lambda params: initial_state(params, tx, statistics=statistics(config)), params)
+    rates = poly_table(recipe.optim, ADE20K // recipe.data.batch_size)
+    step = make_train_step(
+        graph, segmentation(recipe, config), tx, rates, accumulate=recipe.optim.accumulate, ema=recipe.optim.ema
+    )
+    size = (recipe.data.batch_size, *config.image_size)
+    batch = {"image": jax.ShapeDtypeStruct((*size, 3), jnp.uint8), "label": jax.ShapeDtypeStruct(size, jnp.int32)}
+    after, metrics = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    assert metrics["loss"].shape == ()
+
+
+# lr, layer decay, drop path, pixels, blocks, images of a GPU x accumulation (8 GPUs):
+# microsoft/unilm@768a3c8 beit/semantic_segmentation/configs and beit2/semantic_segmentation/configs.
+PUBLISHED_ADE20K = {
+    "beit_base_pt22k_ade20k": (7e-4, 0.65, 0.1, 512, 12, 2, 1),
+    "beit_base_ade20k": (3e-5, 0.9, 0.1, 512, 12, 2, 1),
+    "beit_base_ade20k_640": (3e-5, 0.9, 0.1, 640, 12, 2, 1),
+    "beit_large_ade20k": (2e-5, 0.95, 0.2, 512, 24, 2, 1),
+    "beit_large_ade20k_640": (2e-5, 0.95, 0.2, 640, 24, 1, 2),
+    "beitv2_base_ade20k": (5e-5, 0.75, 0.15, 512, 12, 2, 1),
+    "beitv2_base_ft21k_ade20k": (5e-5, 0.85, 0.15, 512, 12, 2, 1),
+    "beitv2_large_ade20k": (4e-5, 0.9, 0.2, 512, 24, 2, 1),
+    "beitv2_large_ft21k_ade20k": (3e-5, 0.9, 0.2, 512, 24, 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_published_numbers_of_segmentation(name: str) -> None:
+    lr, layer_decay, drop_path, pixels, blocks, images, accumulate = PUBLISHED_ADE20K[name]
+    recipe = recipe_named(name)
+    config = model_config(recipe.model, VARIANTS[recipe.model.variant].labels, task="semantic_segmentation")
+    assert (recipe.optim.lr, recipe.optim.layer_decay, config.drop_path_rate) == (lr, layer_decay, drop_path)
+    assert (recipe.data.batch_size, recipe.optim.accumulate) == (8 * images * accumulate, accumulate)
+    assert (config.image_size, config.num_hidden_layers) == ((pixels, pixels), blocks)
+    assert (recipe.segment.scale, recipe.data.statistics) == ((4 * pixels, pixels), "imagenet")
+    assert config.out_indices == ((3, 5, 7, 11) if blocks == 12 else (7, 11, 15, 23))
+    assert config.feature_taps == "original"
+    processor = image_processor(recipe, config)
+    assert (processor.resize, processor.crop) == (Within(pixels, 4 * pixels), None)
+    rates = poly_table(recipe.optim, ADE20K // recipe.data.batch_size)
+    assert len(rates) == 160_000
+    assert rates[0] == pytest.approx(1e-6 * lr)
+    assert rates[1500] == pytest.approx(lr * (1 - 1500 / 160_000))
+    assert rates[1499] < rates[1500] > rates[1501]
+
+
+def test_a_variant_that_does_not_segment() -> None:
+    with pytest.raises(BeitJaxError, match=r"beit_base_patch16_224 does not segment; choose .*640_ade20k or "):
+        model_config(recipe_named("beit_base_ft1k").model, ("a",), task="semantic_segmentation")
 
 
 def test_evaluation_images_are_prepared_as_the_original_does() -> None:
