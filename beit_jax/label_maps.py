@@ -25,7 +25,7 @@ def read_label_map(path: str | os.PathLike[str]) -> LabelMap:
     Raises:
         BeitJaxError: missing, no PNG, damaged, too large, or with colours for pixels instead of numbers.
     """
-    name = printable(os.fspath(path))
+    name = printable(Path(path))
     if not Path(path).is_file():
         raise BeitJaxError(f"{name}: no such file; give the path of a label map")
     return _decoded(Path(path), name)
