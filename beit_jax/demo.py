@@ -17,7 +17,7 @@ import numpy as np
 from beit_jax import predict, weights
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import Source
-from beit_jax.weights import Progress, no_progress
+from beit_jax.terminal import Progress, no_progress
 
 DIGITS = "embedded digits classifier"
 TOLERANCE = 1e-5

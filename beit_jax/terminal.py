@@ -1,14 +1,21 @@
-"""What people see: lines, tables and progress bars; and JSON where a program reads."""
+"""What people see: lines, tables and progress bars, or none; and JSON where a program reads."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
-Bar = AbstractContextManager[Callable[[int], None]]
+Advance = Callable[[int], None]  # called with what was done since the last call: bytes, records or images
+Bar = AbstractContextManager[Advance]
+Progress = Callable[[int], Bar]  # called with how much there is in all
+
+
+def no_progress(total: int) -> Bar:
+    """Shows nothing."""
+    return nullcontext(lambda done: None)
 
 
 def print_lines(lines: Sequence[str]) -> None:
@@ -55,7 +62,7 @@ def image_progress(total: int, description: str = "segmenting") -> Bar:
 
 
 @contextmanager
-def _bar(description: str, total: int, *columns: "ProgressColumn") -> Iterator[Callable[[int], None]]:
+def _bar(description: str, total: int, *columns: "ProgressColumn") -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,12 @@ from safetensors import SafetensorError, safe_open
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images import ImageProcessor
+from beit_jax.terminal import Advance
 
 WEIGHTS, CONFIG, PROCESSOR = "flax_model.safetensors", "config.json", "preprocessor_config.json"
 FORMAT = "beit-jax 1"
 _DTYPES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
 _CHUNK = 1 << 20  # bytes read and hashed at a time: they stay in a core's cache in between
-
-Advance = Callable[[int], None]  # called with the number of bytes done since the last call
-Progress = Callable[[int], AbstractContextManager[Advance]]  # called with the number of bytes in all
-
-
-def no_progress(total: int) -> AbstractContextManager[Advance]:
-    """Shows nothing."""
-    return nullcontext(lambda done: None)
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,12 @@ from beit_jax.heads import param_shapes
 from beit_jax.hub import Source, recorded_sha256
 from beit_jax.images import ImageProcessor
 from beit_jax.output import check_destination, new_directory
+from beit_jax.terminal import Progress, no_progress
 from beit_jax.weights import (
     WEIGHTS,
     LeafSpec,
     NativeCheckpoint,
-    Progress,
     check_replaceable,
-    no_progress,
     save_json,
     verify,
     write_tensors,

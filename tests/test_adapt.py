@@ -4,10 +4,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import original_bias
 import pytest
 import reference
 from numpy.testing import assert_allclose
-from scipy.interpolate import RectBivariateSpline
 from tolerances import RESIZE
 
 from beit_jax.adapt import resize_patch_kernel, resize_table
@@ -21,33 +21,6 @@ SHARED = "beit/shared_bias_table"
 LAYERS = "beit/blocks/attention/bias_table"
 
 
-def original_resize(table: np.ndarray, source: int, target: int) -> np.ndarray:
-    """The original's algorithm as it states it, head by head, on the spline that its interp2d equals bit for bit.
-
-    Source: microsoft/unilm@768a3c8 beit/run_class_finetuning.py.
-    """
-    src, dst = 2 * source - 1, 2 * target - 1
-    left, right = 1.01, 1.5
-    while right - left > 1e-6:
-        q = (left + right) / 2.0
-        if (1.0 - q ** (src // 2)) / (1.0 - q) > dst // 2:
-            right = q
-        else:
-            left = q
-    distances, current = [], 1.0
-    for i in range(src // 2):
-        distances.append(current)
-        current += q ** (i + 1)
-    x = [-d for d in reversed(distances)] + [0] + distances
-    t = dst // 2.0
-    dx = np.arange(-t, t + 0.1, 1.0)
-    heads = []
-    for head in range(table.shape[1]):
-        z = table[:-3, head].reshape(src, src).astype(np.float32)
-        heads.append(RectBivariateSpline(x, x, z.T, kx=3, ky=3, s=0)(dx, dx).T.reshape(-1, 1))
-    return np.concatenate([np.concatenate(heads, axis=1).astype(np.float32), table[-3:]])
-
-
 def table_of(side: int, *, heads: int = 3) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(((2 * side - 1) ** 2 + 3, heads)).astype(np.float32)
 
@@ -58,7 +31,7 @@ def table_of(side: int, *, heads: int = 3) -> np.ndarray:
 def test_geometric_is_the_originals_bit_for_bit(source: int, target: int) -> None:
     table = table_of(source)
     found = resize_table(table, source=(source, source), target=(target, target), method="geometric")
-    assert np.array_equal(found, original_resize(table, source, target))
+    assert np.array_equal(found, original_bias.resize(table, source, target))
     inside_a_program = resize_bias_table(jnp.asarray(table), (source, source), (target, target), "geometric")
     assert_allclose(inside_a_program, found, rtol=0.0, atol=RESIZE)
 

@@ -1,4 +1,5 @@
 import numpy as np
+import original_bias
 import pytest
 import torch
 from hypothesis import given
@@ -22,26 +23,9 @@ def test_torch_interpolation(source: int, target: int, mode: str) -> None:
 
 @pytest.mark.parametrize(("source", "target"), [(14, 16), (14, 24), (14, 32), (14, 40), (24, 14), (14, 10), (3, 5)])
 def test_geometric_is_the_original_algorithm(source: int, target: int) -> None:
-    """Against the algorithm as the original states it, on `RectBivariateSpline`.
-
-    SciPy removed interp2d, which the original calls; this spline of degree 3 equals it bit for bit.
-    Source: microsoft/unilm@768a3c8 beit/run_class_finetuning.py, "geometric progression".
-    """
+    """The same numbers by a matrix: one resize of an axis, applied to both."""
     src, dst = 2 * source - 1, 2 * target - 1
-    left, right = 1.01, 1.5
-    while right - left > 1e-6:
-        q = (left + right) / 2.0
-        if (1.0 - q ** (src // 2)) / (1.0 - q) > dst // 2:
-            right = q
-        else:
-            left = q
-    distances, current = [], 1.0
-    for i in range(src // 2):
-        distances.append(current)
-        current += q ** (i + 1)
-    x = [-d for d in reversed(distances)] + [0.0] + distances
-    t = dst // 2.0
-    dx = np.arange(-t, t + 0.1, 1.0)
+    x, dx = original_bias.coordinates(source, target)
     table = np.random.default_rng(0).standard_normal((src, src))
     expected = RectBivariateSpline(x, x, table.T, kx=3, ky=3, s=0)(np.clip(dx, x[0], x[-1]), np.clip(dx, x[0], x[-1])).T
     matrix = bias_matrix("geometric", src, dst)

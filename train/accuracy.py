@@ -19,6 +19,7 @@ from beit_jax.heads import Model
 from beit_jax.partition import BATCH_AXES
 from beit_jax.tree import Nested
 
+from .evaluate import number
 from .mixing import normalise
 from .recipe import Statistics
 from .sharding import make_mesh, place, put_batch, replicated
@@ -80,13 +81,13 @@ class Scores:
         real = None
         if self.real is not None:
             images, correct, correct5 = self.real
-            real = {"images": images, "top1": _number(share(correct, images)), "top5": _number(share(correct5, images))}
+            real = {"images": images, "top1": number(share(correct, images)), "top5": number(share(correct5, images))}
         rows = zip(self.labels, self.images.tolist(), self.correct.tolist(), self.correct5.tolist(), strict=True)
         return {
             "images": self.count,
-            "top1": _number(self.top1),
-            "top5": _number(self.top5),
-            "mean_class_accuracy": _number(self.mean_class_accuracy),
+            "top1": number(self.top1),
+            "top5": number(self.top5),
+            "mean_class_accuracy": number(self.mean_class_accuracy),
             "not_finite": self.not_finite,
             "real": real,
             "matched": self.matched,
@@ -107,10 +108,6 @@ def nonzero(confusion: csr_array) -> Int[np.ndarray, "pairs 3"]:
     """Class, best class and images, where there are any."""
     entries = confusion.tocoo()
     return np.stack([entries.row, entries.col, entries.data], axis=1)
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value
 
 
 def describe(scores: Scores) -> list[str]:

@@ -23,6 +23,7 @@ from .recipe import (
     ModelOptions,
     OptimOptions,
     Recipe,
+    Resume,
     RunOptions,
     SegmentationOptions,
     check,
@@ -30,7 +31,6 @@ from .recipe import (
 from .recipes import RECIPES, recipe_named
 
 Kind = Literal["digits", "folder", "imagenet", "ade20k"]
-Resume = Literal["auto", "must", "never"]
 
 
 def prepare(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jax
 
@@ -13,9 +13,9 @@ from beit_jax.json_file import read_json
 from beit_jax.output import new_file
 
 from .plan import Plan
+from .recipe import Resume
 
 RUN = "run.json"
-Resume = Literal["auto", "must", "never"]
 
 # What may change from one start to the next: nothing here changes what is computed, but for rounding.
 FREE = {
@@ -44,7 +44,7 @@ def begin(plan: Plan, out: Path, resume: Resume) -> list[str]:
         BeitJaxError: `resume` does not fit what is there; the directory holds something else; another recipe, other
             data, another start.
     """
-    if resume not in ("auto", "must", "never"):
+    if resume not in get_args(Resume):
         raise BeitJaxError(f"--resume: expected auto, must or never, found {printable(resume)}")
     path = out / RUN
     if path.exists():

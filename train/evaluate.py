@@ -1,7 +1,6 @@
 """How well a model segments: one confusion matrix, streamed over images, and the scores that follow from it."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,9 @@ from beit_jax.heads import Model
 from beit_jax.images import ImageProcessor, open_image
 from beit_jax.label_maps import IGNORED, check_labels, read_label_map, reduce_labels
 from beit_jax.segmentation import DEFAULT, Inference, segment
+from beit_jax.terminal import Progress, no_progress
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-
-Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]  # called with the number of images
-
-
-def no_progress(total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Shows nothing."""
-    return nullcontext(lambda done: None)
 
 
 @dataclass(frozen=True)
@@ -51,11 +44,11 @@ class SegmentationScores:
     def as_dict(self) -> dict[str, Any]:
         """For programs: mIoU, mAcc and aAcc as shares, and the classes; null where a class does not occur."""
         classes = [
-            {"label": label, "iou": _number(iou), "accuracy": _number(accuracy)}
+            {"label": label, "iou": number(iou), "accuracy": number(accuracy)}
             for label, iou, accuracy in zip(self.labels, self.iou, self.accuracy, strict=True)
         ]
         means = {"mIoU": self.mean_iou, "mAcc": self.mean_accuracy, "aAcc": self.pixel_accuracy}
-        return {name: _number(value) for name, value in means.items()} | {"pixels": self.pixels, "classes": classes}
+        return {name: number(value) for name, value in means.items()} | {"pixels": self.pixels, "classes": classes}
 
 
 @dataclass
@@ -170,7 +163,8 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
+    """For JSON, which has no NaN: null."""
     return None if np.isnan(value) else float(value)
 
 

@@ -15,10 +15,11 @@ from jaxtyping import Int
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.heads import Model
 from beit_jax.images import ImageProcessor
+from beit_jax.terminal import Progress, no_progress
 
 from .accuracy import HostBatch, Scores, evaluate_classification
 from .data import eval_batches, open_dataset
-from .evaluate import IMAGE_SUFFIXES, Progress, no_progress
+from .evaluate import IMAGE_SUFFIXES
 from .prepare import INFO
 
 

@@ -22,12 +22,13 @@ from beit_jax.tree import flatten
 from beit_jax.weights import NativeCheckpoint
 
 from .checkpoint import Checkpoints, SaveFailed
-from .contract import Resume, begin
+from .contract import begin
 from .data import train_batches
 from .estimate import flops, peak_flops
 from .hosts import on_host
 from .log import Clock, Log, Phase, Timing
 from .plan import Plan
+from .recipe import Resume
 from .sharding import put_batch
 from .state import State
 from .watch import INTERRUPTED, Interruption, Watchdog
@@ -145,6 +146,9 @@ class _Run:
             )
         )
         self.named = 0  # unreadable records
+        self.operations, devices = flops(plan.config).training(), plan.mesh.devices
+        peak = peak_flops(devices.flat[0].device_kind)
+        self.peak = None if peak is None else peak * devices.size
         self.pending: list[Mapping[str, jax.Array]] = []
         enter(jax.set_mesh(plan.mesh))
 
@@ -180,7 +184,6 @@ class _Run:
         if self.step == self.plan.steps or not self.signals.agreed(self.step):
             return False
         self._record()
-        self._save()
         self._settle()
         return True
 
@@ -227,10 +230,7 @@ class _Run:
         self.pending.clear()
         means = {name: float(np.mean([entry[name] for entry in metrics])) for name in metrics[0]} if metrics else {}
         means.pop("finite", None)
-        devices = self.plan.mesh.devices
-        peak = peak_flops(devices.flat[0].device_kind)
-        operations = flops(self.plan.config).training()
-        rates = self.clock.interval().rates(operations, None if peak is None else peak * devices.size)
+        rates = self.clock.interval().rates(self.operations, self.peak)
         self.log.write(self.step, means | rates | {"skipped": skipped})
 
     def _save(self) -> None:

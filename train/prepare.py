@@ -8,9 +8,8 @@ training shuffles all of them.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,23 +20,16 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.output import check_destination, new_directory
+from beit_jax.terminal import Advance, Progress, no_progress
 
 from . import builders
 from .builders import Example, Source
-
-Advance = Callable[[int], None]  # called with the number of records done since the last call
-Progress = Callable[[int], AbstractContextManager[Advance]]  # called with the number of records in all
 
 INFO: Final = "dataset_info.json"
 VERSION: Final = "1.0.0"
 SHARD_BYTES: Final = 1 << 30
 _OPTIONS: Final = "group_size:1,uncompressed"  # a record at a time, at any place; pictures are compressed already
 _AHEAD: Final = 64  # examples that are checked while others are written
-
-
-def no_progress(total: int) -> AbstractContextManager[Advance]:
-    """Shows nothing."""
-    return nullcontext(lambda done: None)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from beit_jax.errors import BeitJaxError
 
 Objective = Literal["classification", "linear_probe", "segmentation"]
+Resume = Literal["auto", "must", "never"]
 Statistics = Literal["half", "imagenet"]
 Interpolation = Literal["bilinear", "bicubic", "random"]
 

@@ -58,7 +58,7 @@ def beit_base_ft22k() -> Recipe:
 
     16 GPUs x 256. The command there names --clip_grad 3.0, which DeepSpeed never received; it is off here as it was.
     """
-    recipe = _finetune(
+    return _finetune(
         "beit_base_patch16_224_pt22k_ft22k",
         batch_size=4096,
         lr=3e-3,
@@ -68,7 +68,6 @@ def beit_base_ft22k() -> Recipe:
         drop_path=0.2,
         mixed=False,
     )
-    return recipe
 
 
 def beit_large_ft22k() -> Recipe:

@@ -19,6 +19,7 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.heads import Model, abstract_model, statistics
 from beit_jax.images import ImageProcessor
 from beit_jax.segmentation import Inference, segment
+from beit_jax.terminal import Advance
 from beit_jax.tree import Nested, flatten, unflatten
 from beit_jax.weights import NativeCheckpoint
 
@@ -34,7 +35,6 @@ from .recipe import STATISTICS, Recipe
 from .segmentation_augment import segmentation_transform
 from .state import State, variables
 
-Advance = Callable[[int], None]
 Images = Dataset | SegmentationDataset
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
