@@ -13,7 +13,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from beit_jax.convert.options import Options
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.terminal import byte_progress, image_progress, print_json, print_lines, print_table
-from beit_jax.train.commands import Classifying, evaluate_classifier, prepare, train_command
+from beit_jax.train.commands import Classifying, evaluate_classifier, prepare, tokenize_command, train_command
 
 if TYPE_CHECKING:
     from beit_jax.heads import Model
@@ -469,6 +469,66 @@ def _evaluate_segmentation(
     return 0
 
 
+def reconstruct(
+    checkpoint: Positional[_SourceName],
+    images: Positional[_Images],
+    *,
+    tokenizer: Annotated[Path, arg(metavar="DIR", help="Native dVAE encoder that the model was trained with.")],
+    decoder: Annotated[Path, arg(metavar="DIR", help="Native dVAE decoder of the same tokens.")],
+    output: Annotated[Path, arg(aliases=["-o"])] = Path("reconstruction.png"),
+    mask_patches: int | None = None,
+    seed: int = 0,
+    json: _Json = False,
+    hub: Annotated[Hub, arg(name="")] = Hub(),
+) -> int:
+    """Hide patches of images from a pre-trained model and show what it predicts there, decoded to pixels.
+
+    The picture has a row per image: what the model sees; the same with hidden patches; what the image's own tokens
+    decode to; and that with the predicted tokens in the hidden places. Tokenizer and decoder are written by convert.
+
+    Try:
+      beit-jax reconstruct ./beit-base-pt22k cat.jpg --tokenizer ./dvae-encoder --decoder ./dvae-decoder
+      beit-jax reconstruct ./native *.png --tokenizer ./encoder --decoder ./decoder --mask-patches 30 -o seen.png
+
+    Args:
+        output: Picture to write, ending in .png.
+        mask_patches: Patches to hide of every image; by default 75 of 196, as BEiT was trained, or as large a share.
+        seed: Of the hidden patches.
+    """
+    from beit_jax import predict
+    from beit_jax import reconstruct as reconstructing
+    from beit_jax.tokenizer import load_decoder, load_tokenizer
+    from beit_jax.train.masking import BlockMask
+    from beit_jax.train.recipe import MaskOptions
+
+    _require_images(images)
+    reconstructing.check_output(output)
+    parts = load_tokenizer(tokenizer), load_decoder(decoder)
+    model, processor = predict.from_pretrained(checkpoint, revision=hub.revision, cache_dir=hub.cache_dir)
+    grid = model.config.grid
+    patches = grid[0] * grid[1]
+    count = round(patches * 75 / 196) if mask_patches is None else mask_patches
+    if not 1 <= count <= patches:
+        raise BeitJaxError(f"--mask-patches: expected 1 to {patches}, the patches of an image, found {count}")
+    mask = BlockMask(grid, MaskOptions(count, min_block=max(1, round(patches * 16 / 196)), exact=True))
+    found = reconstructing.reconstruct_files(model, processor, *parts, images, mask, seed=seed, output=output)
+    if json:
+        print_json(found.as_dict(images) | {"output": str(output)})
+        return 0
+    counts = zip(images, found.hidden, found.right, strict=True)
+    print_table(
+        ["image", "hidden", "predicted right"],
+        [[printable(path, 60), f"{hidden}", f"{right}"] for path, hidden, right in counts],
+    )
+    print_lines(
+        [
+            f"{100 * found.correct:.1f} % of the hidden tokens were predicted right",
+            f"written      {printable(output, 1024)}",
+        ]
+    )
+    return 0
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "demo": demo,
     "list": published,
@@ -480,6 +540,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "segment": segment,
     "evaluate": evaluate,
     "export": export,
+    "reconstruct": reconstruct,
     "prepare": prepare,
 }
 
@@ -490,7 +551,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS | {"train": train_command(arguments)},
+            COMMANDS | {"train": train_command(arguments), "tokenize": tokenize_command(arguments)},
             prog="beit-jax",
             description="BEiT and Data2Vec-Vision in JAX: convert PyTorch checkpoints, prove them equal, use them. "
             "Begin with: beit-jax demo",

@@ -41,6 +41,9 @@ class BeitConfig:
             geometric grid), "geometric_linear" as timm, "bilinear" as transformers.
         layer_scale_init_value: initial layer scale; 0 means the model has none.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0 at the first.
+        aggregate_from, aggregation_layers: of masked image modelling, BEiT v2's patch aggregation: that many blocks,
+            which read the final class token and the patches that block `aggregate_from` (counted from 1) gives; 0 for
+            none.
         labels: class names in index order.
         out_indices: of segmentation (four) and backbones: the blocks whose outputs are used, as `feature_taps` counts.
         feature_taps: "original": i is the output of the 0-based block i, as the models were trained. "hf": what
@@ -77,6 +80,8 @@ class BeitConfig:
     drop_path_rate: float = 0.1
     initializer_range: float = 0.02
     vocab_size: int = 8192
+    aggregate_from: int = 0
+    aggregation_layers: int = 0
     labels: tuple[str, ...] = ()
     out_indices: tuple[int, ...] = ()
     feature_taps: FeatureTaps = "original"
@@ -105,10 +110,18 @@ class BeitConfig:
             raise BeitJaxError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
         if any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
             raise BeitJaxError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.aggregation_layers or self.aggregate_from:
+            self._check_aggregation()
         if self.task in ("semantic_segmentation", "backbone"):
             self._check_taps()
         if self.task == "semantic_segmentation":
             self._check_segmentation()
+
+    def _check_aggregation(self) -> None:
+        depth = self.num_hidden_layers
+        _require(self.task == "masked_image_modeling", "aggregation_layers", f"0 for {self.task}", "more")
+        _require(self.aggregation_layers > 0, "aggregation_layers", "a positive integer", self.aggregation_layers)
+        _require(0 < self.aggregate_from <= depth, "aggregate_from", f"a block, 1 to {depth}", self.aggregate_from)
 
     def _check_taps(self) -> None:
         states, last = self.tapped_states, self.num_hidden_layers
@@ -336,6 +349,9 @@ def _own_fields(read: Fields) -> dict[str, Any]:
         found["position_resize"] = own.choice("position_resize", get_args(PositionResize), None)
     if "add_pooling_layer" in own.content:
         found["add_pooling_layer"] = own.typed("add_pooling_layer", bool, True)
+    for name in ("aggregate_from", "aggregation_layers"):
+        if name in own.content:
+            found[name] = own.typed(name, int, 0)
     if "feature_taps" in own.content:
         found["feature_taps"] = own.choice("feature_taps", get_args(FeatureTaps), None)
     return found
@@ -375,6 +391,11 @@ def _to_hf(config: BeitConfig) -> dict[str, Any]:
         "position_resize": config.position_resize,
         "add_pooling_layer": config.add_pooling_layer,
     }
+    if config.aggregation_layers:
+        result["beit_jax"] |= {
+            "aggregate_from": config.aggregate_from,
+            "aggregation_layers": config.aggregation_layers,
+        }
     if config.task in ("semantic_segmentation", "backbone"):
         # transformers would read other blocks for the same indices where the taps are the original ones; the indices
         # it needs (one beyond the last block) it refuses. The recorded choice keeps our own reading exact.

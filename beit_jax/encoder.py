@@ -54,6 +54,7 @@ class BeitOutput:
         hidden_states: on request, [depth + 1, b, 1 + patches, d]: the embeddings, then after each block, un-normalised.
         attentions: on request, [depth, b, heads, n, n] float32 probabilities.
         taps: on request, chosen hidden states [taps, b, 1 + patches, d].
+        aggregated_logits: on request, the same head on what BEiT v2's aggregation layers made.
     """
 
     last_hidden_state: Float[Array, "b n d"]
@@ -62,6 +63,7 @@ class BeitOutput:
     hidden_states: Float[Array, "layers b n d"] | None = None
     attentions: Float[Array, "depth b heads n n"] | None = None
     taps: Float[Array, "taps b n d"] | None = None
+    aggregated_logits: Float[Array, "b k classes"] | None = None
 
 
 class Embeddings(nnx.Module):

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from beit_jax.config import BeitConfig
-from beit_jax.encoder import ArrayLike, BeitModel, patch_grid
+from beit_jax.encoder import ArrayLike, BeitModel, Remat, patch_grid
 from beit_jax.errors import BeitJaxError, printable
 
 _EXACT = jax.lax.Precision.HIGHEST  # the reference leaves mixed precision here: tokens hang on small differences
@@ -107,16 +107,16 @@ class Codebook(nnx.Module):
 
     Attributes:
         embedding: [vocab, d], normalised when it was stored.
-        usage: [vocab], running count of how often each token was drawn.
+        usage: [vocab], moving average of how often each token was drawn per batch.
         cluster_size, embedding_average: [vocab] and [vocab, d], accumulators that the reference stores.
-        initialised: [1], 1 once the vectors come from k-means or a checkpoint.
+        initialised: [1], 1 once the vectors come from training or a checkpoint.
     """
 
     def __init__(self, vocab_size: int, dim: int, rngs: nnx.Rngs):
         self.embedding = nnx.BatchStat(l2_normalised(jax.random.normal(rngs.params(), (vocab_size, dim))))
         self.usage = nnx.BatchStat(jnp.zeros((vocab_size,)))
         self.cluster_size = nnx.BatchStat(jnp.zeros((vocab_size,)))
-        self.embedding_average = nnx.BatchStat(self.embedding[...])
+        self.embedding_average = nnx.BatchStat(jnp.copy(self.embedding[...]))  # no buffer can be donated twice
         self.initialised = nnx.BatchStat(jnp.zeros((1,)))
 
     def nearest(self, features: Float[Array, "b h w d"]) -> Int[Array, "b h w"]:
@@ -132,10 +132,12 @@ def l2_normalised(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def patch_features(model: BeitModel, pixel_values: Float[ArrayLike, "b height width c"]) -> Float[Array, "b h w d"]:
+def patch_features(
+    model: BeitModel, pixel_values: Float[ArrayLike, "b height width c"], remat: Remat = "none"
+) -> Float[Array, "b h w d"]:
     """The normalised output of every patch at its place: the norm that elsewhere follows the mean of the patches."""
     rows, columns = patch_grid(model.config, pixel_values.shape)
-    patches = model.pooler_norm(model(pixel_values).last_hidden_state[:, 1:])
+    patches = model.pooler_norm(model(pixel_values, remat=remat).last_hidden_state[:, 1:])
     return patches.reshape(len(patches), rows, columns, -1)
 
 
@@ -171,17 +173,20 @@ class VqkdTokenizer(nnx.Module):
     def value_range(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def encode(self, pixel_values: Float[ArrayLike, "b height width c"]) -> Float[Array, "b h w d"]:
+    def encode(
+        self, pixel_values: Float[ArrayLike, "b height width c"], *, remat: Remat = "none"
+    ) -> Float[Array, "b h w d"]:
         """What is compared with the codes, un-normalised.
 
         Args:
             pixel_values: in [0, 1], not normalised. The reference also takes [0, 255], told by a batch's maximum.
+            remat: as of `BeitModel.__call__`.
 
         Raises:
             BeitJaxError: wrong shapes, see `beit_jax.encoder.patch_grid`.
         """
         patch_grid(self.config.encoder, pixel_values.shape)
-        return self.encode_task(patch_features(self.encoder, 2.0 * jnp.asarray(pixel_values) - 1.0))
+        return self.encode_task(patch_features(self.encoder, 2.0 * jnp.asarray(pixel_values) - 1.0, remat))
 
     def tokens(self, pixel_values: Float[ArrayLike, "b height width c"]) -> Int[Array, "b h w"]:
         """The nearest code at every patch, int32; arguments and errors as of `encode`."""
@@ -191,6 +196,6 @@ class VqkdTokenizer(nnx.Module):
         """The teacher's features as the decoder predicts them from tokens in [0, vocab_size)."""
         return self.decode_codes(self.codebook.embedding[...][jnp.asarray(tokens)])
 
-    def decode_codes(self, codes: Float[ArrayLike, "b h w d"]) -> Float[Array, "b h w t"]:
+    def decode_codes(self, codes: Float[ArrayLike, "b h w d"], *, remat: Remat = "none") -> Float[Array, "b h w t"]:
         """As `decode`, from the codes themselves: what training differentiates."""
-        return self.decode_task(patch_features(self.decoder, codes))
+        return self.decode_task(patch_features(self.decoder, codes, remat))

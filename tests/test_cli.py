@@ -136,6 +136,13 @@ def test_help_teaches_with_an_example(command: str, capsys: pytest.CaptureFixtur
     assert f"beit-jax {command}" in capsys.readouterr().out.split("Try:")[1]
 
 
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    shown = capsys.readouterr().out.split()
+    assert {*COMMANDS, "train", "tokenize"} <= set(shown) and {"prepare", "reconstruct"} <= COMMANDS.keys()
+
+
 @pytest.mark.parametrize("arguments", [["convrt"], ["convert", "only-one"], ["inspect", "a", "--tensor"]])
 def test_usage_errors_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):

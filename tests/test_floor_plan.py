@@ -12,7 +12,7 @@ LIBRARY = [
     "errors", "terminal", "tree", "json_file", "config", "variants", "published", "resize", "image_config",
     "image_io", "images", "label_maps", "position", "adapt", "partition", "layers", "dense", "encoder", "segmenter",
     "heads", "output", "weights", "dvae", "vqkd", "tokenizer", "hub", "predict", "segmentation", "pictures",
-    "inspection", "demo",
+    "inspection", "reconstruct", "demo",
 ]  # fmt: skip
 CONVERT = [
     "options", "weight_file", "safetensors_file", "msgpack_file", "pickle_names", "pickle_machine",
@@ -20,11 +20,12 @@ CONVERT = [
     "tables", "fit", "mmseg", "identify", "importer", "exporter", "tokenizers", "parity",
 ]  # fmt: skip
 TRAIN = [
-    "recipe", "recipes", "resolve", "schedule", "slide", "randaugment", "augment", "segmentation_augment",
-    "mixing", "decode", "builders", "prepare", "data", "state", "optim", "initialize", "segmentation", "objectives",
-    "sharding", "step", "hosts", "lock", "digests", "step_files", "snapshot", "checkpoint", "log", "watch", "estimate",
-    "evaluate", "accuracy", "labelled", "confusion",
-    "probe", "tasks", "plan", "preview", "contract", "loop", "commands",
+    "recipe", "pretraining_recipes", "recipes", "resolve", "schedule", "slide", "randaugment", "augment", "masking",
+    "views", "segmentation_augment", "mixing", "decode", "builders", "prepare", "data", "state", "optim", "initialize",
+    "segmentation", "objectives", "codebook", "teachers", "vqkd", "dvae", "pretraining", "sharding", "step", "hosts",
+    "lock", "digests", "step_files", "snapshot", "checkpoint", "log", "watch", "estimate", "evaluate", "accuracy",
+    "labelled", "confusion", "probe", "stored_tokens", "task", "supervised", "unsupervised", "plan", "preview",
+    "contract", "loop", "commands",
 ]  # fmt: skip
 ORDER = [
     *(f"beit_jax.{name}" for name in LIBRARY),

@@ -7,11 +7,13 @@ happen on the device, in `mixing`. Nothing here imports JAX: worker processes st
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+
+from beit_jax.errors import BeitJaxError
 
 from .randaugment import Colour, Operation, RandAugment, Resampling, perform
 from .recipe import AugmentOptions, Interpolation
@@ -19,12 +21,15 @@ from .recipe import AugmentOptions, Interpolation
 Transform: TypeAlias = Callable[[Image.Image, np.random.Generator], UInt8[np.ndarray, "h w 3"]]
 Box: TypeAlias = tuple[int, int, int, int]
 """Left, top, right, bottom."""
+Filter: TypeAlias = Resampling | Literal[Image.Resampling.LANCZOS]
+"""Of resizing; operations that move pixels have no Lanczos filter."""
 
 ATTEMPTS: Final = 10  # to draw a crop that fits, before the centre is taken
 JITTERED: Final = ("Brightness", "Contrast", "Color")
-RESAMPLES: Final[dict[Interpolation, tuple[Resampling, ...]]] = {
+RESAMPLES: Final[dict[Interpolation, tuple[Filter, ...]]] = {
     "bilinear": (Image.Resampling.BILINEAR,),
     "bicubic": (Image.Resampling.BICUBIC,),
+    "lanczos": (Image.Resampling.LANCZOS,),
     "random": (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC),
 }
 
@@ -34,7 +39,7 @@ class Draws:
     """All that is random about one image: a crop, its resampling filter, a flip, then operations in their order."""
 
     box: Box
-    resample: Resampling
+    resample: Filter
     flip: bool
     operations: tuple[Operation, ...]
 
@@ -59,7 +64,7 @@ class TrainTransform:
         resample = resamples[rng.integers(len(resamples))]
         flip = rng.random() < options.flip
         if self.policy is not None:
-            operations = self.policy.draw(rng, resamples)
+            operations = self.policy.draw(rng, tuple(r for r in resamples if r is not Image.Resampling.LANCZOS))
         else:
             operations = draw_jitter(options.color_jitter, rng)
         return Draws(box, resample, flip, operations)
@@ -79,8 +84,13 @@ def train_transform(options: AugmentOptions, size: tuple[int, int], mean: tuple[
     """The transform to (height, width). Pixels that RandAugment moves in have the colour `mean`, of [0, 1].
 
     Raises:
-        BeitJaxError: `options.randaugment` that is not understood.
+        BeitJaxError: `options.randaugment` that is not understood, or that moves pixels by a filter it cannot have.
     """
+    if options.randaugment is not None and options.interpolation == "lanczos":
+        raise BeitJaxError(
+            "--augment.interpolation: RandAugment moves pixels by bilinear or bicubic, found lanczos; choose one of "
+            "those, or pass --augment.randaugment None"
+        )
     red, green, blue = (min(255, round(255 * value)) for value in mean)
     policy = None if options.randaugment is None else RandAugment.parse(options.randaugment)
     return TrainTransform(options, size, (red, green, blue), policy)

@@ -5,6 +5,7 @@ one after the other while they are written.
 """
 
 import io
+import os
 import re
 import tarfile
 import zlib
@@ -29,9 +30,13 @@ Labelled = Sequence[tuple[Path, int]]
 
 SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 DIGITS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+UNLABELLED: Final = "unlabelled"
 TRAIN_TAR, VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT, META, TRUTH = "ILSVRC2012_devkit_t12", "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
+WHOLE_TAR: Final = "fall11_whole.tar"
+BYTES_PER_IMAGE: Final = 92_000  # of ImageNet-22k: 1.31 TB of 14,197,122 images
 ADE20K_CLASSES: Final = 150
+_CLASS_TAR: Final = re.compile(r"n\d{8}\.tar")
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def folder(source: Path, held_out: float) -> Source:
 
     ``train/CLASS/...`` with ``val`` or ``validation`` and perhaps ``test`` beside ``train``; or ``CLASS/...``. Classes
     are numbered in the order of their sorted names, as torchvision's ImageFolder does. Images lie at any depth below
-    their class; files with other suffixes than SUFFIXES, and hidden ones, are not images.
+    their class; files with other suffixes than SUFFIXES, and hidden ones, or what hidden folders hold, are not images.
 
     Args:
         held_out: of data without a validation split, the share of each class that becomes one: the same files every
@@ -115,12 +120,8 @@ def folder(source: Path, held_out: float) -> Source:
     Raises:
         BeitJaxError: no such folder, no classes, a class without images, or one that only validation has.
     """
-    if not source.is_dir():
-        raise BeitJaxError(
-            f"{printable(source)}: expected a folder, found {'a file' if source.exists() else 'nothing'}"
-        )
-    if not 0 <= held_out < 1:
-        raise BeitJaxError(f"held-out share: expected a number in [0, 1), found {held_out}")
+    _check_folder(source)
+    _check_share(held_out)
     roots = _split_roots(source)
     labels = tuple(path.name for path in _folders(roots["train"]))
     for name in labels:
@@ -129,14 +130,26 @@ def folder(source: Path, held_out: float) -> Source:
     files = {split: _labelled(root, labels) for split, root in roots.items()}
     if "validation" not in files and held_out > 0:
         files["train"], files["validation"] = _hold_out(files["train"], source, held_out)
+    return _of_files("image_folder", f"Images of {len(labels)} folders.", labels, files, source)
 
-    def example(path: Path, label: int) -> Example:
-        return {"image": _read(path), "label": label, "file_name": path.relative_to(source).as_posix()}
 
-    splits = {split: Split(len(found), (example(*pair) for pair in found)) for split, found in files.items()}
-    nbytes = sum(path.stat().st_size for found in files.values() for path, _ in found)
-    features = classification_features(labels)
-    return Source("image_folder", f"Images of {len(labels)} folders.", labels, features, splits, nbytes)
+def images(source: Path, held_out: float) -> Source:
+    """All images of a folder, at any depth: one class, "unlabelled".
+
+    What is an image, and the meaning of `held_out`, are those of `folder`.
+
+    Raises:
+        BeitJaxError: no such folder, or no images in it.
+    """
+    _check_folder(source)
+    _check_share(held_out)
+    found = [(path, 0) for path in _images(source)]
+    if not found:
+        raise BeitJaxError(f"{printable(source)}: expected images ({', '.join(sorted(SUFFIXES))}), found none")
+    files = {"train": found}
+    if held_out > 0:
+        files["train"], files["validation"] = _hold_out(found, source, held_out)
+    return _of_files("images", "Images without labels.", (UNLABELLED,), files, source)
 
 
 def imagenet(source: Path) -> Source:
@@ -165,6 +178,47 @@ def imagenet(source: Path) -> Source:
     description = "ImageNet-1k, ILSVRC 2012: https://image-net.org"
     features = classification_features(devkit.labels)
     return Source("imagenet2012", description, devkit.labels, features, splits, sum(sizes.values()))
+
+
+def imagenet22k(source: Path, held_out: float) -> Source:
+    """ImageNet-22k, the whole of ImageNet, from image-net.org's archives, which are read where they lie, not unpacked.
+
+    `source` is a folder of a tar per class (n00004475.tar ...), or one that holds fall11_whole.tar, a tar of such tars,
+    or a tar of such tars itself. Other files of the folder do not matter. Labels are the WordNet ids in sorted order;
+    images are named n00004475/n00004475_6590.JPEG.
+
+    How many there are is an estimate, and which are held out follows from the name of each alone: archives are not
+    listed before they are read, which takes hours. They are read once for each split.
+
+    Args:
+        held_out: about the share of images that becomes the split "validation". 0: there is none.
+
+    Raises:
+        BeitJaxError: no such file or folder, no archives, or one that is damaged or that holds something else.
+    """
+    _check_share(held_out)
+    whole = source / WHOLE_TAR if source.is_dir() else source
+    tars = {} if whole == source else {path.stem: path for path in source.iterdir() if _CLASS_TAR.fullmatch(path.name)}
+    if not tars and not whole.is_file():
+        expected = f"a tar per class such as n00004475.tar, or {WHOLE_TAR}"
+        raise BeitJaxError(f"{printable(source)}: expected {expected}, found neither")
+    labels = tuple(sorted(tars)) if tars else _class_names(whole)
+    nbytes = sum(path.stat().st_size for path in tars.values() or [whole])
+
+    def examples(wanted: Callable[[str], bool]) -> Iterator[Example]:
+        found = _separate(tars, labels, wanted) if tars else _nested(whole, labels, wanted)
+        for number, file_name, data in found:
+            yield {"image": data, "label": number, "file_name": _text(f"{labels[number]}/{file_name}")}
+
+    def is_held(file_name: str) -> bool:
+        return _hash(file_name) < held_out * 2**64
+
+    count = max(1, nbytes // BYTES_PER_IMAGE)
+    splits = {"train": Split(round(count * (1 - held_out)), examples(lambda file_name: not is_held(file_name)))}
+    if held_out > 0:
+        splits["validation"] = Split(round(count * held_out), examples(is_held))
+    features = classification_features(labels)
+    return Source("imagenet22k", "ImageNet-22k: https://image-net.org", labels, features, splits, nbytes)
 
 
 def ade20k(source: Path) -> Source:
@@ -213,7 +267,29 @@ def classification_features(labels: Sequence[str]) -> tfds.features.FeaturesDict
     )
 
 
+def _of_files(
+    name: str, description: str, labels: tuple[str, ...], files: Mapping[str, Labelled], root: Path
+) -> Source:
+    def example(path: Path, label: int) -> Example:
+        return {"image": _read(path), "label": label, "file_name": _text(path.relative_to(root).as_posix())}
+
+    splits = {split: Split(len(found), (example(*pair) for pair in found)) for split, found in files.items()}
+    nbytes = sum(path.stat().st_size for found in files.values() for path, _ in found)
+    return Source(name, description, labels, classification_features(labels), splits, nbytes)
+
+
 # Folders
+
+
+def _check_folder(source: Path) -> None:
+    if not source.is_dir():
+        found = "a file" if source.exists() else "nothing"
+        raise BeitJaxError(f"{printable(source)}: expected a folder, found {found}")
+
+
+def _check_share(held_out: float) -> None:
+    if not 0 <= held_out < 1:
+        raise BeitJaxError(f"held-out share: expected a number in [0, 1), found {held_out}")
 
 
 def _split_roots(source: Path) -> dict[str, Path]:
@@ -252,16 +328,29 @@ def _hold_out(files: Labelled, source: Path, share: float) -> tuple[list[tuple[P
     held: set[Path] = set()
     for paths in by_class.values():
         count = min(max(1, round(share * len(paths))), len(paths) - 1)  # a class stays in training whatever its size
-        by_hash = sorted(paths, key=lambda path: xxhash.xxh3_64_intdigest(bytes(path.relative_to(source))))
+        by_hash = sorted(paths, key=lambda path: _hash(path.relative_to(source)))
         held.update(by_hash[:count])
     if not held:
         raise BeitJaxError(f"{printable(source)}: every class has one image only, none can be held out; pass 0")
     return [pair for pair in files if pair[0] not in held], [pair for pair in files if pair[0] in held]
 
 
+def _hash(name: str | Path) -> int:
+    return xxhash.xxh3_64_intdigest(os.fsencode(name))
+
+
+def _text(name: str) -> str:
+    """As records hold it: in UTF-8, which names of files need not be."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def _images(root: Path) -> list[Path]:
-    found = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    found = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and not _is_hidden(path, root))
     return sorted(path for path in found if path.is_file())
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _existing(root: Path) -> Path:
@@ -358,18 +447,26 @@ def _devkit_files(source: Path) -> tuple[bytes, str, str]:
 
 
 def _training(path: Path, labels: tuple[str, ...]) -> Iterator[Example]:
+    for number, file_name, data in _nested(path, labels, lambda file_name: True):
+        yield {"image": data, "label": number, "file_name": file_name}
+
+
+def _nested(path: Path, labels: tuple[str, ...], wanted: Callable[[str], bool]) -> Iterator[tuple[int, str, bytes]]:
+    """Of an archive of a tar per class: number of the class, name and content of each wanted file."""
     numbers = {name: number for number, name in enumerate(labels)}
     missing = set(labels)
     with _archive(path) as outer:
-        for member in outer:
+        for member in _members(outer):
             name = Path(member.name).stem
+            if member.isdir():
+                continue
             if not member.isfile() or name not in numbers:
                 found = printable(member.name)
                 raise BeitJaxError(f"{printable(path)}: expected a tar per class of {META}, found {found}")
             missing.discard(name)
             with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-                for file_name, data in _files(inner):
-                    yield {"image": data, "label": numbers[name], "file_name": file_name}
+                for file_name, data in _files(inner, wanted):
+                    yield numbers[name], file_name, data
     if missing:
         raise BeitJaxError(
             f"{printable(path)}: {len(labels) - len(missing)} of {len(labels)} classes, {min(missing)} is missing; "
@@ -377,10 +474,30 @@ def _training(path: Path, labels: tuple[str, ...]) -> Iterator[Example]:
         )
 
 
+def _separate(
+    tars: Mapping[str, Path], labels: tuple[str, ...], wanted: Callable[[str], bool]
+) -> Iterator[tuple[int, str, bytes]]:
+    """The same of a tar per class that lie beside each other."""
+    for number, name in enumerate(labels):
+        with _archive(tars[name]) as tar:
+            for file_name, data in _files(tar, wanted):
+                yield number, file_name, data
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    with _archive(path) as tar:
+        tars = [Path(member.name) for member in _members(tar) if not member.isdir()]
+    wrong = [tar.name for tar in tars if not _CLASS_TAR.fullmatch(tar.name)]
+    if wrong or not tars:
+        found = printable(wrong[0]) if wrong else "none"
+        raise BeitJaxError(f"{printable(path)}: expected a tar per class such as n00004475.tar, found {found}")
+    return tuple(sorted({tar.stem for tar in tars}))
+
+
 def _validation(path: Path, devkit: _Devkit) -> Iterator[Example]:
     count = 0
     with _archive(path) as tar:
-        for file_name, data in _files(tar):
+        for file_name, data in _files(tar, lambda file_name: True):
             match = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", file_name)
             number = int(match[1]) if match else 0
             if not 1 <= number <= len(devkit.truth):
@@ -392,11 +509,20 @@ def _validation(path: Path, devkit: _Devkit) -> Iterator[Example]:
         raise BeitJaxError(f"{printable(path)}: {count} images, expected {len(devkit.truth)}; fetch it again")
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
-    for member in tar:
-        file = tar.extractfile(member)
+def _files(tar: tarfile.TarFile, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    for member in _members(tar):
+        name = Path(member.name).name
+        file = tar.extractfile(member) if wanted(name) else None
         if file is not None:  # a folder
-            yield Path(member.name).name, file.read()
+            yield name, file.read()
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """All of them. tarfile stops without a word at a damaged header and at the end of a file that is cut off there;
+    archives end with two blocks of zeros, of which it has read one."""
+    yield from tar
+    if tar.fileobj is None or tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("damaged header, or cut off")
 
 
 @contextmanager

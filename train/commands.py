@@ -1,9 +1,10 @@
 """`beit-jax prepare`, `train` and half of `evaluate`. As in `beit_jax.__main__`, imports wait until a command runs."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,25 +20,30 @@ if TYPE_CHECKING:
 
 from .recipe import (
     AugmentOptions,
+    Data2vecOptions,
     DataOptions,
+    DvaeOptions,
+    MaskOptions,
     ModelOptions,
     OptimOptions,
     Recipe,
     Resume,
     RunOptions,
     SegmentationOptions,
+    TokenOptions,
+    VqkdOptions,
     check,
 )
 from .recipes import RECIPES, recipe_named
 
-Kind = Literal["digits", "folder", "imagenet", "ade20k"]
+Kind = Literal["digits", "folder", "images", "imagenet", "imagenet22k", "ade20k"]
 
 
 def prepare(
     kind: Positional[Annotated[Kind, arg(help="What SOURCE is.")]],
     paths: Positional[Annotated[tuple[Path, ...], arg(metavar="[SOURCE] DEST")]],
     *,
-    held_out: float = 0.1,
+    held_out: float | None = None,
     skip_bad: bool = False,
     overwrite: bool = False,
     json: Annotated[bool, arg(help="Print JSON for programs instead of text for people.")] = False,
@@ -45,15 +51,18 @@ def prepare(
     """Write a data set as `beit-jax train` and `evaluate` read it: TFDS in ArrayRecord files, without TensorFlow.
 
     digits needs no SOURCE (scikit-learn's handwritten digits); folder is a tree with a folder per class, below train/
-    and val/ or not; imagenet is the folder of ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and the development kit;
-    ade20k is ADEChallengeData2016. Data that TFDS itself prepared as array_record need no preparation.
+    and val/ or not; images is any tree of images, without labels, to pre-train on; imagenet is the folder of
+    ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and the development kit; imagenet22k a folder of a tar per class,
+    or a tar of these; ade20k is ADEChallengeData2016. Data that TFDS itself prepared as array_record need no
+    preparation.
 
     Try:
       beit-jax prepare digits ./digits
       beit-jax prepare imagenet /downloads/imagenet ./imagenet
 
     Args:
-        held_out: Of a folder without val/: the share of each class that becomes the validation split.
+        held_out: Share of the images that become the validation split: of each class of a folder without val/ (0.1 by
+            default), of images and of imagenet22k (none by default).
         skip_bad: Leave out images that cannot be read, naming each; otherwise they are named and nothing is written.
         overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
     """
@@ -69,9 +78,11 @@ def prepare(
     if kind == "digits":
         done = preparing.prepare_digits(dest, progress, overwrite=overwrite)
     elif kind == "folder":
-        done = preparing.prepare_folder(
-            source, dest, progress, held_out=held_out, overwrite=overwrite, skip_bad=skip_bad
-        )
+        share = 0.1 if held_out is None else held_out
+        done = preparing.prepare_folder(source, dest, progress, held_out=share, overwrite=overwrite, skip_bad=skip_bad)
+    elif kind in ("images", "imagenet22k"):
+        unlabelled = preparing.prepare_images if kind == "images" else preparing.prepare_imagenet22k
+        done = unlabelled(source, dest, progress, held_out=held_out or 0.0, overwrite=overwrite, skip_bad=skip_bad)
     elif kind == "imagenet":
         done = preparing.prepare_imagenet(source, dest, progress, overwrite=overwrite, skip_bad=skip_bad)
     else:
@@ -142,23 +153,75 @@ def evaluate_classifier(
     return 0
 
 
+@dataclass(frozen=True)
+class Reads:
+    """What a run reads besides its data."""
+
+    init: Annotated[Path | None, arg(metavar="CHECKPOINT")] = None
+    """Native checkpoint to start from; by default parameters are drawn at random."""
+    tokenizer: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Native tokenizer, whose tokens are predicted."""
+    decoder: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Native decoder of its tokens, for pictures in TensorBoard."""
+    stored_tokens: Annotated[Path | None, arg(metavar="DIR")] = None
+    """The tokens themselves, from beit-jax tokenize with the same recipe, data and tokenizer."""
+    teacher: Annotated[Path | None, arg(metavar="CHECKPOINT")] = None
+    """Native checkpoint whose features a tokenizer learns from."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """All of a recipe that can be changed."""
+
+    model: ModelOptions
+    batches: Annotated[DataOptions, arg(name="data")]
+    augment: AugmentOptions
+    segment: SegmentationOptions
+    mask: MaskOptions
+    tokens: TokenOptions
+    data2vec: Data2vecOptions
+    vqkd: VqkdOptions
+    dvae: DvaeOptions
+    optim: OptimOptions
+    run: RunOptions
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Numbers":
+        """Those of a recipe."""
+        values = {entry.name: getattr(recipe, entry.name) for entry in fields(cls) if entry.name != "batches"}
+        return cls(batches=recipe.data, **values)
+
+    def recipe(self, name: str, given: Recipe) -> Recipe:
+        """`given` with these numbers, checked.
+
+        Raises:
+            BeitJaxError: a number out of its range, or that the objective does not use.
+        """
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "batches"}
+        changed = replace(given, name=name, data=self.batches, **values)
+        check(changed)
+        return changed
+
+
+_RecipeName = Annotated[str, arg(metavar="RECIPE", help=f"One of: {', '.join(RECIPES)}.")]
+_Data = Annotated[Path, arg(metavar="DIR", help="Prepared data: beit-jax prepare --help.")]
+
+
 def train_command(arguments: Sequence[str]) -> Callable[..., int]:
     """The function behind `beit-jax train`; its defaults, and so its help, are those of the recipe that is named.
 
     Raises:
         BeitJaxError: no such recipe; names the nearest.
     """
-    name = arguments[1] if len(arguments) > 1 and arguments[0] == "train" else ""
-    given = recipe_named(name) if name and not name.startswith("-") else Recipe(name="")
+    given = _named(arguments, "train")
+    defaults = Numbers.of(given)
 
     def train(
-        recipe: Positional[Annotated[str, arg(metavar="RECIPE", help=f"One of: {', '.join(RECIPES)}.")]],
+        recipe: Positional[_RecipeName],
         *,
-        data: Annotated[Path, arg(metavar="DIR", help="Prepared data: beit-jax prepare --help.")],
+        data: _Data,
         out: Annotated[Path, arg(metavar="DIR", help="Where the run is kept; an earlier one there is continued.")],
-        init: Annotated[
-            Path | None, arg(metavar="CHECKPOINT", help="Native checkpoint to start from; by default drawn at random.")
-        ] = None,
+        reads: Annotated[Reads, arg(name="")] = Reads(),
         resume: Annotated[
             Resume,
             arg(help="Continue where DIR stands if it holds a run; only so; or only if it holds none."),
@@ -167,23 +230,16 @@ def train_command(arguments: Sequence[str]) -> Callable[..., int]:
             bool, arg(help="Print the recipe, parameters, memory and operations, trace a step, and stop.")
         ] = False,
         json: Annotated[bool, arg(help="Print JSON for programs instead of text for people.")] = False,
-        model: ModelOptions = given.model,
-        batches: Annotated[DataOptions, arg(name="data")] = given.data,
-        augment: AugmentOptions = given.augment,
-        segment: SegmentationOptions = given.segment,
-        optim: OptimOptions = given.optim,
-        run: RunOptions = given.run,
+        numbers: Annotated[Numbers, arg(name="")] = defaults,
     ) -> int:
-        resolved = Recipe(recipe, given.objective, model, batches, augment, segment, optim, run)
-        check(resolved)
-        return _train(resolved, data, out, init, resume, dry_run=dry_run, json=json)
+        return _train(numbers.recipe(recipe, given), data, out, reads, resume, dry_run=dry_run, json=json)
 
-    train.__doc__ = _HELP.format(about=inspect.getdoc(RECIPES[name]) if name in RECIPES else _LIST)
+    train.__doc__ = _HELP.format(about=_about(given))
     return train
 
 
 _LIST = "Name a recipe before --help to see its numbers."
-_HELP = """Train: fine-tune, segment or probe by a published recipe, sharded over all devices, resumable to the bit.
+_HELP = """Train: pre-train, fine-tune, segment or probe by a recipe, sharded over all devices, resumable to the bit.
 
     {about}
 
@@ -194,18 +250,17 @@ _HELP = """Train: fine-tune, segment or probe by a published recipe, sharded ove
       beit-jax train beit_base_ft1k --data ./imagenet --out ./run --init ./beit-base-pt22k --model.drop-path 0.2
       beit-jax train beit_large_ft1k --data ./imagenet --out ./run --dry-run
       beit-jax train beit_base_ade20k_640 --data ./ade20k --out ./run --init ./beit-base-ft22k
+      beit-jax train beit_base_pt1k --data ./imagenet --out ./run --tokenizer ./dvae-encoder
     """
 
 
-def _train(
-    recipe: Recipe, data: Path, out: Path, init: Path | None, resume: Resume, *, dry_run: bool, json: bool
-) -> int:
+def _train(recipe: Recipe, data: Path, out: Path, reads: Reads, resume: Resume, *, dry_run: bool, json: bool) -> int:
     with _extra():
         from . import loop
         from .plan import make_plan
         from .preview import preview
 
-    plan = make_plan(recipe, data, init)
+    plan = make_plan(recipe, data, **vars(reads))
     if dry_run:
         found = preview(plan)
         print_json(found.as_dict()) if json else print_lines(found.lines())
@@ -213,6 +268,73 @@ def _train(
     outcome = loop.train(plan, out, resume=resume)
     print_json(outcome.as_dict()) if json else print_lines(outcome.lines())
     return outcome.exit_code
+
+
+def tokenize_command(arguments: Sequence[str]) -> Callable[..., int]:
+    """The function behind `beit-jax tokenize`, as `train_command`'s."""
+    given = _named(arguments, "tokenize")
+    defaults = Numbers.of(given)
+
+    def tokenize(
+        recipe: Positional[_RecipeName],
+        *,
+        data: _Data,
+        tokenizer: Annotated[Path, arg(metavar="DIR", help="Native tokenizer: beit-jax convert.")],
+        out: Annotated[Path, arg(metavar="DIR", help="Directory to create: the tokens.")],
+        epochs: Annotated[float | None, arg(help="Epochs to store; by default all of the recipe's.")] = None,
+        overwrite: Annotated[bool, arg(help="Replace DIR if it exists; it stays whole until the new one is.")] = False,
+        json: Annotated[bool, arg(help="Print JSON for programs instead of text for people.")] = False,
+        numbers: Annotated[Numbers, arg(name="")] = defaults,
+    ) -> int:
+        resolved = numbers.recipe(recipe, given)
+        if resolved.objective != "masked_tokens":
+            raise BeitJaxError(f"{given.name}: {resolved.objective} predicts no tokens; choose another recipe")
+        if epochs is not None:
+            if not 0.0 < epochs < math.inf:
+                raise BeitJaxError(f"--epochs: expected a positive number, found {epochs:g}")
+            resolved = replace(resolved, optim=replace(resolved.optim, epochs=epochs, warmup_epochs=0.0))
+        return _tokenize(resolved, data, tokenizer, out, overwrite=overwrite, json=json)
+
+    tokenize.__doc__ = _TOKENIZE_HELP.format(about=_about(given))
+    return tokenize
+
+
+_TOKENIZE_HELP = """Compute the visual tokens of pre-training once, for runs that see the same images in the same views.
+
+    {about}
+
+    Tokens follow from the recipe's seed and augmentation, the data and the tokenizer: they are those that training with
+    --tokenizer computes on its way. They take two bytes a patch: half a GB for an epoch of ImageNet.
+
+    Try:
+      beit-jax tokenize beit_base_pt1k --data ./imagenet --tokenizer ./dvae-encoder --out ./tokens --epochs 10
+      beit-jax train beit_base_pt1k --data ./imagenet --tokenizer ./dvae-encoder --stored-tokens ./tokens --out ./run \\
+        --optim.epochs 10
+    """
+
+
+def _tokenize(recipe: Recipe, data: Path, tokenizer: Path, out: Path, *, overwrite: bool, json: bool) -> int:
+    with _extra():
+        from .plan import make_plan, store_tokens
+
+    plan = make_plan(recipe, data, tokenizer=tokenizer)
+    progress = partial(image_progress, description="tokenizing")
+    positions = store_tokens(plan, out, progress, overwrite=overwrite)
+    if json:
+        print_json({"directory": str(out), "images": positions, "epochs": recipe.optim.epochs})
+    else:
+        print_lines([f"written      {out}: tokens of {positions:,} images, {recipe.optim.epochs:g} epochs"])
+    return 0
+
+
+def _named(arguments: Sequence[str], command: str) -> Recipe:
+    """The recipe that the command line names; one of defaults where it names none."""
+    name = arguments[1] if len(arguments) > 1 and arguments[0] == command else ""
+    return recipe_named(name) if name and not name.startswith("-") else Recipe(name="")
+
+
+def _about(given: Recipe) -> str | None:
+    return inspect.getdoc(RECIPES[given.name]) if given.name in RECIPES else _LIST
 
 
 @contextmanager

@@ -11,6 +11,8 @@ import jax
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.json_file import read_json
 from beit_jax.output import new_file
+from beit_jax.tokenizer import TokenizerCheckpoint
+from beit_jax.weights import NativeCheckpoint
 
 from .plan import Plan
 from .recipe import Resume
@@ -67,10 +69,19 @@ def begin(plan: Plan, out: Path, resume: Resume) -> list[str]:
 def _record(plan: Plan) -> dict[str, Any]:
     return {
         "recipe": plan.recipe.as_dict(),
-        "data": {"train": plan.training.contract(), "validation": plan.validation.contract()},
-        "start": None if plan.start is None else plan.start.provenance,
+        "data": {
+            "train": plan.training.contract(),
+            "validation": None if plan.validation is None else plan.validation.contract(),
+        },
+        "start": _origin(plan.sources.start),
+        "tokenizer": _origin(plan.sources.tokenizer),
+        "teacher": _origin(plan.sources.teacher),
         "versions": {name: version(name) for name in _PACKAGES},
     }
+
+
+def _origin(checkpoint: NativeCheckpoint | TokenizerCheckpoint | None) -> dict[str, Any] | None:
+    return None if checkpoint is None else checkpoint.provenance
 
 
 def _compare(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

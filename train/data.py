@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypedDict, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypedDict, TypeVar, Union, cast, overload
 
 import grain
 import numpy as np
@@ -35,6 +35,7 @@ from .builders import ADE20K_CLASSES
 from .decode import decode
 from .prepare import INFO, check_shards
 from .recipe import DataOptions
+from .views import ViewsTransform
 
 if TYPE_CHECKING:  # they import SciPy: a third of the time in which a worker process starts
     from beit_jax.images import ImageProcessor
@@ -46,6 +47,7 @@ REPLACEMENTS: Final = 16  # records tried in the place of one that cannot be rea
 _AHEAD: Final = 4  # batches that a thread of this process is ahead
 
 Batch = dict[str, np.ndarray]
+AnyTransform = Union[Transform, ViewsTransform, "SegmentationTransform"]
 
 
 class Record(TypedDict):
@@ -304,7 +306,7 @@ class Batches(Iterator[Batch]):
 def train_batches(
     dataset: Dataset,
     options: DataOptions,
-    transform: Transform,
+    transform: Transform | ViewsTransform,
     *,
     seed: int,
     start_step: int,
@@ -330,7 +332,7 @@ def train_batches(
 def train_batches(
     dataset: Dataset | SegmentationDataset,
     options: DataOptions,
-    transform: "Transform | SegmentationTransform",
+    transform: AnyTransform,
     *,
     seed: int,
     start_step: int,
@@ -344,8 +346,8 @@ def train_batches(
     its index alone; `Batches.bad` says which.
 
     Yields:
-        "image" uint8 [local, h, w, 3] as `transform` makes it, "label" int32 [local], or [local, h, w] of label maps;
-        local = batch size / hosts.
+        "image" uint8 [local, h, w, 3] as `transform` makes it, "label" int32 [local], or [local, h, w] of label maps,
+        or instead of it the other views that the transform makes; local = batch size / hosts.
 
     Raises:
         BeitJaxError: a batch size that the hosts cannot share, or a seed out of range; from iterating, more unreadable
@@ -421,6 +423,15 @@ def _open(
     return kind(directory, name, split, labels, tuple(shards), source)
 
 
+def splits(directory: Path) -> tuple[str, ...]:
+    """Names of the splits of prepared data.
+
+    Raises:
+        BeitJaxError: no data set there, or another format.
+    """
+    return tuple(sorted(_builder(directory).info.splits))
+
+
 def _builder(directory: Path) -> Any:
     if not (directory / INFO).is_file():
         below = sorted(path.parent for depth in ("*", "*/*") for path in directory.glob(f"{depth}/{INFO}"))
@@ -491,8 +502,8 @@ def _candidates(index: int, count: int) -> Iterator[int]:
         yield xxhash.xxh3_64_intdigest(f"{index} {attempt}".encode()) % count
 
 
-# Of an image and its label or label map, what stands in the batch.
-_OfBoth = Callable[[Image.Image, Any, np.random.Generator], tuple[np.ndarray, Any]]
+# Of an image and its label or label map, what stands in the batch, by name.
+_OfBoth = Callable[[Image.Image, Any, np.random.Generator], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -501,13 +512,36 @@ class _OfImage:
 
     transform: Transform
 
-    def __call__(self, image: Image.Image, label: int, rng: np.random.Generator) -> tuple[np.ndarray, np.int32]:
-        return self.transform(image, rng), np.int32(label)
+    def __call__(self, image: Image.Image, label: int, rng: np.random.Generator) -> dict[str, Any]:
+        return {"image": self.transform(image, rng), "label": np.int32(label)}
 
 
-def _of_both(dataset: Dataset | SegmentationDataset, transform: "Transform | SegmentationTransform") -> _OfBoth:
+@dataclass(frozen=True)
+class _OfMap:
+    """A transform of the image and its label map together."""
+
+    transform: "SegmentationTransform"
+
+    def __call__(self, image: Image.Image, labels: LabelMap, rng: np.random.Generator) -> dict[str, Any]:
+        pixels, changed = self.transform(image, labels, rng)
+        return {"image": pixels, "label": changed}
+
+
+@dataclass(frozen=True)
+class _OfViews:
+    """Views of the image alone; its class, if it has one, is left behind."""
+
+    transform: ViewsTransform
+
+    def __call__(self, image: Image.Image, label: int, rng: np.random.Generator) -> dict[str, Any]:
+        return dict(self.transform(image, rng))
+
+
+def _of_both(dataset: Dataset | SegmentationDataset, transform: AnyTransform) -> _OfBoth:
     if isinstance(dataset, SegmentationDataset):
-        return cast(_OfBoth, transform)
+        return _OfMap(cast("SegmentationTransform", transform))
+    if isinstance(transform, ViewsTransform):
+        return _OfViews(transform)
     return _OfImage(cast(Transform, transform))
 
 
@@ -524,8 +558,8 @@ class _Train:
             except BeitJaxError as error:
                 reason = str(error)
                 continue
-            pixels, target = self.transform(image, label, rng)
-            return {"image": pixels, "label": target, "index": np.int64(index), "failures": np.int32(failures)}
+            arrays = self.transform(image, label, rng)
+            return {**arrays, "index": np.int64(index), "failures": np.int32(failures)}
         raise BeitJaxError(f"{REPLACEMENTS} records in a row cannot be read; the last: {reason}")
 
 

@@ -1,6 +1,8 @@
 """What training costs, before it is tried: parameters, FLOPs of a step, memory of a device; and what devices can do."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from beit_jax.config import BeitConfig
 from beit_jax.encoder import Remat
@@ -58,6 +61,42 @@ def flops(config: BeitConfig) -> Flops:
     return Flops(attention=4.0 * config.num_hidden_layers * tokens**2 * config.hidden_size, **totals)
 
 
+def traced_flops(loss: Callable[[int, Nested], Array], params: Nested) -> float:
+    """Of the gradient of a loss, for one image: what tracing finds for three less what it finds for two.
+
+    Args:
+        loss: of so many images, with these parameters.
+        params: shapes.
+    """
+
+    def of(images: int) -> float:
+        return _matrix_flops(jax.make_jaxpr(jax.grad(partial(loss, images)))(params).jaxpr)
+
+    return of(3) - of(2)
+
+
+def _matrix_flops(jaxpr: Any) -> float:
+    """Of all products of matrices and convolutions in a traced program."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = parameters["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2.0 * prod(equation.outvars[0].aval.shape) * prod(shape[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * prod(equation.outvars[0].aval.shape) * prod(kernel) / outputs
+        elif name == "cond":
+            total += max(_matrix_flops(branch.jaxpr) for branch in parameters["branches"])
+        else:
+            inner = [value for value in parameters.values() if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
+            times = parameters.get("length", 1) if name == "scan" else 1
+            total += times * sum(_matrix_flops(getattr(value, "jaxpr", value)) for value in inner)
+    return total
+
+
 def _positions(config: BeitConfig) -> list[tuple[str, tuple[str, int]]]:
     """For every kernel, by its flat name: the part it belongs to, and at how many positions of an image it is used."""
     rows, columns = config.grid
@@ -87,7 +126,8 @@ class Memory:
     """Bytes that training takes on each device.
 
     Attributes:
-        params, optimizer, average, gradients: float32; Adam's two moments; the moving average if one is kept.
+        params, optimizer, average, gradients: float32; Adam's two moments; the moving average, or a frozen model, if
+            one is kept.
         activations: what the forward pass keeps for the backward pass, and what that computes again of one block.
     """
 
@@ -125,13 +165,26 @@ def memory(
         accumulate: parts of a batch; gradients are held twice if there are several.
         shards: devices that share one copy of parameters, optimizer and average: fsdp times tensor.
     """
-    numbers = -(-4 * num_params(config) // shards)
+    activations = images * activation_bytes(config, dtype=dtype, remat=remat)
+    learned = 4 * num_params(config)
+    return budget(learned, activations, beside=learned * ema, accumulate=accumulate, shards=shards)
+
+
+def budget(learned: int, activations: int, *, beside: int, accumulate: int = 1, shards: int = 1) -> Memory:
+    """As `memory`, from sizes.
+
+    Args:
+        learned: bytes of the parameters that gradients move.
+        activations: bytes of one part of the batch, on one device.
+        beside: bytes of what else the state holds: an average of the parameters, or a frozen model.
+    """
+    numbers = -(-learned // shards)
     return Memory(
         params=numbers,
         optimizer=2 * numbers,
-        average=numbers if ema else 0,
+        average=-(-beside // shards),
         gradients=numbers * (2 if accumulate > 1 else 1),
-        activations=images * activation_bytes(config, dtype=dtype, remat=remat),
+        activations=activations,
     )
 
 
@@ -142,6 +195,15 @@ def activation_bytes(config: BeitConfig, *, dtype: DTypeLike = jnp.bfloat16, rem
     if remat == "none":
         return kept
     return kept + (_residual_bytes(config, dtype, "none") - kept) // config.num_hidden_layers
+
+
+def traced_activations(loss: Callable[[int, Nested], Array], params: Nested) -> int:
+    """Bytes for one image that the gradient of a loss keeps; arguments as of `traced_flops`."""
+
+    def of(images: int) -> int:
+        return _bytes(jax.eval_shape(lambda params: jax.vjp(partial(loss, images), params)[1], params))
+
+    return of(3) - of(2)
 
 
 def _residual_bytes(config: BeitConfig, dtype: DTypeLike, remat: Remat) -> int:
@@ -158,8 +220,11 @@ def _stored(config: BeitConfig, dtype: DTypeLike, remat: Remat, images: int) -> 
         options["key"] = jax.random.key(0)
         return jax.vjp(lambda params: nnx.merge(graph, params)(pixel_values, remat=remat, **options), params)[1]
 
-    stored = jax.eval_shape(backward, shapes)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
+    return _bytes(jax.eval_shape(backward, shapes))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int | None:

@@ -80,6 +80,7 @@ def _rules(config: BeitConfig, scheme: Scheme) -> list[tuple[str, Draw]]:
         (r"fpn/(up4_first|up4_second|up2)/(kernel|bias)", _torch_default(4 * hidden)),
         (r"(decode|auxiliary)_head/classifier/kernel", normal(0.01)),
         (r"(decode|auxiliary)_head/\w+/kernel", variance_scaling(2.0, "fan_out", "normal")),
+        (r"aggregation/blocks/(attention/out_kernel|mlp/fc2/kernel)", _by_depth(weight, config.aggregate_from)),
         (r"(.*/)?blocks/(attention/out_kernel|mlp/fc2/kernel)", _by_depth(weight)),
         classifier,
         (r"(.*/)?((qkv_)?kernel|cls_token|mask_token|position_embeddings)", weight),
@@ -101,11 +102,12 @@ def _torch_default(fan_in: int) -> Draw:
     return initialise
 
 
-def _by_depth(draw: Draw) -> Draw:
-    """`draw` for stacked layers; layer i, from 0, is divided by sqrt(2 * (i + 1)). The original's fix_init_weight."""
+def _by_depth(draw: Draw, first: int = 0) -> Draw:
+    """`draw` for stacked layers, the first of which has the number `first`, from 0; layer i is divided by
+    sqrt(2 * (i + 1)). The original's fix_init_weight."""
 
     def initialise(key: Key[Array, ""], shape: Shape, dtype: DTypeLike) -> Float[Array, "..."]:
-        scale = np.sqrt(2.0 * np.arange(1, shape[0] + 1)).astype(np.float32)
+        scale = np.sqrt(2.0 * np.arange(first + 1, first + shape[0] + 1)).astype(np.float32)
         return draw(key, shape, dtype) / scale.reshape(-1, *(1 for _ in shape[1:]))
 
     return initialise
@@ -147,8 +149,9 @@ def from_checkpoint(checkpoint: NativeCheckpoint, target: BeitConfig, key: Key[A
     """The parameters that training `target` starts from, float32 NumPy arrays, and what happened on the way.
 
     The encoder is taken over, its position tables and patch projection adapted by `beit_jax.adapt`. The norm before a
-    masked-image head becomes the final norm of an encoder that pools its class token; for one that pools the mean it is
-    dropped, as in the original. A classifier is kept where labels and pooling are the same, and drawn anew otherwise.
+    masked-image head becomes the final norm of an encoder that pools its class token, and the other way round; for one
+    that pools the mean it is dropped, as in the original. A classifier is kept where labels and pooling are the same,
+    and drawn anew otherwise.
 
     Args:
         key: draws what starts new, as `initial_params` does.
@@ -188,7 +191,7 @@ def _canonical(name: str, config: BeitConfig) -> str:
 
 def _as_classifier(config: BeitConfig) -> BeitConfig:
     """A task whose encoder names begin with ``beit/``, which is all that adaptation reads of a task."""
-    return replace(config, task="image_classification")
+    return replace(config, task="image_classification", aggregate_from=0, aggregation_layers=0)
 
 
 def _taken(
@@ -200,8 +203,9 @@ def _taken(
     result = {}
     for name in sorted(names):
         head = name.split("/")[-2]
-        origin = name if name in source else name.replace("beit/norm/", "norm/")
-        if origin in source and kept.get(head, True):
+        final_norm = (name, name.replace("beit/norm/", "norm/"), name.replace("norm/", "beit/norm/"))
+        origin = next((origin for origin in final_norm if origin in source), None)
+        if origin is not None and kept.get(head, True):
             result[name] = origin
     return result
 

@@ -13,6 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+import numpy as np
+from jaxtyping import UInt8
+
 from beit_jax.errors import BeitJaxError
 from beit_jax.output import new_file
 
@@ -236,6 +239,11 @@ class Log:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
         self._show(step, values)
+
+    def picture(self, step: int, name: str, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Shows a picture in TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def advance(self, step: int) -> None:
         """Moves the terminal's bar to `step` steps done; nothing elsewhere."""

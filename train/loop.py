@@ -1,7 +1,8 @@
 """One loop for every objective: input, step, log, evaluation, checkpoint, interruption.
 
 A run is a directory: ``run.json`` (recipe, data, versions), ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and,
-at the end, ``model/``, a native checkpoint that `classify`, `export` and `parity` take as it is. Started again with the
+at the end, ``model/``, a native checkpoint that `classify`, `export` and `parity` take as it is, or whatever the task
+makes instead. Started again with the
 same directory it continues from its last good checkpoint and, on the same machine and mesh, ends in the same bits as if
 it had never stopped: a batch follows from seed and step, and so does all randomness of a step.
 """
@@ -16,21 +17,25 @@ import jax
 import numpy as np
 
 from beit_jax import weights
+from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.output import new_directory
+from beit_jax.tokenizer import TokenizerCheckpoint, save_tokenizer
 from beit_jax.tree import flatten
 from beit_jax.weights import NativeCheckpoint
 
 from .checkpoint import Checkpoints, SaveFailed
 from .contract import begin
 from .data import train_batches
-from .estimate import flops, peak_flops
+from .estimate import peak_flops
 from .hosts import on_host
 from .log import Clock, Log, Phase, Timing
 from .plan import Plan
 from .recipe import Resume
 from .sharding import put_batch
 from .state import State
+from .stored_tokens import batch_positions
+from .task import Result
 from .watch import INTERRUPTED, Interruption, Watchdog
 
 PROFILED_FROM = 10  # steps after the start, when compilation and the first evaluations are over
@@ -146,7 +151,9 @@ class _Run:
             )
         )
         self.named = 0  # unreadable records
-        self.operations, devices = flops(plan.config).training(), plan.mesh.devices
+        self.told: set[str] = set()  # of the task's warnings
+        self.settled = max(round(plan.recipe.optim.warmup_epochs * plan.steps_per_epoch), plan.steps // 10)
+        self.operations, devices = plan.task.flops, plan.mesh.devices
         peak = peak_flops(devices.flat[0].device_kind)
         self.peak = None if peak is None else peak * devices.size
         self.pending: list[Mapping[str, jax.Array]] = []
@@ -157,7 +164,7 @@ class _Run:
         run, plan = self.plan.recipe.run, self.plan
         self._profile()
         with self.clock.measure("input"):
-            batch = put_batch(next(self.batches), plan.mesh)
+            batch = put_batch(self._next_batch(), plan.mesh)
             self._name_bad_records()
         compiling = self.step == self.first
         phase: Phase = "compile" if compiling else "step"
@@ -190,20 +197,29 @@ class _Run:
     def results(self) -> tuple[Path, ...]:
         """Writes the models of a run that came to its end."""
         self._settle()
-        if not self.scores:  # the run had come to its end before
+        if not self.scores:  # nothing to evaluate, or the run had come to its end before
             self._evaluate()
         written = []
         with self.clock.measure("checkpoint"):
-            for name, params in self.plan.task.results(self.state).items():
-                leaves = {path: on_host(leaf) for path, leaf in flatten(params).items()}
+            for name, result in self.plan.task.results(self.state).items():
+                leaves = {path: on_host(leaf) for path, leaf in flatten(result.params).items()}
                 if jax.process_index() == 0:
-                    self._write(self.out / name, leaves)
+                    self._write(self.out / name, result, leaves)
                 written.append(self.out / name)
         return tuple(written)
 
     def outcome(self, *, models: tuple[Path, ...] = (), exit_code: int = 0) -> Outcome:
         """How the run stands."""
         return Outcome(self.step, self.plan.steps, self.scores, self.clock.timing(), models, exit_code)
+
+    def _next_batch(self) -> dict[str, np.ndarray]:
+        """The batch of this step, with the tokens that are stored for it, if the run has such."""
+        batch, stored = next(self.batches), self.plan.sources.tokens
+        if stored is None:
+            return batch
+        size, hosts = self.plan.recipe.data.batch_size, jax.process_count()
+        chosen = batch_positions(self.step, size, process_index=jax.process_index(), process_count=hosts)
+        return batch | {"tokens": stored.at(chosen)}
 
     def _name_bad_records(self) -> None:
         for reason in list(self.batches.bad.reasons.values())[self.named :]:
@@ -232,6 +248,11 @@ class _Run:
         means.pop("finite", None)
         rates = self.clock.interval().rates(self.operations, self.peak)
         self.log.write(self.step, means | rates | {"skipped": skipped})
+        for warning in self.plan.task.warnings(means) if self.step > self.settled else ():
+            name = warning.partition(" ")[0]
+            if name not in self.told:  # once: it stays true for many records
+                self.log.note(f"warning: step {self.step:,}: {warning}")
+            self.told.add(name)
 
     def _save(self) -> None:
         """Begins a checkpoint of this step, unless there is one."""
@@ -267,13 +288,18 @@ class _Run:
 
     def _evaluate(self) -> None:
         plan = self.plan
+        if plan.validation is None:
+            return
         with self.clock.measure("evaluation"):
             self.scores = plan.task.scores(
                 self.state, plan.validation, plan.processor, plan.mesh, lambda images: self.watchdog.beat()
             )
+            pictures = plan.task.pictures(self.state, plan.validation)
         self.log.write(self.step, self.scores)
+        for name, picture in pictures.items():
+            self.log.picture(self.step, name, picture)
 
-    def _write(self, directory: Path, leaves: Mapping[str, np.ndarray]) -> None:
+    def _write(self, directory: Path, result: Result, leaves: dict[str, np.ndarray]) -> None:
         plan = self.plan
         provenance = {
             "source": f"beit-jax train {plan.recipe.name}",
@@ -283,7 +309,10 @@ class _Run:
             "scores": self.scores,
         }
         with new_directory(directory, overwrite=True) as partial:
-            weights.save(partial, NativeCheckpoint(plan.config, plan.processor, dict(leaves), provenance))
+            if isinstance(result.config, BeitConfig):
+                weights.save(partial, NativeCheckpoint(result.config, plan.processor, leaves, provenance))
+            else:
+                save_tokenizer(partial, TokenizerCheckpoint(result.config, leaves, provenance))
 
     def _profile(self) -> None:
         """Starts and stops the profiler's trace, if one is wanted."""

@@ -5,10 +5,11 @@ To add one, write a function that returns an `Objective`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from beit_jax.config import BeitConfig
 from beit_jax.heads import Model
@@ -32,11 +33,13 @@ class Objective:
             It sees the whole batch, so that what pairs samples does not depend on how the batch is computed.
         loss: from the model, a batch or a part of one, a key for dropout, and what the state keeps as `ema` (None if
             nothing) to the mean loss, float32, and more scalars to log. The model's running statistics may move: the
-            step carries them on.
+            step carries them on. Without a key nothing is drawn, and they stay: this is evaluation.
+        schedule: from the number of the step to scalars that follow from it alone; `loss` finds them in its batch.
     """
 
     prepare: Callable[[Batch, Key[Array, ""]], Batch]
-    loss: Callable[[Model, Batch, Key[Array, ""] | None, Nested | None], tuple[Float[Array, ""], Metrics]]
+    loss: Callable[[Any, Batch, Key[Array, ""] | None, Nested | None], tuple[Float[Array, ""], Metrics]]
+    schedule: Callable[[Int[Array, ""]], Metrics] = lambda step: {}
 
 
 def classification(recipe: Recipe, config: BeitConfig) -> Objective:

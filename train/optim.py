@@ -19,6 +19,7 @@ from beit_jax.tree import Nested, first_match, flatten, unflatten
 from .recipe import OptimOptions
 
 Depth = Literal["first", "blocks", "last"]
+Scalar = float | Float[Array, ""]
 
 # microsoft/unilm@768a3c8 beit/optim_factory.py, `get_num_layer_for_vit`: the shared bias table counts as last.
 DEPTH: Sequence[tuple[str, Depth]] = (
@@ -104,6 +105,10 @@ def layer_scales(params: Nested, config: BeitConfig, rate: float) -> Nested:
     return unflatten({name: share(first_match(DEPTH, name), leaf.ndim) for name, leaf in flatten(params).items()})
 
 
-def ema_update(ema: Nested, params: Nested, decay: float | Float[Array, ""]) -> Nested:
-    """The moving average one step on: ``decay * ema + (1 - decay) * params``."""
-    return jax.tree.map(lambda average, leaf: average * decay + leaf * (1.0 - decay), ema, params)
+def ema_update(ema: Nested, params: Nested, decay: Scalar, gain: Scalar) -> Nested:
+    """The moving average one step on: ``decay * ema + gain * params``.
+
+    Args:
+        gain: 1 - decay, from whoever has it in more digits than float32's.
+    """
+    return jax.tree.map(lambda average, leaf: average * decay + leaf * gain, ema, params)

@@ -66,11 +66,37 @@ def prepare_folder(
     return write(builders.folder(source, held_out), dest, progress, overwrite=overwrite, skip_bad=skip_bad)
 
 
+def prepare_images(
+    source: Path,
+    dest: Path,
+    progress: Progress = no_progress,
+    *,
+    held_out: float = 0.0,
+    overwrite: bool = False,
+    skip_bad: bool = False,
+) -> Prepared:
+    """Writes all images of a folder, without labels (`builders.images`); raises as it and `write` do."""
+    return write(builders.images(source, held_out), dest, progress, overwrite=overwrite, skip_bad=skip_bad)
+
+
 def prepare_imagenet(
     source: Path, dest: Path, progress: Progress = no_progress, *, overwrite: bool = False, skip_bad: bool = False
 ) -> Prepared:
     """Writes ImageNet-1k from image-net.org's archives (`builders.imagenet`); raises as it and `write` do."""
     return write(builders.imagenet(source), dest, progress, overwrite=overwrite, skip_bad=skip_bad)
+
+
+def prepare_imagenet22k(
+    source: Path,
+    dest: Path,
+    progress: Progress = no_progress,
+    *,
+    held_out: float = 0.0,
+    overwrite: bool = False,
+    skip_bad: bool = False,
+) -> Prepared:
+    """Writes ImageNet-22k from image-net.org's archives (`builders.imagenet22k`); raises as it and `write` do."""
+    return write(builders.imagenet22k(source, held_out), dest, progress, overwrite=overwrite, skip_bad=skip_bad)
 
 
 def prepare_ade20k(

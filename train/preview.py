@@ -5,14 +5,13 @@ from math import prod
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from beit_jax.heads import num_params
 from beit_jax.partition import BATCH_AXES
+from beit_jax.tree import Nested
 
-from .estimate import Memory, flops, memory
+from .estimate import Memory, budget
 from .plan import Plan
-from .recipe import Recipe
+from .recipe import Recipe, groups
 from .sharding import batch_sharding
 
 
@@ -43,14 +42,14 @@ class Preview:
 
     def lines(self) -> list[str]:
         """For people."""
-        groups = {name: value for name, value in self.recipe.as_dict().items() if isinstance(value, dict)}
-        settings = [f"{group}.{name} = {value}" for group, values in groups.items() for name, value in values.items()]
+        read = {group: vars(getattr(self.recipe, group)) for group in groups(self.recipe.objective)}
+        settings = [f"{group}.{name} = {value}" for group, values in read.items() for name, value in values.items()]
         devices = " x ".join(f"{size} {axis}" for axis, size in self.mesh.items())
         return [
             f"recipe       {self.recipe.name} ({self.recipe.objective})",
             *(f"  {setting}" for setting in settings),
-            f"data         {self.training_images:,} images to train, {self.validation_images:,} to evaluate, "
-            f"{self.classes:,} classes",
+            f"data         {self.training_images:,} images to train, {self.validation_images:,} to evaluate"
+            + (f", {self.classes:,} classes" if self.classes else ""),
             f"steps        {self.steps:,}, {self.steps_per_epoch:,} an epoch",
             f"parameters   {self.parameters:,}",
             f"operations   {self.flops_per_image / 1e9:,.1f} GFLOP an image and step, "
@@ -77,24 +76,27 @@ def preview(plan: Plan) -> Preview:
     with jax.set_mesh(plan.mesh):
         jax.eval_shape(plan.step, plan.abstract_state, batch)
     mesh = dict(plan.mesh.shape)
+    learned = _count(plan.abstract_state.params)
     images = size // recipe.optim.accumulate // prod(mesh[axis] for axis in BATCH_AXES)
     return Preview(
         recipe=recipe,
-        parameters=num_params(plan.config),
+        parameters=learned,
         steps=plan.steps,
         steps_per_epoch=plan.steps_per_epoch,
         training_images=len(plan.training),
-        validation_images=len(plan.validation),
+        validation_images=0 if plan.validation is None else len(plan.validation),
         classes=plan.config.num_labels,
-        flops_per_image=flops(plan.config).training(),
-        memory=memory(
-            plan.config,
-            images,
-            dtype=jnp.dtype(recipe.model.dtype),
-            remat=recipe.model.remat,
-            ema=recipe.optim.ema is not None,
+        flops_per_image=plan.task.flops,
+        memory=budget(
+            4 * learned,
+            images * plan.task.activations,
+            beside=4 * _count(plan.abstract_state.ema),
             accumulate=recipe.optim.accumulate,
             shards=mesh["fsdp"] * mesh["tensor"],
         ),
         mesh=mesh,
     )
+
+
+def _count(tree: Nested) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from beit_jax.errors import BeitJaxError, printable
 
+from .pretraining_recipes import PRETRAINING
 from .recipe import AugmentOptions, DataOptions, ModelOptions, OptimOptions, Recipe, RunOptions, SegmentationOptions
 
 _MIXED = AugmentOptions(mixup=0.8, cutmix=1.0)
@@ -389,7 +390,7 @@ def digits_probe() -> Recipe:
         objective="linear_probe",
         model=replace(recipe.model, drop_path=0.0),
         augment=replace(recipe.augment, smoothing=0.0),
-        optim=OptimOptions(lr=4e-3, min_lr=0.0, epochs=20, warmup_epochs=0, weight_decay=1e-4),
+        optim=OptimOptions(lr=3e-2, min_lr=0.0, epochs=20, warmup_epochs=0, weight_decay=1e-4),
     )
 
 
@@ -432,6 +433,7 @@ RECIPES: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
             beitv2_base_ft21k_ade20k,
             beitv2_large_ade20k,
             beitv2_large_ft21k_ade20k,
+            *PRETRAINING,
             digits_finetune,
             digits_probe,
         )

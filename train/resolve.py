@@ -24,11 +24,10 @@ def model_config(
     """The model that is trained.
 
     Args:
-        labels: of the data; they name the outputs.
+        labels: of the data; they name the outputs. Masked image modelling has none.
         start: configuration of the checkpoint that training starts from. It decides what a checkpoint brings along:
             family, patch, LayerNorm's epsilon, layer scale, kind of positions. Sizes must be the variant's. A position
             bias that pre-training shared becomes one per layer where the variant has that, as in BEiT's fine-tuning.
-
         task: which head it has. What a segmentation head reads of the encoder is the variant's to say.
 
     Raises:
@@ -39,7 +38,10 @@ def model_config(
     if task == "semantic_segmentation" and named.task != task:
         known = " or ".join(name for name, config in VARIANTS.items() if config.task == task)
         raise BeitJaxError(f"--model.variant: {printable(options.variant)} does not segment; choose {known}")
-    variant = replace(named, task=task, labels=labels, use_mask_token=False)
+    masked = task == "masked_image_modeling"
+    variant = replace(named, task=task, labels=() if masked else labels, use_mask_token=masked)
+    if masked and variant.position_bias == "per_layer":  # one table for all layers, as every pre-trained model has
+        variant = replace(variant, position_bias="shared")
     config = variant if start is None else _continued(variant, start)
     size = variant.image_size if options.image_size is None else (options.image_size, options.image_size)
     config = replace(

@@ -1,4 +1,4 @@
-"""Learning rates of a whole run, computed before it starts: one number per optimizer step."""
+"""What changes from step to step of a run, computed before it starts: learning rate, decay of the average."""
 
 import numpy as np
 
@@ -44,6 +44,21 @@ def poly_table(optim: OptimOptions, steps_per_epoch: int) -> np.ndarray:
     rates = optim.min_lr + (optim.lr - optim.min_lr) * (1.0 - step / len(step))
     missing = np.clip(1.0 - step / max(warmup, 1), 0.0, 1.0) * (1.0 - optim.warmup_lr / optim.lr) if warmup else 0.0
     return (rates * (1.0 - missing)).astype(np.float32)
+
+
+def decay_table(optim: OptimOptions, steps: int) -> np.ndarray | None:
+    """Decay of the moving average at every step, and one minus it, [steps, 2] float32; None without an average.
+
+    Linear from `ema_start` to `ema` over `ema_steps`, then constant. Source: facebookresearch/data2vec_vision@af9a363
+    beit/engine_for_cyclical.py.
+    """
+    if optim.ema is None:
+        return None
+    decays = np.full(steps, optim.ema)
+    if optim.ema_start is not None:
+        rising = min(optim.ema_steps, steps)
+        decays[:rising] = optim.ema_start + np.arange(rising) * (optim.ema - optim.ema_start) / max(optim.ema_steps, 1)
+    return np.stack([decays, 1.0 - decays], axis=1).astype(np.float32)
 
 
 def _phases(optim: OptimOptions, steps_per_epoch: int) -> tuple[int, int]:

@@ -40,6 +40,9 @@ RULES: Sequence[tuple[str, PartitionSpec]] = (
     (r".*lm_head/kernel", spec("fsdp", "tensor")),
     (r".*classifier/kernel", spec("fsdp", None)),
     (r".*heads/kernel", spec(None, "fsdp", None)),
+    (r".*(encode|decode)_task/fc[12]/kernel", spec("fsdp", None)),
+    (r"((encoder|decoder)/)?(input|output|group_\d+/block_\d+/\w+)/kernel", spec(None, None, None, "fsdp")),
+    (r".*codebook/.*", spec()),
     (r".*(bias|scale|gamma_1|gamma_2|cls_token|mask_token|mean|var)", spec()),
 )
 """By flat name, blocks stacked on a leading axis. Total: a tensor without a rule is an error."""
@@ -125,8 +128,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(BATCH_AXES))
 
 
-def check_batch(size: int, mesh: Mesh, *, parts: int = 1) -> None:
+def check_batch(size: int, mesh: Mesh, *, parts: int = 1, option: str = "--data.batch-size") -> None:
     """Refuses a global batch of which the devices would not all get the same share, in each of its `parts`.
+
+    Args:
+        option: what the size was given by, for errors.
 
     Raises:
         BeitJaxError: naming a multiple that would do.
@@ -134,7 +140,7 @@ def check_batch(size: int, mesh: Mesh, *, parts: int = 1) -> None:
     shards = prod(mesh.shape[axis] for axis in BATCH_AXES)
     if size % (shards * parts):
         split = f"{shards} (data x fsdp of --run.mesh)" + (f" x {parts} (--optim.accumulate)" if parts > 1 else "")
-        raise BeitJaxError(f"--data.batch-size: expected a multiple of {split}, found {size}")
+        raise BeitJaxError(f"{option}: expected a multiple of {split}, found {size}")
 
 
 def put_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

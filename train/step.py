@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.heads import Model
@@ -32,7 +32,7 @@ def make_train_step(
     rates: np.ndarray,
     *,
     accumulate: int = 1,
-    ema: float | None = None,
+    decays: np.ndarray | None = None,
     seed: int = 0,
 ) -> TrainStep:
     """The step of a run. Compile it with ``donate_argnums=0``.
@@ -46,18 +46,22 @@ def make_train_step(
         tx: as `optim.optimizer` makes it, without learning rate.
         rates: [steps] float32, the learning rate of every step.
         accumulate: parts of the batch that are computed one after the other; their gradients are averaged.
-        ema: decay of the moving average of parameters, for states that have one.
+        decays: [steps, 2] float32, `schedule.decay_table`: the moving average's, for states that have one.
         seed: with the number of the step, all of its randomness.
 
     Returns:
         A function of the state and a batch. Its metrics are the objective's, and ``loss``, ``grad_norm`` (before
-        clipping), ``learning_rate`` and ``finite``.
+        clipping), ``learning_rate``, ``finite`` and, where there is an average, ``ema_distance``: how far it is from
+        the parameters, as a share of their norm.
     """
     table = np.asarray(rates, np.float32)
+    averages = decays is not None
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         prepare_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-        parts = split(objective.prepare(batch, prepare_key), accumulate), jax.random.split(loss_key, accumulate)
+        scalars = {name: jnp.broadcast_to(value, accumulate) for name, value in objective.schedule(state.step).items()}
+        prepared = split(objective.prepare(batch, prepare_key), accumulate)
+        parts = {**prepared, **scalars}, jax.random.split(loss_key, accumulate)
         differentiate = partial(_differentiate, graph, objective, state.params, state.ema or None)
         stats, gradients, metrics = _average(differentiate, state.stats, parts)
 
@@ -65,7 +69,7 @@ def make_train_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt = tx.update(gradients, state.opt, state.params)
         params = jax.tree.map(lambda leaf, update: leaf - rate * update, state.params, updates)
-        average = state.ema if ema is None else ema_update(state.ema, params, ema)
+        average = ema_update(state.ema, params, *jnp.asarray(decays)[state.step]) if averages else state.ema
         new = {"params": params, "stats": stats, "opt": opt, "ema": average}
         old = {name: getattr(state, name) for name in new}
         after = State(
@@ -74,7 +78,8 @@ def make_train_step(
             skipped=state.skipped + jnp.where(finite, 0, 1),
             **_chosen(finite, new, old),
         )
-        return after, metrics | {"grad_norm": norm, "learning_rate": rate, "finite": finite}
+        metrics |= {"grad_norm": norm, "learning_rate": rate, "finite": finite}
+        return after, metrics | ({"ema_distance": _distance(after.ema, after.params)} if averages else {})
 
     return step
 
@@ -132,6 +137,11 @@ def _average(
         jax.tree.map(lambda leaf: leaf / count, total),
         {name: values.mean() for name, values in metrics.items()},
     )
+
+
+def _distance(average: Nested, params: Nested) -> Float[Array, ""]:
+    """Norm of the difference over the norm of the parameters."""
+    return optax.tree.norm(jax.tree.map(jnp.subtract, average, params)) / optax.tree.norm(params)
 
 
 def _chosen(condition: Bool[Array, ""], new: Nested, old: Nested) -> Nested:

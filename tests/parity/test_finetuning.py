@@ -22,7 +22,7 @@ from beit_jax.heads import Model
 from beit_jax.train.objectives import classification
 from beit_jax.train.optim import optimizer
 from beit_jax.train.recipe import OptimOptions, Recipe
-from beit_jax.train.schedule import schedule_table
+from beit_jax.train.schedule import decay_table, schedule_table
 from beit_jax.train.state import State, initial_state
 from beit_jax.train.step import make_train_step
 from beit_jax.tree import flatten
@@ -121,9 +121,9 @@ def train_ours(model: Model, data: Batches, options: OptimOptions, rates: np.nda
     graph, params = nnx.split(model)
     objective = replace(classification(Recipe("test"), model.config), prepare=lambda batch, key: batch)
     tx = optimizer(options, model.config)
-    step = jax.jit(
-        make_train_step(graph, objective, tx, rates, accumulate=options.accumulate, ema=options.ema), donate_argnums=0
-    )
+    decays = decay_table(options, len(rates))
+    step = make_train_step(graph, objective, tx, rates, accumulate=options.accumulate, decays=decays)
+    step = jax.jit(step, donate_argnums=0)
     state = initial_state(nnx.to_pure_dict(params), tx, ema=options.ema is not None)
     losses = []
     for images, targets in data:

@@ -20,6 +20,7 @@ from beit_jax.heads import abstract_model
 from beit_jax.train.objectives import classification
 from beit_jax.train.optim import optimizer
 from beit_jax.train.recipe import AugmentOptions, ModelOptions, OptimOptions, Recipe
+from beit_jax.train.schedule import decay_table
 from beit_jax.train.sharding import init_sharded, make_mesh, place, put_batch, replicated, state_shardings
 from beit_jax.train.state import State, initial_state
 from beit_jax.train.step import make_train_step
@@ -78,7 +79,12 @@ class Run:
         tx, rates = optimizer(RECIPE.optim, config), np.full(STEPS, RATE, np.float32)
         self.initial = partial(initial_state, tx=tx, ema=True)
         self.step = make_train_step(
-            graph, classification(RECIPE, config), tx, rates, accumulate=PARTS, ema=DECAY, seed=0
+            graph,
+            classification(RECIPE, config),
+            tx,
+            rates,
+            accumulate=PARTS,
+            decays=decay_table(OptimOptions(ema=DECAY), STEPS),
         )
         self.params = host_params(config)
 

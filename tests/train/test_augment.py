@@ -125,6 +125,14 @@ def test_flips_mirror_the_crop() -> None:
     assert stats.binomtest(flips, 1000).pvalue > LIKELY
 
 
+def test_randaugment_has_no_lanczos_filter() -> None:
+    with pytest.raises(BeitJaxError, match=r"--augment\.interpolation: .* found lanczos; .*randaugment None$"):
+        transform(interpolation="lanczos")
+    image, ours = noise(50, 37), transform(interpolation="lanczos", randaugment=None, flip=0.0)
+    draws = ours.draw((50, 37), rng())
+    assert_array_equal(ours.apply(image, draws), image.crop(draws.box).resize((32, 24), Image.Resampling.LANCZOS))
+
+
 def test_random_interpolation_takes_both_filters() -> None:
     draws = [transform(interpolation="random", randaugment="rand-p1").draw((50, 37), rng(seed)) for seed in range(50)]
     assert {draw.resample for draw in draws} == {BILINEAR, BICUBIC}

@@ -6,10 +6,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from flax import nnx
+from PIL import Image
 
 from beit_jax.__main__ import main
-from beit_jax.train.recipes import RECIPES
+from beit_jax.dvae import DvaeEncoder, DvaeEncoderConfig
+from beit_jax.tokenizer import TokenizerCheckpoint, read_tokenizer, save_tokenizer
+from beit_jax.train.recipes import RECIPES, recipe_named
+from beit_jax.tree import flatten
 
 RUN = ["train", "digits_finetune", "--data", "DATA", "--out", "OUT"]
 
@@ -114,6 +120,122 @@ def test_evaluate_a_classifier(digits: Path, tmp_path: Path, capsys: pytest.Capt
     assert main([*command, "--per-class"]) == 0
     assert "three" in capsys.readouterr().out
     assert "ending in .png" in refused([*command, "--confusion", tmp_path / "mistakes.txt"], capsys)
+
+
+# --- Pre-training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What fits `digits_pretrain`: four pixels for a token."""
+    config = DvaeEncoderConfig(n_hid=4, vocab_size=12, group_count=3, n_blk_per_group=1, image_size=(16, 16))
+    params = flatten(nnx.to_pure_dict(nnx.state(DvaeEncoder(config, rngs=nnx.Rngs(0)))))
+    directory = tmp_path_factory.mktemp("tokenizer") / "native"
+    directory.mkdir()
+    save_tokenizer(directory, TokenizerCheckpoint(config, {name: np.asarray(leaf) for name, leaf in params.items()}))
+    return directory
+
+
+@pytest.mark.parametrize("recipe", ["digits_pretrain", "digits_data2vec", "digits_tokenizer"])
+def test_dry_run_of_pretraining(
+    recipe: str, digits: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["train", recipe, "--data", str(digits), "--out", str(tmp_path / "run"), "--dry-run", "--json"]
+    run += ["--tokenizer", str(tokenizer)] if recipe == "digits_pretrain" else []
+    assert main(run) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["training_images"], found["validation_images"]) == (1347, 450)
+    assert found["steps"] == recipe_named(recipe).optim.epochs * (1347 // 32)
+    beside = {"digits_data2vec": 4 * found["parameters"], "digits_tokenizer": 0}
+    tokenizers = sum(4 * leaf.size for leaf in read_tokenizer(tokenizer).params.values())
+    assert found["memory"]["average"] == beside.get(recipe, tokenizers)
+    assert found["flops_per_image"] > 6 * found["parameters"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_are_computed_once_and_read(
+    digits: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For runs that are no longer; whoever wants more is told before it begins."""
+    stored = tmp_path / "tokens"
+    sources = ["digits_pretrain", "--data", str(digits), "--tokenizer", str(tokenizer)]
+    assert main(["tokenize", *sources, "--out", str(stored), "--epochs", "0.5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"directory": str(stored), "images": 21 * 32, "epochs": 0.5}
+    tokens = np.load(stored / "tokens.npy")
+    assert tokens.shape == (21 * 32, 16) and tokens.max() < 12 and len(np.unique(tokens)) > 1
+    again = ["tokenize", *sources, "--out", stored, "--epochs", "0.25"]
+    assert "already exists" in refused(again, capsys)
+    assert main([str(argument) for argument in (*again, "--overwrite")]) == 0
+    assert f"{stored}: tokens of 320 images, 0.25 epochs" in capsys.readouterr().out
+    run = ["train", *sources, "--out", str(tmp_path / "run"), "--stored-tokens", str(stored), "--dry-run"]
+    assert main([*run, "--optim.epochs", "0.25", "--optim.warmup-epochs", "0"]) == 0
+    assert "optim.epochs = 0.25" in capsys.readouterr().out
+    assert "tokens of 320 images" in refused(run, capsys)
+    assert "computed with view/flip 0.0, now it is 0.5" in refused([*run, "--augment.flip", "0.5"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tokenize", "digits_data2vec"], "digits_data2vec: data2vec predicts no tokens; choose another recipe"),
+        (["tokenize", "digits_finetune"], "digits_finetune: classification predicts no tokens; choose another recipe"),
+        (["tokenize", "digits_pretrane"], "the nearest is digits_pretrain"),
+        (["tokenize", "digits_pretrain", "--epochs", "0"], "--epochs: expected a positive number, found 0"),
+        (["tokenize", "digits_pretrain", "--epochs", "-1"], "--epochs: expected a positive number, found -1"),
+        (["tokenize", "digits_pretrain", "--epochs", "0.001"], "expected at least one step"),
+        (["tokenize", "digits_pretrain", "--mask.patches", "17"], "--mask.patches: expected 1 to 16, found 17"),
+        (["tokenize", "digits_pretrain", "--tokenizer", "NONE"], "NONE"),
+    ],
+)
+def test_what_cannot_be_tokenized(
+    arguments: list[str], message: str, digits: Path, tokenizer: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = ["--data", str(digits), "--out", str(tmp_path / "tokens")]
+    given += [] if "--tokenizer" in arguments else ["--tokenizer", str(tokenizer)]
+    assert message in refused([*arguments[:2], *given, *arguments[2:]], capsys)
+    assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "source"),
+    [
+        ("beit_base_pt22k", "DALL-E"),
+        ("beitv2_base_pt1k", "vqkd_encoder_base_decoder_3x768x12_clip"),
+        ("data2vec_large_1600", "student/"),
+        ("vqkd_base", "--teacher"),
+        ("digits_pretrain", "digits_tokenizer"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "tokenize"])
+def test_help_names_where_what_is_read_comes_from(
+    command: str, recipe: str, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, recipe, "--help"])
+    shown = capsys.readouterr().out
+    assert source in shown and f"beit-jax {command}" in shown.split("Try:")[1]
+    assert "--mask.patches" in shown and "--tokenizer" in shown
+
+
+def test_images_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whose runs evaluate what was held out, or nothing."""
+    pictures = tmp_path / "pictures" / "deep"
+    pictures.mkdir(parents=True)
+    for i in range(40):
+        Image.new("RGB", (9 + i, 12), (6 * i, 0, 0)).save(pictures / f"{i}.png")
+    for share, splits in ((None, {"train": 40}), ("0.1", {"train": 36, "validation": 4})):
+        destination = tmp_path / f"data{share}"
+        options = [] if share is None else ["--held-out", share]
+        assert main(["prepare", "images", str(pictures.parent), str(destination), *options, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["splits"], found["labels"]) == (splits, ["unlabelled"])
+        run = ["train", "digits_data2vec", "--data", str(destination), "--out", str(tmp_path / "run"), "--dry-run"]
+        assert main([*run, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["validation_images"] == splits.get("validation", 0)
+    finetune = ["train", "digits_finetune", "--data", tmp_path / "dataNone", "--out", tmp_path / "run"]
+    assert "dataNone" in refused(finetune, capsys)
 
 
 def test_without_the_extra_a_line_says_what_to_install(digits: Path, tmp_path: Path) -> None:

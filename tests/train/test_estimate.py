@@ -1,19 +1,27 @@
 """Estimates against what the compiler counts, and against published numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from beit_jax.config import BeitConfig
+from beit_jax.dvae import DvaeEncoderConfig
 from beit_jax.encoder import Remat
 from beit_jax.heads import abstract_model, num_params, param_shapes
-from beit_jax.train.estimate import Memory, activation_bytes, compiled_bytes, flops, memory, peak_flops
+from beit_jax.tokenizer import TokenizerCheckpoint, tokenizer_shapes
+from beit_jax.train.estimate import Flops, Memory, activation_bytes, compiled_bytes, flops, memory, peak_flops
+from beit_jax.train.plan import KINDS
+from beit_jax.train.recipes import recipe_named
+from beit_jax.train.stored_tokens import StoredTokens
+from beit_jax.train.task import Sources
 from beit_jax.variants import VARIANTS
 
 # One block: the compiler counts a loop's body once, whatever its length.
@@ -103,6 +111,74 @@ def test_flops_are_those_of_the_traced_products(name: str, remat: Remat) -> None
     config = replace(CONFIGS[name], num_hidden_layers=3)
     assert traced(config, remat=remat) == flops(config).forward
     assert traced(config, gradients=True, remat=remat) == flops(config).training(remat)
+
+
+def pretraining(name: str, sources: Sources) -> tuple[Any, BeitConfig]:
+    """A task without labels as `make_plan` makes it."""
+    recipe = recipe_named(name)
+    config = KINDS[recipe.objective].configure(recipe, (), sources)
+    return KINDS[recipe.objective](recipe, config, sources, 10), config
+
+
+def weightless(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+
+
+def heads_share(found: Flops, patches: int) -> Flops:
+    """Of a model that predicts so many of its 196 patches."""
+    return replace(found, head=found.head * patches / 196)
+
+
+def dvae_flops(config: DvaeEncoderConfig) -> float:
+    """Forward, of its convolutions, written out: every group at half the resolution of the one before."""
+    total, inner = 0.0, config.image_size[0] * config.image_size[1]
+    for name, (height, width, inputs, outputs) in kernels(config).items():
+        group = {"input": 1, "output": config.group_count}.get(name.split("/")[0]) or int(name.split("/")[0][-1])
+        total += 2.0 * height * width * inputs * outputs * inner / 4 ** (group - 1)
+    return total
+
+
+def kernels(config: DvaeEncoderConfig) -> dict[str, Any]:
+    return {name: shape for name, shape in tokenizer_shapes(config).items() if name.endswith("kernel")}
+
+
+def test_flops_of_pretraining_on_stored_tokens() -> None:
+    """Exactly the model's, with the head on 75 of 196 patches: all other operations are gathers and sums."""
+    encoder = DvaeEncoderConfig()
+    tokenizer = TokenizerCheckpoint(encoder, weightless(tokenizer_shapes(encoder)))
+    tokens = StoredTokens(Path("tokens"), 8192, 10, 1.0, np.zeros((10, 196), np.uint16))
+    for name in ("beit_base_pt1k", "beit_large_pt22k"):  # one without recomputation, one with
+        task, config = pretraining(name, Sources(tokenizer=tokenizer, tokens=tokens))
+        model = heads_share(flops(config), 75)
+        assert task.flops == model.training(), name  # whatever the run computes twice
+        assert model.training() < 0.99 * flops(config).training(), "the head counts"
+
+
+def test_flops_of_pretraining_with_its_tokenizer() -> None:
+    """And the forward pass of DALL-E's encoder: no gradient of it is asked for."""
+    encoder = DvaeEncoderConfig()
+    tokenizer = TokenizerCheckpoint(encoder, weightless(tokenizer_shapes(encoder)))
+    task, config = pretraining("beit_base_pt1k", Sources(tokenizer=tokenizer))
+    assert task.flops == pytest.approx(heads_share(flops(config), 75).training() + dvae_flops(encoder), rel=1e-9)
+
+
+def test_flops_of_data2vec() -> None:
+    """The student's, with a head from features to features on 120 patches; forward once more for its teacher."""
+    task, config = pretraining("data2vec_base_800", Sources())
+    found = flops(config)
+    assert config.vocab_size == config.hidden_size
+    expected = heads_share(found, 120).training() + found.forward - found.head
+    assert task.flops == pytest.approx(expected, rel=1e-9)
+
+
+def test_activations_of_pretraining_are_of_predicted_patches_only() -> None:
+    """Logits in float32 and their exponentials, of 75 patches instead of 196, are what is saved."""
+    encoder = DvaeEncoderConfig()
+    tokenizer = TokenizerCheckpoint(encoder, weightless(tokenizer_shapes(encoder)))
+    task, config = pretraining("beit_base_pt1k", Sources(tokenizer=tokenizer))
+    model = activation_bytes(config)
+    logits = 8192 * 4
+    assert 0.8 * model < task.activations < model + 3 * 75 * logits
 
 
 def test_flops_of_a_segmentation_model_but_for_its_resizing() -> None:

@@ -44,11 +44,13 @@ SEGMENTS = replace(
     TINY, task="semantic_segmentation", out_indices=(0, 1, 2, 3), auxiliary_channels=24, auxiliary_concat_input=True
 )
 BACKBONE = replace(TINY, task="backbone", out_indices=(0, 1, 2, 3), add_fpn=True)
+AGGREGATING = replace(MASKED, aggregate_from=2, aggregation_layers=2)
 FEATURES = replace(TINY, task="features", position_bias="shared", pooling="cls", labels=())
 CONFIGS = {
     "classification": TINY,
     "classification by class token": replace(TINY, pooling="cls", use_absolute_position_embeddings=True),
     "masked": replace(MASKED, position_bias="both", use_absolute_position_embeddings=True),
+    "aggregating": AGGREGATING,
     "segmentation": SEGMENTS,
     "backbone": BACKBONE,
     "features": FEATURES,
@@ -113,6 +115,12 @@ CASES: Mapping[tuple[str, Scheme], Mapping[str, Sample]] = {
         "beit/embeddings/mask_token": tight,
         "beit/embeddings/position_embeddings": tight,
     },
+    ("aggregating", "pretrain"): ENCODER["pretrain"]
+    | {
+        "lm_head/kernel": tight,
+        "aggregation/blocks/attention/qkv_kernel": tight,
+        "aggregation/blocks/mlp/fc1/kernel": tight,
+    },
     ("segmentation", "finetune"): ENCODER["finetune"]
     | {
         "fpn/up4_first/kernel": lambda: transposed_default().weight,
@@ -156,6 +164,16 @@ def test_last_matrices_of_the_branches_shrink_with_depth(scheme: Scheme, sample:
         for layer in range(TINY.num_hidden_layers):
             expected = sample().div_((2.0 * (layer + 1)) ** 0.5)
             assert same_distribution(found[name][layer], expected), (name, layer)
+
+
+def test_aggregation_layers_count_from_the_early_block() -> None:
+    """unilm beit2/modeling_pretrain.py: layer j after block 2 is divided by sqrt(2 (2 + j + 1)), j from 0."""
+    torch.manual_seed(0)
+    found = drawn(AGGREGATING, "pretrain")
+    for name in ("attention/out_kernel", "mlp/fc2/kernel"):
+        for j in range(2):
+            expected = tight().div_((2.0 * (2 + j + 1)) ** 0.5)
+            assert same_distribution(found[f"aggregation/blocks/{name}"][j], expected), (name, j)
 
 
 def test_pretraining_cuts_at_one_standard_deviation_and_finetuning_does_not() -> None:
@@ -360,6 +378,24 @@ def test_pretraining_goes_on_with_its_head_and_mask_token() -> None:
     found, report = start(checkpoint, replace(MASKED, vocab_size=41))
     assert report == ((), ("lm_head/bias", "lm_head/kernel"), ("lm_head/bias", "lm_head/kernel"))
     assert np.abs(found["lm_head/kernel"]).max() <= 0.02  # drawn as pre-training draws
+
+
+def test_pretraining_with_aggregation_layers_starts_from_a_checkpoint() -> None:
+    """One without such layers: they start new, numbered by their depth. One with them: everything is kept."""
+    checkpoint = random_checkpoint(MASKED)
+    found, (adapted, dropped, new) = start(checkpoint, AGGREGATING)
+    assert (adapted, dropped) == ((), ())
+    assert new and set(new) == {name for name in found if name.startswith("aggregation/")}
+    assert all(np.array_equal(found[name], leaf) for name, leaf in checkpoint.params.items())
+    fresh = drawn(AGGREGATING, "pretrain")
+    assert all(np.array_equal(found[name], fresh[name]) for name in new)
+    assert start(random_checkpoint(AGGREGATING), AGGREGATING)[1] == ((), (), ())
+
+
+def test_fine_tuning_has_no_use_for_aggregation_layers() -> None:
+    _, (_, dropped, _) = start(random_checkpoint(AGGREGATING), TINY)
+    layers = {name for name in param_shapes(AGGREGATING) if name.startswith("aggregation/")}
+    assert set(dropped) == layers | set(MASKED_ONLY)
 
 
 def test_bfloat16_becomes_float32() -> None:

@@ -157,5 +157,26 @@ def test_moments_are_float32_and_shaped_as_parameters() -> None:
 def test_the_average_of_constant_parameters_closes_in_geometrically(decay: float, steps: int) -> None:
     average, target = {"a": np.float32(1.0)}, {"a": np.float32(3.0)}
     for _ in range(steps):
-        average = ema_update(average, target, decay)
+        average = ema_update(average, target, decay, 1.0 - decay)
     assert average["a"] == pytest.approx(3.0 - 2.0 * decay**steps, rel=1e-5)
+
+
+def test_the_average_takes_its_gain_as_it_is_given() -> None:
+    """Not one minus the decay; and both as traced scalars, as a table's row."""
+    average, params = {"a": np.array([1.0, -2.0], np.float32)}, {"a": np.array([3.0, 5.0], np.float32)}
+    expected = np.array([0.25 + 1.5, -0.5 + 2.5], np.float32)
+    row = jnp.array([0.25, 0.5])
+    for found in (ema_update(average, params, 0.25, 0.5), jax.jit(lambda row: ema_update(average, params, *row))(row)):
+        assert np.array_equal(found["a"], expected)
+
+
+def test_aggregation_layers_decay_as_blocks_and_learn_as_what_follows_them() -> None:
+    """The original's layer ids know `blocks` only: BEiT v2's further layers are among the rest."""
+    config = replace(TASKS["masked_image_modeling"], pooling="mean", aggregate_from=2, aggregation_layers=2)
+    params = unflatten(learned(config))
+    decays, shares = flatten(weight_decay_mask(params)), flatten(layer_scales(params, config, 0.5))
+    extra = [name for name in decays if name.startswith("aggregation/blocks/")]
+    assert len(extra) == sum(name.startswith("beit/blocks/") for name in decays)
+    for name in extra:
+        assert decays[name] == decays[name.replace("aggregation/", "beit/")], name
+        assert shares[name] == 1.0 and shares[name].shape == (), name

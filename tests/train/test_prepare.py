@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -14,17 +15,20 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from scipy import stats
 from scipy.io import savemat
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.train import prepare as module
-from beit_jax.train.builders import DEVKIT, META, TRAIN_TAR, TRUTH, VALIDATION_TAR
+from beit_jax.train.builders import DEVKIT, META, TRAIN_TAR, TRUTH, VALIDATION_TAR, WHOLE_TAR
 from beit_jax.train.prepare import (
     Prepared,
     prepare_ade20k,
     prepare_digits,
     prepare_folder,
     prepare_imagenet,
+    prepare_imagenet22k,
+    prepare_images,
 )
 
 AS_STORED = {"image": tfds.decode.SkipDecoding()}
@@ -107,6 +111,7 @@ def test_split_folders(tmp_path: Path) -> None:
         "train/ant/c.PNG": picture(value=3),
         "train/ant/readme.txt": b"no image",
         "train/ant/.hidden.png": b"no image",
+        "train/ant/.thumbnails/c.png": b"no image",
         "val/cat/d.webp": picture("WEBP", value=4),
         "test/ant/e.png": picture(value=5),
     }
@@ -155,6 +160,63 @@ def test_a_missing_folder(tmp_path: Path) -> None:
         prepare_folder(tmp_path / "none", tmp_path / "data")
     with pytest.raises(BeitJaxError, match="held-out share"):
         prepare_folder(tmp_path, tmp_path / "data", held_out=1.0)
+
+
+# Images without labels
+
+
+def test_images_need_no_folders_and_no_labels(tmp_path: Path) -> None:
+    content = {
+        "a.png": picture(value=1),
+        "deep/er/b.JPG": picture("JPEG", value=2),
+        "deep/c.webp": picture("WEBP", value=3),
+        "train/cat/d.png": picture(value=4),  # no split, no class
+        "val/cat/e.png": picture(value=5),
+        "deep/readme.txt": b"no image",
+        ".git/f.png": b"no image",
+        "deep/.g.png": b"no image",
+    }
+    done = prepare_images(tree(tmp_path / "tree", content), tmp_path / "data")
+    assert done == Prepared(tmp_path / "data", {"train": 5}, ("unlabelled",))
+    assert named(done.directory, "train") == {name: (content[name], 0) for name in list(content)[:5]}
+    assert tfds.builder_from_directory(done.directory).info.features["label"].names == ["unlabelled"]
+
+
+def test_the_held_out_share_of_images_follows_from_names_alone(tmp_path: Path) -> None:
+    content = {f"{i % 3}/{i}.png": picture(value=i) for i in range(40)}
+    forwards = prepare_images(tree(tmp_path / "a", content), tmp_path / "1", held_out=0.2)
+    backwards = prepare_images(tree(tmp_path / "b", dict(reversed(content.items()))), tmp_path / "2", held_out=0.2)
+    assert forwards.splits == {"train": 32, "validation": 8}
+    train, validation = (named(forwards.directory, split) for split in ("train", "validation"))
+    assert set(train) | set(validation) == set(content) and not set(train) & set(validation)
+    assert named(backwards.directory, "validation") == validation
+    labelled = prepare_folder(tree(tmp_path / "c/only", content).parent, tmp_path / "3", held_out=0.2)
+    assert len(named(labelled.directory, "validation")) == 8
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")  # Latin-1, as old archives have it
+    done = prepare_images(tree(tmp_path / "tree", {name: picture(), "café.png": picture()}), tmp_path / "data")
+    assert set(named(done.directory, "train")) == {r"caf\xe9.png", "café.png"}
+
+
+@pytest.mark.parametrize(
+    ("content", "held_out", "message"),
+    [
+        ({"readme.txt": b""}, 0.0, r"tree: expected images \(.bmp, .gif, .*\), found none"),
+        ({"a.png": b""}, 1.0, r"held-out share: expected a number in \[0, 1\), found 1.0"),
+        ({"a.png": b""}, 0.5, "none can be held out"),
+        ({"a.png": b"no image"}, 0.0, "1 of 1 examples cannot be used, the first: a.png"),
+    ],
+)
+def test_images_that_make_no_data_set(
+    content: Mapping[str, bytes], held_out: float, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BeitJaxError, match=message):
+        prepare_images(tree(tmp_path / "tree", content), tmp_path / "data", held_out=held_out)
+    with pytest.raises(BeitJaxError, match="none: expected a folder, found nothing"):
+        prepare_images(tmp_path / "none", tmp_path / "data")
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
 
 
 # ImageNet
@@ -266,6 +328,7 @@ def retar(name: str, change: Callable[[dict[str, bytes]], Mapping[str, bytes]]) 
         (retar(TRAIN_TAR, lambda c: without(c, "n01000000.tar")), "2 of 3 classes, n01000000 is missing"),
         (retar(TRAIN_TAR, lambda c: c | {"dogs.tar": b""}), f"expected a tar per class of {META}, found dogs.tar"),
         (retar(TRAIN_TAR, lambda c: c | {"n01000000.tar": b"no tar" * 200}), f"{TRAIN_TAR}: damaged"),
+        (retar(TRAIN_TAR, lambda c: c | {"n01000000.tar": c["n01000000.tar"][:2000]}), f"{TRAIN_TAR}: damaged"),
         (
             retar(VALIDATION_TAR, lambda c: without(c, "ILSVRC2012_val_00000002.JPEG")),
             f"{VALIDATION_TAR}: 4 images, expected 5",
@@ -281,6 +344,131 @@ def test_damaged_archives_leave_nothing(
         prepare_imagenet(archives, tmp_path / "data")
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["archives"]
+
+
+# ImageNet-22k
+
+
+def synsets() -> dict[str, dict[str, bytes]]:
+    """Three classes, not in the order of their numbers."""
+    return {
+        name: {f"{name}_{i}.JPEG": picture("JPEG", value=80 * place + i) for i in range(count)}
+        for place, (name, count) in enumerate({"n03000000": 60, "n00004475": 50, "n01000000": 40}.items())
+    }
+
+
+def class_tars() -> dict[str, bytes]:
+    return {f"{name}.tar": tar(content) for name, content in synsets().items()}
+
+
+SYNSETS = ("n00004475", "n01000000", "n03000000")
+
+
+def expected_images() -> dict[str, tuple[bytes, int]]:
+    return {
+        f"{name}/{file_name}": (data, SYNSETS.index(name))
+        for name, content in synsets().items()
+        for file_name, data in content.items()
+    }
+
+
+def whole_in(root: Path, name: str = WHOLE_TAR, mode: str = "w") -> Path:
+    """The tars in a tar, below a folder, which the archive lists too."""
+    tree(root / "content/whole", class_tars())
+    with tarfile.open(root / name, mode) as archive:  # type: ignore[call-overload]
+        archive.add(root / "content", "release")
+    return root
+
+
+@pytest.mark.parametrize("form", ["tars", "whole", "file", "compressed"])
+def test_imagenet22k(form: str, tmp_path: Path) -> None:
+    if form == "tars":
+        source = tree(tmp_path / "source", class_tars() | {"words.txt": b"", "ILSVRC.tar": b"", "n1.tar": b""})
+    elif form == "whole":
+        source = whole_in(tmp_path)
+    elif form == "file":
+        source = whole_in(tmp_path, "other.tar") / "other.tar"
+    else:
+        source = whole_in(tmp_path, "winter21_whole.tar.gz", "w:gz") / "winter21_whole.tar.gz"
+    done = prepare_imagenet22k(source, tmp_path / "data")
+    assert done == Prepared(tmp_path / "data", {"train": 150}, SYNSETS)
+    assert named(done.directory, "train") == expected_images()
+    if form == "tars":
+        assert list(named(done.directory, "train")) == [
+            f"{name}/{file_name}" for name in SYNSETS for file_name in synsets()[name]
+        ]
+
+
+def test_the_held_out_share_of_imagenet22k_follows_from_names_alone(tmp_path: Path) -> None:
+    found = []
+    for number, source in enumerate((tree(tmp_path / "tars", class_tars()), whole_in(tmp_path))):
+        done = prepare_imagenet22k(source, tmp_path / f"{number}", held_out=0.3)
+        found.append([named(done.directory, split) for split in ("train", "validation")])
+    assert found[0] == found[1]
+    train, validation = found[0]
+    assert not set(train) & set(validation) and train | validation == expected_images()
+    assert stats.binomtest(len(validation), 150, 0.3).pvalue > 1e-3
+    assert {label for _, label in validation.values()} == {0, 1, 2}
+    more = prepare_imagenet22k(tmp_path / "tars", tmp_path / "2", held_out=0.6)
+    assert set(named(more.directory, "validation")) > set(validation)
+
+
+def test_the_number_of_images_of_imagenet22k_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.builders, "BYTES_PER_IMAGE", 500)
+    totals: list[int] = []
+
+    @contextmanager
+    def progress(total: int) -> Iterator[Callable[[int], None]]:
+        totals.append(total)
+        yield lambda done: None
+
+    sources = [tree(tmp_path / "tars", class_tars()), whole_in(tmp_path)]
+    for number, source in enumerate(sources):
+        prepare_imagenet22k(source, tmp_path / f"{number}", progress, held_out=0.25)
+    nbytes = [sum(path.stat().st_size for path in sources[0].iterdir()), (tmp_path / WHOLE_TAR).stat().st_size]
+    assert min(totals) > 400 and totals == pytest.approx([count / 500 for count in nbytes], abs=2)
+
+
+def cut_at(size: int) -> dict[str, bytes]:
+    return class_tars() | {"n01000000.tar": class_tars()["n01000000.tar"][:size]}
+
+
+def overwritten_at(start: int) -> dict[str, bytes]:
+    data = class_tars()["n01000000.tar"]
+    return class_tars() | {"n01000000.tar": data[:start] + b"\xff" * 512 + data[start + 512 :]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, rf"source: expected a tar per class such as n00004475.tar, or {WHOLE_TAR}, found neither"),
+        ({WHOLE_TAR: tar({})}, f"{WHOLE_TAR}: expected a tar per class such as n00004475.tar, found none"),
+        ({WHOLE_TAR: tar({"dogs.tar": b""} | class_tars())}, f"{WHOLE_TAR}: expected .* n00004475.tar, found dogs.tar"),
+        ({WHOLE_TAR: tar(class_tars())[:-200_000]}, f"{WHOLE_TAR}: damaged or incomplete archive"),
+        ({WHOLE_TAR: tar(class_tars() | {"n02000000.tar": b"no tar" * 200})}, f"{WHOLE_TAR}: damaged or incomplete"),
+        (class_tars() | {"n02000000.tar": b"no tar" * 200}, r"source/n02000000\.tar: damaged or incomplete archive"),
+        (cut_at(20_300), r"n01000000\.tar: damaged or incomplete archive"),  # within a picture
+        (cut_at(20_000), r"n01000000\.tar: damaged or incomplete archive"),  # within a header
+        (cut_at(19_968), r"n01000000\.tar: damaged or incomplete archive"),  # before a header
+        (overwritten_at(19_968), r"n01000000\.tar: damaged or incomplete archive"),
+        (class_tars() | {"n02000000.tar": tar({"x.JPEG": b"no image"})}, "1 of 151 examples .*: n02000000/x.JPEG: "),
+    ],
+)  # fmt: skip
+def test_damaged_archives_of_imagenet22k_leave_nothing(
+    content: Mapping[str, bytes], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "source").mkdir()
+    with pytest.raises(BeitJaxError, match=message) as caught:
+        prepare_imagenet22k(tree(tmp_path / "source", content), tmp_path / "data")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_imagenet22k_arguments(tmp_path: Path) -> None:
+    with pytest.raises(BeitJaxError, match=r"none: expected a tar per class .*, found neither"):
+        prepare_imagenet22k(tmp_path / "none", tmp_path / "data")
+    with pytest.raises(BeitJaxError, match=r"held-out share: expected a number in \[0, 1\), found -0.1"):
+        prepare_imagenet22k(tree(tmp_path / "tars", class_tars()), tmp_path / "data", held_out=-0.1)
 
 
 # ADE20K

@@ -11,10 +11,23 @@ from beit_jax.heads import abstract_model, num_params, statistics
 from beit_jax.images import Within
 from beit_jax.train.objectives import classification, segmentation
 from beit_jax.train.optim import optimizer
-from beit_jax.train.recipe import DataOptions, OptimOptions, Recipe, check
+from beit_jax.train.recipe import (
+    NOTHING,
+    AugmentOptions,
+    Data2vecOptions,
+    DataOptions,
+    DvaeOptions,
+    MaskOptions,
+    ModelOptions,
+    OptimOptions,
+    Recipe,
+    TokenOptions,
+    VqkdOptions,
+    check,
+)
 from beit_jax.train.recipes import RECIPES, recipe_named
 from beit_jax.train.resolve import image_processor, model_config
-from beit_jax.train.schedule import poly_table, schedule_table
+from beit_jax.train.schedule import decay_table, poly_table, schedule_table
 from beit_jax.train.state import initial_state
 from beit_jax.train.step import make_train_step
 from beit_jax.variants import VARIANTS
@@ -42,13 +55,14 @@ def test_every_recipe_traces(name: str) -> None:
     graph, params = abstract_model(config, dtype=jnp.dtype(recipe.model.dtype))
     tx = optimizer(recipe.optim, config)
     state = jax.eval_shape(lambda params: initial_state(params, tx, ema=recipe.optim.ema is not None), params)
+    rates = schedule_table(recipe.optim, IMAGENET // recipe.data.batch_size)
     step = make_train_step(
         graph,
         classification(recipe, config),
         tx,
-        schedule_table(recipe.optim, IMAGENET // recipe.data.batch_size),
+        rates,
         accumulate=recipe.optim.accumulate,
-        ema=recipe.optim.ema,
+        decays=decay_table(recipe.optim, len(rates)),
     )
     batch = {
         "image": jax.ShapeDtypeStruct((recipe.data.batch_size, *config.image_size, 3), jnp.uint8),
@@ -107,7 +121,12 @@ def test_every_segmentation_recipe_traces(name: str) -> None:
     state = jax.eval_shape(lambda params: initial_state(params, tx, statistics=statistics(config)), params)
     rates = poly_table(recipe.optim, ADE20K // recipe.data.batch_size)
     step = make_train_step(
-        graph, segmentation(recipe, config), tx, rates, accumulate=recipe.optim.accumulate, ema=recipe.optim.ema
+        graph,
+        segmentation(recipe, config),
+        tx,
+        rates,
+        accumulate=recipe.optim.accumulate,
+        decays=decay_table(recipe.optim, len(rates)),
     )
     size = (recipe.data.batch_size, *config.image_size)
     batch = {"image": jax.ShapeDtypeStruct((*size, 3), jnp.uint8), "label": jax.ShapeDtypeStruct(size, jnp.int32)}
@@ -216,3 +235,93 @@ def test_an_unknown_variant() -> None:
 def test_values_out_of_range(change: dict[str, object], message: str) -> None:
     with pytest.raises(BeitJaxError, match=message):
         check(replace(Recipe("any"), **change))
+
+
+UNUSED = r"--{}: {} does not use it, leave it out; found {}"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("digits_pretrain", {"mask": MaskOptions(patches=0)}, r"--mask.patches: expected a positive integer, found 0"),
+        ("digits_pretrain", {"mask": MaskOptions(min_block=0)}, r"--mask.min-block: expected a positive integer"),
+        ("digits_pretrain", {"mask": MaskOptions(max_block=0)}, r"--mask.max-block: expected a positive integer"),
+        ("digits_pretrain", {"mask": MaskOptions(min_aspect=1.5)}, r"--mask.min-aspect: expected a number in \(0, 1\]"),
+        (
+            "digits_pretrain",
+            {"tokens": TokenOptions(aggregation_layers=2)},
+            r".*aggregation-layers: expected both or none",
+        ),
+        (
+            "digits_pretrain",
+            {"tokens": TokenOptions(aggregate_from=-1)},
+            r"--tokens.aggregate-from: expected an integer",
+        ),
+        (
+            "digits_pretrain",
+            {"optim": OptimOptions(ema=0.9)},
+            r"--optim.ema: expected None, masked_tokens keeps .* 0.9",
+        ),
+        (
+            "digits_pretrain",
+            {"model": ModelOptions(pooling="cls")},
+            r"--model.pooling: expected mean, masked_tokens pools",
+        ),
+        (
+            "digits_pretrain",
+            {"augment": AugmentOptions()},
+            UNUSED.format("augment.randaugment", "masked_tokens", "rand"),
+        ),
+        ("digits_pretrain", {"augment": replace(NOTHING, erasing=0.1)}, UNUSED.format("augment.erasing", ".*", 0.1)),
+        ("digits_pretrain", {"augment": replace(NOTHING, mixup=0.1)}, UNUSED.format("augment.mixup", ".*", 0.1)),
+        ("digits_pretrain", {"data2vec": Data2vecOptions(beta=1.0)}, UNUSED.format("data2vec.beta", ".*", 1.0)),
+        ("digits_pretrain", {"vqkd": VqkdOptions(decay=0.5)}, UNUSED.format("vqkd.decay", ".*", 0.5)),
+        (
+            "digits_data2vec",
+            {"optim": OptimOptions()},
+            r"--optim.ema: expected a decay, data2vec's teacher .* found None",
+        ),
+        (
+            "digits_data2vec",
+            {"optim": OptimOptions(ema=0.9, ema_start=1.0)},
+            r"--optim.ema-start: expected a number in",
+        ),
+        ("digits_data2vec", {"optim": OptimOptions(ema=0.9, ema_start=0.5)}, r"--optim.ema-steps: expected steps over"),
+        (
+            "digits_data2vec",
+            {"data2vec": Data2vecOptions(target_layers=0)},
+            r"--data2vec.target-layers: expected a pos",
+        ),
+        ("digits_data2vec", {"data2vec": Data2vecOptions(beta=-1.0)}, r"--data2vec.beta: expected a number >= 0"),
+        (
+            "digits_data2vec",
+            {"tokens": TokenOptions(interpolation="bicubic")},
+            UNUSED.format("tokens.interp.*", ".*", "b"),
+        ),
+        ("vqkd_base", {"vqkd": VqkdOptions(decay=1.0)}, r"--vqkd.decay: expected a number in \[0, 1\), found 1.0"),
+        ("vqkd_base", {"vqkd": VqkdOptions(commitment=-0.1)}, r"--vqkd.commitment: expected a number >= 0"),
+        ("vqkd_base", {"vqkd": VqkdOptions(codebook_dim=0)}, r"--vqkd.codebook-dim: expected a positive integer"),
+        ("vqkd_base", {"mask": MaskOptions(patches=50)}, UNUSED.format("mask.patches", "vqkd", 50)),
+        ("vqkd_base", {"optim": OptimOptions(ema=0.9)}, r"--optim.ema: expected None, vqkd keeps something else there"),
+        ("dvae", {"dvae": DvaeOptions(temperature=(1.0, 0.0))}, r"--dvae.temperature: expected two positive numbers"),
+        (
+            "dvae",
+            {"dvae": DvaeOptions(temperature_share=1.5)},
+            r"--dvae.temperature-share: expected a number in \[0, 1\]",
+        ),
+        ("dvae", {"dvae": DvaeOptions(divergence=-1.0)}, r"--dvae.divergence: expected a number >= 0, found -1.0"),
+        ("dvae", {"dvae": DvaeOptions(groups=0)}, r"--dvae.groups: expected a positive integer, found 0"),
+        ("dvae", {"mask": MaskOptions(exact=True)}, UNUSED.format("mask.exact", "dvae", True)),
+        ("digits_finetune", {"mask": MaskOptions(patches=50)}, UNUSED.format("mask.patches", "classification", 50)),
+        ("digits_finetune", {"dvae": DvaeOptions(width=8)}, UNUSED.format("dvae.width", "classification", 8)),
+        ("digits_probe", {"optim": OptimOptions(ema=0.9)}, r"--optim.ema: expected None, linear_probe keeps"),
+        (
+            "digits_finetune",
+            {"optim": OptimOptions(ema_start=0.9)},
+            r"--optim.ema-start: expected None without --optim.ema",
+        ),
+    ],
+)
+def test_options_of_pretraining_that_cannot_be(name: str, change: dict[str, object], message: str) -> None:
+    with pytest.raises(BeitJaxError, match=rf"^{message}"):
+        check(replace(recipe_named(name), **change))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.train.recipe import OptimOptions
-from beit_jax.train.schedule import poly_table, schedule_table, total_steps
+from beit_jax.train.schedule import decay_table, poly_table, schedule_table, total_steps
 
 
 def test_golden_values_of_the_original() -> None:
@@ -67,3 +67,40 @@ def test_a_run_without_steps_is_refused(table: object) -> None:
         BeitJaxError, match=r"--optim.epochs: expected at least one step, found 0.04 epochs of 10 steps"
     ):
         table(OptimOptions(epochs=0.04, warmup_epochs=0.0), 10)
+
+
+# --- The moving average's decay ---------------------------------------------------------------------------------------
+
+
+def test_golden_decays_of_data2vec() -> None:
+    """Its command's defaults: from .999 to .9998 over 25000 updates. The published runs hold .9998 from the start."""
+    annealed = decay_table(OptimOptions(ema=0.9998, ema_start=0.999, ema_steps=25_000), 25_003)
+    assert annealed is not None and annealed.dtype == np.float32 and annealed.shape == (25_003, 2)
+    golden = {0: 0.999, 1: 0.999000032, 12_500: 0.9994, 24_999: 0.999799968, 25_000: 0.9998, 25_002: 0.9998}
+    for step, decay in golden.items():
+        assert annealed[step].tolist() == pytest.approx([decay, 1 - decay], rel=1e-7), step
+    constant = decay_table(OptimOptions(ema=0.9998), 4)
+    assert np.array_equal(constant, np.tile(np.array([0.9998, 0.0002], np.float32), (4, 1)))
+
+
+def test_one_minus_the_decay_has_all_digits_of_float32() -> None:
+    """From the decay in float32, it would have three or four: 0.00019997 for 0.0002."""
+    table = decay_table(OptimOptions(ema=0.9998), 1)
+    assert table is not None and table[0, 1] == np.float32(0.0002)
+    assert abs((np.float32(1.0) - table[0, 0]) / np.float32(0.0002) - 1) > 1e-4
+
+
+@given(start=st.floats(0.0, 0.99999), end=st.floats(0.0, 0.99999), rising=st.integers(1, 60), steps=st.integers(1, 90))
+def test_decays_go_straight_from_start_to_end_and_stay(start: float, end: float, rising: int, steps: int) -> None:
+    """Also where the run is shorter than the rise: it is not squeezed into the run."""
+    table = decay_table(OptimOptions(ema=end, ema_start=start, ema_steps=rising), steps)
+    assert table is not None and table.shape == (steps, 2)
+    expected = [end if step >= rising else start + step * (end - start) / rising for step in range(steps)]
+    np.testing.assert_allclose(table[:, 0], expected, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(table[:, 1], 1.0 - np.asarray(expected), rtol=1e-6)
+    assert table[0, 0] == np.float32(start) and (table[rising:, 0] == np.float32(end)).all()
+
+
+def test_no_average_has_no_decays() -> None:
+    assert decay_table(OptimOptions(), 5) is None
+    assert np.array_equal(decay_table(OptimOptions(ema=0.0), 2), [[0.0, 1.0], [0.0, 1.0]])

@@ -28,7 +28,7 @@ from beit_jax.train.preview import preview
 from beit_jax.train.recipe import AugmentOptions, Recipe, SegmentationOptions, check
 from beit_jax.train.recipes import recipe_named
 from beit_jax.train.schedule import poly_table
-from beit_jax.train.tasks import Segmentation
+from beit_jax.train.supervised import Segmentation
 from beit_jax.tree import flatten
 from beit_jax.weights import load
 

@@ -32,6 +32,7 @@ SEGMENTER = replace(
 )
 OPTIM = OptimOptions(weight_decay=0.1, layer_decay=0.8, clip=0.2)
 RATES = np.linspace(0.0, 1e-2, 12, dtype=np.float32)  # a warmup: the first rate is 0
+DECAYS = np.tile(np.asarray([0.9, 0.1], np.float32), (len(RATES), 1))
 SIZE = 8
 GOOD, NAN_GRADIENT, INFINITE_GRADIENT, NAN_LOSS, INFINITE_LOSS = range(5)
 BAD = {
@@ -96,7 +97,7 @@ def batch(seed: int = 0, **bad: int) -> Batch:
 def compiled(accumulate: int = 1, seed: int = 0, config: BeitConfig = CONFIG) -> Callable[..., tuple[State, Metrics]]:
     graph, _ = abstract_model(config)
     tx = optimizer(OPTIM, config)
-    return jax.jit(make_train_step(graph, OBJECTIVE, tx, RATES, accumulate=accumulate, ema=0.9, seed=seed))
+    return jax.jit(make_train_step(graph, OBJECTIVE, tx, RATES, accumulate=accumulate, decays=DECAYS, seed=seed))
 
 
 def same_bits(one: Any, other: Any) -> bool:
@@ -164,7 +165,7 @@ def test_a_step_subtracts_rate_times_update_then_moves_the_average() -> None:
     gradients = gradient(state.params, batch(1))
     updates, _ = jax.jit(tx.update)(gradients, state.opt, state.params)
     params = jax.tree.map(lambda leaf, update: leaf - RATES[1] * update, state.params, updates)
-    for found, expected in ((after.params, params), (after.ema, ema_update(state.ema, params, 0.9))):
+    for found, expected in ((after.params, params), (after.ema, ema_update(state.ema, params, 0.9, 0.1))):
         for name, leaf in flatten(expected).items():
             np.testing.assert_allclose(flatten(found)[name], leaf, rtol=0, atol=1e-6, err_msg=name)
     norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(gradients)))
@@ -199,8 +200,9 @@ def test_parts_take_turns_so_that_devices_keep_their_samples() -> None:
 
 
 @cache
-def cheap(prepare: Callable[[Batch, Any], Batch] = prepare, **options: Any) -> Callable[..., tuple[State, Metrics]]:
+def cheap(averages: bool = False, **options: Any) -> Callable[..., tuple[State, Metrics]]:
     graph, _ = abstract_model(CONFIG)
+    options["decays"] = DECAYS if averages else None
     return jax.jit(make_train_step(graph, Objective(prepare, cheap_loss), optax.identity(), RATES, **options))
 
 
@@ -238,7 +240,7 @@ def test_preparation_sees_the_whole_batch_and_loss_its_parts_with_different_rand
 
 @pytest.mark.parametrize("ema", [True, False])
 def test_an_objective_gets_the_average_as_its_teacher(ema: bool) -> None:
-    after, metrics = cheap(ema=0.9 if ema else None)(fresh(optax.identity(), ema=ema), batch())
+    after, metrics = cheap(averages=ema)(fresh(optax.identity(), ema=ema), batch())
     assert metrics["teacher"] == ema and bool(after.ema) == ema
 
 
@@ -263,6 +265,80 @@ def test_everything_of_the_state_may_be_donated() -> None:
     ]
 
 
+# --- The average and what follows the counter -------------------------------------------------------------------------
+
+
+def norm(tree: Nested) -> float:
+    return float(np.sqrt(sum(np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(tree))))
+
+
+@cache
+def averaging() -> Callable[..., tuple[State, Metrics]]:
+    """A table in which every number differs, and gains are not one minus decays."""
+    graph, _ = abstract_model(CONFIG)
+    decays = np.stack([np.linspace(0.9, 0.35, len(RATES)), np.linspace(0.2, 0.4, len(RATES))], 1).astype(np.float32)
+    step = make_train_step(graph, Objective(prepare, loss), optax.identity(), RATES + 0.1, decays=decays)
+    return jax.jit(lambda state, batch: (*step(state, batch), jnp.asarray(decays)[state.step]))
+
+
+def test_the_averages_decay_is_the_steps_row_of_the_table() -> None:
+    """A skipped step uses up its row, as it does its learning rate."""
+    state, rows = fresh(optax.identity()), []
+    for i in range(4):
+        bad = i == 1
+        after, metrics, row = averaging()(state, batch(i, s0=NAN_LOSS if bad else GOOD))
+        assert metrics["finite"] == (not bad)
+        decay, gain = (1.0, 0.0) if bad else (float(number) for number in row)
+        for name, leaf in flatten(after.ema).items():
+            expected = decay * flatten(state.ema)[name] + gain * flatten(after.params)[name]
+            np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-6, err_msg=name)
+        rows.append((decay, gain))
+        state = after
+    assert len(set(rows)) == 4
+
+
+def test_ema_distance_is_relative_to_the_parameters_after_the_step() -> None:
+    state = fresh(optax.identity())
+    after, metrics, _ = averaging()(state, batch())
+    difference = jax.tree.map(lambda average, leaf: np.asarray(average) - np.asarray(leaf), after.ema, after.params)
+    assert metrics["ema_distance"] == pytest.approx(norm(difference) / norm(after.params), rel=1e-5)
+    assert metrics["ema_distance"] > 0.01
+    before = jax.tree.map(lambda average, leaf: np.asarray(average) - np.asarray(leaf), after.ema, state.params)
+    assert norm(before) / norm(state.params) != pytest.approx(float(metrics["ema_distance"]), rel=1e-3)
+
+
+def test_what_stands_beside_the_parameters_without_decays_is_kept_and_not_measured() -> None:
+    """As a tokenizer, which is no average and need not look like the parameters."""
+    frozen = {"tokenizer": {"kernel": jnp.arange(4.0)}}
+    state = replace(fresh(optax.identity(), ema=False), ema=frozen)
+    after, metrics = cheap()(state, batch())
+    assert same_bits(after.ema, frozen) and metrics["teacher"] and "ema_distance" not in metrics
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_every_part_of_a_batch_finds_the_schedules_scalars(accumulate: int) -> None:
+    """They follow the counter, which bad steps move too, and they are no arrays to be split."""
+    shapes = []
+
+    def loss(model: Model, batch: Batch, key: Any, teacher: Nested | None) -> tuple[jax.Array, Metrics]:
+        shapes.append((batch["temperature"].shape, batch["number"].shape, len(batch["image"])))
+        value = model.classifier.bias[...].sum() * batch["temperature"]
+        seen = {"temperature": batch["temperature"], "number": batch["number"].astype(jnp.float32)}
+        return jnp.where((batch["kind"] == GOOD).all(), value, jnp.nan), seen
+
+    def schedule(step: jax.Array) -> Metrics:
+        return {"temperature": 1.0 / (1.0 + step), "number": step * 3}
+
+    graph, _ = abstract_model(CONFIG)
+    objective = Objective(prepare, loss, schedule)
+    step = jax.jit(make_train_step(graph, objective, optax.identity(), RATES, accumulate=accumulate))
+    state = fresh(optax.identity(), ema=False)
+    for i in range(3):
+        state, metrics = step(state, batch(i, s0=NAN_LOSS if i == 1 else GOOD))
+        assert (metrics["temperature"], metrics["number"]) == (pytest.approx(1.0 / (1.0 + i)), 3.0 * i)
+    assert state.skipped == 1 and set(shapes) == {((), (), SIZE // accumulate)}
+
+
 # --- Running statistics -----------------------------------------------------------------------------------------------
 
 
@@ -270,7 +346,9 @@ def test_everything_of_the_state_may_be_donated() -> None:
 def segmentation_step() -> Callable[[State, Batch], tuple[State, Metrics]]:
     graph, _ = abstract_model(SEGMENTER)
     objective = segmentation(Recipe("test"), SEGMENTER)
-    return jax.jit(make_train_step(graph, objective, optimizer(OPTIM, SEGMENTER), RATES[1:], accumulate=2, ema=0.9))
+    return jax.jit(
+        make_train_step(graph, objective, optimizer(OPTIM, SEGMENTER), RATES[1:], accumulate=2, decays=DECAYS)
+    )
 
 
 def segmentation_state() -> State:

@@ -1,10 +1,11 @@
-"""What differs between the runs of the loop: data, initial parameters, what is learned, evaluation, and the result."""
+"""Runs that learn from labels: classification, segmentation, and linear probes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,131 +17,31 @@ from jaxtyping import Array, Int, Key
 from beit_jax.config import BeitConfig
 from beit_jax.config import Task as Architecture
 from beit_jax.errors import BeitJaxError
-from beit_jax.heads import Model, abstract_model, statistics
+from beit_jax.heads import Model, abstract_model
 from beit_jax.images import ImageProcessor
 from beit_jax.segmentation import Inference, segment
 from beit_jax.terminal import Advance
-from beit_jax.tree import Nested, flatten, unflatten
-from beit_jax.weights import NativeCheckpoint
+from beit_jax.tree import Nested
 
 from .accuracy import HostBatch, evaluate_classification
 from .augment import train_transform
 from .data import Dataset, SegmentationDataset, eval_batches, open_dataset, open_segmentation
+from .estimate import flops
 from .evaluate import Confusion
 from .hosts import gather, on_host
-from .initialize import from_checkpoint, initial_params
+from .initialize import from_checkpoint
 from .objectives import Objective, classification, segmentation
 from .probe import LinearProbe, abstract_probe, evaluate_probe, linear_probe, probe_params
 from .recipe import STATISTICS, Recipe
+from .resolve import model_config
 from .segmentation_augment import segmentation_transform
 from .state import State, variables
-
-Images = Dataset | SegmentationDataset
-Shapes = dict[str, jax.ShapeDtypeStruct]
+from .task import Begin, Images, Quiet, Result, Shapes, Sources, Start, Whole
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Start:
-    """What a state begins with, as arrays or as shapes.
-
-    Attributes:
-        params: what gradients move.
-        stats: running statistics; empty for models without.
-        beside: what the state keeps as `ema`: an average, or a frozen model; empty for most runs.
-    """
-
-    params: Nested
-    stats: Nested
-    beside: Nested
-
-
-class Task(Protocol):
-    """One kind of run."""
-
-    architecture: ClassVar[Architecture]
-    """The head of the model that the configuration speaks of."""
-
-    @staticmethod
-    def open(directory: Path, split: str) -> Images:
-        """A split of prepared data; raises BeitJaxError for data of another kind."""
-
-    @property
-    def transform(self) -> Callable[..., Any]:
-        """What the host does to a training image, as the data's `train_batches` calls it."""
-
-    def batch(self, size: int) -> Shapes:
-        """Shapes of a training batch."""
-
-    @property
-    def graph(self) -> nnx.GraphDef[Any]:
-        """What is trained, without its parameters."""
-
-    @property
-    def objective(self) -> Objective:
-        """What is learned."""
-
-    def shapes(self) -> Start:
-        """Shapes of what `first` returns."""
-
-    def first(self, key: Key[Array, ""]) -> Start:
-        """The values at the start; traceable unless a checkpoint is read."""
-
-    def scores(
-        self, state: State, images: Images, processor: ImageProcessor, mesh: Mesh, advance: Advance
-    ) -> dict[str, float]:
-        """An evaluation's numbers by name; the first is the one to compare runs by."""
-
-    def results(self, state: State) -> dict[str, Nested]:
-        """Directory name to parameters (of `config`) of every model that the run makes; maybe none."""
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """All parameters learn, from a random start or from a checkpoint's."""
-
-    recipe: Recipe
-    config: BeitConfig
-    start: NativeCheckpoint | None
-
-    @property
-    def graph(self) -> nnx.GraphDef[Model]:
-        return abstract_model(self.config, dtype=jnp.dtype(self.recipe.model.dtype))[0]
-
-    def shapes(self) -> Start:
-        params, stats = self._split(abstract_model(self.config)[1])
-        return Start(params, stats, params if self._averages else {})
-
-    def first(self, key: Key[Array, ""]) -> Start:
-        params, stats = self._split(
-            initial_params(self.config, "finetune", key)
-            if self.start is None
-            else from_checkpoint(self.start, self.config, key)[0]
-        )
-        copy = np.copy if self.start else jnp.copy
-        return Start(params, stats, jax.tree.map(copy, params) if self._averages else {})
-
-    def results(self, state: State) -> dict[str, Nested]:
-        models = {"model": state.params} | ({"model-ema": state.ema} if self._averages else {})
-        return {name: variables(params, state.stats) for name, params in models.items()}
-
-    def _split(self, tree: Nested) -> tuple[Nested, Nested]:
-        """What gradients move, and running statistics."""
-        flat, fixed = flatten(tree), statistics(self.config)
-        return (
-            unflatten({name: leaf for name, leaf in flat.items() if name not in fixed}),
-            unflatten({name: leaf for name, leaf in flat.items() if name in fixed}),
-        )
-
-    @property
-    def _averages(self) -> bool:
-        return self.recipe.optim.ema is not None
-
-
-class _Labelled:
+class _Labelled(Quiet):
     """Images of one label each."""
 
-    architecture: ClassVar[Architecture] = "image_classification"
     recipe: Recipe
     config: BeitConfig
 
@@ -166,7 +67,7 @@ class _Labelled:
         return eval_batches(
             images,
             processor,
-            data.eval_batch_size or data.batch_size // self.recipe.optim.accumulate,
+            self.recipe.eval_batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=data.workers,
@@ -174,7 +75,7 @@ class _Labelled:
 
 
 @dataclass(frozen=True)
-class Classification(_Labelled, _Whole):
+class Classification(_Labelled, Whole):
     """One label for an image."""
 
     @property
@@ -192,7 +93,7 @@ class Classification(_Labelled, _Whole):
 
 
 @dataclass(frozen=True)
-class Segmentation(_Whole):
+class Segmentation(Quiet, Whole):
     """One label for every pixel."""
 
     architecture: ClassVar[Architecture] = "semantic_segmentation"
@@ -270,11 +171,14 @@ class Probe(_Labelled):
 
     recipe: Recipe
     config: BeitConfig
-    start: NativeCheckpoint | None
+    sources: Sources
+    steps: int
 
-    def __post_init__(self) -> None:
-        if self.start is None:
+    @staticmethod
+    def configure(recipe: Recipe, labels: tuple[str, ...], sources: Sources) -> BeitConfig:
+        if sources.start is None:
             raise BeitJaxError("a linear probe needs an encoder: give --init CHECKPOINT")
+        return model_config(recipe.model, labels, sources.start.config)
 
     @property
     def graph(self) -> nnx.GraphDef[LinearProbe]:
@@ -291,10 +195,10 @@ class Probe(_Labelled):
     def shapes(self) -> Start:
         return Start(abstract_probe(self.config, self.config.num_labels)[1], {}, abstract_model(self.config)[1])
 
-    def first(self, key: Key[Array, ""]) -> Start:
-        assert self.start is not None
-        heads = jax.tree.map(np.asarray, probe_params(self.config, self.config.num_labels, key))
-        return Start(heads, {}, from_checkpoint(self.start, self.config, key)[0])
+    def first(self, key: Key[Array, ""]) -> Begin:
+        assert self.sources.start is not None
+        heads = partial(probe_params, self.config, self.config.num_labels, key)
+        return Begin(heads, {}, from_checkpoint(self.sources.start, self.config, key)[0])
 
     def scores(
         self, state: State, images: Images, processor: ImageProcessor, mesh: Mesh, advance: Advance
@@ -306,12 +210,13 @@ class Probe(_Labelled):
         by_block = {f"accuracy_block_{i}": correct / found.images for i, correct in enumerate(found.correct, start=1)}
         return {"accuracy": found.top1, "best_block": float(found.best), **by_block}
 
-    def results(self, state: State) -> dict[str, Nested]:
+    def results(self, state: State) -> dict[str, Result]:
         return {}
 
+    @property
+    def flops(self) -> float:
+        return flops(self.config).forward  # nothing passes back through the encoder
 
-def task_of(recipe: Recipe) -> type[Classification] | type[Segmentation] | type[Probe]:
-    """The kind of a recipe's run."""
-    if recipe.objective == "classification":
-        return Classification
-    return Segmentation if recipe.objective == "segmentation" else Probe
+    @property
+    def activations(self) -> int:
+        return 4 * self.config.num_hidden_layers * 2 * self.config.hidden_size  # the features of every block

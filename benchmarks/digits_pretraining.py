@@ -1,0 +1,88 @@
+"""Does pre-training learn? Linear probes after `digits_pretrain` and `digits_data2vec`, and of random weights.
+
+For every seed: a tokenizer is trained (`digits_tokenizer`), two models are pre-trained without labels, and the same
+linear probe (`digits_probe`) reads the best block of each, and of a model with the weights that pre-training starts
+from. The score is the accuracy on 450 held-out digits.
+
+    python benchmarks/digits_pretraining.py --out /tmp/digits
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from beit_jax import weights
+from beit_jax.output import new_directory
+from beit_jax.train.hosts import on_host
+from beit_jax.train.loop import Outcome, train
+from beit_jax.train.plan import Plan, make_plan
+from beit_jax.train.prepare import prepare_digits
+from beit_jax.train.recipe import Recipe
+from beit_jax.train.recipes import recipe_named
+from beit_jax.tree import flatten
+from beit_jax.weights import NativeCheckpoint
+
+
+def seeded(name: str, seed: int) -> Recipe:
+    recipe = recipe_named(name)
+    return replace(recipe, run=replace(recipe.run, seed=seed))
+
+
+def run(plan: Plan, out: Path) -> Outcome:
+    outcome = train(plan, out, quiet=True)
+    print(f"{out.name:<16} {outcome.timing.total:6.0f} s  {dict(outcome.scores)}", flush=True)
+    return outcome
+
+
+def untrained(plan: Plan, directory: Path) -> Path:
+    """A native checkpoint of what a run starts from."""
+    params = {name: on_host(leaf) for name, leaf in flatten(plan.first_state().params).items()}
+    with new_directory(directory, overwrite=False) as partial:
+        weights.save(partial, NativeCheckpoint(plan.config, plan.processor, params, {"source": "random weights"}))
+    return directory
+
+
+def accuracies(data: Path, out: Path, seed: int) -> dict[str, float]:
+    """Of the probe, by what it reads."""
+    out.mkdir(parents=True)
+    run(make_plan(seeded("digits_tokenizer", seed), data), out / "tokenizer")
+    tokens = make_plan(seeded("digits_pretrain", seed), data, tokenizer=out / "tokenizer" / "tokenizer")
+    features = make_plan(seeded("digits_data2vec", seed), data)
+    starts = {"random weights": untrained(tokens, out / "random")}
+    for name, plan in (("digits_pretrain", tokens), ("digits_data2vec", features)):
+        run(plan, out / name)
+        starts[name] = out / name / "model"
+    probe = seeded("digits_probe", seed)
+    probe = replace(probe, model=replace(probe.model, image_size=tokens.recipe.model.image_size))
+    return {
+        name: run(make_plan(probe, data, start), out / f"probe {name}").scores["accuracy"]
+        for name, start in starts.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory to make")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    began = time.monotonic()
+    options.out.mkdir(parents=True)
+    data = prepare_digits(options.out / "digits").directory
+    found = [accuracies(data, options.out / f"seed {seed}", seed) for seed in range(options.seeds)]
+    table = {name: [scores[name] for scores in found] for name in found[0]}
+    if options.json:
+        print(json.dumps({"accuracy": table, "seconds": time.monotonic() - began}))
+        return
+    for name, values in table.items():
+        seeds = "  ".join(f"{100 * value:5.2f}" for value in values)
+        print(f"{name:<16} {100 * np.mean(values):5.2f} % (spread {100 * np.ptp(values):.2f}): {seeds}")
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Pre-training steps of small models on meshes of eight virtual devices and on one device, as JSON.
+
+Run as a script in a process of its own: how many devices there are is settled when JAX starts.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from beit_jax.config import BeitConfig
+from beit_jax.dvae import DvaeEncoderConfig
+from beit_jax.heads import param_shapes
+from beit_jax.images import ImageProcessor
+from beit_jax.tokenizer import TokenizerCheckpoint, tokenizer_shapes
+from beit_jax.train.optim import optimizer
+from beit_jax.train.plan import Plan
+from beit_jax.train.recipe import (
+    Data2vecOptions,
+    MaskOptions,
+    ModelOptions,
+    OptimOptions,
+    Recipe,
+    TokenOptions,
+    VqkdOptions,
+)
+from beit_jax.train.sharding import make_mesh, put_batch
+from beit_jax.train.state import State
+from beit_jax.train.task import Sources
+from beit_jax.train.unsupervised import Data2vec, MaskedTokens, Vqkd
+from beit_jax.tree import flatten
+from beit_jax.weights import NativeCheckpoint
+
+MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2))
+STEPS, BATCH, PATCHES, MOST, RATE = 5, 16, 16, 9, 1e-3
+VOCABULARY = 256
+STUDENT = BeitConfig(
+    task="masked_image_modeling",
+    image_size=(32, 32),
+    patch_size=(8, 8),
+    hidden_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=512,
+    position_bias="shared",
+    use_mask_token=True,
+    drop_path_rate=0.1,
+    hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+    vocab_size=VOCABULARY,
+)
+ENCODER = replace(
+    STUDENT, task="features", pooling="cls", use_mask_token=False, drop_path_rate=0.0,
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+DVAE = DvaeEncoderConfig(n_hid=128, vocab_size=VOCABULARY, group_count=2, n_blk_per_group=1, image_size=(8, 8))
+RECIPE = Recipe(
+    name="sharded",
+    model=ModelOptions(dtype="float32"),
+    mask=MaskOptions(patches=MOST, min_block=1),
+    optim=OptimOptions(lr=RATE, clip=3.0),
+)
+
+
+def checkpoint(config: BeitConfig, seed: int) -> NativeCheckpoint:
+    """Random parameters that keep activations near unit size, none at zero."""
+    rng = np.random.default_rng(seed)
+
+    def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        value = rng.standard_normal(shape).astype(np.float32)
+        return 1 + 0.1 * value if name.endswith(("scale", "gamma_1", "gamma_2")) else 0.05 * value
+
+    params = {name: values(name, shape) for name, shape in param_shapes(config).items()}
+    return NativeCheckpoint(config, ImageProcessor(mean=(0.5,) * 3, std=(0.5,) * 3), params)
+
+
+def masked_tokens() -> MaskedTokens:
+    config = replace(STUDENT, aggregate_from=1, aggregation_layers=1)
+    rng = np.random.default_rng(1)
+
+    def values(shape: tuple[int, ...]) -> np.ndarray:
+        return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[:-1]))).astype(np.float32)
+
+    tokenizer = TokenizerCheckpoint(DVAE, {name: values(shape) for name, shape in tokenizer_shapes(DVAE).items()})
+    tokens, optim = TokenOptions(aggregate_from=1, aggregation_layers=1), replace(RECIPE.optim, accumulate=2)
+    recipe = replace(RECIPE, objective="masked_tokens", tokens=tokens, optim=optim)
+    return MaskedTokens(recipe, config, Sources(tokenizer=tokenizer), STEPS)
+
+
+def data2vec() -> Data2vec:
+    config = replace(STUDENT, vocab_size=STUDENT.hidden_size)
+    options = replace(RECIPE.optim, ema=0.9)
+    recipe = replace(RECIPE, objective="data2vec", data2vec=Data2vecOptions(target_layers=2), optim=options)
+    return Data2vec(recipe, config, Sources(start=checkpoint(config, 2)), STEPS)
+
+
+def vqkd() -> Vqkd:
+    options = VqkdOptions(vocab_size=32, codebook_dim=8, decoder_layers=1)
+    model = replace(RECIPE.model, drop_path=0.0)
+    recipe = replace(RECIPE, objective="vqkd", model=model, vqkd=options)
+    return Vqkd(recipe, ENCODER, Sources(teacher=checkpoint(ENCODER, 3)), STEPS)
+
+
+TASKS: dict[str, Callable[[], Any]] = {"masked_tokens": masked_tokens, "data2vec": data2vec, "vqkd": vqkd}
+
+
+def batches() -> list[dict[str, np.ndarray]]:
+    """Patches of different colours, and masks that hide three to nine of them."""
+    rng = np.random.default_rng(0)
+
+    def batch() -> dict[str, np.ndarray]:
+        colours = rng.integers(0, 200, (BATCH, 4, 4, 3))
+        coarse = colours.repeat(2, axis=1).repeat(2, axis=2) + rng.integers(0, 56, (BATCH, 8, 8, 3))
+        image = colours.repeat(8, axis=1).repeat(8, axis=2) + rng.integers(0, 56, (BATCH, 32, 32, 3))
+        ranks = rng.permuted(np.tile(np.arange(PATCHES), (BATCH, 1)), axis=1)
+        return {
+            "image": image.astype(np.uint8),
+            "token_image": coarse.astype(np.uint8),
+            "mask": ranks < rng.integers(3, MOST + 1, (BATCH, 1)),
+        }
+
+    return [batch() for _ in range(STEPS)]
+
+
+def planned(name: str, shape: tuple[int, int, int]) -> Plan:
+    """A run as `make_plan` makes it, of data that nobody reads."""
+    task, data = TASKS[name](), range(BATCH)
+    return Plan(
+        recipe=task.recipe,
+        config=task.config,
+        processor=ImageProcessor(),
+        sources=task.sources,
+        training=data,  # type: ignore[arg-type]
+        validation=None,
+        mesh=make_mesh(shape, jax.devices()[: int(np.prod(shape))]),
+        task=task,
+        tx=optimizer(task.recipe.optim, task.config),
+        rates=np.full(STEPS, RATE, np.float32),
+    )
+
+
+Held = dict[str, list[int]]
+
+
+def steps(name: str, shape: tuple[int, int, int]) -> tuple[list[float], tuple[State, Held], State]:
+    """Losses; the state at the start, in host memory, as steps consume it, and where it lay; and the one at the end."""
+    plan = planned(name, shape)
+    with jax.set_mesh(plan.mesh):
+        state, losses = plan.first_state(), []
+        before = jax.tree.map(np.array, state), placement(state)
+        for batch in batches():
+            wanted = {part: batch[part] for part in plan.task.batch(BATCH)}
+            state, metrics = plan.step(state, put_batch(wanted, plan.mesh))
+            losses.append(float(metrics["loss"]))
+    return losses, before, state
+
+
+def on_one_device(name: str) -> tuple[dict[str, Any], State]:
+    """What every mesh must compute as well."""
+    losses, (before, _), state = steps(name, (1, 1, 1))
+    return {
+        "losses": losses,
+        "moved": {part: difference(getattr(state, part), getattr(before, part)) for part in ("params", "ema", "stats")},
+        "steps": int(state.step),
+        "skipped": int(state.skipped),
+    }, jax.tree.map(np.array, state)
+
+
+def on_mesh(name: str, shape: tuple[int, int, int], expected: State) -> dict[str, Any]:
+    losses, (_, first), state = steps(name, shape)
+    return {
+        "losses": losses,
+        **{part: difference(getattr(state, part), getattr(expected, part)) for part in ("params", "ema", "stats")},
+        "held": placement(state),
+        "held at first": first,
+        "sizes": {path: leaf.shape for path, leaf in flatten(state.ema).items()},
+    }
+
+
+def difference(a: Any, b: Any) -> float:
+    """Largest absolute difference over all leaves; zero without any."""
+    leaves = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), a, b)
+    return max(jax.tree.leaves(leaves), default=0.0)
+
+
+def placement(state: State) -> Held:
+    """Of the parameters and of what is beside them."""
+    return {part: held(getattr(state, part)) for part in ("params", "ema")}
+
+
+def held(tree: Any) -> list[int]:
+    """Bytes on every device, from the buffers themselves."""
+    sizes: Counter[int] = Counter()
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            sizes[shard.device.id] += shard.data.nbytes
+    return [sizes[device.id] for device in jax.devices()]
+
+
+def main() -> None:
+    found = {}
+    for name in TASKS:
+        one, expected = on_one_device(name)
+        meshes = {"x".join(map(str, shape)): on_mesh(name, shape, expected) for shape in MESHES}
+        found[name] = {"one": one, "meshes": meshes}
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
