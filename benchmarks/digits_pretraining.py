@@ -10,7 +10,10 @@ from. The score is the accuracy on 450 held-out digits.
 import argparse
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +37,8 @@ def seeded(name: str, seed: int) -> Recipe:
 
 def run(plan: Plan, out: Path) -> Outcome:
     outcome = train(plan, out, quiet=True)
-    print(f"{out.name:<16} {outcome.timing.total:6.0f} s  {dict(outcome.scores)}", flush=True)
+    score = next(iter(outcome.scores.items()))
+    print(f"{out.parent.name}  {out.name:<22} {outcome.timing.total:6.0f} s  {score[0]} {score[1]:.4f}", flush=True)
     return outcome
 
 
@@ -68,12 +72,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     began = time.monotonic()
     options.out.mkdir(parents=True)
     data = prepare_digits(options.out / "digits").directory
-    found = [accuracies(data, options.out / f"seed {seed}", seed) for seed in range(options.seeds)]
+    seeds = range(options.seeds)
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        found = list(pool.map(accuracies, repeat(data), [options.out / f"seed {seed}" for seed in seeds], seeds))
     table = {name: [scores[name] for scores in found] for name in found[0]}
     if options.json:
         print(json.dumps({"accuracy": table, "seconds": time.monotonic() - began}))

@@ -75,5 +75,5 @@ def counts(tokens: Int[Array, "*b"], codes: int) -> Float[Array, " codes"]:
 
 
 def perplexity(sizes: Float[Array, " codes"]) -> Float[Array, ""]:
-    """How many codes are in use, as it were: the exponential of the entropy of the tokens' frequencies."""
-    return jnp.exp(jax.scipy.special.entr(sizes / sizes.sum()).sum())
+    """How many codes are in use, as it were: the exponential of the entropy of the tokens' frequencies; 1 of none."""
+    return jnp.exp(jax.scipy.special.entr(sizes / jnp.maximum(sizes.sum(), 1.0)).sum())

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from beit_jax.heads import BeitForMaskedImageModeling
 from beit_jax.tree import Nested
 
+from .codebook import perplexity
 from .mixing import normalise
 from .objectives import Batch, Metrics, Objective
 from .recipe import Data2vecOptions, Recipe
@@ -176,11 +177,13 @@ def perplexities(logits: Float[Array, "b k vocab"], labels: Int[Array, "b k"], w
     """How many tokens occur, as it were, among the predicted ones and among the labels: the exponential of the entropy
     of their frequencies in this batch."""
 
-    def perplexity(tokens: Int[Array, "b k"]) -> Float[Array, ""]:
-        counts = jnp.zeros(logits.shape[-1]).at[tokens].add(weights)
-        return jnp.exp(jax.scipy.special.entr(counts / jnp.maximum(weights.sum(), 1.0)).sum())
+    def sizes(tokens: Int[Array, "b k"]) -> Float[Array, " vocab"]:
+        return jnp.zeros(logits.shape[-1]).at[tokens].add(weights)
 
-    return {"predicted_perplexity": perplexity(logits.argmax(axis=-1)), "target_perplexity": perplexity(labels)}
+    return {
+        "predicted_perplexity": perplexity(sizes(logits.argmax(axis=-1))),
+        "target_perplexity": perplexity(sizes(labels)),
+    }
 
 
 def deviation(features: Float[Array, "b k d"], weights: Float[Array, "b k"]) -> Float[Array, ""]:

@@ -232,6 +232,7 @@ def test_images_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str
         found = json.loads(capsys.readouterr().out)
         assert (found["splits"], found["labels"]) == (splits, ["unlabelled"])
         run = ["train", "digits_data2vec", "--data", str(destination), "--out", str(tmp_path / "run"), "--dry-run"]
+        run += ["--data.eval-batch-size", "2"]
         assert main([*run, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["validation_images"] == splits.get("validation", 0)
     finetune = ["train", "digits_finetune", "--data", tmp_path / "dataNone", "--out", tmp_path / "run"]
