@@ -13,7 +13,14 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from beit_jax.convert.options import Options
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.terminal import byte_progress, image_progress, print_json, print_lines, print_table
-from beit_jax.train.commands import Classifying, evaluate_classifier, prepare, tokenize_command, train_command
+from beit_jax.train.commands import (
+    Classifying,
+    aot_command,
+    evaluate_classifier,
+    prepare,
+    tokenize_command,
+    train_command,
+)
 
 if TYPE_CHECKING:
     from beit_jax.heads import Model
@@ -545,13 +552,17 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 
 
+# Their help is that of the recipe that the arguments name.
+RECIPE_COMMANDS = {"train": train_command, "tokenize": tokenize_command, "aot": aot_command}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit code: 0, 1 when a comparison fails, 2 for the user's mistakes."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` blocks clean up
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS | {"train": train_command(arguments), "tokenize": tokenize_command(arguments)},
+            COMMANDS | {name: build(arguments) for name, build in RECIPE_COMMANDS.items()},
             prog="beit-jax",
             description="BEiT and Data2Vec-Vision in JAX: convert PyTorch checkpoints, prove them equal, use them. "
             "Begin with: beit-jax demo",

@@ -18,7 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-ON_REQUEST = {"hub": "needs a network, downloads gigabytes", "slow": "takes minutes"}
+ON_REQUEST = {"hub": "needs a network, downloads gigabytes", "slow": "takes minutes", "tpu": "needs libtpu"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

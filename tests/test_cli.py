@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from beit_jax.__main__ import COMMANDS, main
+from beit_jax.__main__ import COMMANDS, RECIPE_COMMANDS, main
 
 DIGITS = Path(str(files("beit_jax") / "digits"))
 IMAGES = [str(path) for path in sorted((DIGITS / "images").iterdir())]
@@ -140,7 +140,15 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     shown = capsys.readouterr().out.split()
-    assert {*COMMANDS, "train", "tokenize"} <= set(shown) and {"prepare", "reconstruct"} <= COMMANDS.keys()
+    assert {*COMMANDS, *RECIPE_COMMANDS} <= set(shown) and {"prepare", "reconstruct"} <= COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", RECIPE_COMMANDS)
+def test_help_of_a_command_for_recipes_teaches_too(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "beit_base_pt1k", "--help"])
+    about, _, examples = capsys.readouterr().out.partition("Try:")
+    assert "800 epochs" in about and f"beit-jax {command}" in examples
 
 
 @pytest.mark.parametrize("arguments", [["convrt"], ["convert", "only-one"], ["inspect", "a", "--tensor"]])

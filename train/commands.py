@@ -1,7 +1,11 @@
-"""`beit-jax prepare`, `train` and half of `evaluate`. As in `beit_jax.__main__`, imports wait until a command runs."""
+"""Commands on recipes and data: `prepare`, `train`, `tokenize`, `aot` and half of `evaluate`.
+
+As in `beit_jax.__main__`, imports wait until a command runs.
+"""
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -325,6 +329,56 @@ def _tokenize(recipe: Recipe, data: Path, tokenizer: Path, out: Path, *, overwri
     else:
         print_lines([f"written      {out}: tokens of {positions:,} images, {recipe.optim.epochs:g} epochs"])
     return 0
+
+
+def aot_command(arguments: Sequence[str]) -> Callable[..., int]:
+    """The function behind `beit-jax aot`, as `train_command`'s."""
+    given = _named(arguments, "aot")
+    defaults = Numbers.of(given)
+
+    def aot(
+        recipe: Positional[_RecipeName],
+        *,
+        topology: Annotated[str, arg(metavar="CHIP:SHAPE", help="v5e:2x4, v6e:4x4, v5p:2x2x2; 2xv5e:4x4: two slices.")],
+        classes: Annotated[int | None, arg(help="Of the data; by default as the variant was published with.")] = None,
+        quick: Annotated[bool, arg(help="Compile once: do not look for the largest batch that fits.")] = False,
+        json: Annotated[bool, arg(help="Print JSON for programs instead of text for people.")] = False,
+        numbers: Annotated[Numbers, arg(name="")] = defaults,
+    ) -> int:
+        return _aot(numbers.recipe(recipe, given), topology, classes, quick=quick, json=json)
+
+    aot.__doc__ = _AOT_HELP.format(about=_about(given))
+    return aot
+
+
+_AOT_HELP = """Compile the step of a recipe for TPUs that are not here: does it fit, and how fast could it be?
+
+    {about}
+
+    Prints memory of a chip against what the chip has, operations, memory traffic and collectives with their bytes,
+    bounds of the step time and of utilisation by the chip's data sheet, and the largest batch that fits. Needs libtpu
+    (pip install 'jax[tpu]'), and minutes, but no TPU, no data and no checkpoint. Exit code 1: it does not fit.
+
+    Try:
+      beit-jax aot beit_base_pt1k --topology v5e:2x4 --optim.accumulate 2 --model.remat block
+      beit-jax aot beit_large_ft22k_ft1k_512 --topology 2xv5e:4x4 --run.mesh 2 -1 1 --model.remat block --quick
+    """
+
+
+def _aot(recipe: Recipe, topology: str, classes: int | None, *, quick: bool, json: bool) -> int:
+    with _extra():
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, if there is one, stays free
+        from . import aot
+        from .topology import parse_topology
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    found = aot.report(recipe, parse_topology(topology), classes=classes, largest=not quick, say=say)
+    print_json(found.as_dict()) if json else print_lines(found.lines())
+    return 0 if found.fits else 1
 
 
 def _named(arguments: Sequence[str], command: str) -> Recipe:

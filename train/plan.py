@@ -2,115 +2,47 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from beit_jax import weights
-from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.images import ImageProcessor
 from beit_jax.terminal import Progress, no_progress
 from beit_jax.tokenizer import read_tokenizer
-from beit_jax.tree import Nested
 
 from .data import Dataset, splits, train_batches
 from .optim import optimizer
+from .program import Program, learning_rates
 from .recipe import Objective, Recipe
 from .resolve import image_processor
-from .schedule import decay_table, poly_table, schedule_table
-from .sharding import check_batch, init_sharded, make_mesh, place, state_shardings
-from .state import State, initial_state
-from .step import TrainStep, make_train_step
+from .sharding import check_batch, make_mesh
 from .stored_tokens import StoredTokens, token_contract, write_tokens
 from .supervised import Classification, Probe, Segmentation
-from .task import Draw, Images, Sources, Start, Task
+from .task import Images, Sources
 from .unsupervised import Data2vec, Dvae, MaskedTokens, Vqkd
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run consists of.
+class Plan(Program):
+    """What a run consists of: a program, and what it reads.
 
     Attributes:
-        config: of the model; of a tokenizer that is trained, of the images and patches it is for.
         validation: None where the data has no such split, which only learning without labels can do without.
-        rates: [steps] float32, the learning rate of every step.
     """
 
-    recipe: Recipe
-    config: BeitConfig
     processor: ImageProcessor
     sources: Sources
     training: Images
     validation: Images | None
-    mesh: Mesh
-    task: Task
-    tx: optax.GradientTransformation
-    rates: np.ndarray
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
-        return len(self.rates)
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self.training) // self.recipe.data.batch_size
-
-    @cached_property
-    def step(self) -> TrainStep:
-        """The compiled step; it consumes the state it is given."""
-        optim = self.recipe.optim
-        step = make_train_step(
-            self.task.graph,
-            self.task.objective,
-            self.tx,
-            self.rates,
-            accumulate=optim.accumulate,
-            decays=decay_table(optim, self.steps),
-            seed=self.recipe.run.seed,
-        )
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
-
-    @cached_property
-    def shardings(self) -> State:
-        """Where every leaf of the state lies."""
-        return state_shardings(self._shapes, self.mesh)
-
-    @property
-    def abstract_state(self) -> State:
-        """Shapes, dtypes and places of the state: what restoring asks for."""
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            self._shapes,
-            self.shardings,
-        )
-
-    def first_state(self) -> State:
-        """The state before the first step, drawn or read, each part of it where it belongs."""
-        # Step keys are made from the seed too: the initial draw takes another branch of it.
-        first = self.task.first(jax.random.fold_in(jax.random.key(self.recipe.run.seed), 2**31))
-        placed = Start(*(self._placed(part) for part in (first.params, first.stats, first.beside)))
-        return init_sharded(self._state, self.mesh, placed)
-
-    def _placed(self, part: Nested | Draw) -> Nested:
-        if callable(part):
-            return init_sharded(part, self.mesh)
-        return place(part, state_shardings(part, self.mesh))
-
-    @cached_property
-    def _shapes(self) -> State:
-        return jax.eval_shape(self._state, self.task.shapes())
-
-    def _state(self, start: Start) -> State:
-        return replace(initial_state(start.params, self.tx), stats=start.stats, ema=start.beside)
 
 
 Kind = (
@@ -187,8 +119,7 @@ def make_plan(
         teacher=None if teacher is None else weights.load(teacher),
     )
     config = kind.configure(recipe, training.labels, sources)
-    table = poly_table if recipe.optim.schedule == "poly" else schedule_table
-    rates = table(recipe.optim, len(training) // recipe.data.batch_size)
+    rates = learning_rates(recipe, len(training))
     task = kind(recipe, config, sources, len(rates))
     if stored_tokens is not None:
         assert isinstance(task, MaskedTokens)

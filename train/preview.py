@@ -12,7 +12,6 @@ from beit_jax.tree import Nested
 from .estimate import Memory, budget
 from .plan import Plan
 from .recipe import Recipe, groups
-from .sharding import batch_sharding
 
 
 @dataclass(frozen=True)
@@ -68,16 +67,11 @@ def preview(plan: Plan) -> Preview:
         BeitJaxError: shapes that do not fit, as the run would.
     """
     recipe = plan.recipe
-    size, sharding = recipe.data.batch_size, batch_sharding(plan.mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-        for name, shape in plan.task.batch(size).items()
-    }
     with jax.set_mesh(plan.mesh):
-        jax.eval_shape(plan.step, plan.abstract_state, batch)
+        jax.eval_shape(plan.step, plan.abstract_state, plan.abstract_batch)
     mesh = dict(plan.mesh.shape)
     learned = _count(plan.abstract_state.params)
-    images = size // recipe.optim.accumulate // prod(mesh[axis] for axis in BATCH_AXES)
+    images = recipe.data.batch_size // recipe.optim.accumulate // prod(mesh[axis] for axis in BATCH_AXES)
     return Preview(
         recipe=recipe,
         parameters=learned,

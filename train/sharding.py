@@ -19,6 +19,8 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.partition import BATCH_AXES, spec
 from beit_jax.tree import Nested, first_match
 
+from .topology import arrange
+
 T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
@@ -51,17 +53,23 @@ RULES: Sequence[tuple[str, PartitionSpec]] = (
 def make_mesh(shape: tuple[int, int, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The devices (by default all of the run) as a mesh of (data, fsdp, tensor); -1 stands for what is left.
 
+    Over several slices of TPUs the data axis goes over the slices first (`topology.arrange`).
+
     Raises:
-        BeitJaxError: the shape does not use every device exactly once, or its tensor axis spans hosts.
+        BeitJaxError: the shape does not use every device exactly once, its tensor axis spans hosts, or its data axis is
+            no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = _sizes(shape, len(devices))
     local = sum(device.process_index == devices[0].process_index for device in devices)
     if local % sizes[2]:  # a host would have to read the images of another
         raise BeitJaxError(f"--run.mesh: the tensor axis must divide the {local} devices of a host, found {sizes[2]}")
-    # The default is Explicit, under which parameters and batch cannot share an axis. The first argument is positional:
-    # jax 0.12 renamed it.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # The default is Explicit, under which parameters and batch cannot share an axis.
+    types = (AxisType.Auto,) * len(AXES)
+    if len({getattr(device, "slice_index", None) for device in devices}) > 1:
+        return Mesh(arrange(sizes, devices), AXES, axis_types=types)
+    # The first argument is positional: jax 0.12 renamed it.
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
 
 
 def _sizes(shape: tuple[int, int, int], count: int) -> tuple[int, ...]:

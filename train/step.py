@@ -56,6 +56,8 @@ def make_train_step(
     """
     table = np.asarray(rates, np.float32)
     averages = decays is not None
+    # Apart: as one array [steps, 2] a TPU would pad it to 128 columns.
+    decay_of, gain_of = (None, None) if decays is None else (np.ascontiguousarray(column) for column in decays.T)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         prepare_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
@@ -69,7 +71,9 @@ def make_train_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt = tx.update(gradients, state.opt, state.params)
         params = jax.tree.map(lambda leaf, update: leaf - rate * update, state.params, updates)
-        average = ema_update(state.ema, params, *jnp.asarray(decays)[state.step]) if averages else state.ema
+        average = state.ema
+        if averages:
+            average = ema_update(average, params, jnp.asarray(decay_of)[state.step], jnp.asarray(gain_of)[state.step])
         new = {"params": params, "stats": stats, "opt": opt, "ema": average}
         old = {name: getattr(state, name) for name in new}
         after = State(

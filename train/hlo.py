@@ -1,0 +1,431 @@
+"""What a compiled program does on one device, read from the text of its optimised HLO: products, memory, network.
+
+XLA's own cost analysis counts the body of a loop once, and the blocks of these models are one loop. Here loops count as
+often as they run.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+
+import numpy as np
+
+# --- Text -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An array of an instruction's result: its type, and how it lies in memory.
+
+    Attributes:
+        layout: minor axis first, tiles and memory space, as ``1,0:T(8,128)S(1)``; empty where the text has none.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str
+
+    @property
+    def bytes(self) -> int:
+        """Of the values alone."""
+        return prod(self.shape) * _width(self.dtype) // 8
+
+    @property
+    def held(self) -> int:
+        """Of main memory: with the padding of tiles; 0 where it lies on the chip itself, or in a host."""
+        if re.search(r"S\([1-9]", self.layout):
+            return 0
+        order, _, rest = self.layout.partition(":")
+        tile = re.search(r"T\(([\d,]+)\)", rest)
+        if tile is None or not order:
+            return self.bytes
+        sizes = [self.shape[int(axis)] for axis in order.split(",")]
+        for place, size in enumerate(reversed(tile[1].split(","))):
+            if place < len(sizes):
+                sizes[place] += -sizes[place] % int(size)
+        return prod(sizes) * _width(self.dtype) // 8
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line: ``name = type opcode(operands), attributes``."""
+
+    name: str
+    leaves: tuple[Leaf, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    literal: str
+
+    def called(self, attribute: str) -> str | None:
+        """The computation that an attribute names."""
+        found = re.search(rf"\b{attribute}=%?([\w.-]+)", self.attributes)
+        return found and found[1]
+
+    def numbers(self, attribute: str) -> list[int]:
+        """Of ``attribute={1,2}``; empty where it is not."""
+        found = re.search(rf"\b{attribute}={{([\d,]*)}}", self.attributes)
+        return [int(number) for number in found[1].split(",") if number] if found else []
+
+
+@dataclass
+class Computation:
+    """A function of the program, its instructions in order."""
+
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+    root: str = ""
+
+    @cached_property
+    def users(self) -> Mapping[str, Sequence[Instruction]]:
+        """By name, the instructions that read it."""
+        found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+        for instruction in self.instructions.values():
+            for operand in set(instruction.operands) & found.keys():
+                found[operand].append(instruction)
+        return found
+
+    def find(self, name: str) -> Instruction | None:
+        """The instruction behind copies and reshapes of it."""
+        found = self.instructions.get(name)
+        while found is not None and found.opcode in ("bitcast", "copy", "copy-done", "copy-start", "reshape"):
+            found = self.instructions.get(found.operands[0])
+        return found
+
+    def constant(self, name: str) -> int | None:
+        """The integer that an instruction is."""
+        found = self.find(name)
+        known = found is not None and found.opcode == "constant" and re.fullmatch(r"-?\d+", found.literal)
+        return int(found.literal) if found is not None and known else None
+
+
+_LEAF = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_LINE = re.compile(r"\s+(ROOT )?%?([\w.-]+) = ")
+_HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
+
+
+def read(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a module by name, and the name of the one that runs.
+
+    Args:
+        text: as ``jax.stages.Compiled.as_text`` gives it.
+    """
+    computations: dict[str, Computation] = {}
+    current, entry = Computation(), ""
+    for line in text.splitlines():
+        if (head := _HEAD.match(line)) and " = " not in line.partition("(")[0]:
+            current = computations[head[2]] = Computation()
+            entry = head[2] if head[1] else entry
+        elif found := _LINE.match(line):
+            instruction = _instruction(found[2], line[found.end() :])
+            current.instructions[instruction.name] = instruction
+            if found[1]:
+                current.root = instruction.name
+    return computations, entry
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ") - 1
+    leaves = tuple(
+        Leaf(dtype, tuple(int(size) for size in shape.split(",") if size), layout)
+        for dtype, shape, layout in _LEAF.findall(rest[: end + 1])
+    )
+    opcode, _, tail = rest[end + 2 :].partition("(")
+    end = _closing("(" + tail, 0)
+    inside = tail[: end - 1]
+    operands = () if opcode in ("constant", "parameter") else tuple(re.findall(r"%([\w.-]+)", inside))
+    return Instruction(name, leaves, opcode, operands, tail[end:], inside)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` is closed."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if depth == 0:
+            return place
+    return len(text)
+
+
+def _width(dtype: str) -> int:
+    """Bits of a value."""
+    if dtype in ("token", "opaque"):
+        return 0
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8  # pred
+
+
+# --- Work -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All transfers of one kind.
+
+    Attributes:
+        kind: of HLO; "between slices" is what a slice receives of others.
+        count: in one run of the program.
+        bytes: that reach one device, by the algorithms that send least.
+    """
+
+    kind: str
+    count: int
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one device does in one run of a program.
+
+    Attributes:
+        flops: of products of matrices and convolutions; a multiply-add is two.
+        traffic: bytes between main memory and the chip: what every kernel reads and writes, once.
+        cycles: that the compiler reckons with, kernels one after the other, transfers apart; 0 where it does not say.
+        collectives: by kind.
+        unknown_loops: loops whose length depends on data; they count once.
+    """
+
+    flops: float
+    traffic: float
+    cycles: int
+    collectives: tuple[Collective, ...]
+    unknown_loops: int
+
+
+BETWEEN_SLICES = "between slices"
+_KINDS = (
+    "all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute collective-broadcast".split()
+)
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+    "partition-id", "replica-id", "opt-barrier", "add-dependency", "send", "recv",
+}  # fmt: skip
+_HANDLES = ("AllocateBuffer", "ConcatBitcast", "AsyncCollective", "AssumeGatherIndicesInBound")  # no kernels
+
+
+def work(text: str, devices: int) -> Work:
+    """Adds up a program.
+
+    Every branch of a condition counts. A transfer that is split into parts, which overlap with computation, is one.
+
+    Args:
+        text: as ``jax.stages.Compiled.as_text`` gives it.
+        devices: of the program, or of a slice where there are several.
+    """
+    computations, entry = read(text)
+    counter = _Counter(computations, devices)
+    counter.run(entry, 1)
+    return Work(counter.flops, counter.traffic, counter.cycles, counter.collectives(), counter.unknown_loops)
+
+
+class _Counter:
+    def __init__(self, computations: Mapping[str, Computation], devices: int):
+        self.computations, self.devices = computations, devices
+        self.flops, self.traffic, self.cycles, self.unknown_loops = 0.0, 0.0, 0, 0
+        self._transfers: dict[tuple[str, str], tuple[int, float]] = {}
+
+    def run(self, name: str, times: int, *, fused: bool = False) -> None:
+        """Adds a computation that is executed so often; of a fused one only products and transfers."""
+        computation = self.computations[name]
+        for instruction in computation.instructions.values():
+            opcode = instruction.opcode
+            if opcode in ("dot", "convolution"):
+                self.flops += times * _flops(instruction, computation)
+            elif opcode == "while":
+                self._loop(instruction, computation, times)
+            elif opcode == "conditional":
+                for branch in _branches(instruction):
+                    self.run(branch, times)
+            elif opcode == "recv" or opcode.removesuffix("-start") in _KINDS:
+                self._transfer(instruction, name, computation, times)
+            inner = instruction.called("to_apply" if opcode == "call" else "calls")
+            if inner is not None and inner in self.computations:
+                self.run(inner, times, fused=opcode != "call")
+            if not fused:
+                self.traffic += times * self._touched(instruction, computation)
+                estimated = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+                self.cycles += times * int(estimated[1]) if estimated else 0
+
+    def collectives(self) -> tuple[Collective, ...]:
+        totals: dict[str, Collective] = {}
+        for (kind, _), (count, size) in self._transfers.items():
+            before = totals.get(kind, Collective(kind, 0, 0.0))
+            totals[kind] = Collective(kind, before.count + count, before.bytes + count * size)
+        return tuple(totals[kind] for kind in sorted(totals))
+
+    def _loop(self, instruction: Instruction, computation: Computation, times: int) -> None:
+        body, condition = instruction.called("body"), instruction.called("condition")
+        assert body is not None and condition is not None
+        length = _length(instruction, computation, self.computations[condition], self.computations[body])
+        self.unknown_loops += length is None
+        self.run(body, times * (1 if length is None else length))
+
+    def _transfer(self, instruction: Instruction, name: str, computation: Computation, times: int) -> None:
+        kind = instruction.opcode.removesuffix("-start")
+        if kind == "recv":
+            kind, size = BETWEEN_SLICES, float(instruction.leaves[0].bytes)
+        else:
+            operands = [computation.instructions[operand] for operand in instruction.operands]
+            given = sum(leaf.bytes for operand in operands for leaf in operand.leaves)
+            if "all-reduce-scatter" in name:  # a fusion of both, in which each device keeps its part
+                kind = "reduce-scatter"
+            size = _received(kind, given, _group(instruction.attributes) or self.devices)
+        channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+        key = kind, channel[1] if channel else f"{name}/{instruction.name}"
+        # Parts of a transfer share its channel; those before and after a loop are seen less often than those in it.
+        self._transfers[key] = max(self._transfers.get(key, (0, 0.0)), (times, size))
+
+    def _touched(self, instruction: Instruction, computation: Computation) -> float:
+        """Bytes of main memory that an instruction reads and writes."""
+        opcode = instruction.opcode
+        if opcode in _FREE or opcode.endswith("-done") or any(name in instruction.attributes for name in _HANDLES):
+            return 0
+        operands = [computation.instructions[name] for name in instruction.operands if name in computation.instructions]
+        if opcode.endswith("-start"):
+            target = instruction.leaves[0 if opcode == "copy-start" else 1]
+            source = sum(leaf.held for operand in operands for leaf in operand.leaves)
+            return min(source, target.bytes) + target.held
+        inner = self.computations.get(instruction.called("calls") or "")
+        if inner is not None:
+            reads = sum(_read(inner, place, operand) for place, operand in enumerate(operands))
+            return reads + _written(inner, instruction)
+        if opcode in ("dynamic-slice", "slice", "gather"):
+            return sum(leaf.held for leaf in instruction.leaves) + min(operands[0].leaves[0].held, _size(instruction))
+        if opcode == "dynamic-update-slice":
+            return 2 * min(operands[1].leaves[0].bytes, instruction.leaves[0].held)
+        return sum(leaf.held for whole in (instruction, *operands) for leaf in whole.leaves)
+
+
+def _size(instruction: Instruction) -> int:
+    return sum(leaf.bytes for leaf in instruction.leaves)
+
+
+def _read(fused: Computation, place: int, operand: Instruction) -> float:
+    """Bytes that a fusion reads of an operand: of one that it only takes slices of, the slices."""
+    whole = sum(leaf.held for leaf in operand.leaves)
+    parameter = next(
+        (one for one in fused.instructions.values() if one.opcode == "parameter" and one.literal == str(place)), None
+    )
+    if parameter is None or not whole:
+        return whole
+    parts = list(_slices(fused, parameter.name))
+    return whole if None in parts else min(whole, sum(part or 0 for part in parts))
+
+
+def _slices(fused: Computation, name: str) -> Iterator[int | None]:
+    """Bytes of every slice that is taken of a value; None for any other use of it."""
+    for user in fused.users[name]:
+        if user.opcode == "bitcast":
+            yield from _slices(fused, user.name)
+        elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+            yield _size(user)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            yield 0  # changed where it lies
+        else:
+            yield None
+
+
+def _written(fused: Computation, fusion: Instruction) -> float:
+    """Bytes that a fusion writes: of an array changed where it lies, the change."""
+    root = fused.instructions[fused.root]
+    results = root.operands if root.opcode == "tuple" else (root.name,)
+    total = 0.0
+    for leaf, name in zip(fusion.leaves, results, strict=False):
+        found = fused.find(name)
+        if found is not None and found.opcode == "dynamic-update-slice":
+            total += min(leaf.held, _size(fused.instructions[found.operands[1]]))
+        else:
+            total += leaf.held
+    return total
+
+
+def _branches(instruction: Instruction) -> list[str]:
+    several = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+    if several:
+        return re.findall(r"%([\w.-]+)", several[1])
+    return [name for which in ("true", "false") if (name := instruction.called(f"{which}_computation"))]
+
+
+def _length(loop: Instruction, outside: Computation, condition: Computation, body: Computation) -> int | None:
+    """How often a loop runs: said by the compiler, or counted by an index from one constant to another."""
+    said = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if said:
+        return int(said[1])
+    test = condition.find(condition.root)
+    if test is None or test.opcode != "compare" or "direction=LT" not in test.attributes:
+        return None
+    index, end = condition.find(test.operands[0]), condition.constant(test.operands[1])
+    if index is None or index.opcode != "get-tuple-element" or end is None:
+        return None
+    place = int(re.findall(r"index=(\d+)", index.attributes)[0])
+    given, after = outside.find(loop.operands[0]), body.find(body.root)
+    if given is None or after is None or given.opcode != "tuple" or after.opcode != "tuple":
+        return None
+    start, step = outside.constant(given.operands[place]), _step(body, after.operands[place])
+    return None if start is None or not step else max(0, -(-(end - start) // step))
+
+
+def _step(body: Computation, name: str) -> int | None:
+    """What a loop adds to its index."""
+    found = body.find(name)
+    if found is None or found.opcode != "add":
+        return None
+    return next((value for operand in found.operands if (value := body.constant(operand)) is not None), None)
+
+
+def _group(attributes: str) -> int | None:
+    """Devices that exchange data with each other; None: all."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", mesh[1]))
+        return prod(int(sizes[axis]) for axis in re.findall(r"'([\w.]+)'", mesh[2]))
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+        return int(iota[1])
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return len(listed[1].split(","))
+    return None
+
+
+def _received(kind: str, given: int, group: int) -> float:
+    """Bytes that reach one device, of a transfer to which it gives so many."""
+    others = (group - 1) / group
+    factors = {"all-gather": group - 1, "all-reduce": 2 * others, "reduce-scatter": others, "all-to-all": others}
+    return given * factors.get(kind, 1.0)
+
+
+def _flops(instruction: Instruction, computation: Computation) -> float:
+    """Of a product: two for every pair of values that are multiplied."""
+    left, right = (computation.instructions[name].leaves[0].shape for name in instruction.operands[:2])
+    result = instruction.leaves[0].shape
+    if instruction.opcode == "dot":
+        return 2.0 * prod(result) * prod(left[axis] for axis in instruction.numbers("lhs_contracting_dims"))
+    found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert found is not None, "a convolution always says which axis is which"
+    named = zip(found.groups(), (left, right, result), strict=True)
+    inputs, kernel, outputs = (dict(zip(names, shape, strict=True)) for names, shape in named)
+    window = _Window(instruction.attributes)
+    pairs = prod(
+        window.pairs(place, inputs[str(place)], kernel[str(place)], outputs[str(place)])
+        for place in range(len(result) - 2)
+    )
+    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
+    return 2.0 * pairs * kernel["i"] * outputs["f"] * inputs["b"] / (int(groups[1]) if groups else 1)
+
+
+class _Window:
+    """How a kernel moves over an image, ``window={size=3x3 stride=2x2 pad=1_1x1_1 lhs_dilate=2x2}``."""
+
+    def __init__(self, attributes: str):
+        found = re.search(r"window=\{([^}]*)\}", attributes)
+        self._fields = dict(entry.split("=") for entry in found[1].split()) if found else {}
+
+    def pairs(self, axis: int, size: int, kernel: int, outputs: int) -> int:
+        """Along one axis: pairs of an output and a place of the kernel that meet a value, not padding or a gap."""
+        pad = int(self._fields["pad"].split("x")[axis].split("_")[0]) if "pad" in self._fields else 0
+        gap = self._number("lhs_dilate", axis)
+        starts = np.arange(outputs) * self._number("stride", axis) - pad
+        places = starts[:, None] + np.arange(kernel) * self._number("rhs_dilate", axis)
+        return int(np.sum((places >= 0) & (places <= (size - 1) * gap) & (places % gap == 0)))
+
+    def _number(self, name: str, axis: int) -> int:
+        return int(self._fields[name].split("x")[axis]) if name in self._fields else 1
