@@ -4,7 +4,7 @@ For every seed: a tokenizer is trained (`digits_tokenizer`), two models are pre-
 linear probe (`digits_probe`) reads the best block of each, and of a model with the weights that pre-training starts
 from. The score is the accuracy on 450 held-out digits.
 
-    python benchmarks/digits_pretraining.py --out /tmp/digits
+    python benchmarks/digits_pretraining.py --out DIR
 """
 
 import argparse

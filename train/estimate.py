@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from beit_jax.config import BeitConfig
 from beit_jax.encoder import Remat
-from beit_jax.heads import abstract_model, num_params, param_shapes, statistics
+from beit_jax.heads import abstract_model, param_shapes, statistics
 from beit_jax.tree import Nested, first_match
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
@@ -147,36 +147,16 @@ class Memory:
         return [f"{name:<12}{size / 2**30:8.2f} GiB" for name, size in (parts | {"total": self.total}).items() if size]
 
 
-def memory(
-    config: BeitConfig,
-    images: int,
-    *,
-    dtype: DTypeLike = jnp.bfloat16,
-    remat: Remat = "none",
-    ema: bool = False,
-    accumulate: int = 1,
-    shards: int = 1,
-) -> Memory:
+def memory(learned: int, activations: int, *, beside: int = 0, accumulate: int = 1, shards: int = 1) -> Memory:
     """An estimate for each device. What the compiler adds, copies of parameters in `dtype` among it, is not in it;
     `compiled_bytes` of the compiled step knows.
-
-    Args:
-        images: of one part of the batch, on one device.
-        accumulate: parts of a batch; gradients are held twice if there are several.
-        shards: devices that share one copy of parameters, optimizer and average: fsdp times tensor.
-    """
-    activations = images * activation_bytes(config, dtype=dtype, remat=remat)
-    learned = 4 * num_params(config)
-    return budget(learned, activations, beside=learned * ema, accumulate=accumulate, shards=shards)
-
-
-def budget(learned: int, activations: int, *, beside: int, accumulate: int = 1, shards: int = 1) -> Memory:
-    """As `memory`, from sizes.
 
     Args:
         learned: bytes of the parameters that gradients move.
         activations: bytes of one part of the batch, on one device.
         beside: bytes of what else the state holds: an average of the parameters, or a frozen model.
+        accumulate: parts of a batch; gradients are held twice if there are several.
+        shards: devices that share one copy of parameters, optimizer and average: fsdp times tensor.
     """
     numbers = -(-learned // shards)
     return Memory(

@@ -18,7 +18,7 @@ from beit_jax.tokenizer import read_tokenizer
 from .data import Dataset, splits, train_batches
 from .optim import optimizer
 from .program import Program, learning_rates
-from .recipe import Objective, Recipe
+from .recipe import UNSUPERVISED, Objective, Recipe
 from .resolve import image_processor
 from .sharding import check_batch, make_mesh
 from .stored_tokens import StoredTokens, token_contract, write_tokens
@@ -63,9 +63,8 @@ KINDS: Mapping[Objective, Kind] = {
     "vqkd": Vqkd,
     "dvae": Dvae,
 }
-_LABELLED: Sequence[Objective] = ("classification", "segmentation", "linear_probe")
 _SOURCES: Mapping[str, Sequence[Objective]] = {
-    "init": (*_LABELLED, "masked_tokens", "data2vec"),
+    "init": ("classification", "segmentation", "linear_probe", "masked_tokens", "data2vec"),
     "tokenizer": ("masked_tokens",),
     "decoder": ("masked_tokens",),
     "stored-tokens": ("masked_tokens",),
@@ -192,13 +191,13 @@ def _check_sizes(recipe: Recipe, data: Path, training: Images, validation: Image
     if validation is None or recipe.objective == "segmentation":  # which evaluates images one by one
         return
     check_batch(recipe.eval_batch_size, mesh, option="--data.eval-batch-size")
-    if recipe.objective not in _LABELLED and len(validation) < recipe.eval_batch_size:  # in whole batches
+    if recipe.objective in UNSUPERVISED and len(validation) < recipe.eval_batch_size:  # in whole batches
         raise BeitJaxError(
             f"{data}: {len(validation)} images to evaluate, fewer than --data.eval-batch-size {recipe.eval_batch_size}"
         )
 
 
 def _validation(kind: Kind, recipe: Recipe, data: Path) -> Images | None:
-    if recipe.objective not in _LABELLED and "validation" not in splits(data):
+    if recipe.objective in UNSUPERVISED and "validation" not in splits(data):
         return None
     return kind.open(data, "validation")

@@ -9,7 +9,7 @@ import jax
 from beit_jax.partition import BATCH_AXES
 from beit_jax.tree import Nested
 
-from .estimate import Memory, budget
+from .estimate import Memory, memory
 from .plan import Plan
 from .recipe import Recipe, groups
 
@@ -81,7 +81,7 @@ def preview(plan: Plan) -> Preview:
         validation_images=0 if plan.validation is None else len(plan.validation),
         classes=plan.config.num_labels,
         flops_per_image=plan.task.flops,
-        memory=budget(
+        memory=memory(
             4 * learned,
             images * plan.task.activations,
             beside=4 * _count(plan.abstract_state.ema),

@@ -313,7 +313,7 @@ def check(recipe: Recipe) -> None:
     if optim.ema_start is not None:
         _require(optim.ema is not None, "optim.ema_start", "None without --optim.ema", optim.ema_start)
         _require(optim.ema_steps > 0, "optim.ema_steps", "steps over which the decay grows", optim.ema_steps)
-    if recipe.objective in _UNSUPERVISED:
+    if recipe.objective in UNSUPERVISED:
         _require(model.pooling == "mean", "model.pooling", f"mean, {recipe.objective} pools nothing", model.pooling)
     tokens = recipe.tokens
     if bool(tokens.aggregate_from) != bool(tokens.aggregation_layers):
@@ -412,7 +412,8 @@ _RANGES: Mapping[str, _Range] = {
 }
 """What a value must be; None, where an option may be None, always passes."""
 
-_UNSUPERVISED = ("masked_tokens", "data2vec", "vqkd", "dvae")
+UNSUPERVISED: Sequence[Objective] = ("masked_tokens", "data2vec", "vqkd", "dvae")
+"""They need no labels, and evaluate by their own loss."""
 _CROPS = ("crop_scale", "crop_ratio", "interpolation", "flip", "color_jitter")
 _READ: Mapping[Objective, Mapping[str, Sequence[str] | None]] = {
     "classification": {"augment": None},
@@ -436,7 +437,7 @@ def _check_unused(recipe: Recipe) -> None:
     for group in ("augment", "segment", "mask", "tokens", "data2vec", "vqkd", "dvae"):
         options = getattr(recipe, group)
         read = _READ[recipe.objective].get(group, ())
-        idle = NOTHING if recipe.objective in _UNSUPERVISED and group == "augment" else type(options)()
+        idle = NOTHING if recipe.objective in UNSUPERVISED and group == "augment" else type(options)()
         for entry in dataclasses.fields(options):
             value = getattr(options, entry.name)
             if read is not None and entry.name not in read and value != getattr(idle, entry.name):

@@ -46,16 +46,24 @@ def initial_state(
         statistics: flat names of running statistics among them, `beit_jax.heads.statistics`.
         ema: whether to keep a moving average. It starts as a copy: donating the state must donate no buffer twice.
     """
-    flat = flatten(params)
-    learned = unflatten({name: leaf for name, leaf in flat.items() if name not in statistics})
+    learned, stats = divided(params, statistics)
     return State(
         step=jnp.zeros((), jnp.int32),
         params=learned,
-        stats=unflatten({name: flat[name] for name in statistics}),
+        stats=stats,
         opt=tx.init(learned),
         ema=jax.tree.map(jnp.copy, learned) if ema else {},
         bad=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
+    )
+
+
+def divided(tree: Nested, statistics: Collection[str]) -> tuple[Nested, Nested]:
+    """What gradients move, and the running statistics, which are named flat: what `variables` puts together."""
+    flat = flatten(tree)
+    return (
+        unflatten({name: leaf for name, leaf in flat.items() if name not in statistics}),
+        unflatten({name: flat[name] for name in statistics}),
     )
 
 

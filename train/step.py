@@ -55,9 +55,8 @@ def make_train_step(
         the parameters, as a share of their norm.
     """
     table = np.asarray(rates, np.float32)
-    averages = decays is not None
     # Apart: as one array [steps, 2] a TPU would pad it to 128 columns.
-    decay_of, gain_of = (None, None) if decays is None else (np.ascontiguousarray(column) for column in decays.T)
+    averaging = None if decays is None else [np.ascontiguousarray(column) for column in decays.T]
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         prepare_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
@@ -72,8 +71,8 @@ def make_train_step(
         updates, opt = tx.update(gradients, state.opt, state.params)
         params = jax.tree.map(lambda leaf, update: leaf - rate * update, state.params, updates)
         average = state.ema
-        if averages:
-            average = ema_update(average, params, jnp.asarray(decay_of)[state.step], jnp.asarray(gain_of)[state.step])
+        if averaging is not None:
+            average = ema_update(average, params, *(jnp.asarray(column)[state.step] for column in averaging))
         new = {"params": params, "stats": stats, "opt": opt, "ema": average}
         old = {name: getattr(state, name) for name in new}
         after = State(
@@ -83,7 +82,9 @@ def make_train_step(
             **_chosen(finite, new, old),
         )
         metrics |= {"grad_norm": norm, "learning_rate": rate, "finite": finite}
-        return after, metrics | ({"ema_distance": _distance(after.ema, after.params)} if averages else {})
+        if averaging is not None:
+            metrics |= {"ema_distance": _distance(after.ema, after.params)}
+        return after, metrics
 
     return step
 

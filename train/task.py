@@ -18,7 +18,7 @@ from beit_jax.heads import Model, abstract_model, statistics
 from beit_jax.images import ImageProcessor
 from beit_jax.terminal import Advance
 from beit_jax.tokenizer import TokenizerCheckpoint, TokenizerConfig
-from beit_jax.tree import Nested, flatten, unflatten
+from beit_jax.tree import Nested
 from beit_jax.weights import NativeCheckpoint
 
 from .data import Dataset, SegmentationDataset
@@ -27,7 +27,7 @@ from .initialize import Scheme, from_checkpoint, initial_params
 from .objectives import Objective
 from .recipe import Recipe
 from .resolve import model_config
-from .state import State, variables
+from .state import State, divided, variables
 from .stored_tokens import StoredTokens
 
 Images = Dataset | SegmentationDataset
@@ -203,12 +203,7 @@ class Whole:
         return activation_bytes(self.config, dtype=jnp.dtype(model.dtype), remat=model.remat)
 
     def _split(self, tree: Nested) -> tuple[Nested, Nested]:
-        """What gradients move, and running statistics."""
-        flat, fixed = flatten(tree), statistics(self.config)
-        return (
-            unflatten({name: leaf for name, leaf in flat.items() if name not in fixed}),
-            unflatten({name: leaf for name, leaf in flat.items() if name in fixed}),
-        )
+        return divided(tree, statistics(self.config))
 
     @property
     def _averages(self) -> bool:

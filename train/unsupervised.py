@@ -36,7 +36,7 @@ from .pretraining import collapse, data2vec, masked_tokens, visual_tokens
 from .recipe import Recipe
 from .resolve import image_processor, model_config
 from .sharding import put_batch
-from .state import State, variables
+from .state import State, divided, variables
 from .task import Begin, Images, Quiet, Result, Shapes, Sources, Start, Whole
 from .teachers import abstract_teacher, teacher_params
 from .views import ViewsTransform
@@ -175,9 +175,8 @@ class MaskedTokens(_Unlabelled, Whole):
             raise BeitJaxError("--tokenizer: expected an encoder, found a decoder; give that as --decoder")
         if sources.decoder is not None:
             _check_decoder(sources.decoder.config, sources.tokenizer.config)
-        start = None if sources.start is None else sources.start.config
         config = replace(
-            model_config(recipe.model, labels, start, task=cls.architecture),
+            super().configure(recipe, labels, sources),
             vocab_size=sources.tokenizer.config.vocab_size,
             aggregate_from=recipe.tokens.aggregate_from,
             aggregation_layers=recipe.tokens.aggregation_layers,
@@ -302,16 +301,14 @@ class Data2vec(_Unlabelled, Whole):
 
     @classmethod
     def configure(cls, recipe: Recipe, labels: tuple[str, ...], sources: Sources) -> BeitConfig:
-        start = None if sources.start is None else sources.start.config
-        # The head maps features to features of the same size, which depends on the variant.
-        config = model_config(recipe.model, labels, start, task=cls.architecture)
+        config = super().configure(recipe, labels, sources)
         if recipe.data2vec.target_layers > config.num_hidden_layers:
             raise BeitJaxError(
                 f"--data2vec.target-layers: expected at most the {config.num_hidden_layers} blocks, "
                 f"found {recipe.data2vec.target_layers}"
             )
         BlockMask(config.grid, recipe.mask)  # refuses what cannot be hidden before a run begins
-        return replace(config, vocab_size=config.hidden_size)
+        return replace(config, vocab_size=config.hidden_size)  # the head maps features to features
 
     @property
     def objective(self) -> Objective:
@@ -341,14 +338,18 @@ class Data2vec(_Unlabelled, Whole):
 
 
 @dataclass(frozen=True)
-class Vqkd(_Unlabelled):
-    """BEiT v2's tokenizer, from a teacher's features. The teacher lies beside it."""
+class _Tokenizing(_Unlabelled):
+    """A tokenizer learns; nothing is hidden from it."""
 
     recipe: Recipe
     config: BeitConfig
     sources: Sources
     steps: int
     mask = None
+
+
+class Vqkd(_Tokenizing):
+    """BEiT v2's tokenizer, from a teacher's features. The teacher lies beside it."""
 
     @staticmethod
     def configure(recipe: Recipe, labels: tuple[str, ...], sources: Sources) -> BeitConfig:
@@ -395,11 +396,7 @@ class Vqkd(_Unlabelled):
         return {"tokenizer": Result(self.tokenizer, variables(state.params, state.stats))}
 
     def _split(self, tree: Nested) -> tuple[Nested, Nested]:
-        flat, fixed = flatten(tree), tokenizer_statistics(self.tokenizer)
-        return (
-            unflatten({name: leaf for name, leaf in flat.items() if name not in fixed}),
-            unflatten({name: leaf for name, leaf in flat.items() if name in fixed}),
-        )
+        return divided(tree, tokenizer_statistics(self.tokenizer))
 
     def _teacher(self, dtype: np.dtype[Any]) -> tuple[nnx.GraphDef[Any], Nested]:
         teacher = self.sources.teacher
@@ -407,15 +404,8 @@ class Vqkd(_Unlabelled):
         return abstract_teacher(teacher.config, teacher.processor.mean, teacher.processor.std, dtype=dtype)
 
 
-@dataclass(frozen=True)
-class Dvae(_Unlabelled):
+class Dvae(_Tokenizing):
     """A tokenizer of DALL-E's kind, and its decoder, from images alone."""
-
-    recipe: Recipe
-    config: BeitConfig
-    sources: Sources
-    steps: int
-    mask = None
 
     @staticmethod
     def configure(recipe: Recipe, labels: tuple[str, ...], sources: Sources) -> BeitConfig:

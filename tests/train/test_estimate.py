@@ -209,8 +209,8 @@ def test_memory_counts_parameters_their_copies_and_activations() -> None:
     config = VARIANTS["beit_base_patch16_224"]
     size = 4 * num_params(config)
     each = activation_bytes(config, remat="block")
-    assert memory(config, 64, remat="block") == Memory(size, 2 * size, 0, size, 64 * each)
-    found = memory(config, 8, remat="block", ema=True, accumulate=4, shards=8)
+    assert memory(size, 64 * each) == Memory(size, 2 * size, 0, size, 64 * each)
+    found = memory(size, 8 * each, beside=size, accumulate=4, shards=8)
     part = -(-size // 8)
     assert found == Memory(part, 2 * part, part, 2 * part, 8 * each)
     assert found.total == 6 * part + 8 * each
