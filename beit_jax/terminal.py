@@ -1,6 +1,7 @@
 """What people see: lines, tables and progress bars, or none; and JSON where a program reads."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,11 @@ Progress = Callable[[int], Bar]  # called with how much there is in all
 def no_progress(total: int) -> Bar:
     """Shows nothing."""
     return nullcontext(lambda done: None)
+
+
+def say(text: str) -> None:
+    """One line to standard error, past Python's buffers: their lock may be held by whoever is interrupted or hangs."""
+    os.write(2, f"{text}\n".encode())
 
 
 def print_lines(lines: Sequence[str]) -> None:

@@ -23,9 +23,9 @@ TRAIN = [
     "recipe", "pretraining_recipes", "recipes", "resolve", "schedule", "slide", "randaugment", "augment", "masking",
     "views", "segmentation_augment", "mixing", "decode", "builders", "prepare", "data", "state", "optim", "initialize",
     "segmentation", "objectives", "codebook", "teachers", "vqkd", "dvae", "pretraining", "topology", "sharding", "step",
-    "hosts", "lock", "digests", "step_files", "snapshot", "checkpoint", "log", "watch", "estimate", "evaluate",
-    "accuracy", "labelled", "confusion", "probe", "stored_tokens", "task", "supervised", "unsupervised", "program",
-    "plan", "preview", "hlo", "aot", "contract", "loop", "commands",
+    "hosts", "peers", "cluster", "lock", "digests", "step_files", "snapshot", "checkpoint", "log", "watch", "estimate",
+    "evaluate", "accuracy", "labelled", "confusion", "probe", "stored_tokens", "task", "supervised", "unsupervised",
+    "program", "plan", "preview", "hlo", "aot", "contract", "loop", "commands",
 ]  # fmt: skip
 ORDER = [
     *(f"beit_jax.{name}" for name in LIBRARY),

@@ -19,6 +19,7 @@ import json
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -45,6 +46,7 @@ from .step_files import StepFiles
 
 T = TypeVar("T")
 FAILURES = 3  # saves in a row that may fail before a run is told to stop
+SHARED_SOON = (0.0, 0.2, 0.8, 2.0, 2.0)  # seconds between looks for what another host wrote
 _STATE = "state"  # Orbax's name for the tree of arrays, of which a checkpoint could hold several
 
 # Orbax logs the traceback of every error, several times, before it raises it.
@@ -112,6 +114,10 @@ class Checkpoints:
     def newest(self) -> int | None:
         """The last step that is known to be saved; one under way counts when `poll` or `wait` saw it end."""
         return self._newest
+
+    def committed(self) -> int | None:
+        """The last step that lies complete in the directory, also if this process was not told yet."""
+        return max(self._files.steps(), default=None)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -240,7 +246,7 @@ class Checkpoints:
     def _check_shared(self, owner: str) -> None:
         """That every process sees the lock file of the first: otherwise each would write a part of every checkpoint."""
         lock = self._directory / LOCK
-        seen = gather(lock.is_file() and lock.read_text() == owner)
+        seen = gather(_appears(lock, owner))
         if not all(seen):
             raise BeitJaxError(
                 f"{self._directory}: process {seen.index(False)} does not see what process 0 wrote here; "
@@ -329,6 +335,15 @@ class Checkpoints:
                 "put one back from a backup, or remove them to start again from the beginning"
             )
         return None
+
+
+def _appears(lock: Path, owner: str) -> bool:
+    """Whether the first process's lock file is here, for which network file systems may take a moment."""
+    for pause in SHARED_SOON:
+        if lock.is_file() and lock.read_text() == owner:
+            return True
+        time.sleep(pause)
+    return False
 
 
 def _reason(error: BaseException | None) -> str | None:

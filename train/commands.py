@@ -22,11 +22,16 @@ if TYPE_CHECKING:
     from beit_jax.heads import Model
     from beit_jax.images import ImageProcessor
 
+    from .loop import Outcome
+    from .peers import Peers
+    from .preview import Preview
+
 from .recipe import (
     AugmentOptions,
     Data2vecOptions,
     DataOptions,
     DvaeOptions,
+    HostOptions,
     MaskOptions,
     ModelOptions,
     OptimOptions,
@@ -207,6 +212,7 @@ class Numbers:
         return changed
 
 
+_ALONE = HostOptions()
 _RecipeName = Annotated[str, arg(metavar="RECIPE", help=f"One of: {', '.join(RECIPES)}.")]
 _Data = Annotated[Path, arg(metavar="DIR", help="Prepared data: beit-jax prepare --help.")]
 
@@ -234,9 +240,11 @@ def train_command(arguments: Sequence[str]) -> Callable[..., int]:
             bool, arg(help="Print the recipe, parameters, memory and operations, trace a step, and stop.")
         ] = False,
         json: Annotated[bool, arg(help="Print JSON for programs instead of text for people.")] = False,
+        hosts: HostOptions = _ALONE,
         numbers: Annotated[Numbers, arg(name="")] = defaults,
     ) -> int:
-        return _train(numbers.recipe(recipe, given), data, out, reads, resume, dry_run=dry_run, json=json)
+        resolved = numbers.recipe(recipe, given)
+        return _train(resolved, data, out, reads, resume, hosts, dry_run=dry_run, json=json)
 
     train.__doc__ = _HELP.format(about=_about(given))
     return train
@@ -255,23 +263,41 @@ _HELP = """Train: pre-train, fine-tune, segment or probe by a recipe, sharded ov
       beit-jax train beit_large_ft1k --data ./imagenet --out ./run --dry-run
       beit-jax train beit_base_ade20k_640 --data ./ade20k --out ./run --init ./beit-base-ft22k
       beit-jax train beit_base_pt1k --data ./imagenet --out ./run --tokenizer ./dvae-encoder
+
+    On a TPU pod, on GKE and under SLURM the same command on every host is one run; docs/pods.md.
     """
 
 
-def _train(recipe: Recipe, data: Path, out: Path, reads: Reads, resume: Resume, *, dry_run: bool, json: bool) -> int:
+def _train(
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    reads: Reads,
+    resume: Resume,
+    hosts: HostOptions,
+    *,
+    dry_run: bool,
+    json: bool,
+) -> int:
     with _extra():
-        from . import loop
+        from . import cluster, loop
         from .plan import make_plan
         from .preview import preview
 
-    plan = make_plan(recipe, data, **vars(reads))
-    if dry_run:
-        found = preview(plan)
+    with cluster.joined(hosts) as peers:
+        plan = make_plan(recipe, data, **vars(reads))
+        if dry_run:
+            _told(preview(plan), peers, json=json)
+            return 0
+        outcome = loop.train(plan, out, resume=resume, peers=peers)
+        _told(outcome, peers, json=json)
+        return outcome.exit_code
+
+
+def _told(found: "Outcome | Preview", peers: "Peers", *, json: bool) -> None:
+    """Prints, in the first process."""
+    if peers.index == 0:
         print_json(found.as_dict()) if json else print_lines(found.lines())
-        return 0
-    outcome = loop.train(plan, out, resume=resume)
-    print_json(outcome.as_dict()) if json else print_lines(outcome.lines())
-    return outcome.exit_code
 
 
 def tokenize_command(arguments: Sequence[str]) -> Callable[..., int]:

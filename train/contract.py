@@ -1,19 +1,22 @@
 """What a run's directory promises: recipe, data, start and versions it was begun with; checked when it goes on."""
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
-import jax
-
+import beit_jax
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.json_file import read_json
+from beit_jax.json_file import changes, read_json
 from beit_jax.output import new_file
 from beit_jax.tokenizer import TokenizerCheckpoint
 from beit_jax.weights import NativeCheckpoint
 
+from .hosts import from_first
+from .peers import Peers
 from .plan import Plan
 from .recipe import Resume
 
@@ -33,37 +36,54 @@ FREE = {
     "recipe.data.max_bad",
     "recipe.model.remat",
 }
+PATIENCE = 600.0
+"""Seconds that process 0 waits for the others to have read their checkpoints."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "pillow")
 
 
-def begin(plan: Plan, out: Path, resume: Resume) -> list[str]:
-    """Makes the directory of a new run, or checks that of an earlier one.
+def begin(plan: Plan, out: Path, resume: Resume, peers: Peers) -> list[str]:
+    """Makes the directory of a new run, or checks that of an earlier one, once all processes agree on what they do.
 
     Returns:
         Notes for people: what differs from the earlier run without being refused.
 
     Raises:
         BeitJaxError: `resume` does not fit what is there; the directory holds something else; another recipe, other
-            data, another start.
+            data, another start; a process with other facts than process 0, which is named.
     """
     if resume not in get_args(Resume):
         raise BeitJaxError(f"--resume: expected auto, must or never, found {printable(resume)}")
+    record = _record(plan)
+    devices = [device.device_kind for device in plan.mesh.local_devices]
+    here = {"code": _code(), "python": platform.python_version(), "devices": devices, "out": str(out.absolute())}
+    peers.agree(here | {"mesh": dict(plan.mesh.shape)} | record, patience=PATIENCE)
+    notes: list[str] = from_first(lambda: _begin(out, resume, record))
+    return notes
+
+
+def _begin(out: Path, resume: Resume, record: Mapping[str, Any]) -> list[str]:
     path = out / RUN
     if path.exists():
         if resume == "never":
             raise BeitJaxError(f"{out}: holds a run already; choose another --out, or continue it with --resume auto")
-        return _compare(path, read_json(path), _record(plan))
+        return _compare(path, read_json(path), record)
     if resume == "must":
         raise BeitJaxError(f"{out}: holds no run to continue ({RUN} is missing); check --out, or use --resume auto")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BeitJaxError(f"{out}: holds something else than a run; choose another --out")
-    if jax.process_index() == 0:
-        if not out.parent.is_dir():
-            raise BeitJaxError(f"{out.parent}: no such directory; make it first")
-        out.mkdir(exist_ok=True)
-        with new_file(path) as partial:
-            partial.write_text(json.dumps(_record(plan), indent=2) + "\n", encoding="utf-8")
+    if not out.parent.is_dir():
+        raise BeitJaxError(f"{out.parent}: no such directory; make it first")
+    out.mkdir(exist_ok=True)
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return []
+
+
+def _code() -> str:
+    """A digest of the library's modules: the same version of it may be installed with changes."""
+    places = (Path(beit_jax.__file__).parent, Path(__file__).parent)
+    files = sorted((path.name, path) for place in places for path in place.glob("*.py"))
+    return hashlib.sha256(b"\0".join(name.encode() + path.read_bytes() for name, path in files)).hexdigest()[:16]
 
 
 def _record(plan: Plan) -> dict[str, Any]:
@@ -86,8 +106,8 @@ def _origin(checkpoint: NativeCheckpoint | TokenizerCheckpoint | None) -> dict[s
 
 def _compare(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     # Through JSON, as the earlier one came: tuples are lists there.
-    changes = list(_changes(earlier, json.loads(json.dumps(now))))
-    fatal = [change for change in changes if change[0] not in FREE and not change[0].startswith("versions.")]
+    found = list(changes(earlier, json.loads(json.dumps(now))))
+    fatal = [change for change in found if change[0] not in FREE and not change[0].startswith("versions.")]
     if fatal:
         name, old, new = fatal[0]
         more = f" (and {len(fatal) - 1} more changes)" if len(fatal) > 1 else ""
@@ -95,14 +115,5 @@ def _compare(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> 
             f"{path}: the run was begun with {printable(name)} {printable(old)}, now it is {printable(new)}{more}; "
             "give what it was, or choose another --out"
         )
-    return [f"{name} was {old}, is {new}: results may differ by rounding" for name, old, new in changes
+    return [f"{name} was {old}, is {new}: results may differ by rounding" for name, old, new in found
             if name == "recipe.run.mesh" or name.startswith("versions.")]  # fmt: skip
-
-
-def _changes(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, old, new) of every value that differs."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield name, old, new

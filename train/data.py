@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 import xxhash
 from absl import flags
 from google.protobuf.message import DecodeError
+from jaxtyping import Int
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -310,8 +311,7 @@ def train_batches(
     *,
     seed: int,
     start_step: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Int[np.ndarray, " local"] | None = None,
 ) -> AbstractContextManager[Batches]: ...
 
 
@@ -323,8 +323,7 @@ def train_batches(
     *,
     seed: int,
     start_step: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Int[np.ndarray, " local"] | None = None,
 ) -> AbstractContextManager[Batches]: ...
 
 
@@ -336,31 +335,33 @@ def train_batches(
     *,
     seed: int,
     start_step: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Int[np.ndarray, " local"] | None = None,
 ) -> Iterator[Batches]:
-    """Batches from `start_step` on, of this host's share of the images: those at process_index :: process_count.
+    """Batches from `start_step` on: of each, the rows that this host reads.
 
     Every epoch is a new permutation of the records, and every image of it is transformed with randomness of its own.
     A batch may reach into the next epoch. A record that cannot be read is replaced by another one, which follows from
     its index alone; `Batches.bad` says which.
 
+    Args:
+        rows: places in a batch, `sharding.batch_rows`; by default all of them.
+
     Yields:
         "image" uint8 [local, h, w, 3] as `transform` makes it, "label" int32 [local], or [local, h, w] of label maps,
-        or instead of it the other views that the transform makes; local = batch size / hosts.
+        or instead of it the other views that the transform makes; local = len(rows).
 
     Raises:
-        BeitJaxError: a batch size that the hosts cannot share, or a seed out of range; from iterating, more unreadable
-            records than `options.max_bad` or REPLACEMENTS of them in a row, or failing storage or workers.
+        BeitJaxError: a seed out of range; from iterating, more unreadable records than `options.max_bad` or
+            REPLACEMENTS of them in a row, or failing storage or workers.
     """
-    local = _share(options.batch_size, process_index, process_count)
+    rows = np.arange(options.batch_size) if rows is None else rows
     if not 0 <= seed < 2**32:
         raise BeitJaxError(f"--run.seed: expected 0 to {2**32 - 1}, found {seed}")
     # Randomness is drawn by the place in the whole sequence, before it is divided: after that, hosts would repeat it.
     images = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat(None)
     images = images.random_map(_Train(dataset, _of_both(dataset, transform)))
-    mine = images[start_step * options.batch_size + process_index :: process_count]
-    stream = _Stream(mine.batch(local, drop_remainder=True), options.workers, dataset.directory)
+    mine = _Rows(images, start_step, options.batch_size, rows)
+    stream = _Stream(mine.batch(len(rows), drop_remainder=True), options.workers, dataset.directory)
     try:
         yield Batches(stream, dataset, options.max_bad)
     finally:
@@ -485,6 +486,23 @@ def _digest(text: str) -> str:
 
 
 # Batches
+
+
+class _Rows(grain.MapDataset[Any]):  # type: ignore[misc]  # Grain has no types
+    """Of a sequence without end, cut into batches, the same rows of every batch from a step on."""
+
+    def __init__(self, images: Any, start_step: int, batch_size: int, rows: Int[np.ndarray, " local"]):
+        super().__init__(images)
+        self._start_step, self._batch_size, self._rows = start_step, batch_size, rows
+
+    def __len__(self) -> int:
+        return (len(self._parent) // self._batch_size - self._start_step) * len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        step, row = divmod(int(index), len(self._rows))
+        return self._parent[(self._start_step + step) * self._batch_size + int(self._rows[row])]
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> int:

@@ -42,6 +42,7 @@ def directory_lock(directory: Path) -> Iterator[str]:
         owner = f"process {os.getpid()} on {socket.gethostname()} since {since}"
         file.truncate(0)
         file.write(owner.encode())
+        os.fsync(file.fileno())  # over a network, other hosts see what was flushed
         try:
             yield owner
         finally:

@@ -3,8 +3,9 @@
 import json
 import math
 import os
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,14 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import numpy as np
 from jaxtyping import UInt8
 
-from beit_jax.errors import BeitJaxError
+from beit_jax.errors import BeitJaxError, printable
 from beit_jax.output import new_file
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-METRICS, BOARD = "metrics.jsonl", "tensorboard"
+METRICS, HOSTS, BOARD = "metrics.jsonl", "hosts.jsonl", "tensorboard"
 Now = Callable[[], float]
 Phase = Literal["input", "step", "compile", "checkpoint", "evaluation", "other"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -156,6 +157,24 @@ def duration(seconds: float) -> str:
     return f"{days} d {clock}" if days else clock
 
 
+def straggler(hosts: Sequence[Mapping[str, Any]]) -> str | None:
+    """The host that keeps the others waiting, in words, if there is one: they all wait in every step for the last.
+
+    Args:
+        hosts: "host" and seconds by phase of each, in the order of the processes.
+    """
+    if len(hosts) < 2:
+        return None
+    busy = [row["input"] / max(sum(row[phase] for phase in TRAINING), 1e-9) for row in hosts]
+    slowest, usual = max(range(len(busy)), key=busy.__getitem__), statistics.median_low(busy)
+    if busy[slowest] < 0.1 or busy[slowest] < 2 * usual:
+        return None
+    return (
+        f"process {slowest} on {printable(hosts[slowest]['host'])} waits for its images {busy[slowest]:.0%} of the "
+        f"time, the median host {usual:.0%}: all others wait for it; look at its disk and processors"
+    )
+
+
 # --- The log ----------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +226,7 @@ class Log:
         with ExitStack() as stack:
             if self._writes:
                 keep_until(self._path, self._start)
+                keep_until(self._path.with_name(HOSTS), self._start)
                 self._file = stack.enter_context(_appending(self._path))
                 self._board = stack.enter_context(_board(self._board_path, self._start)) if self._tensorboard else None
             if self._shows:
@@ -234,11 +254,17 @@ class Log:
         values = {name: float(value) for name, value in metrics.items()}
         if self._file is not None:
             record = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self._append(json.dumps({"step": step, **record}).encode() + b"\n")
+            self._append(self._file, json.dumps({"step": step, **record}).encode() + b"\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
         self._show(step, values)
+
+    def hosts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Records where the time of every host went since the last record; nothing for a run of one."""
+        if rows and self._writes:
+            with _appending(self._path.with_name(HOSTS)) as file:
+                self._append(file, json.dumps({"step": step, "hosts": list(rows)}).encode() + b"\n")
 
     def picture(self, step: int, name: str, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
         """Shows a picture in TensorBoard."""
@@ -255,15 +281,14 @@ class Log:
         if self._console is not None:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _append(self, line: bytes) -> None:
+    def _append(self, file: FileIO, line: bytes) -> None:
         """Past all buffers: what a failed write left in one would fail again when the file is closed."""
-        assert self._file is not None
         try:
             while line:
-                line = line[self._file.write(line) :]
+                line = line[file.write(line) :]
         except OSError as error:
             raise BeitJaxError(
-                f"{self._path}: cannot be written ({error.strerror}); free space and start the run again"
+                f"{file.name}: cannot be written ({error.strerror}); free space and start the run again"
             ) from None
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -1,10 +1,10 @@
 """One loop for every objective: input, step, log, evaluation, checkpoint, interruption.
 
-A run is a directory: ``run.json`` (recipe, data, versions), ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and,
-at the end, ``model/``, a native checkpoint that `classify`, `export` and `parity` take as it is, or whatever the task
-makes instead. Started again with the
-same directory it continues from its last good checkpoint and, on the same machine and mesh, ends in the same bits as if
-it had never stopped: a batch follows from seed and step, and so does all randomness of a step.
+A run is a directory: ``run.json`` (recipe, data, versions), ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``, with
+several hosts ``hosts.jsonl`` (where the time of each went) and, at the end, ``model/``, a native checkpoint that
+`classify`, `export` and `parity` take as it is, or whatever the task makes instead. Started again with the same
+directory it continues from its last good checkpoint and, on the same machines and mesh, ends in the same bits as if it
+had never stopped: a batch follows from seed and step, and so does all randomness of a step.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,6 +19,7 @@ import numpy as np
 from beit_jax import weights
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
+from beit_jax.json_file import changes
 from beit_jax.output import new_directory
 from beit_jax.tokenizer import TokenizerCheckpoint, save_tokenizer
 from beit_jax.tree import flatten
@@ -28,13 +29,13 @@ from .checkpoint import Checkpoints, SaveFailed
 from .contract import begin
 from .data import train_batches
 from .estimate import peak_flops
-from .hosts import on_host
-from .log import Clock, Log, Phase, Timing
+from .hosts import gather, on_host
+from .log import Clock, Log, Phase, Timing, straggler
+from .peers import Peers, Position
 from .plan import Plan
 from .recipe import Resume
-from .sharding import put_batch
+from .sharding import batch_rows, put_batch
 from .state import State
-from .stored_tokens import batch_positions
 from .task import Result
 from .watch import INTERRUPTED, Interruption, Watchdog
 
@@ -81,22 +82,26 @@ class Outcome:
         return [f"step {self.step:,} of {self.steps:,}: {end}", *self.timing.lines(), *scores, *models]
 
 
-def train(plan: Plan, out: Path, *, resume: Resume = "auto", quiet: bool = False) -> Outcome:
-    """Carries a run out, or on.
+def train(
+    plan: Plan, out: Path, *, resume: Resume = "auto", quiet: bool = False, peers: Peers | None = None
+) -> Outcome:
+    """Carries a run out, or on. With several processes all of them call it.
 
     Args:
-        out: directory of the run; made if it does not exist.
+        out: directory of the run, which all hosts share; made if it does not exist.
         resume: "auto": continue what `out` holds, or begin; "must": continue only; "never": begin only.
         quiet: show nothing.
+        peers: this process among those of the run, as `cluster.joined` gives it; of this run alone.
 
     Raises:
         BeitJaxError: `out` holds something else, or a run of another recipe or other data; no checkpoint in it is
-            whole; the disk is full; too many unreadable images.
+            whole; the disk is full; too many unreadable images; hosts that differ.
         NotFinite: too many steps in a row without finite loss and gradients; the last checkpoint is before them.
     """
-    notes = begin(plan, out, resume)
     with ExitStack() as stack:
-        run = _Run(plan, out, stack, quiet)
+        peers = stack.enter_context(Peers.of_run()) if peers is None else peers
+        notes = begin(plan, out, resume, peers)
+        run = _Run(plan, out, stack, quiet, peers)
         for note in notes:
             run.log.note(note)
         while run.step < plan.steps:
@@ -114,18 +119,23 @@ class _Run:
     out: Path
     stack: ExitStack
     quiet: bool
+    peers: Peers
     scores: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        plan, enter, run = self.plan, self.stack.enter_context, self.plan.recipe.run
+        plan, enter, run, peers = self.plan, self.stack.enter_context, self.plan.recipe.run, self.peers
         self.clock = Clock()
-        self.signals = enter(Interruption())
-        self.watchdog = enter(Watchdog(run.hang_minutes))
+        self.step = 0
+        enter(Interruption(peers.request, lambda name: peers.fail(f"stopped by a second {name}", stay=False)))
+        self.watchdog = enter(Watchdog(run.hang_minutes, hung=peers.hung))
         self.checkpoints = enter(Checkpoints(self.out / "checkpoints", keep=run.keep))
+        peers.where = lambda: Position(self.step, self.watchdog.phase_name, self.watchdog.beats)
+        peers.saved = self.checkpoints.committed
         with self.watchdog.phase("restore"), self.clock.measure("checkpoint"):
             restored = self.checkpoints.restore(plan.abstract_state)
             self.state: State = plan.first_state() if restored is None else restored.state
         self.first = self.step = self.saved = int(self.state.step)
+        peers.begin(self.step)
         self.bad = int(self.state.bad)
         self.last: Mapping[str, jax.Array] | None = None
         self.log = enter(
@@ -139,6 +149,7 @@ class _Run:
         )
         if restored is not None:
             self.log.note(f"continuing after step {self.step:,}")
+        self.rows = batch_rows(plan.mesh, plan.recipe.data.batch_size)
         self.batches = enter(
             train_batches(
                 plan.training,
@@ -146,10 +157,10 @@ class _Run:
                 plan.task.transform,
                 seed=run.seed,
                 start_step=self.step,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                rows=self.rows,
             )
         )
+        self.expected = plan.task.batch(len(self.rows))
         self.named = 0  # unreadable records
         self.told: set[str] = set()  # of the task's warnings
         self.settled = max(round(plan.recipe.optim.warmup_epochs * plan.steps_per_epoch), plan.steps // 10)
@@ -163,7 +174,7 @@ class _Run:
         """One step, and what is due after it."""
         run, plan = self.plan.recipe.run, self.plan
         self._profile()
-        with self.clock.measure("input"):
+        with self.watchdog.phase("input"), self.clock.measure("input"):
             batch = put_batch(self._next_batch(), plan.mesh)
             self._name_bad_records()
         compiling = self.step == self.first
@@ -188,7 +199,7 @@ class _Run:
 
     def interrupted(self) -> bool:
         """Whether a signal asked to stop; then the state is saved."""
-        if self.step == self.plan.steps or not self.signals.agreed(self.step):
+        if not self.peers.agreed(self.step) or self.step == self.plan.steps:
             return False
         self._record()
         self._settle()
@@ -213,13 +224,19 @@ class _Run:
         return Outcome(self.step, self.plan.steps, self.scores, self.clock.timing(), models, exit_code)
 
     def _next_batch(self) -> dict[str, np.ndarray]:
-        """The batch of this step, with the tokens that are stored for it, if the run has such."""
+        """This host's part of the batch of this step, with the tokens that are stored for it, if the run has such.
+
+        Raises:
+            BeitJaxError: it is not what was compiled for. Without this check other hosts would go on with it.
+        """
         batch, stored = next(self.batches), self.plan.sources.tokens
-        if stored is None:
-            return batch
-        size, hosts = self.plan.recipe.data.batch_size, jax.process_count()
-        chosen = batch_positions(self.step, size, process_index=jax.process_index(), process_count=hosts)
-        return batch | {"tokens": stored.at(chosen)}
+        if stored is not None:
+            batch |= {"tokens": stored.at(self.step * self.plan.recipe.data.batch_size + self.rows)}
+        found = {name: f"{array.dtype}{list(array.shape)}" for name, array in batch.items()}
+        expected = {name: f"{shape.dtype}{list(shape.shape)}" for name, shape in self.expected.items()}
+        for name, was, now in changes(expected, found):
+            raise BeitJaxError(f"batch of step {self.step + 1}: expected {name} {was}, found {now}; look at the data")
+        return batch
 
     def _name_bad_records(self) -> None:
         for reason in list(self.batches.bad.reasons.values())[self.named :]:
@@ -243,16 +260,23 @@ class _Run:
         with self.clock.measure("other"):
             metrics = [entry for entry in jax.device_get(self.pending) if entry["finite"]]
             skipped = float(self.state.skipped)
+            interval = self.clock.interval()
+            hosts = gather({"host": self.peers.host, **interval.seconds}) if self.peers.count > 1 else []
         self.pending.clear()
         means = {name: float(np.mean([entry[name] for entry in metrics])) for name in metrics[0]} if metrics else {}
         means.pop("finite", None)
-        rates = self.clock.interval().rates(self.operations, self.peak)
-        self.log.write(self.step, means | rates | {"skipped": skipped})
+        self.log.hosts(self.step, hosts)
+        self.log.write(self.step, means | interval.rates(self.operations, self.peak) | {"skipped": skipped})
+        if (slow := straggler(hosts)) is not None:
+            self._once("hosts", slow)
         for warning in self.plan.task.warnings(means) if self.step > self.settled else ():
-            name = warning.partition(" ")[0]
-            if name not in self.told:  # once: it stays true for many records
-                self.log.note(f"warning: step {self.step:,}: {warning}")
-            self.told.add(name)
+            self._once(warning.partition(" ")[0], warning)
+
+    def _once(self, name: str, warning: str) -> None:
+        """Warns, the first time: what is true stays true for many records."""
+        if name not in self.told:
+            self.log.note(f"warning: step {self.step:,}: {warning}")
+        self.told.add(name)
 
     def _save(self) -> None:
         """Begins a checkpoint of this step, unless there is one."""
@@ -290,7 +314,7 @@ class _Run:
         plan = self.plan
         if plan.validation is None:
             return
-        with self.clock.measure("evaluation"):
+        with self.watchdog.phase("evaluation"), self.clock.measure("evaluation"):
             self.scores = plan.task.scores(
                 self.state, plan.validation, plan.processor, plan.mesh, lambda images: self.watchdog.beat()
             )

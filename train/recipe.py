@@ -257,6 +257,24 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class HostOptions:
+    """Several processes. TPU VMs, GKE and SLURM say who belongs together; elsewhere name all three of the first."""
+
+    coordinator: str | None = None
+    """HOST:PORT where process 0 listens for the others."""
+    processes: int | None = None
+    """How many there are."""
+    process: int | None = None
+    """Which one this is, from 0."""
+    alone: bool = False
+    """Do not look for others."""
+    wait: float = 300.0
+    """Seconds for all to come."""
+    silence: float = 20.0
+    """Seconds without a sign of life after which a process counts as lost."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A training run. Source, hardware and expected result of the published ones stand beside them in `recipes`."""
 

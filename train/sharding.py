@@ -6,7 +6,6 @@ constraints on activations (`beit_jax.partition`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from math import prod
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
+from jaxtyping import Int
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.partition import BATCH_AXES, spec
@@ -151,16 +151,37 @@ def check_batch(size: int, mesh: Mesh, *, parts: int = 1, option: str = "--data.
         raise BeitJaxError(f"{option}: expected a multiple of {split}, found {size}")
 
 
+def batch_rows(mesh: Mesh, size: int) -> Int[np.ndarray, " local"]:
+    """The rows of a global batch that lie on this process's devices, ascending.
+
+    So every row is the same image however many hosts there are, and what pairs rows or draws for them computes the
+    same.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    parts = {place[0].indices(size) for place in places if place is not None}
+    return np.concatenate([np.arange(*part) for part in sorted(parts)])
+
+
 def put_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The global batch, of which every host gives its own part: all of the same size, on the host's own devices.
+    """The global batch, of which every host gives the rows `batch_rows` names: all of the same number.
 
     Raises:
         BeitJaxError: the batch does not divide among the devices.
     """
     sharding = batch_sharding(mesh)
-    for array in local.values():
-        check_batch(len(array) * jax.process_count(), mesh)
-    put = partial(jax.make_array_from_process_local_data, sharding)
+
+    def put(array: np.ndarray) -> jax.Array:
+        size = len(array) * jax.process_count()
+        check_batch(size, mesh)
+        rows = batch_rows(mesh, size)
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            first = int(np.searchsorted(rows, start))
+            return array[first : first + stop - start]
+
+        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, part)
+
     return {name: put(array) for name, array in local.items()}
 
 

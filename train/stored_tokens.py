@@ -104,13 +104,6 @@ class StoredTokens:
         return tokens.astype(np.int32)
 
 
-def batch_positions(
-    step: int, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> Int[np.ndarray, " local"]:
-    """Positions of a host's images of the batch of a step, in the order of `data.train_batches`."""
-    return np.arange(step * batch_size + process_index, (step + 1) * batch_size, process_count)
-
-
 def token_contract(
     data: Mapping[str, Any], seed: int, views: ViewsTransform, tokenizer: TokenizerCheckpoint, dtype: str
 ) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from .objectives import Batch, Metrics, Objective
 from .pretraining import collapse, data2vec, masked_tokens, visual_tokens
 from .recipe import Recipe
 from .resolve import image_processor, model_config
-from .sharding import put_batch
+from .sharding import batch_rows, put_batch
 from .state import State, divided, variables
 from .task import Begin, Images, Quiet, Result, Shapes, Sources, Start, Whole
 from .teachers import abstract_teacher, teacher_params
@@ -105,8 +105,7 @@ class _Unlabelled(Quiet):
             self.views,
             seed=VALIDATION_SEED,
             start_step=0,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=batch_rows(mesh, size),
         ) as batches:
             for _, batch in zip(range(count), batches, strict=False):
                 found = jax.device_get(self._measure(state, self.frozen(state), put_batch(batch, mesh)))

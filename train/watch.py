@@ -1,44 +1,38 @@
-"""What ends a run from outside: a signal, answered by saving, or a hang, answered by printing where it hangs."""
+"""What ends a process from outside: a signal, answered by saving, or a hang, answered by printing where it hangs."""
 
 import faulthandler
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
-import jax
-from jax.experimental import multihost_utils
+from beit_jax.terminal import say
+
+from .peers import HUNG
 
 INTERRUPTED = 75
 """Exit code of a run that a signal ended: start it again to go on (sysexits' EX_TEMPFAIL)."""
-HUNG = 9
-"""Exit code of a run that stood still."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PHASES: Mapping[str, float] = {"compile": 4.0, "restore": 4.0}
 """How many times the usual patience a phase gets; 1 where a phase is not named."""
-
-_STDERR = 2
 
 
 class Interruption:
     """SIGTERM and SIGINT (Ctrl-C) as a request to save and stop, inside a ``with`` block of the main thread.
 
-    The first signal sets `requested`; the loop asks `agreed` after every step, saves, and exits with `INTERRUPTED`. The
-    second ends the process at once with the same code, also while it compiles or waits for a device: the signals are
-    counted by a thread of their own.
+    The first signal calls `request`: the loop saves after its step, and exits with `INTERRUPTED`. The second calls
+    `again` and ends the process at once with the same code, also while it compiles or waits for a device: signals are
+    noticed by a thread of their own.
 
-    With several processes, SIGTERM belongs to JAX: its preemption service, started by `jax.distributed.initialize`,
-    tells all hosts and makes them agree on the step to save. Its handler is left alone, and SIGINT is passed on to it.
-    Hence a second SIGTERM does not end a process of several; a second SIGINT does.
+    Args:
+        request, again: called with the signal's name, in that thread.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        """Whether a signal came, in this process; with several processes ask `agreed` alone."""
-        self._several = jax.process_count() > 1
-        self._numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+    def __init__(self, request: Callable[[str], None], again: Callable[[str], None] = lambda name: None) -> None:
+        self._request, self._again = request, again
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -49,8 +43,8 @@ class Interruption:
         self._pipe_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._count, name="interruption", daemon=True)
         self._thread.start()
-        for number in self._numbers:
-            self._before[number] = signal.signal(number, self._handle)
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, lambda number, frame: None)
         return self
 
     def __exit__(
@@ -63,29 +57,21 @@ class Interruption:
         self._thread.join()
         os.close(self._read)
 
-    def agreed(self, step: int) -> bool:
-        """Whether to save and stop after `step`. With several processes all must ask after every step, and all get the
-        same answer."""
-        if self._several:
-            return bool(multihost_utils.reached_preemption_sync_point(step))
-        return self.requested
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     def _count(self) -> None:
         came = 0
         while byte := os.read(self._read, 1):
-            if byte[0] not in self._numbers:
+            if byte[0] not in SIGNALS:
                 continue
             came += 1
             name = signal.Signals(byte[0]).name
             if came > 1:
-                _say(f"{name} again: stopping at once, nothing is saved")
+                say(f"{name} again: stopping at once, nothing is saved")
+                telling = threading.Thread(target=self._again, args=(name,), daemon=True)
+                telling.start()
+                telling.join(2.0)  # seconds; it may be the network that hangs
                 os._exit(INTERRUPTED)
-            _say(f"{name}: saving after this step, then stopping; once more stops at once")
+            say(f"{name}: saving after this step, then stopping; once more stops at once")
+            self._request(name)
 
 
 class Watchdog:
@@ -97,11 +83,17 @@ class Watchdog:
     Args:
         minutes: patience between two beats.
         phases: by name, how many times that for what `phase` surrounds.
+        hung: called with the minutes before the stacks are printed.
     """
 
-    def __init__(self, minutes: float, phases: Mapping[str, float] = PHASES) -> None:
-        self._patience, self._phases = 60.0 * minutes, phases
-        self._phase, self._beats = "step", 0
+    def __init__(
+        self,
+        minutes: float,
+        phases: Mapping[str, float] = PHASES,
+        hung: Callable[[float], None] = lambda minutes: None,
+    ) -> None:
+        self._patience, self._phases, self._hung = 60.0 * minutes, phases, hung
+        self.phase_name, self.beats = "step", 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -117,30 +109,26 @@ class Watchdog:
 
     def beat(self) -> None:
         """Says that something was done."""
-        self._beats += 1
+        self.beats += 1
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Gives the block the patience of the phase `name`. Entering and leaving are beats."""
-        before, self._phase = self._phase, name
+        before, self.phase_name = self.phase_name, name
         self.beat()
         try:
             yield
         finally:
-            self._phase = before
+            self.phase_name = before
             self.beat()
 
     def _watch(self) -> None:
         pause = min(10.0, self._patience / 20)
-        silent, seen = 0.0, self._beats
+        silent, seen = 0.0, self.beats
         while not self._stop.wait(pause):
-            silent, seen = (silent + pause, seen) if seen == self._beats else (0.0, self._beats)
-            if silent >= self._patience * self._phases.get(self._phase, 1.0):
-                _say(f"no progress for {silent / 60:.2g} minutes (phase: {self._phase}); the stacks of all threads:")
-                faulthandler.dump_traceback(_STDERR, all_threads=True)
+            silent, seen = (silent + pause, seen) if seen == self.beats else (0.0, self.beats)
+            if silent >= self._patience * self._phases.get(self.phase_name, 1.0):
+                say(f"no progress for {silent / 60:.2g} minutes (phase: {self.phase_name}); the stacks of all threads:")
+                faulthandler.dump_traceback(2, all_threads=True)
+                self._hung(silent / 60)
                 os._exit(HUNG)
-
-
-def _say(text: str) -> None:
-    """One line to standard error, past Python's buffers: their lock may be held by whoever is interrupted or hangs."""
-    os.write(_STDERR, f"{text}\n".encode())

@@ -28,7 +28,6 @@ from beit_jax.train.stored_tokens import (
     DESCRIPTION,
     TOKENS,
     StoredTokens,
-    batch_positions,
     token_contract,
     write_tokens,
 )
@@ -113,15 +112,15 @@ def test_stored_tokens_are_those_computed_on_the_fly(
     masked = replace(VIEWS, size=(32, 32), mask=BlockMask((4, 4), MaskOptions(patches=5, min_block=2)))
     seen, wrong = [], []
     for host in range(hosts):
-        place = {"process_index": host, "process_count": hosts}
-        with stream(digits, masked, 6, start_step=3, **place) as batches:
+        rows = np.arange(6)[host::hosts]
+        with stream(digits, masked, 6, start_step=3, rows=rows) as batches:
             for step, batch in zip(range(3, 6), batches, strict=False):
                 computed = tokens_of(batch)
-                found = stored.at(batch_positions(step, 6, **place))
+                found = stored.at(6 * step + rows)
                 assert (found.dtype, found.shape) == (np.int32, (6 // hosts, PATCHES))
                 np.testing.assert_array_equal(found, computed)
                 seen.append(found)
-                wrong.append((stored.at(batch_positions(step + 1, 6, **place)) == computed).mean())
+                wrong.append((stored.at(6 * (step + 1) + rows) == computed).mean())
     assert len(np.unique(seen)) > 10, "tokens that hardly differ prove nothing"
     assert np.mean(wrong) < 0.6, "tokens of any other step would have passed"
 
@@ -133,12 +132,6 @@ def test_a_tokenizer_that_sees_the_students_view(
     found = token_contract(digits.contract(), SEED, replace(VIEWS, token_size=None), checkpoint(encoder), "float32")
     assert (found["view"]["size"], found["view"]["interpolation"]) == ((16, 16), "random")
     assert (contract["view"]["size"], contract["view"]["interpolation"]) == ((8, 8), "lanczos")
-
-
-@pytest.mark.parametrize("hosts", [1, 2, 3, 6])
-def test_positions_of_all_hosts_make_up_the_batch(hosts: int) -> None:
-    parts = [batch_positions(7, 6, process_index=host, process_count=hosts) for host in range(hosts)]
-    np.testing.assert_array_equal(np.stack(parts, axis=1).reshape(-1), np.arange(42, 48))
 
 
 def test_numpy_reads_the_file(written: Path, contract: dict[str, Any]) -> None:
@@ -321,7 +314,7 @@ def test_beyond_what_is_stored(written: Path, contract: dict[str, Any]) -> None:
     with pytest.raises(
         BeitJaxError, match=r"45 images \(2.25 epochs\) are stored, image 47 of the run has none"
     ) as error:
-        stored.at(batch_positions(7, 6))
+        stored.at(np.arange(42, 48))
     one_line(error)
     with pytest.raises(IndexError):
         stored.at(np.array([-1]))

@@ -1,8 +1,8 @@
 """Signals and hangs, in processes of their own: exit codes and what they leave behind."""
 
 import os
+import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from beit_jax.train.watch import HUNG, INTERRUPTED, Interruption, Watchdog
+from beit_jax.train.peers import HUNG
+from beit_jax.train.watch import INTERRUPTED, Interruption, Watchdog
 
 TIMEOUT = 180.0  # for what takes seconds: the machine may be busy
 
@@ -26,17 +27,21 @@ def compile_for_ever():
 """
 
 LOOP = """
-with Interruption() as interruption:
+requests = []
+with Interruption(requests.append):
     print("ready", flush=True)
     for step in range(100_000):
         time.sleep(0.01)
-        if interruption.agreed(step):
+        if requests:
             print("saved", flush=True)
             sys.exit(INTERRUPTED)
 """
 
 STUCK = """
-with Interruption() as interruption:
+def again(name):
+    print(f"told of the second {name}", flush=True)
+
+with Interruption(lambda name: print(f"asked by {name}", flush=True), again):
     print("ready", flush=True)
     compile_for_ever()
 """
@@ -85,7 +90,7 @@ def test_a_second_signal_ends_at_once_even_inside_the_compiler(second: signal.Si
         assert running.poll() is None
         running.send_signal(second)
         out, err = running.communicate(timeout=TIMEOUT)
-    assert (running.returncode, out) == (INTERRUPTED, "")
+    assert (running.returncode, out) == (INTERRUPTED, f"asked by SIGTERM\ntold of the second {second.name}\n")
     assert err == f"{second.name} again: stopping at once, nothing is saved\n"
 
 
@@ -93,11 +98,12 @@ def test_handlers_and_the_wakeup_pipe_are_as_before_at_the_end() -> None:
     numbers = (signal.SIGTERM, signal.SIGINT)
     before, threads = [signal.getsignal(number) for number in numbers], threading.active_count()
     files = set(os.listdir("/proc/self/fd"))
-    with pytest.raises(KeyError), Interruption() as interruption:
+    requests: queue.Queue[str] = queue.Queue()
+    with pytest.raises(KeyError), Interruption(requests.put):
         assert [signal.getsignal(number) for number in numbers] != before
-        assert not interruption.agreed(1)
+        assert requests.empty()
         signal.raise_signal(signal.SIGTERM)
-        assert interruption.requested and interruption.agreed(2)
+        assert requests.get(timeout=TIMEOUT) == "SIGTERM"
         raise KeyError
     assert [signal.getsignal(number) for number in numbers] == before
     assert threading.active_count() == threads
@@ -108,44 +114,14 @@ def test_handlers_and_the_wakeup_pipe_are_as_before_at_the_end() -> None:
 def test_signals_of_others_do_not_count() -> None:
     before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
     try:
-        with Interruption() as interruption:
+        requests: queue.Queue[str] = queue.Queue()
+        with Interruption(requests.put):
             for _ in range(3):
                 signal.raise_signal(signal.SIGUSR1)
-            assert not interruption.requested
+            signal.raise_signal(signal.SIGINT)  # comes after them through the same pipe
+            assert requests.get(timeout=TIMEOUT) == "SIGINT"
     finally:
         signal.signal(signal.SIGUSR1, before)
-
-
-HOSTS = """
-import jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), heartbeat_timeout_seconds=30, shutdown_timeout_seconds=30)
-with Interruption() as interruption:
-    print("ready", flush=True)
-    for step in range(100_000):
-        time.sleep(0.05)
-        if interruption.agreed(step):
-            print("saved", step, flush=True)
-            break
-jax.distributed.shutdown()
-sys.exit(INTERRUPTED)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_two_processes_stop_after_the_same_step(number: signal.Signals) -> None:
-    """A signal to one of them; SIGINT is passed on to JAX's preemption service, which knows SIGTERM alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    code = [HOSTS.replace("sys.argv[1]", repr(address)).replace("sys.argv[2]", repr(str(i))) for i in range(2)]
-    with process(code[0]) as first, process(code[1]) as second:
-        started(first), started(second)
-        time.sleep(0.3)
-        second.send_signal(number)
-        outputs = [running.communicate(timeout=TIMEOUT) for running in (first, second)]
-    assert [running.returncode for running in (first, second)] == [INTERRUPTED] * 2, outputs
-    saved = [out for out, _ in outputs]
-    assert saved[0] == saved[1] and saved[0].startswith("saved ")
 
 
 # --- Hangs ------------------------------------------------------------------------------------------------------------

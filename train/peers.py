@@ -1,0 +1,372 @@
+"""The processes of a run watching each other: who failed, who is lost, who stands still, and after which step all stop.
+
+JAX alone ends the others 100 s after a process was killed, five minutes after one raised an exception, and never when
+one stands still. Here every process says once a second that it lives and where it is, and reads what the others have to
+say, in the key-value store of JAX's coordination service. The store needs no devices and no collectives: it works while
+these wait for a process that will not come.
+
+Process 0 holds the store. When it is killed, JAX ends the others at once, with a text that names "the leader task".
+"""
+
+import faulthandler
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import jax
+from jax._src import distributed  # the store has no public name; Orbax takes it from here as well
+
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.json_file import changes
+from beit_jax.terminal import say
+
+HUNG = 9
+"""Exit code of a run in which a process stood still."""
+LOST = 10
+"""Exit code of a process that had to end because another one failed or is gone."""
+FAREWELL = 5.0  # seconds that process 0 stays for the others to read why the run ends
+WAITING = ("compile", "step")  # phases in which a process may be waiting for the others
+
+
+class Store(Protocol):
+    """Text under keys, the same for all processes."""
+
+    def set(self, key: str, value: str) -> None:
+        """Writes, also over what is there."""
+
+    def under(self, prefix: str) -> dict[str, str]:
+        """All entries whose keys begin with `prefix`, which ends in a slash; without it."""
+
+
+class CoordinationStore:
+    """The store of JAX's coordination service, which `jax.distributed.initialize` started.
+
+    Raises:
+        jax.errors.JaxRuntimeError: from every method: process 0 cannot be reached.
+    """
+
+    _runs = itertools.count()
+
+    def __init__(self) -> None:
+        client = distributed.global_state.client
+        assert client is not None, "jax.distributed.initialize was not called"
+        self._client = client
+        # Of this run among those of the process: keys live as long as the service does.
+        self._root = f"beit-jax/{next(self._runs)}/"
+
+    def set(self, key: str, value: str) -> None:
+        self._client.key_value_set(self._root + key, value, allow_overwrite=True)
+
+    def under(self, prefix: str) -> dict[str, str]:
+        entries = self._client.key_value_dir_get(self._root + prefix)
+        return {key.removeprefix(self._root + prefix): value for key, value in entries}
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a process is.
+
+    Attributes:
+        step: steps done.
+        phase: what it is at, `log.PHASES` and "restore"; "start" before the loop.
+        beats: signs of progress so far, as the watchdog counts them: the same ones in every process.
+    """
+
+    step: int = 0
+    phase: str = "start"
+    beats: int = 0
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a run ends.
+
+    Attributes:
+        process, host: whose fault it is.
+        why: the rest of a line that begins with them.
+    """
+
+    process: int
+    host: str
+    kind: Literal["failed", "lost", "hung"]
+    why: str
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host} {self.why}"
+
+
+class Peers:
+    """This process among those of its run, a context manager; alone, it only keeps the wish to stop.
+
+    Args:
+        store: None: alone.
+        index, count: of this process, and how many there are.
+        silence: seconds without a sign of life after which a process counts as lost.
+        end: ends the process with an exit code, past everything that could wait for the others.
+    """
+
+    def __init__(
+        self,
+        store: Store | None = None,
+        index: int = 0,
+        count: int = 1,
+        *,
+        silence: float = 20.0,
+        host: str | None = None,
+        end: Callable[[int], object] = os._exit,
+    ) -> None:
+        self.index, self.count, self.host = index, count, host or socket.gethostname()
+        self.where: Callable[[], Position] = Position
+        """Asked once a second."""
+        self.saved: Callable[[], int | None] = lambda: None
+        """The last step that is saved, for people who read why the run ended."""
+        self._store, self._silence, self._end_process = store, silence, end
+        self._pause = min(1.0, silence / 10)
+        self._lock = threading.Lock()
+        self._requested: str | None = None
+        self._step, self._reported, self._last_step = 0, False, threading.Event()
+        self._stop_after = 0
+        self._beat = 0
+        self._silent: dict[str, tuple[str, float]] = {}
+        self._leaving = threading.Event()
+        self._ended = False
+
+    @classmethod
+    def of_run(cls, silence: float = 20.0) -> Self:
+        """Of this process, as JAX numbers them."""
+        count = jax.process_count()
+        return cls(CoordinationStore() if count > 1 else None, jax.process_index(), count, silence=silence)
+
+    def __enter__(self) -> Self:
+        if self._store is not None:
+            self._say("beat", asdict(self.where()) | {"host": self.host, "beat": 0})
+            self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """An error is told to the others, which end; the caller should end this process without waiting for them."""
+        if self._store is None:
+            return
+        if error is not None:
+            if _may_be_of_others(error):
+                self._leaving.wait(self._silence + FAREWELL)  # if it is, the watch finds it and ends this process
+            self.fail(_described(error))
+        self._leaving.set()
+        self._thread.join()
+        if error is None:  # its silence is no loss from now on
+            self._say("done", True)
+
+    # --- What the main thread says and asks ---
+
+    def request(self, signal: str) -> None:
+        """Asks for an end of the run: all processes stop after the same step."""
+        self._requested = signal
+
+    def begin(self, step: int) -> None:
+        """Says how many steps were done before the loop's first."""
+        with self._lock:
+            self._step = step
+
+    def agreed(self, step: int) -> bool:
+        """Whether to stop after `step`: all processes ask after every step and get the same answer."""
+        if self._store is None:
+            return self._requested is not None
+        with self._lock:
+            self._step = step
+            undecided = self._reported and not self._last_step.is_set()
+        if undecided:  # this process said where it is: it must not go on before all did
+            self._last_step.wait()
+        return self._last_step.is_set() and step >= self._stop_after
+
+    def agree(self, facts: Mapping[str, Any], *, patience: float) -> None:
+        """Compares facts with those of process 0.
+
+        Args:
+            facts: what JSON can say.
+            patience: seconds to wait for those who have not said theirs.
+
+        Raises:
+            BeitJaxError: here and in process 0: facts differ, naming process, host and the first of them; or a process
+                said nothing in time.
+        """
+        if self._store is None:
+            return
+        self._say("facts", {"host": self.host, "facts": dict(facts)})
+        # Process 0 waits for everyone: nothing is written before all agreed.
+        needed = range(self.count) if self.index == 0 else (0,)
+        told = self._told("facts", needed, patience)
+        told[self.index] = {"host": self.host, "facts": json.loads(json.dumps(dict(facts)))}
+        for index in range(self.count) if self.index == 0 else (self.index,):
+            for name, first, found in changes(told[0]["facts"], told[index]["facts"]):
+                raise BeitJaxError(
+                    f"process {index} on {printable(told[index]['host'])}: {printable(name)} is {printable(found)}, "
+                    f"{printable(first)} in process 0; start the same command, code and data on every host"
+                )
+
+    def hung(self, minutes: float) -> None:
+        """Tells the others that this process waited for so long, and for whom, as far as can be seen."""
+        if self._store is None:
+            return
+        self._ended = True  # its own news shall not end it before it has printed its stacks
+        with _if_there_is_one():
+            for culprit in self._behind():
+                culprit = replace(culprit, why=f"{culprit.why} for {minutes:.2g} minutes")
+                say(f"error: {culprit}")
+                self._publish(culprit)
+            self._farewell()
+
+    def fail(self, why: str, *, stay: bool = True) -> None:
+        """Tells the others that this process ends.
+
+        Args:
+            stay: until they know.
+        """
+        if self._store is None:
+            return
+        with _if_there_is_one():
+            self._publish(End(self.index, self.host, "failed", f"failed: {why}"))
+            if stay:
+                self._farewell()
+
+    # --- What the watch does once a second ---
+
+    def _watch(self) -> None:
+        while not self._leaving.wait(self._pause):
+            try:
+                self.look()
+            except jax.errors.JaxRuntimeError as error:
+                reason = printable(str(error).partition("\n")[0], 200)
+                self._leave(End(0, "the leading host", "lost", f"cannot be reached ({reason})"))
+
+    def look(self) -> None:
+        """One round: says where this process is, and reads what the others say."""
+        store = self._store
+        assert store is not None
+        self._beat += 1
+        self._say("beat", asdict(self.where()) | {"host": self.host, "beat": self._beat})
+        if self._requested is not None:
+            self._say("stop", self._requested)
+        for text in store.under("end/").values():
+            self._leave(End(**json.loads(text)))
+        if not self._last_step.is_set() and store.under("stop/"):
+            self._settle(store)
+        if self.index == 0:
+            for lost in self._lost(store):
+                self._publish(lost)
+                self._leave(lost)
+
+    def _settle(self, store: Store) -> None:
+        """Agrees on the last step: the one after the furthest that any process has done.
+
+        Nobody gets beyond it: from the moment it says where it is, a process waits for the answer before its next step.
+        """
+        if not self._reported:
+            with self._lock:
+                self._reported = True
+                step = self._step
+            self._say("at", step)
+        told = store.under("at/")
+        if len(told) == self.count:
+            self._stop_after = 1 + max(int(step) for step in told.values())
+            self._last_step.set()
+
+    def _lost(self, store: Store) -> list[End]:
+        """Processes whose beat has not changed for too long, counted in rounds of this process: time in which the
+        whole machine slept does not count."""
+        done, lost = store.under("done/"), []
+        for index, text in store.under("beat/").items():
+            before, silent = self._silent.get(index, ("", 0.0))
+            silent = silent + self._pause if text == before else 0.0
+            self._silent[index] = text, silent
+            if silent >= self._silence and index not in done and int(index) != self.index:
+                why = f"gave no sign of life for {silent:.0f} s: killed, or its machine or network is gone"
+                lost.append(End(int(index), json.loads(text)["host"], "lost", why))
+        return lost
+
+    def _behind(self) -> list[End]:
+        """Who keeps the others waiting: the furthest behind that is not itself in a phase of waiting."""
+        assert self._store is not None
+        beats = {int(index): json.loads(text) for index, text in self._store.under("beat/").items()}
+        order = {index: (at["step"], at["phase"] in WAITING, at["beats"]) for index, at in beats.items()}
+        last = min(order.values())
+        if all(value == last for value in order.values()):
+            return [End(self.index, self.host, "hung", f"and all others stand still in {beats[self.index]['phase']}")]
+        return [
+            End(index, at["host"], "hung", f"stands still in {at['phase']} after step {at['step']:,}")
+            for index, at in beats.items()
+            if order[index] == last
+        ]
+
+    # --- Ending ---
+
+    def _publish(self, end: End) -> None:
+        assert self._store is not None
+        self._store.set(f"end/{end.process}", json.dumps(asdict(end)))
+
+    def _leave(self, end: End) -> None:
+        """Says why the run ends, and ends this process."""
+        if self._ended or (end.process == self.index and end.kind == "failed"):
+            return  # it is on its way out, and has said more
+        self._ended = True
+        if end.kind == "hung":
+            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        step = self.saved()
+        saved = "nothing was saved" if step is None else f"step {step:,} is saved, the same command goes on from it"
+        say(f"error: {end}; {saved}")
+        with _if_there_is_one():
+            self._farewell()
+        self._end_process(HUNG if end.kind == "hung" else LOST)
+
+    def _farewell(self) -> None:
+        """Says goodbye; process 0, which holds the store, waits until all others did."""
+        assert self._store is not None
+        self._say("bye", True)
+        for _ in range(round(FAREWELL / 0.1)):
+            if self.index != 0 or len(self._store.under("bye/")) == self.count:
+                return
+            self._leaving.wait(0.1)
+
+    # --- The store ---
+
+    def _say(self, topic: str, value: Any) -> None:
+        assert self._store is not None
+        self._store.set(f"{topic}/{self.index}", json.dumps(value))
+
+    def _told(self, topic: str, needed: Iterable[int], patience: float) -> dict[int, Any]:
+        assert self._store is not None
+        for _ in range(max(1, round(patience / 0.1))):
+            told = {int(index): json.loads(text) for index, text in self._store.under(f"{topic}/").items()}
+            if all(index in told for index in needed):
+                return told
+            self._leaving.wait(0.1)
+        absent = ", ".join(str(index) for index in needed if index not in told)
+        raise BeitJaxError(f"process {absent}: nothing was heard for {patience:.0f} s; look at its output")
+
+
+@contextmanager
+def _if_there_is_one() -> Iterator[None]:
+    """Around telling why this process ends: where the store is gone, so is everyone who could read it."""
+    with suppress(jax.errors.JaxRuntimeError):
+        yield
+
+
+def _may_be_of_others(error: BaseException) -> bool:
+    """Whether an error may only say that another process is gone."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+
+
+def _described(error: BaseException) -> str:
+    if isinstance(error, BeitJaxError):
+        return str(error)
+    return printable(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", 300)
