@@ -10,6 +10,7 @@ Describing BeitConfig, VARIANTS
 Loading    from_pretrained, build_model, NativeCheckpoint, load, save
 Images     ImageProcessor, preset, open_image
 Using      classify, features, segment
+Looking    beit_jax.interpret: attention, rollout, position bias as arrays; beit_jax.visualize: pictures, by matplotlib
 Errors     BeitJaxError
 
 `beit_jax.convert` holds the converter and the parity check. Names are imported when first used: the command line

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from beit_jax.arguments import Hub, Json, SourceName
 from beit_jax.convert.options import Options
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.plot_commands import plot
 from beit_jax.terminal import byte_progress, image_progress, print_json, print_lines, print_table
 from beit_jax.train.commands import (
     Classifying,
@@ -24,37 +26,10 @@ from beit_jax.train.commands import (
 
 if TYPE_CHECKING:
     from beit_jax.heads import Model
-    from beit_jax.hub import Source
     from beit_jax.images import ImageProcessor
     from beit_jax.segmentation import Inference
 
-_SourceName = Annotated[
-    str,
-    arg(
-        metavar="SOURCE",
-        help="A directory in Hugging Face format, a weight file in one, a native checkpoint, or a hub name.",
-    ),
-]
 _Images = Annotated[tuple[Path, ...], arg(metavar="IMAGE...", help="Image files.")]
-_Json = Annotated[bool, arg(help="Print JSON for programs instead of text for people.")]
-
-
-@dataclass(frozen=True)
-class Hub:
-    """Options for a hub name such as microsoft/beit-base-patch16-224.
-
-    Token, endpoint and offline mode are huggingface_hub's environment variables (HF_TOKEN, HF_HUB_OFFLINE=1, ...).
-    """
-
-    revision: str | None = None
-    """Branch, tag or commit."""
-    cache_dir: Path | None = None
-    """Where downloads are kept; by default huggingface_hub's cache."""
-
-    def resolve(self, name: str) -> "Source":
-        from beit_jax.hub import resolve
-
-        return resolve(name, revision=self.revision, cache_dir=self.cache_dir)
 
 
 @dataclass(frozen=True)
@@ -90,7 +65,7 @@ class Segmenting:
         return model, ade20k_processor(min(model.config.image_size)) if self.as_trained else processor, how
 
 
-def demo(*, out: Path = Path("beit-jax-demo"), json: _Json = False) -> int:
+def demo(*, out: Path = Path("beit-jax-demo"), json: Json = False) -> int:
     """Convert the embedded digits classifier, compare it with PyTorch, classify images. Needs no network and no torch.
 
     The checkpoint was trained in PyTorch by transformers (tests/reference/make_digits.py).
@@ -112,11 +87,11 @@ def demo(*, out: Path = Path("beit-jax-demo"), json: _Json = False) -> int:
 
 
 def convert(
-    source: Positional[_SourceName],
+    source: Positional[SourceName],
     dest: Positional[Annotated[Path, arg(metavar="DEST", help="Directory to create: the native checkpoint.")]],
     *,
     overwrite: bool = False,
-    json: _Json = False,
+    json: Json = False,
     options: Annotated[Options, arg(name="")] = Options(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
@@ -187,7 +162,7 @@ def export(
     return 0
 
 
-def published(*, json: _Json = False) -> int:
+def published(*, json: Json = False) -> int:
     """List the published checkpoints: name, size, accuracy and where they are.
 
     Try:
@@ -209,10 +184,10 @@ def published(*, json: _Json = False) -> int:
 
 
 def inspect(
-    source: Positional[_SourceName],
+    source: Positional[SourceName],
     *,
     tensors: bool = False,
-    json: _Json = False,
+    json: Json = False,
     options: Annotated[Options, arg(name="")] = Options(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
@@ -236,12 +211,12 @@ def inspect(
 
 
 def parity(
-    source: Positional[_SourceName],
+    source: Positional[SourceName],
     *,
     image: tuple[Path, ...] = (),
     batch: int = 2,
     seed: int = 0,
-    json: _Json = False,
+    json: Json = False,
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
     """Run transformers and the converted model on the same input and compare stage by stage.
@@ -283,12 +258,12 @@ def parity(
 
 
 def classify(
-    checkpoint: Positional[_SourceName],
+    checkpoint: Positional[SourceName],
     images: Positional[_Images],
     *,
     top: int = 5,
     batch_size: int = 8,
-    json: _Json = False,
+    json: Json = False,
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
     """Print the most probable classes of images.
@@ -320,7 +295,7 @@ def classify(
 
 
 def features(
-    checkpoint: Positional[_SourceName],
+    checkpoint: Positional[SourceName],
     images: Positional[_Images],
     *,
     output: Annotated[Path, arg(aliases=["-o"])],
@@ -359,13 +334,13 @@ def features(
 
 
 def segment(
-    checkpoint: Positional[_SourceName],
+    checkpoint: Positional[SourceName],
     image: Positional[Annotated[Path, arg(metavar="IMAGE", help="Image file.")]],
     *,
     output: Annotated[Path | None, arg(aliases=["-o"])] = None,
     mask: Path | None = None,
     opacity: float = 0.5,
-    json: _Json = False,
+    json: Json = False,
     how: Annotated[Segmenting, arg(name="")] = Segmenting(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
@@ -415,13 +390,13 @@ def segment(
 
 
 def evaluate(
-    checkpoint: Positional[_SourceName],
+    checkpoint: Positional[SourceName],
     *,
     data: Annotated[Path | None, arg(metavar="DIR")] = None,
     images: Annotated[Path | None, arg(metavar="DIR")] = None,
     annotations: Annotated[Path | None, arg(metavar="DIR")] = None,
     labels_from_zero: bool = False,
-    json: _Json = False,
+    json: Json = False,
     classifying: Annotated[Classifying, arg(name="")] = Classifying(),
     how: Annotated[Segmenting, arg(name="")] = Segmenting(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
@@ -477,7 +452,7 @@ def _evaluate_segmentation(
 
 
 def reconstruct(
-    checkpoint: Positional[_SourceName],
+    checkpoint: Positional[SourceName],
     images: Positional[_Images],
     *,
     tokenizer: Annotated[Path, arg(metavar="DIR", help="Native dVAE encoder that the model was trained with.")],
@@ -485,7 +460,7 @@ def reconstruct(
     output: Annotated[Path, arg(aliases=["-o"])] = Path("reconstruction.png"),
     mask_patches: int | None = None,
     seed: int = 0,
-    json: _Json = False,
+    json: Json = False,
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
     """Hide patches of images from a pre-trained model and show what it predicts there, decoded to pixels.
@@ -548,6 +523,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "export": export,
     "reconstruct": reconstruct,
+    "plot": plot,
     "prepare": prepare,
 }
 

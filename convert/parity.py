@@ -1,7 +1,9 @@
 """Does the converted model compute what PyTorch computes? Stage by stage, on the same input, against transformers."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 
 from beit_jax.config import BeitConfig
 from beit_jax.encoder import BeitOutput
-from beit_jax.errors import BeitJaxError
+from beit_jax.errors import BeitJaxError, printable
 from beit_jax.heads import build_model
 from beit_jax.hub import Source
 from beit_jax.tree import unflatten
@@ -73,6 +75,43 @@ def check(source: Source, pixel_values: np.ndarray | None = None, *, seed: int =
         run = jax.jit(lambda model, pixels, mask: model(pixels, mask, output_hidden_states=True))
         found = dict(_stages(run(model, jnp.asarray(pixel_values), mask)))
     return [_compare(name, found[name], reference) for name, reference in expected]
+
+
+def read_report(path: Path) -> list[dict[str, Any]]:
+    """The stages that `beit-jax parity --json` printed into a file, as `Stage.as_dict` gives them.
+
+    Raises:
+        BeitJaxError: the file cannot be read, or it is something else.
+    """
+    try:
+        report = json.loads(path.read_bytes(), parse_int=float)
+    except OSError as error:
+        raise BeitJaxError(f"{printable(path)}: cannot be read ({error.strerror}); give {_REPORT}") from None
+    except (ValueError, RecursionError) as error:
+        raise BeitJaxError(f"{printable(path)}: not JSON ({printable(error)}); give {_REPORT}") from None
+    if not isinstance(report, list) or not report:
+        raise BeitJaxError(f"{printable(path)}: expected a list of stages; give {_REPORT}")
+    for number, stage in enumerate(report, 1):
+        for name, kind in _FIELDS.items():
+            value = stage.get(name) if isinstance(stage, dict) else None
+            if type(value) is not kind:
+                raise BeitJaxError(
+                    f"{printable(path)}: stage {number}: {name}: expected {_KINDS[kind]}, found "
+                    f"{printable(json.dumps(value), 40)}; give {_REPORT}"
+                )
+    return report
+
+
+_REPORT = "what beit-jax parity --json printed"
+_FIELDS: Mapping[str, type] = {
+    "name": str,
+    "max_error": float,
+    "mean_error": float,
+    "scale": float,
+    "tolerance": float,
+    "passed": bool,
+}
+_KINDS: Mapping[type, str] = {str: "a string", float: "a number", bool: "true or false"}
 
 
 def _mask(config: BeitConfig, pixel_values: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:

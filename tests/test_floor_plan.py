@@ -9,10 +9,10 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module may import, at its top, only modules that stand before it. Imports inside functions are the
 # deliberate exceptions: the command line and `predict` reach the converter when they need it.
 LIBRARY = [
-    "errors", "terminal", "tree", "json_file", "config", "variants", "published", "resize", "image_config",
+    "errors", "terminal", "arguments", "tree", "json_file", "config", "variants", "published", "resize", "image_config",
     "image_io", "images", "label_maps", "position", "adapt", "partition", "layers", "dense", "encoder", "segmenter",
     "heads", "output", "weights", "dvae", "vqkd", "tokenizer", "hub", "predict", "segmentation", "pictures",
-    "inspection", "reconstruct", "demo",
+    "interpret", "visualize", "inspection", "reconstruct", "demo",
 ]  # fmt: skip
 CONVERT = [
     "options", "weight_file", "safetensors_file", "msgpack_file", "pickle_names", "pickle_machine",
@@ -27,14 +27,15 @@ TRAIN = [
     "evaluate", "accuracy", "labelled", "confusion", "probe", "stored_tokens", "task", "supervised", "unsupervised",
     "program", "plan", "preview", "hlo", "aot", "contract", "loop", "commands",
 ]  # fmt: skip
+COMMANDS = ["plot_commands", "__main__"]
 ORDER = [
     *(f"beit_jax.{name}" for name in LIBRARY),
     *(f"beit_jax.convert.{name}" for name in CONVERT),
     *(f"beit_jax.train.{name}" for name in TRAIN),
-    "beit_jax.__main__",
+    *(f"beit_jax.{name}" for name in COMMANDS),
 ]
 FILES = {
-    f"beit_jax.{name}": ROOT / "beit_jax" / f"{name}.py" for name in [*LIBRARY, "__main__"]
+    f"beit_jax.{name}": ROOT / "beit_jax" / f"{name}.py" for name in [*LIBRARY, *COMMANDS]
 } | {f"beit_jax.convert.{name}": ROOT / "convert" / f"{name}.py" for name in CONVERT} | {
     f"beit_jax.train.{name}": ROOT / "train" / f"{name}.py" for name in TRAIN
 }  # fmt: skip
