@@ -288,7 +288,7 @@ class _Counter:
             return min(source, target.bytes) + target.held
         inner = self.computations.get(instruction.called("calls") or "")
         if inner is not None:
-            reads = sum(_read(inner, place, operand) for place, operand in enumerate(operands))
+            reads = sum(_read(self.computations, inner, place, operand) for place, operand in enumerate(operands))
             return reads + _written(inner, instruction)
         if opcode in ("dynamic-slice", "slice", "gather"):
             return sum(leaf.held for leaf in instruction.leaves) + min(operands[0].leaves[0].held, _size(instruction))
@@ -301,23 +301,32 @@ def _size(instruction: Instruction) -> int:
     return sum(leaf.bytes for leaf in instruction.leaves)
 
 
-def _read(fused: Computation, place: int, operand: Instruction) -> float:
+def _read(computations: Mapping[str, Computation], fused: Computation, place: int, operand: Instruction) -> float:
     """Bytes that a fusion reads of an operand: of one that it only takes slices of, the slices."""
     whole = sum(leaf.held for leaf in operand.leaves)
-    parameter = next(
-        (one for one in fused.instructions.values() if one.opcode == "parameter" and one.literal == str(place)), None
-    )
+    parameter = _parameter(fused, place)
     if parameter is None or not whole:
         return whole
-    parts = list(_slices(fused, parameter.name))
+    parts = list(_slices(computations, fused, parameter.name))
     return whole if None in parts else min(whole, sum(part or 0 for part in parts))
 
 
-def _slices(fused: Computation, name: str) -> Iterator[int | None]:
-    """Bytes of every slice that is taken of a value; None for any other use of it."""
+def _parameter(fused: Computation, place: int) -> Instruction | None:
+    known = fused.instructions.values()
+    return next((one for one in known if one.opcode == "parameter" and one.literal == str(place)), None)
+
+
+def _slices(computations: Mapping[str, Computation], fused: Computation, name: str) -> Iterator[int | None]:
+    """Bytes of every slice that is taken of a value, in fusions of fusions too; None for any other use of it."""
     for user in fused.users[name]:
-        if user.opcode == "bitcast":
-            yield from _slices(fused, user.name)
+        inner = computations.get(user.called("calls") or "") if user.opcode == "fusion" else None
+        if inner is not None:
+            for place, operand in enumerate(user.operands):
+                parameter = _parameter(inner, place) if operand == name else None
+                if parameter is not None:
+                    yield from _slices(computations, inner, parameter.name)
+        elif user.opcode == "bitcast":
+            yield from _slices(computations, fused, user.name)
         elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
             yield _size(user)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:

@@ -155,7 +155,9 @@ def test_arrays_take_the_room_of_their_tiles(leaf: Leaf, held: int) -> None:
     assert leaf.held == held
 
 
-def test_slices_of_stacked_parameters_count_as_slices() -> None:
+@pytest.mark.parametrize("fusion", ["read_block", "read_within"])
+def test_slices_of_stacked_parameters_count_as_slices(fusion: str) -> None:
+    """Also where a fusion within the fusion takes them."""
     text = """HloModule step
 
 %one_block (stack: f32[12,64,64], at: s32[], change: f32[64,64]) -> f32[12,64,64] {
@@ -175,14 +177,21 @@ def test_slices_of_stacked_parameters_count_as_slices() -> None:
   ROOT %flat = f32[64,64]{1,0} bitcast(%block)
 }
 
+%read_within (stack.2: f32[12,64,64], at.2: s32[]) -> f32[64,64] {
+  %stack.2 = f32[12,64,64]{2,1,0} parameter(0)
+  %at.2 = s32[] parameter(1)
+  ROOT %inner = f32[64,64]{1,0} fusion(%stack.2, %at.2), kind=kLoop, calls=%read_block
+}
+
 ENTRY %main (blocks: f32[12,64,64], place: s32[]) -> f32[12,64,64] {
   %blocks = f32[12,64,64]{2,1,0} parameter(0)
   %place = s32[] parameter(1)
-  %taken = f32[64,64]{1,0} fusion(%blocks, %place), kind=kLoop, calls=%read_block
+  %taken = f32[64,64]{1,0} fusion(%blocks, %place), kind=kLoop, calls=%READ
   %near = f32[64,64]{1,0:T(8,128)S(1)} copy(%taken)
   ROOT %put = f32[12,64,64]{2,1,0} fusion(%blocks, %place, %near), kind=kLoop, calls=%one_block
 }
 """
+    text = text.replace("%READ", f"%{fusion}")
     block, place = 64 * 64 * 4, 4
     read_, copied, put = 2 * block + place, block, block + place  # what lies on the chip costs nothing to read
     assert work(text, 1).traffic == read_ + copied + put
