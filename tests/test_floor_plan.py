@@ -25,7 +25,7 @@ TRAIN = [
     "segmentation", "objectives", "codebook", "teachers", "vqkd", "dvae", "pretraining", "topology", "sharding", "step",
     "hosts", "peers", "cluster", "lock", "digests", "step_files", "snapshot", "checkpoint", "log", "watch", "estimate",
     "evaluate", "accuracy", "labelled", "confusion", "probe", "stored_tokens", "task", "supervised", "unsupervised",
-    "program", "plan", "preview", "hlo", "aot", "contract", "loop", "commands",
+    "program", "plan", "preview", "hlo", "aot", "scaling", "contract", "loop", "commands",
 ]  # fmt: skip
 COMMANDS = ["plot_commands", "__main__"]
 ORDER = [
