@@ -152,7 +152,7 @@ def assert_same_bits(out: Path, expected: Path) -> None:
 # --- One of them ends -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("culprit", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_fails(pod: Pod, tmp_path: Path, culprit: int) -> None:
     """Both end in less than ten seconds; the last line of both is the error, and says whose it is."""
     ended = pod.run(tmp_path / "run", fault="fail", culprit=culprit)
@@ -167,6 +167,7 @@ def test_one_fails(pod: Pod, tmp_path: Path, culprit: int) -> None:
     assert last in (3, 6) and max(process.after or 0.0 for process in ended) < 10
 
 
+@pytest.mark.slow
 def test_one_crashes(pod: Pod, tmp_path: Path) -> None:
     """An error of the program keeps its traceback, in the log of its own process."""
     other, guilty = pod.run(tmp_path / "run", fault="crash")
@@ -197,6 +198,7 @@ def test_the_leader_is_killed(pod: Pod, tmp_path: Path) -> None:
     assert 3 in saved(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_one_is_suspended(pod: Pod, tmp_path: Path) -> None:
     """As a frozen machine is: no process can end it, all others end."""
     (other,) = pod.run(tmp_path / "run", "--hosts.silence", "5", fault="stop", started=None)[:1]
@@ -229,7 +231,7 @@ def test_one_reads_an_odd_batch(pod: Pod, tmp_path: Path) -> None:
 # --- Preemption -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("culprit", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_stops_all_after_the_same_step(
     pod: Pod, uninterrupted: Path, tmp_path: Path, culprit: int
 ) -> None:
