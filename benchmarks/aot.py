@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ HERE = Path(__file__).parent
 RECORDS, PAGE = HERE / "aot.json", HERE / "aot.md"
 COUNTING = 2
 """Of train/hlo.py, which first counted slices within nested fusions as reads of the whole."""
+IS = " as it is"
 TOPOLOGIES = ("v5e:2x4", "v5e:4x4", "v6e:4x4", "2xv5e:4x4")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a recipe is laid out.
+    """How a recipe is laid out, to be compared on several topologies.
 
     Attributes:
         images: on a chip at once, at most; of v5e, and of v6e, which has twice the memory.
@@ -50,7 +52,23 @@ KINDS = (
 )
 
 
-def compiled(kind: Kind, name: str, *, largest: bool) -> dict[str, Any]:
+AS_THEY_ARE = (
+    "beit_base_pt22k",
+    "data2vec_large_800",
+    "beit_large_ade20k_640",
+    "beitv2_large_ft21k",
+    "dvae",
+    "vqkd_base",
+    "beit_base_ft22k",
+    "beit_large_ade20k",
+    "beitv2_large_pt1k",
+    "beit_large_ft22k_ft1k_512",
+    "beit_base_ade20k_640",
+)
+"""Recipes compiled without a change for the topology they name: of every kind those that need most."""
+
+
+def compiled(kind: Kind | None, recipe_name: str, name: str, *, largest: bool) -> dict[str, Any]:
     """The numbers of a row."""
     import jax
 
@@ -60,7 +78,9 @@ def compiled(kind: Kind, name: str, *, largest: bool) -> dict[str, Any]:
     from beit_jax.train.recipes import recipe_named
     from beit_jax.train.topology import parse_topology
 
-    topology, recipe = parse_topology(name), recipe_named(kind.recipe)
+    topology, recipe = parse_topology(name), recipe_named(recipe_name)
+    if kind is None:
+        return report(recipe, topology, largest=largest, say=lambda line: print(line, file=sys.stderr)).as_dict()
     at_once = topology.chips * kind.images * (2 if topology.chip.name == "v6e" else 1)
     mesh = (topology.slices, -1, 1) if kind.sharded else (-1, 1, 1)
     recipe = replace(
@@ -72,16 +92,20 @@ def compiled(kind: Kind, name: str, *, largest: bool) -> dict[str, Any]:
     return report(recipe, topology, largest=largest, say=lambda line: print(line, file=sys.stderr)).as_dict()
 
 
-def page(records: list[dict[str, Any]]) -> str:
-    """The table and what it says."""
+def page(records: dict[str, dict[str, Any]]) -> str:
+    """The tables and what they say."""
     head = (
         "recipe", "topology", "mesh", "remat", "batch", "parts", "GiB of", "TFLOP", "GB", "FLOP/B", "collectives, MB",
         "step, ms", "compiler, ms", "utilisation", "largest",
     )  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for record in records:
-        lines.append("| " + " | ".join(_cells(record["row"], record["layout"].get("counting", 1))) + " |")
-    return _TEXT.format(table="\n".join(lines), versions=versions())
+    tables = []
+    for carried in (False, True):
+        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for name, record in records.items():
+            if name.endswith(IS) == carried:
+                lines.append("| " + " | ".join(_cells(record["row"], record["layout"].get("counting", 1))) + " |")
+        tables.append("\n".join(lines))
+    return _TEXT.format(table=tables[0], carried=tables[1], versions=versions())
 
 
 def _cells(row: dict[str, Any], counting: int) -> list[str]:
@@ -113,7 +137,17 @@ _TEXT = """# Recipes compiled for TPUs
 `python benchmarks/aot.py`: the sharded training step of published recipes, compiled by libtpu for chips that nobody had
 at hand. Nothing was run. {versions}.
 
+## On four topologies
+
 {table}
+
+## As they are
+
+Without a change, on the topology that each names (`beit-jax aot RECIPE`): of every kind the recipes that need most.
+
+{carried}
+
+## What the columns say
 
 Mesh: data x fsdp x tensor. Batch: the published one, of all chips; parts: computed one after the other. The columns
 from TFLOP on are of one chip in one step. Collectives: how many, and the MB that reach a chip; "between slices" crosses
@@ -133,30 +167,43 @@ def versions() -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu", "flax"))
 
 
+def cases() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """Every row: its name, the recipe, the topology, and how the recipe is laid out."""
+    from beit_jax.train.recipes import recipe_named
+
+    for kind in KINDS:
+        for topology in TOPOLOGIES:
+            yield f"{kind.recipe} {topology}", kind.recipe, topology, asdict(kind)
+    for name in AS_THEY_ARE:
+        recipe = recipe_named(name)
+        as_it_is = {"remat": recipe.model.remat, "mesh": list(recipe.run.mesh), "parts": recipe.optim.accumulate}
+        yield f"{name}{IS}", name, recipe.topology, as_it_is
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[""], help="rows that one of these words is part of")
     parser.add_argument("--largest", action="store_true", help="look for the largest batch too")
     options = parser.parse_args()
     records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
-    cases = {f"{kind.recipe} {topology}": (kind, topology) for kind in KINDS for topology in TOPOLOGIES}
-    for name, (kind, topology) in cases.items():
-        layout = asdict(kind) | {"versions": versions(), "counting": COUNTING}
+    for name, recipe, topology, chosen in cases():
+        layout = chosen | {"versions": versions(), "counting": COUNTING}
         known = records.get(name, {})
         done = known.get("layout") == layout and (known["row"]["largest_batch"] is not None or not options.largest)
         if done or not any(word in name for word in options.only):
             continue
-        command = [sys.executable, __file__, "--child", kind.recipe, topology, *(["--largest"] * options.largest)]
-        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        command = [sys.executable, __file__, "--child", recipe, topology, str(name.endswith(IS))]
+        found = subprocess.run([*command, str(options.largest)], stdout=subprocess.PIPE, text=True, check=True)
         records[name] = {"layout": layout, "row": json.loads(found.stdout)}
-        rows = {name: records[name] for name in cases if name in records}
-        RECORDS.write_text(json.dumps(rows, indent=1) + "\n")
-        PAGE.write_text(page(list(rows.values())))
+        records = {name: records[name] for name, *_ in cases() if name in records}
+        RECORDS.write_text(json.dumps(records, indent=1) + "\n")
+        PAGE.write_text(page(records))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        chosen = next(kind for kind in KINDS if kind.recipe == sys.argv[2])
-        print(json.dumps(compiled(chosen, sys.argv[3], largest="--largest" in sys.argv)))
+        recipe, topology, as_it_is, largest = sys.argv[2:]
+        chosen = None if as_it_is == "True" else next(kind for kind in KINDS if kind.recipe == recipe)
+        print(json.dumps(compiled(chosen, recipe, topology, largest=largest == "True")))
     else:
         main()

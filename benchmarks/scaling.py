@@ -310,7 +310,8 @@ def biases() -> str:
 
 def compiled_rows() -> list[dict[str, Any]]:
     """The programs of both files."""
-    rows = [entry["row"] for entry in json.loads(COMPILED.read_text()).values()]
+    records = json.loads(COMPILED.read_text())
+    rows = [entry["row"] for name, entry in records.items() if not name.endswith(" as it is")]
     return rows + list(json.loads(RECORDS.read_text()).values())
 
 
@@ -453,7 +454,8 @@ that share out images; images: of one such chip. Everything but the optimizer is
     ring of m chips     all-gather, reduce-scatter: bytes x (m - 1) / m; all-reduce: twice that
     products            FLOP x batch / chips / peak
     parameters          all-gather of 3 x 2 P / t over f: bfloat16, forward, again, and backward; f > 16: all-reduce
-    gradients           reduce-scatter of G / t over f (f > 16 or s > 1: all-reduce), then all-reduce of G / t / f over r / f
+    gradients           reduce-scatter of G / t over f (f > 16 or s > 1: all-reduce), then all-reduce of G / t / f over
+                        r / f
                         G: 2 bytes for the kernels of qkv and fc1, 4 for all other parameters
     position biases     all-reduce of 4 x heads x n^2 / t for each table over r
     tensor              all-reduce of images x L x n x d x (2 x 4 + 2 x 4 + 2 x 2) over t, on one link

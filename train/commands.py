@@ -365,7 +365,9 @@ def aot_command(arguments: Sequence[str]) -> Callable[..., int]:
     def aot(
         recipe: Positional[_RecipeName],
         *,
-        topology: Annotated[str, arg(metavar="CHIP:SHAPE", help="v5e:2x4, v6e:4x4, v5p:2x2x2; 2xv5e:4x4: two slices.")],
+        topology: Annotated[
+            str, arg(metavar="CHIP:SHAPE", help="v5e:2x4, v6e:4x4, v5p:2x2x2; 2xv5e:4x4: two slices.")
+        ] = given.topology,
         classes: Annotated[int | None, arg(help="Of the data; by default as the variant was published with.")] = None,
         quick: Annotated[bool, arg(help="Compile once: do not look for the largest batch that fits.")] = False,
         json: Annotated[bool, arg(help="Print JSON for programs instead of text for people.")] = False,

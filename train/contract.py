@@ -24,6 +24,7 @@ RUN = "run.json"
 
 # What may change from one start to the next: nothing here changes what is computed, but for rounding.
 FREE = {
+    "recipe.topology",
     "recipe.run.mesh",
     "recipe.run.log_every",
     "recipe.run.save_every",

@@ -325,15 +325,16 @@ class Peers:
         saved = "nothing was saved" if step is None else f"step {step:,} is saved, the same command goes on from it"
         say(f"error: {end}; {saved}")
         with _if_there_is_one():
-            self._farewell()
+            self._farewell(but=end.process)
         self._end_process(HUNG if end.kind == "hung" else LOST)
 
-    def _farewell(self) -> None:
-        """Says goodbye; process 0, which holds the store, waits until all others did."""
+    def _farewell(self, but: int | None = None) -> None:
+        """Says goodbye; process 0, which holds the store, waits for that of all others `but` one, who may be dead."""
         assert self._store is not None
         self._say("bye", True)
+        others = {str(index) for index in range(self.count) if index != but}
         for _ in range(round(FAREWELL / 0.1)):
-            if self.index != 0 or len(self._store.under("bye/")) == self.count:
+            if self.index != 0 or others <= self._store.under("bye/").keys():
                 return
             self._leaving.wait(0.1)
 

@@ -56,7 +56,7 @@ def beit_large_pt22k() -> Recipe:
     Layer scale starts at 1e-5, which is published. Blocks are computed again on the way back, to fit into 16 GB.
     """
     recipe = beit_base_pt22k()
-    return replace(recipe, model=replace(recipe.model, variant="beit_large_patch16_224_pt22k", remat="block"))
+    return replace(recipe, model=replace(recipe.model, variant="beit_large_patch16_224_pt22k"))
 
 
 def beit_base_pt1k() -> Recipe:
@@ -99,14 +99,12 @@ def beitv2_base_pt1k_300e() -> Recipe:
 
 def beitv2_large_pt1k() -> Recipe:
     """BEiT v2 L on ImageNet-1k, 1600 epochs: 87.3 top-1 fine-tuned. 64 V100 x 32."""
-    recipe = _beitv2("beit_large_patch16_224_pt22k", epochs=1600, aggregate_from=21, drop_path=0.1, beta2=0.999)
-    return replace(recipe, model=replace(recipe.model, remat="block"))
+    return _beitv2("beit_large_patch16_224_pt22k", epochs=1600, aggregate_from=21, drop_path=0.1, beta2=0.999)
 
 
 def beitv2_large_pt1k_300e() -> Recipe:
     """BEiT v2 L on ImageNet-1k, 300 epochs: 86.6 top-1 fine-tuned."""
-    recipe = _beitv2("beit_large_patch16_224_pt22k", epochs=300, aggregate_from=21, drop_path=0.0, beta2=0.98)
-    return replace(recipe, model=replace(recipe.model, remat="block"))
+    return _beitv2("beit_large_patch16_224_pt22k", epochs=300, aggregate_from=21, drop_path=0.0, beta2=0.98)
 
 
 # --- data2vec: 120 of 196 patches, the last six blocks of a teacher of constant decay.
@@ -134,9 +132,7 @@ def data2vec_base_800() -> Recipe:
 
 def data2vec_large_800() -> Recipe:
     """data2vec L on ImageNet-1k, the first 800 epochs. 64 GPUs x 64."""
-    model = ModelOptions(
-        variant="data2vec_vision_large", drop_path=0.2, attention_dropout=0.15, layer_scale=1e-5, remat="block"
-    )
+    model = ModelOptions(variant="data2vec_vision_large", drop_path=0.2, attention_dropout=0.15, layer_scale=1e-5)
     return _data2vec(model, batch_size=4096, lr=1e-3, warmup=80, ema=0.9998)
 
 

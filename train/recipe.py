@@ -279,6 +279,8 @@ class Recipe:
     """A training run. Source, hardware and expected result of the published ones stand beside them in `recipes`."""
 
     name: str
+    topology: str = ""
+    """TPUs that the batch, split over them, fits: `topology.parse_topology` reads it. Empty: any device."""
     objective: Objective = "classification"
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)

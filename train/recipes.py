@@ -452,4 +452,22 @@ def recipe_named(name: str) -> Recipe:
         raise BeitJaxError(
             f"no recipe is called {printable(name)}; the nearest is {near} (beit-jax train --help lists all)"
         )
-    return replace(RECIPES[name](), name=name)
+    recipe = replace(RECIPES[name](), name=name)
+    return recipe if name.startswith("digits") else _for_tpus(recipe)
+
+
+def _for_tpus(recipe: Recipe) -> Recipe:
+    """A published recipe laid out for the smallest slice of v5e, of 16 GB a chip, on which nothing else has to change.
+
+    Blocks are computed again on the way back. Every chip holds the whole state, which takes the least time wherever it
+    fits (benchmarks/scaling.md). benchmarks/aot.md has what the compiler says; with more memory, 80 GB say,
+    ``--model.remat none`` saves a quarter of the products.
+    """
+    remat = recipe.model.remat if recipe.objective in ("linear_probe", "dvae") else "block"  # which have no use for it
+    recipe = replace(recipe, model=replace(recipe.model, remat=remat))
+    if recipe.objective == "segmentation":  # 16 images, in one part or two
+        if recipe.optim.accumulate == 1:
+            return replace(recipe, topology="v5e:4x4")
+        return replace(recipe, topology="v5e:2x4", run=replace(recipe.run, mesh=(1, -1, 1)))
+    many = recipe.data.batch_size >= 4096 or recipe.objective == "dvae"
+    return replace(recipe, topology="v5e:8x8" if many or "_large" in recipe.model.variant else "v5e:4x4")

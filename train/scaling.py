@@ -202,7 +202,8 @@ def gradient_bytes(work: Workload, layout: Layout) -> float:
     """Gradients of each part: reduced and scattered over fsdp, then what is left of them all-reduced over data.
 
     ``parts G / tensor ((f - 1) / f + 2 / f (d - 1) / d)`` with d the data axis within a slice; the first term twice
-    where all-reduces scatter (`SCATTERED_UP_TO`, or several slices). G: bfloat16 of qkv's and fc1's kernels, float32 of all else.
+    where all-reduces scatter (`SCATTERED_UP_TO`, or several slices). G: bfloat16 of qkv's and fc1's kernels, float32 of
+    all else.
     """
     size = layout.parts * work.gradient_bytes / layout.tensor
     scatters = layout.fsdp <= SCATTERED_UP_TO and layout.slices == 1

@@ -138,13 +138,21 @@ class _Unlabelled(Quiet):
 
     @property
     def flops(self) -> float:
-        model = replace(self.recipe.model, remat="none")  # what is computed again counts once
-        task: Any = replace(cast(Any, self), recipe=replace(self.recipe, model=model))
-        return traced_flops(task._loss, self.shapes().params)
+        return traced_flops(self._remembering()._loss, self.shapes().params)  # what is computed again counts once
 
     @property
     def activations(self) -> int:
-        return traced_activations(self._loss, self.shapes().params)
+        kept = traced_activations(self._loss, self.shapes().params)
+        if self.recipe.model.remat == "none":
+            return kept
+        # What one block makes again is there at a time, as `estimate.activation_bytes` counts it.
+        whole = traced_activations(self._remembering()._loss, self.shapes().params)
+        return kept + (whole - kept) // self.config.num_hidden_layers
+
+    def _remembering(self) -> Any:
+        """This task without computing anything again."""
+        model = replace(self.recipe.model, remat="none")
+        return replace(cast(Any, self), recipe=replace(self.recipe, model=model))
 
     def _loss(self, images: int, params: Nested) -> Array:
         """The training loss of so many images, for tracing."""

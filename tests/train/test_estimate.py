@@ -113,9 +113,10 @@ def test_flops_are_those_of_the_traced_products(name: str, remat: Remat) -> None
     assert traced(config, gradients=True, remat=remat) == flops(config).training(remat)
 
 
-def pretraining(name: str, sources: Sources) -> tuple[Any, BeitConfig]:
+def pretraining(name: str, sources: Sources, remat: Remat = "block") -> tuple[Any, BeitConfig]:
     """A task without labels as `make_plan` makes it."""
     recipe = recipe_named(name)
+    recipe = replace(recipe, model=replace(recipe.model, remat=remat))
     config = KINDS[recipe.objective].configure(recipe, (), sources)
     return KINDS[recipe.objective](recipe, config, sources, 10), config
 
@@ -171,12 +172,13 @@ def test_flops_of_data2vec() -> None:
     assert task.flops == pytest.approx(expected, rel=1e-9)
 
 
-def test_activations_of_pretraining_are_of_predicted_patches_only() -> None:
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_activations_of_pretraining_are_of_predicted_patches_only(remat: Remat) -> None:
     """Logits in float32 and their exponentials, of 75 patches instead of 196, are what is saved."""
     encoder = DvaeEncoderConfig()
     tokenizer = TokenizerCheckpoint(encoder, weightless(tokenizer_shapes(encoder)))
-    task, config = pretraining("beit_base_pt1k", Sources(tokenizer=tokenizer))
-    model = activation_bytes(config)
+    task, config = pretraining("beit_base_pt1k", Sources(tokenizer=tokenizer), remat)
+    model = activation_bytes(config, remat=remat)
     logits = 8192 * 4
     assert 0.8 * model < task.activations < model + 3 * 75 * logits
 

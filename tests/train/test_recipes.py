@@ -28,8 +28,10 @@ from beit_jax.train.recipe import (
 from beit_jax.train.recipes import RECIPES, recipe_named
 from beit_jax.train.resolve import image_processor, model_config
 from beit_jax.train.schedule import decay_table, poly_table, schedule_table
+from beit_jax.train.sharding import _sizes
 from beit_jax.train.state import initial_state
 from beit_jax.train.step import make_train_step
+from beit_jax.train.topology import parse_topology
 from beit_jax.variants import VARIANTS
 
 IMAGENET = 1_281_167
@@ -43,6 +45,16 @@ def test_every_recipe_is_valid_documented_and_named(name: str) -> None:
     check(recipe)
     assert recipe.name == name
     assert RECIPES[name].__doc__
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("digits")])
+def test_every_published_recipe_names_tpus_over_which_its_batch_divides(name: str) -> None:
+    """And computes blocks again, without which few fit there; benchmarks/aot.md says that they do."""
+    recipe = recipe_named(name)
+    chips = parse_topology(recipe.topology).chips
+    data, fsdp, tensor = _sizes(recipe.run.mesh, chips)
+    assert (recipe.data.batch_size % (data * fsdp * recipe.optim.accumulate), tensor) == (0, 1)
+    assert recipe.model.remat == ("none" if recipe.objective in ("linear_probe", "dvae") else "block")
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if recipe_named(name).objective == "classification"])
