@@ -32,6 +32,7 @@ class Hub:
     """Where downloads are kept; by default huggingface_hub's cache."""
 
     def resolve(self, name: str) -> "Source":
+        """As `beit_jax.hub.resolve`."""
         from beit_jax.hub import resolve
 
         return resolve(name, revision=self.revision, cache_dir=self.cache_dir)

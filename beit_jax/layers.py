@@ -35,7 +35,7 @@ def layer_norm(config: BeitConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 def dropout(x: Array, rate: float | Array, key: Key[Array, ""] | None, *, per_sample: bool = False) -> Array:
     """Zeroes elements, or samples (stochastic depth, arXiv:1603.09382), with probability `rate`; scales the rest up.
 
-    `key` None means inference: nothing is dropped.
+    `x` is of any shape, its first axis samples. `key` None means inference: nothing is dropped.
     """
     if key is None or (isinstance(rate, float) and rate == 0.0):
         return x

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 
 from beit_jax.config import BeitConfig
 from beit_jax.dense import (
@@ -143,7 +143,7 @@ class BeitBackbone(nnx.Module):
     def __call__(
         self,
         pixel_values: Float[ArrayLike, "b height width c"],
-        bool_masked_pos: ArrayLike | None = None,
+        bool_masked_pos: Shaped[ArrayLike, "b patches"] | None = None,
         *,
         train: bool = False,
         **options: Any,
@@ -176,7 +176,7 @@ class BeitForSemanticSegmentation(nnx.Module):
     def __call__(
         self,
         pixel_values: Float[ArrayLike, "b height width c"],
-        bool_masked_pos: ArrayLike | None = None,
+        bool_masked_pos: Shaped[ArrayLike, "b patches"] | None = None,
         *,
         train: bool = False,
         key: Key[Array, ""] | None = None,

@@ -70,8 +70,8 @@ class Checkpoint:
 
         Args:
             name: a key of `tensors`.
-            out: a flat uint8 buffer at least as long as the tensor, filled and viewed instead of a new array: reused
-                between calls it saves the page faults of fresh memory.
+            out: a flat uint8 buffer [bytes], at least as long as the tensor, filled and viewed instead of a new array:
+                reused between calls it saves the page faults of fresh memory.
 
         Raises:
             BeitJaxError: the bytes are damaged, or the file was changed or cut short since it was opened.
@@ -81,6 +81,7 @@ class Checkpoint:
         return self._owner[name].read(name, out)
 
     def close(self) -> None:
+        """Closes all files."""
         for part in self._parts:
             part.close()
 

@@ -100,6 +100,7 @@ class HeadNames:
     classifier: str = "classifier"
 
     def pyramid_rules(self) -> tuple[Rule, ...]:
+        """Of the neck, which scales feature maps."""
         up4_first, up4_norm, up4_second, up2 = self.pyramid
         layers = ((up4_first, "up4_first"), (up4_second, "up4_second"), (up2, "up2"))
         return (

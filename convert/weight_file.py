@@ -112,6 +112,7 @@ class RandomAccessFile:
         return bytes(data)
 
     def close(self) -> None:
+        """Closes the file; again does no harm."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
@@ -167,7 +168,7 @@ class WeightFile(ABC):
         """Writes the C-ordered bytes of one tensor into `flat`, `info.nbytes` long."""
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
-        """One tensor, C-contiguous, in its stored dtype: a new array, or a view of the flat uint8 buffer `out`."""
+        """One tensor, C-contiguous, in its stored dtype: a new array, or a view of the uint8 buffer `out` [bytes]."""
         info = self.tensors[name]
         if out is None:
             out = np.empty(info.nbytes, np.uint8)
@@ -182,4 +183,5 @@ class WeightFile(ABC):
         return flat.view(info.dtype).reshape(info.shape)
 
     def close(self) -> None:
+        """Closes the file."""
         self.file.close()

@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from beit_jax.__main__ import main
+from documents import mentions, offered
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -497,20 +496,6 @@ def test_by_hand_a_signal_saves_and_ends(fakes: Fakes) -> None:
 # --- Options that are named -------------------------------------------------------------------------------------------
 
 
-def offered(capsys: pytest.CaptureFixture[str], *command: str) -> set[str]:
-    """The options that `--help` of a command lists."""
-    with pytest.raises(SystemExit):
-        main([*command, "--help"])
-    return set(re.findall(r"^.{2}(?:-\w, )?(--[\w.-]+)", capsys.readouterr().out, re.MULTILINE))
-
-
-def commands(text: str) -> list[tuple[str, list[str]]]:
-    """Every `beit-jax COMMAND` in a text, with the options that follow on its line."""
-    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
-    found = [piece for line in lines for piece in re.findall(r"beit-jax ([a-z]+)\b([^`;|&\"]*)", line)]
-    return [(name, re.findall(r"(?<!\S)--[a-z][\w.-]*", rest)) for name, rest in found]
-
-
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
 def test_options_that_are_named_exist(capsys: pytest.CaptureFixture[str], text: Path) -> None:
     content = text.read_text(encoding="utf-8")
@@ -519,7 +504,7 @@ def test_options_that_are_named_exist(capsys: pytest.CaptureFixture[str], text: 
     }
     assert {"--data", "--run.mesh"} <= known["train"]
     unknown = set(re.findall(r"(?<!\S)`?(--[a-z]\w*\.[a-z][\w-]*)", content)) - known["train"]
-    for name, options in commands(content):
+    for name, options in mentions(content):
         unknown |= set(options) - known.get(name, set(options))
     assert unknown == set()
 

@@ -301,7 +301,7 @@ def stream(step: EvalStep, params: Any, batches: Iterable[HostBatch], mesh: Mesh
 
 
 def padded(array: np.ndarray, rows: int) -> np.ndarray:
-    """The array with zeros (``valid``: False) after its own rows."""
+    """The array [b, ...] with zeros (``valid``: False) after its own rows, [rows, ...]."""
     if len(array) == rows:
         return array
     return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1))
@@ -350,7 +350,7 @@ def on_every_device(model: Model, mesh: Mesh) -> tuple[nnx.GraphDef[Model], Nest
 
 
 def to_send(batch: HostBatch, classes: int, accepted: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """What an evaluation's step reads of a batch, and the alternative labels of its images.
+    """What an evaluation's step reads of a batch, and the alternative labels of its images, `accepted` [b, labels].
 
     Raises:
         BeitJaxError: a label that is no class of the model.

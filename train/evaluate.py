@@ -68,7 +68,7 @@ class Confusion:
         self.counts = np.zeros((len(self.labels), len(self.labels)), np.int64)
 
     def add(self, prediction: np.ndarray, truth: np.ndarray, name: str = "label map") -> None:
-        """Counts the pixels of one image, or of a batch.
+        """Counts the pixels of one image [h, w], or of a batch [b, h, w].
 
         Raises:
             BeitJaxError: maps of different shapes, or class numbers that do not exist.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from beit_jax.heads import BeitForMaskedImageModeling
 from beit_jax.tree import Nested
@@ -195,7 +195,7 @@ def deviation(features: Float[Array, "b k d"], weights: Float[Array, "b k"]) -> 
     return jnp.sqrt(variance).mean()
 
 
-def weighted_mean(values: Array, weights: Float[Array, "*b"]) -> Float[Array, ""]:
+def weighted_mean(values: Shaped[Array, "*b"], weights: Float[Array, "*b"]) -> Float[Array, ""]:
     """Zero where nothing has a weight."""
     return (values * weights).sum() / jnp.maximum(weights.sum(), 1.0)
 

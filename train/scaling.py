@@ -319,6 +319,7 @@ def fixed_traffic(work: Workload, layout: Layout) -> float:
 
 
 def memory_seconds(work: Workload, layout: Layout) -> float:
+    """All that passes through main memory, over its bandwidth."""
     return (activation_traffic(work, layout) + fixed_traffic(work, layout)) / layout.chip.hbm_bandwidth
 
 
@@ -334,10 +335,12 @@ def interconnect_seconds(work: Workload, layout: Layout) -> float:
 
 
 def between_slices_seconds(work: Workload, layout: Layout) -> float:
+    """`between_slices_bytes`, over this chip's share of the data centre's network."""
     return between_slices_bytes(work, layout) / layout.chip.dcn
 
 
 def times(work: Workload, layout: Layout) -> Times:
+    """The four times of a step."""
     return Times(
         products=product_seconds(work, layout),
         memory=memory_seconds(work, layout),

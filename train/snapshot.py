@@ -100,7 +100,7 @@ def _start(index: tuple[slice, ...]) -> tuple[int, ...]:
 
 
 def place(array: np.ndarray, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array on the devices, as its sharding says; without one, on the first."""
+    """An array of any shape on the devices, as its sharding says; without one, on the first."""
     sharding = abstract.sharding or SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     assert placed.dtype == abstract.dtype  # float64 and int64 would be narrowed where JAX does not have them enabled

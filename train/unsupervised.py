@@ -232,6 +232,7 @@ class MaskedTokens(_Unlabelled, Whole):
         return masked_tokens(self.recipe, self.tokenizer_graph)
 
     def frozen(self, state: State) -> Nested:
+        """The tokenizer."""
         return state.ema if self.sources.tokens is None else self._resident
 
     def shapes(self) -> Start:
