@@ -46,11 +46,13 @@ from .step_files import StepFiles
 
 T = TypeVar("T")
 FAILURES = 3  # saves in a row that may fail before a run is told to stop
-SHARED_SOON = (0.0, 0.2, 0.8, 2.0, 2.0)  # seconds between looks for what another host wrote
+SHARED_SOON = (0.0, 0.2, 0.8, 2.0, 2.0)  # seconds before each look for what another host wrote
 _STATE = "state"  # Orbax's name for the tree of arrays, of which a checkpoint could hold several
 
-# Orbax logs the traceback of every error, several times, before it raises it.
+# Orbax logs the traceback of every error, several times, before it raises it. Where several arrays fail it raises the
+# first; the others' errors are asyncio's to log, now and then, when it finds that nobody took them.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/checkpoint/" not in record.pathname)
+logging.getLogger("asyncio").addFilter(lambda record: "/orbax/checkpoint/" not in record.getMessage())
 
 
 class SaveFailed(BeitJaxError):
@@ -340,9 +342,9 @@ class Checkpoints:
 def _appears(lock: Path, owner: str) -> bool:
     """Whether the first process's lock file is here, for which network file systems may take a moment."""
     for pause in SHARED_SOON:
+        time.sleep(pause)
         if lock.is_file() and lock.read_text() == owner:
             return True
-        time.sleep(pause)
     return False
 
 

@@ -1,5 +1,7 @@
 """Training checkpoints on bad disks, beside other runs and under SIGKILL: rows D1 to D19 of the fault catalogue."""
 
+import asyncio
+import gc
 import os
 import random
 import re
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import xxhash
+from ports import free_address
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.train import checkpoint
@@ -274,6 +277,21 @@ def test_a_full_disk_is_reported_and_saving_goes_on(tmp_path: Path) -> None:
     assert "/orbax/" not in run.stderr  # its tracebacks
 
 
+@pytest.mark.parametrize(("file", "shown"), [("/lib/orbax/checkpoint/handlers.py", False), ("/lib/other.py", True)])
+def test_errors_that_orbax_left_behind_are_not_shown(file: str, shown: bool, caplog: pytest.LogCaptureFixture) -> None:
+    names: dict[str, Any] = {}
+    exec(compile("async def write():\n    raise ValueError('disk full')\n", file, "exec"), names)
+
+    async def main() -> None:
+        asyncio.get_running_loop().create_task(names["write"]())
+        await asyncio.sleep(0)  # it fails
+        await asyncio.sleep(0)  # and is forgotten, with an error that nobody took
+        gc.collect()
+
+    asyncio.run(main())
+    assert ("never retrieved" in caplog.text) == shown
+
+
 def test_the_third_failure_in_a_row_is_the_last(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep=9) as checkpoints, full_disk():
         retry = []
@@ -514,9 +532,7 @@ jax.distributed.shutdown()
 
 def pod(*directories: Path) -> list[str]:
     """What two processes with two devices each say; one directory for both, or one each."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
+    address = free_address()
     children = [
         subprocess.Popen(
             [sys.executable, "-c", POD, str(index), address, str(directories[index % len(directories)])],
