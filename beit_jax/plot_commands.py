@@ -29,7 +29,30 @@ _Hub = Annotated[Hub, arg(name="")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionPlot:
+class _ImagePlot:
+    """What both plots of an image take."""
+
+    checkpoint: Positional[SourceName]
+    image: Positional[_Image]
+    patch: _Patch = None
+    json: Json = False
+    hub: _Hub = Hub()
+
+    def attention(self) -> "ImageAttention":
+        """Of the image, in all blocks."""
+        from beit_jax import predict
+        from beit_jax.image_io import open_image
+        from beit_jax.interpret import image_attention
+
+        open_image(self.image)  # before a checkpoint is fetched for nothing
+        model, processor = predict.from_pretrained(
+            self.checkpoint, revision=self.hub.revision, cache_dir=self.hub.cache_dir
+        )
+        return image_attention(model, processor, self.image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPlot(_ImagePlot):
     """What a token attends to in an image: a map for every head of a block.
 
     Try:
@@ -37,21 +60,16 @@ class AttentionPlot:
       beit-jax plot attention ./native cat.jpg --block 3 --patch 7 8 -o patch.pdf
     """
 
-    checkpoint: Positional[SourceName]
-    image: Positional[_Image]
     output: _Output = Path("attention.png")
     block: _Block = None
     """The block, from 1; by default the last."""
-    patch: _Patch = None
-    json: Json = False
-    hub: _Hub = Hub()
 
     def draw(self) -> int:
         from beit_jax import visualize
         from beit_jax.interpret import checked_block
 
         visualize.check_output(self.output)
-        attention = _attention(self.checkpoint, self.image, self.hub)
+        attention = self.attention()
         figure = visualize.attention_maps(attention, block=self.block, patch=self.patch)
         block = checked_block(self.block, attention.depth)
         to_class = attention.probabilities[block - 1, :, attention.token(self.patch), 0]
@@ -60,7 +78,7 @@ class AttentionPlot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutPlot:
+class RolloutPlot(_ImagePlot):
     """How much of every patch reaches a token through all blocks, by attention rollout (arXiv 2005.00928).
 
     Try:
@@ -68,18 +86,13 @@ class RolloutPlot:
       beit-jax plot rollout ./native cat.jpg --patch 7 8 --json
     """
 
-    checkpoint: Positional[SourceName]
-    image: Positional[_Image]
     output: _Output = Path("rollout.png")
-    patch: _Patch = None
-    json: Json = False
-    hub: _Hub = Hub()
 
     def draw(self) -> int:
         from beit_jax import visualize
 
         visualize.check_output(self.output)
-        attention = _attention(self.checkpoint, self.image, self.hub)
+        attention = self.attention()
         figure = visualize.attention_rollout(attention, patch=self.patch)
         shares = {"patch": self.patch, "shares": attention.rollout_map(self.patch).tolist()}
         return _write(figure, self.output, {"image": str(self.image)} | shares, json=self.json)
@@ -189,16 +202,6 @@ def plot(
       beit-jax plot position-bias --help
     """
     return kind.draw()
-
-
-def _attention(checkpoint: str, image: Path, hub: Hub) -> "ImageAttention":
-    from beit_jax import predict
-    from beit_jax.image_io import open_image
-    from beit_jax.interpret import image_attention
-
-    open_image(image)  # before a checkpoint is fetched for nothing
-    model, processor = predict.from_pretrained(checkpoint, revision=hub.revision, cache_dir=hub.cache_dir)
-    return image_attention(model, processor, image)
 
 
 def _labels(runs: Sequence[Path]) -> list[str]:

@@ -187,7 +187,8 @@ def main() -> None:
     parser.add_argument("--largest", action="store_true", help="look for the largest batch too")
     options = parser.parse_args()
     records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
-    for name, recipe, topology, chosen in cases():
+    rows = list(cases())
+    for name, recipe, topology, chosen in rows:
         layout = chosen | {"versions": versions(), "counting": COUNTING}
         known = records.get(name, {})
         done = known.get("layout") == layout and (known["row"]["largest_batch"] is not None or not options.largest)
@@ -196,7 +197,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--child", recipe, topology, str(name.endswith(IS))]
         found = subprocess.run([*command, str(options.largest)], stdout=subprocess.PIPE, text=True, check=True)
         records[name] = {"layout": layout, "row": json.loads(found.stdout)}
-        records = {name: records[name] for name, *_ in cases() if name in records}
+        records = {name: records[name] for name, *_ in rows if name in records}
         RECORDS.write_text(json.dumps(records, indent=1) + "\n")
         PAGE.write_text(page(records))
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from beit_jax.arguments import Json
 from beit_jax.errors import BeitJaxError
 from beit_jax.terminal import image_progress, print_json, print_lines, print_table
 
@@ -55,7 +56,7 @@ def prepare(
     held_out: float | None = None,
     skip_bad: bool = False,
     overwrite: bool = False,
-    json: Annotated[bool, arg(help="Print JSON for programs instead of text for people.")] = False,
+    json: Json = False,
 ) -> int:
     """Write a data set as `beit-jax train` and `evaluate` read it: TFDS in ArrayRecord files, without TensorFlow.
 
@@ -212,7 +213,6 @@ class Numbers:
         return changed
 
 
-_ALONE = HostOptions()
 _RecipeName = Annotated[str, arg(metavar="RECIPE", help=f"One of: {', '.join(RECIPES)}.")]
 _Data = Annotated[Path, arg(metavar="DIR", help="Prepared data: beit-jax prepare --help.")]
 
@@ -239,8 +239,8 @@ def train_command(arguments: Sequence[str]) -> Callable[..., int]:
         dry_run: Annotated[
             bool, arg(help="Print the recipe, parameters, memory and operations, trace a step, and stop.")
         ] = False,
-        json: Annotated[bool, arg(help="Print JSON for programs instead of text for people.")] = False,
-        hosts: HostOptions = _ALONE,
+        json: Json = False,
+        hosts: HostOptions = HostOptions(),
         numbers: Annotated[Numbers, arg(name="")] = defaults,
     ) -> int:
         resolved = numbers.recipe(recipe, given)
@@ -313,7 +313,7 @@ def tokenize_command(arguments: Sequence[str]) -> Callable[..., int]:
         out: Annotated[Path, arg(metavar="DIR", help="Directory to create: the tokens.")],
         epochs: Annotated[float | None, arg(help="Epochs to store; by default all of the recipe's.")] = None,
         overwrite: Annotated[bool, arg(help="Replace DIR if it exists; it stays whole until the new one is.")] = False,
-        json: Annotated[bool, arg(help="Print JSON for programs instead of text for people.")] = False,
+        json: Json = False,
         numbers: Annotated[Numbers, arg(name="")] = defaults,
     ) -> int:
         resolved = numbers.recipe(recipe, given)
@@ -370,7 +370,7 @@ def aot_command(arguments: Sequence[str]) -> Callable[..., int]:
         ] = given.topology,
         classes: Annotated[int | None, arg(help="Of the data; by default as the variant was published with.")] = None,
         quick: Annotated[bool, arg(help="Compile once: do not look for the largest batch that fits.")] = False,
-        json: Annotated[bool, arg(help="Print JSON for programs instead of text for people.")] = False,
+        json: Json = False,
         numbers: Annotated[Numbers, arg(name="")] = defaults,
     ) -> int:
         return _aot(numbers.recipe(recipe, given), topology, classes, quick=quick, json=json)

@@ -174,7 +174,16 @@ def activation_bytes(config: BeitConfig, *, dtype: DTypeLike = jnp.bfloat16, rem
     kept = _residual_bytes(config, dtype, remat)
     if remat == "none":
         return kept
-    return kept + (_residual_bytes(config, dtype, "none") - kept) // config.num_hidden_layers
+    return with_one_block(kept, _residual_bytes(config, dtype, "none"), config.num_hidden_layers)
+
+
+def with_one_block(kept: int, whole: int, blocks: int) -> int:
+    """Bytes that are kept while blocks are computed again, and those that one of them then makes.
+
+    Args:
+        whole: bytes that are kept where nothing is computed again.
+    """
+    return kept + (whole - kept) // blocks
 
 
 def traced_activations(loss: Callable[[int, Nested], Array], params: Nested) -> int:

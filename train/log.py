@@ -165,12 +165,12 @@ def straggler(hosts: Sequence[Mapping[str, Any]]) -> str | None:
     """
     if len(hosts) < 2:
         return None
-    busy = [row["input"] / max(sum(row[phase] for phase in TRAINING), 1e-9) for row in hosts]
-    slowest, usual = max(range(len(busy)), key=busy.__getitem__), statistics.median_low(busy)
-    if busy[slowest] < 0.1 or busy[slowest] < 2 * usual:
+    waits = [Timing({phase: row[phase] for phase in PHASES}).rates()["input_wait"] for row in hosts]
+    slowest, usual = max(range(len(waits)), key=waits.__getitem__), statistics.median_low(waits)
+    if waits[slowest] < 0.1 or waits[slowest] < 2 * usual:
         return None
     return (
-        f"process {slowest} on {printable(hosts[slowest]['host'])} waits for its images {busy[slowest]:.0%} of the "
+        f"process {slowest} on {printable(hosts[slowest]['host'])} waits for its images {waits[slowest]:.0%} of the "
         f"time, the median host {usual:.0%}: all others wait for it; look at its disk and processors"
     )
 

@@ -125,7 +125,7 @@ class _Run:
     def __post_init__(self) -> None:
         plan, enter, run, peers = self.plan, self.stack.enter_context, self.plan.recipe.run, self.peers
         self.clock = Clock()
-        self.step = 0
+        self.step = 0  # until it is known: others ask where this process is while it restores
         enter(Interruption(peers.request, lambda name: peers.fail(f"stopped by a second {name}", stay=False)))
         self.watchdog = enter(Watchdog(run.hang_minutes, hung=peers.hung))
         self.checkpoints = enter(Checkpoints(self.out / "checkpoints", keep=run.keep))
@@ -160,7 +160,7 @@ class _Run:
                 rows=self.rows,
             )
         )
-        self.expected = plan.task.batch(len(self.rows))
+        self.expected = _described(plan.task.batch(len(self.rows)))
         self.named = 0  # unreadable records
         self.told: set[str] = set()  # of the task's warnings
         self.settled = max(round(plan.recipe.optim.warmup_epochs * plan.steps_per_epoch), plan.steps // 10)
@@ -232,10 +232,10 @@ class _Run:
         batch, stored = next(self.batches), self.plan.sources.tokens
         if stored is not None:
             batch |= {"tokens": stored.at(self.step * self.plan.recipe.data.batch_size + self.rows)}
-        found = {name: f"{array.dtype}{list(array.shape)}" for name, array in batch.items()}
-        expected = {name: f"{shape.dtype}{list(shape.shape)}" for name, shape in self.expected.items()}
-        for name, was, now in changes(expected, found):
-            raise BeitJaxError(f"batch of step {self.step + 1}: expected {name} {was}, found {now}; look at the data")
+        for name, expected, found in changes(self.expected, _described(batch)):
+            raise BeitJaxError(
+                f"batch of step {self.step + 1}: expected {name} {expected}, found {found}; look at the data"
+            )
         return batch
 
     def _name_bad_records(self) -> None:
@@ -346,3 +346,8 @@ class _Run:
         if steps and done == PROFILED_FROM + steps:
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
+
+
+def _described(batch: Mapping[str, np.ndarray | jax.ShapeDtypeStruct]) -> dict[str, str]:
+    """Dtype and shape of every array, as people read them."""
+    return {name: f"{array.dtype}{list(array.shape)}" for name, array in batch.items()}

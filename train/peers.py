@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -320,7 +319,7 @@ class Peers:
             return  # it is on its way out, and has said more
         self._ended = True
         if end.kind == "hung":
-            faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+            faulthandler.dump_traceback(2, all_threads=True)
         step = self.saved()
         saved = "nothing was saved" if step is None else f"step {step:,} is saved, the same command goes on from it"
         say(f"error: {end}; {saved}")

@@ -168,13 +168,11 @@ def put_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     Raises:
         BeitJaxError: the batch does not divide among the devices.
     """
-    sharding = batch_sharding(mesh)
+    sharding, size = batch_sharding(mesh), len(next(iter(local.values()))) * jax.process_count()
+    check_batch(size, mesh)
+    rows = batch_rows(mesh, size)
 
     def put(array: np.ndarray) -> jax.Array:
-        size = len(array) * jax.process_count()
-        check_batch(size, mesh)
-        rows = batch_rows(mesh, size)
-
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(size)
             first = int(np.searchsorted(rows, start))

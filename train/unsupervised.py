@@ -28,7 +28,7 @@ from beit_jax.vqkd import VqkdConfig, VqkdTokenizer
 
 from .data import Dataset, open_dataset, train_batches
 from .dvae import abstract_dvae, configs, decoder_params, dvae, encoder_params, initial_dvae
-from .estimate import traced_activations, traced_flops
+from .estimate import traced_activations, traced_flops, with_one_block
 from .hosts import on_host
 from .masking import BlockMask
 from .objectives import Batch, Metrics, Objective
@@ -145,9 +145,8 @@ class _Unlabelled(Quiet):
         kept = traced_activations(self._loss, self.shapes().params)
         if self.recipe.model.remat == "none":
             return kept
-        # What one block makes again is there at a time, as `estimate.activation_bytes` counts it.
         whole = traced_activations(self._remembering()._loss, self.shapes().params)
-        return kept + (whole - kept) // self.config.num_hidden_layers
+        return with_one_block(kept, whole, self.config.num_hidden_layers)
 
     def _remembering(self) -> Any:
         """This task without computing anything again."""

@@ -83,7 +83,7 @@ class Watchdog:
     Args:
         minutes: patience between two beats.
         phases: by name, how many times that for what `phase` surrounds.
-        hung: called with the minutes before the stacks are printed.
+        hung: called with the minutes, once the stacks are printed.
     """
 
     def __init__(

@@ -86,10 +86,10 @@ RUNS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, str]]] = {
 """By objective: a recipe, what is changed of it, and what it reads."""
 
 
-def recipe_of(name: str, changes: Mapping[str, Any]) -> Recipe:
+def recipe_with(name: str, options: Mapping[str, Any]) -> Recipe:
     """A recipe with these options, as they would stand on the command line."""
     recipe = recipe_named(name)
-    for spelled, value in changes.items():
+    for spelled, value in options.items():
         group, option = spelled.replace("-", "_").split(".")
         recipe = replace(recipe, **{group: replace(getattr(recipe, group), **{option: value})})
     check(recipe)
@@ -138,7 +138,7 @@ def run_all(root: Path, out: Path) -> None:
     for objective, (name, changes, reads) in RUNS.items():
         segments = objective == "segmentation"
         resolve._variant = (lambda name: SEGMENTER) if segments else variant
-        recipe = recipe_of(name, changes)
+        recipe = recipe_with(name, changes)
         assert recipe.objective == objective
         sources = {option: root / place for option, place in reads.items()}
         plan = make_plan(recipe, root / ("scenes" if segments else "digits"), **sources)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from objectives import RUNS, SCENES, STEPS, prepare
+from ports import free_address
 
 SCRIPT = Path(__file__).parents[1] / "support" / "objectives.py"
 DEVICES = 4  # virtual ones of a process
@@ -65,10 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Score
         if processes == 1:
             finished([started(devices, root, out, cache=root / "cache")])
         else:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                address = f"127.0.0.1:{free.getsockname()[1]}"
-            place = (root, out, address, processes)
+            place = (root, out, free_address(), processes)
             finished([started(devices, *place, index, cache=root / "cache") for index in range(processes)])
         records = {name: (out / name / "metrics.jsonl").read_text().splitlines() for name in RUNS}
         return {name: [json.loads(line) for line in lines] for name, lines in records.items()}

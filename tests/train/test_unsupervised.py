@@ -17,13 +17,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from objectives import ENCODER, TEACHER, recipe_with
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from beit_jax import predict
 from beit_jax.__main__ import main
 from beit_jax.config import BeitConfig
-from beit_jax.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoder, DvaeEncoderConfig
+from beit_jax.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoder
 from beit_jax.errors import BeitJaxError
 from beit_jax.heads import param_shapes
 from beit_jax.images import ImageProcessor
@@ -32,7 +33,6 @@ from beit_jax.train.checkpoint import Checkpoints
 from beit_jax.train.loop import Outcome, train
 from beit_jax.train.plan import Plan, make_plan, store_tokens
 from beit_jax.train.prepare import prepare_digits, prepare_images
-from beit_jax.train.recipe import Recipe, check
 from beit_jax.train.recipes import recipe_named
 from beit_jax.train.state import State
 from beit_jax.tree import flatten
@@ -87,22 +87,7 @@ VQKD = SMALL | TOKENIZER | {
     "vqkd.codebook-dim": 8,
     "vqkd.decoder-layers": 1,
 }  # fmt: skip
-ENCODER = DvaeEncoderConfig(n_hid=8, vocab_size=16, group_count=2, n_blk_per_group=1, image_size=(8, 8))
 DECODER = DvaeDecoderConfig(n_init=8, n_hid=8, vocab_size=16, group_count=2, n_blk_per_group=1)
-TEACHER = BeitConfig(
-    task="features", pooling="cls", image_size=(16, 16), patch_size=(4, 4), hidden_size=24, num_hidden_layers=2,
-    num_attention_heads=2, intermediate_size=32, position_bias="shared",
-)  # fmt: skip
-
-
-def recipe_with(name: str, options: Options) -> Recipe:
-    """As these options on the command line."""
-    recipe = recipe_named(name)
-    for spelled, value in options.items():
-        group, option = spelled.replace("-", "_").split(".")
-        recipe = replace(recipe, **{group: replace(getattr(recipe, group), **{option: value})})
-    check(recipe)
-    return recipe
 
 
 @dataclass(frozen=True)
