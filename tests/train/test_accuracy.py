@@ -243,8 +243,12 @@ def main(process: int, processes: int, address: str) -> None:
 
 def outcomes(devices: int, processes: int) -> list[dict[str, Any]]:
     address = free_address()
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),  # pytest's: the helpers of all tests are on it
+    }
     running = [
         subprocess.Popen(
             [sys.executable, __file__, str(number), str(processes), address],
