@@ -17,13 +17,11 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
-from beit_jax.layers import Block, dropout, layer_norm
+from beit_jax.layers import Block, attention_bias, dropout, layer_norm
 from beit_jax.partition import constrain
 from beit_jax.position import (
     Grid,
     num_relative_offsets,
-    position_bias,
-    resize_bias_table,
     resize_position_embeddings,
 )
 
@@ -210,15 +208,17 @@ class BeitModel(nnx.Module):
         if key is not None:
             embed_key, *block_keys = jax.random.split(key, 1 + self.config.num_hidden_layers)
         embedded = constrain(self.embeddings(pixel_values, bool_masked_pos, embed_key))
-        shared_bias = self.shared_bias(grid)
+        shared_bias = self.shared_bias(grid, len(pixel_values))
 
         def run(carry: _Carry, layer: tuple[Block, Array, Array | None, Array | None]) -> tuple[_Carry, _States]:
             (x, kept), (block, drop_path_rate, block_key, slot) = carry, layer
-            x, probabilities = block(x, grid, shared_bias, drop_path_rate, block_key)
+            x, probabilities = block(
+                x, grid, shared_bias, drop_path_rate, block_key, output_attentions=output_attentions
+            )
             x = constrain(x)
             if kept is not None:
                 kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
-            return (x, kept), (x if output_hidden_states else None, probabilities if output_attentions else None)
+            return (x, kept), (x if output_hidden_states else None, probabilities)
 
         rates = jnp.linspace(0.0, self.config.drop_path_rate, self.config.num_hidden_layers)
         keys = None if block_keys is None else jnp.stack(block_keys)
@@ -233,12 +233,11 @@ class BeitModel(nnx.Module):
             last, self.pool(last), None, hidden_states, attentions, None if kept is None else kept[: len(taps)]
         )
 
-    def shared_bias(self, grid: Grid) -> Float[Array, "heads n n"] | None:
+    def shared_bias(self, grid: Grid, batch: int) -> Float[Array, "shards heads n n"] | None:
         """The position bias that all layers share, at the given patch grid, if the model has one."""
         if not self.config.has_shared_bias:
             return None
-        table = self.shared_bias_table[...]
-        return position_bias(resize_bias_table(table, self.config.grid, grid, self.config.position_resize), grid)
+        return attention_bias(self.shared_bias_table[...], self.config, grid, batch)
 
     def pool(self, last: Float[Array, "b n d"]) -> Float[Array, "b d"] | None:
         """The class token of the normalised state, or the normalised mean of the patch tokens."""

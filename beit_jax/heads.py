@@ -54,7 +54,7 @@ class Aggregation(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         grid: Grid,
-        shared_bias: Float[Array, "heads n n"] | None,
+        shared_bias: Float[Array, "shards heads n n"] | None,
         key: Key[Array, ""] | None,
         remat: Remat,
     ) -> Float[Array, "b n d"]:
@@ -114,7 +114,7 @@ class BeitForMaskedImageModeling(nnx.Module):
         aggregated = self.aggregation(
             jnp.concatenate([last[:, :1], early[:, 1:]], axis=1),
             grid,
-            self.beit.shared_bias(grid),
+            self.beit.shared_bias(grid, len(pixel_values)),
             None if key is None else jax.random.fold_in(key, 0),
             options.get("remat", "none"),
         )

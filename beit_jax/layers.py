@@ -13,7 +13,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from beit_jax.attention import attend
 from beit_jax.config import Activation, BeitConfig
+from beit_jax.partition import each_shard
 from beit_jax.position import num_relative_offsets, position_bias, resize_bias_table
 
 ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
@@ -63,30 +65,39 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         grid: tuple[int, int],
-        shared_bias: Float[Array, "heads n n"] | None,
+        shared_bias: Float[Array, "shards heads n n"] | None,
         key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "b heads n n"]]:
-        """The attended values, and the attention probabilities (float32, after their dropout as in the reference)."""
-        cast = partial(jnp.asarray, dtype=self.dtype)
+        *,
+        output_attentions: bool = False,
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b heads n n"] | None]:
+        """The attended values; on request, the probabilities (float32, after their dropout as in the reference)."""
+        cast, rate = partial(jnp.asarray, dtype=self.dtype), self.config.attention_probs_dropout_prob
         qkv_bias = jnp.stack([self.q_bias[...], jnp.zeros_like(self.q_bias[...]), self.v_bias[...]])
-        qkv = jnp.einsum("bnd,dkhe->kbhne", cast(x), cast(self.qkv_kernel[...])) + cast(qkv_bias)[:, None, :, None]
-        query, keys, value = qkv
-        scores = jnp.einsum(
-            "bhqe,bhke->bhqk", query * self.config.head_dim**-0.5, keys, preferred_element_type=jnp.float32
+        qkv = jnp.einsum("bnd,dkhe->bnkhe", cast(x), cast(self.qkv_kernel[...])) + cast(qkv_bias)
+        biases = [bias for bias in (self.layer_bias(grid, len(x)), shared_bias) if bias is not None]
+        attended, probabilities = attend(
+            qkv,
+            sum(biases[1:], biases[0]) if biases else None,
+            None if key is None or not rate else lambda weights: dropout(weights, rate, key),
+            output_attentions=output_attentions,
         )
-        for bias in (self.layer_bias(grid), shared_bias):
-            scores = scores if bias is None else scores + bias
-        probabilities = dropout(jax.nn.softmax(scores), self.config.attention_probs_dropout_prob, key)
-        attended = jnp.einsum("bhqk,bhke->bhqe", cast(probabilities), value)
-        out = jnp.einsum("bhqe,hed->bqd", attended, cast(self.out_kernel[...]), preferred_element_type=jnp.float32)
+        kernel = cast(self.out_kernel[...])
+        out = jnp.einsum("bnhe,hed->bnd", attended, kernel, preferred_element_type=jnp.float32)
         return out + self.out_bias[...], probabilities
 
-    def layer_bias(self, grid: tuple[int, int]) -> Float[Array, "heads n n"] | None:
+    def layer_bias(self, grid: tuple[int, int], batch: int) -> Float[Array, "shards heads n n"] | None:
         """This layer's own position bias at the given patch grid, if the model has one per layer."""
         if not self.config.has_layer_bias:
             return None
-        table = resize_bias_table(self.bias_table[...], self.config.grid, grid, self.config.position_resize)
-        return position_bias(table, grid)
+        return attention_bias(self.bias_table[...], self.config, grid, batch)
+
+
+def attention_bias(
+    table: Float[Array, "m heads"], config: BeitConfig, grid: tuple[int, int], batch: int
+) -> Float[Array, "shards heads n n"]:
+    """What a table adds to the scores at the given patch grid, once for every shard of a batch of this size."""
+    resized = resize_bias_table(table, config.grid, grid, config.position_resize)
+    return jax.vmap(partial(position_bias, grid=grid))(each_shard(resized, batch))
 
 
 class Mlp(nnx.Module):
@@ -124,11 +135,13 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         grid: tuple[int, int],
-        shared_bias: Float[Array, "heads n n"] | None = None,
+        shared_bias: Float[Array, "shards heads n n"] | None = None,
         drop_path_rate: Float[Array, ""] | float = 0.0,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "b n d"], Float[Array, "b heads n n"]]:
-        """The new residual stream and the attention probabilities. Without `key` nothing is dropped."""
+        *,
+        output_attentions: bool = False,
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b heads n n"] | None]:
+        """The new residual stream; on request, attention probabilities. Without `key` nothing is dropped."""
         keys = [None] * 5 if key is None else jax.random.split(key, 5)
 
         def branch(out: Array, gamma: str, drop_key: Array | None, path_key: Array | None) -> Array:
@@ -136,7 +149,9 @@ class Block(nnx.Module):
             scaled = getattr(self, gamma)[...] * out if self.config.layer_scale_init_value > 0 else out
             return dropout(scaled, drop_path_rate, path_key, per_sample=True)
 
-        attended, probabilities = self.attention(self.norm1(x), grid, shared_bias, keys[0])
+        attended, probabilities = self.attention(
+            self.norm1(x), grid, shared_bias, keys[0], output_attentions=output_attentions
+        )
         x = x + branch(attended, "gamma_1", keys[1], keys[2])
         x = x + branch(self.mlp(self.norm2(x)), "gamma_2", keys[3], keys[4])
         return x, probabilities

@@ -3,6 +3,7 @@
 from math import prod
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -23,10 +24,28 @@ def constrain(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
 
     Does nothing unless `jax.set_mesh` is in force with both axes in Auto mode and the batch divides among them.
     """
+    return x if _shards(x.shape[0]) is None else jax.lax.with_sharding_constraint(x, spec(BATCH_AXES))
+
+
+def each_shard(x: Float[Array, "*dims"], batch: int) -> Float[Array, "shards *dims"]:
+    """`x` once for every shard of a batch of this size, each where that shard lies; once where nothing is split.
+
+    What is made of a parameter and then added to activations has a gradient on every device, which the partitioner
+    sums at once, however large. Made of this instead, it is summed only as the small parameter's own gradient.
+    """
+    shards = _shards(batch)
+    copies = jnp.broadcast_to(x, (shards or 1, *x.shape))
+    if shards is None:
+        return copies
+    free = (PartitionSpec.UNCONSTRAINED,) * x.ndim
+    return jax.lax.with_sharding_constraint(copies, PartitionSpec(BATCH_AXES, *free))
+
+
+def _shards(batch: int) -> int | None:
+    """Into how many parts `constrain` splits a batch; None where it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if any(types.get(axis) != AxisType.Auto for axis in BATCH_AXES):
-        return x
-    if x.shape[0] % prod(mesh.shape[axis] for axis in BATCH_AXES):
-        return x
-    return jax.lax.with_sharding_constraint(x, spec(BATCH_AXES))
+        return None
+    shards = prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return None if batch % shards else shards

@@ -54,8 +54,24 @@ def resize_bias_table(
 
 
 def position_bias(table: Float[Array, "m heads"], grid: Grid) -> Float[Array, "heads n n"]:
-    """The bias of every head for every (query, key) pair, to be added to the scaled attention scores."""
-    return jnp.moveaxis(table[relative_position_index(grid)], -1, 0)
+    """The bias of every head for every (query, key) pair, to be added to the scaled attention scores.
+
+    The same as ``table[relative_position_index(grid)]`` with the heads first. But a gather of rows as short as the
+    heads are many, and the scatter of its gradient, are what accelerators do worst. All queries of one row of patches
+    read the same table, for keys further up or down by as much as they are: long slices of what is looked up once.
+    """
+    heads, (rows, columns) = table.shape[1], grid
+    tokens, row = 1 + rows * columns, np.arange(columns)
+    from_class, to_class, class_to_class = table[-3:, :, None, None]
+    # Of a query in any column to keys in any column, from as many rows above as there can be to as many below.
+    offsets = table[:-3].reshape(2 * rows - 1, 2 * columns - 1, heads)[::-1]
+    looked_up = jnp.moveaxis(offsets[:, row[:, None] - row + columns - 1], (-1, 1), (0, 1))
+    keys = jnp.pad(looked_up.reshape(heads, columns, -1), ((0, 0), (0, 0), (1, 0)))  # room for the class token
+    starts = [(rows - 1 - y) * columns for y in range(rows)]
+    patches = jnp.stack([keys[:, :, start : start + tokens] for start in starts], axis=1)
+    is_class = np.arange(tokens) == 0
+    below = jnp.where(is_class, to_class, patches.reshape(heads, -1, tokens))
+    return jnp.concatenate([jnp.where(is_class, class_to_class, from_class), below], axis=1)
 
 
 def resize_position_embeddings(embeddings: Float[Array, "1 n d"], source: Grid, target: Grid) -> Float[Array, "1 n2 d"]:

@@ -111,7 +111,7 @@ def test_what_the_aggregation_layers_read(first: int) -> None:
     graph, stacked = nnx.split(ours.aggregation.blocks)
     for i in range(config.aggregation_layers):
         block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
-        x, _ = block(x, (4, 4), ours.beit.shared_bias((4, 4)))
+        x, _ = block(x, (4, 4), ours.beit.shared_bias((4, 4), len(x)))
     np.testing.assert_allclose(output.aggregated_logits, ours.lm_head(ours.norm(x[:, 1:])), rtol=0, atol=ROUNDING)
 
 

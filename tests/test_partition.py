@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from beit_jax.config import BeitConfig
 from beit_jax.heads import abstract_model, build_model, param_shapes
-from beit_jax.partition import BATCH_AXES, constrain
+from beit_jax.partition import BATCH_AXES, constrain, each_shard
 from beit_jax.tree import unflatten
 
 CONFIG = BeitConfig(
@@ -48,7 +48,8 @@ def constraints(function: Any, *args: Any) -> int:
 def test_the_model_constrains_embeddings_and_blocks_under_a_mesh_only() -> None:
     assert constraints(logits, params(), PIXELS) == 0
     with jax.set_mesh(mesh()):
-        assert constraints(logits, params(), PIXELS) == 2  # after the embeddings; in the body of the scan
+        # After the embeddings; in the body of the scan; and the copies of the table of positions.
+        assert constraints(logits, params(), PIXELS) == 3
         abstract_model(CONFIG)  # made without arrays, constraints or not
 
 
@@ -83,3 +84,12 @@ def test_a_batch_that_does_not_divide_is_left_alone() -> None:
     with jax.sharding.use_abstract_mesh(four):
         assert constraints(constrain, jnp.zeros((6, 3, 2))) == 0
         assert constraints(constrain, jnp.zeros((8, 3, 2))) == 1
+
+
+def test_copies_for_every_shard() -> None:
+    table = jnp.arange(6.0).reshape(2, 3)
+    four = jax.sharding.AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
+    assert np.array_equal(each_shard(table, 8), table[None])
+    with jax.sharding.use_abstract_mesh(four):
+        assert jax.eval_shape(lambda table: each_shard(table, 8), table).shape == (4, 2, 3)
+        assert jax.eval_shape(lambda table: each_shard(table, 6), table).shape == (1, 2, 3)

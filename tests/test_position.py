@@ -1,5 +1,6 @@
 import hashlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,15 +42,31 @@ def test_index_by_hand() -> None:
 
 
 grids = st.tuples(st.integers(2, 6), st.integers(2, 6))
+bias_of = jax.jit(position_bias, static_argnums=1)  # compiled once for a grid, not once for each of its operations
+gradient_of = jax.jit(
+    lambda upstream, table, grid: jax.vjp(lambda table: position_bias(table, grid), table)[1](upstream)[0],
+    static_argnums=2,
+)
 
 
 @given(grids)
 def test_bias_depends_on_the_offset_alone(grid: tuple[int, int]) -> None:
     rows, columns = grid
     table = jnp.arange(num_relative_offsets(grid) * 2.0).reshape(-1, 2)
-    bias = np.asarray(position_bias(table, grid))[:, 1:, 1:].reshape(2, rows, columns, rows, columns)
+    bias = np.asarray(bias_of(table, grid))[:, 1:, 1:].reshape(2, rows, columns, rows, columns)
     assert np.array_equal(bias[:, 1:, 1:, 1:, 1:], bias[:, :-1, :-1, :-1, :-1])
     assert len(np.unique(bias[0])) == num_relative_offsets(grid) - 3
+
+
+@given(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+def test_bias_and_its_gradient_are_those_of_the_index(grid: tuple[int, int]) -> None:
+    rng, index = np.random.default_rng(0), relative_position_index(grid)
+    table = jnp.asarray(rng.standard_normal((num_relative_offsets(grid), 3)), jnp.float32)
+    assert np.array_equal(bias_of(table, grid), np.moveaxis(np.asarray(table)[index], -1, 0))
+    upstream = rng.integers(-9, 10, (3, *index.shape)).astype(np.float32)  # sums of integers are exact in any order
+    expected = np.zeros_like(table)
+    np.add.at(expected, index, np.moveaxis(upstream, 0, -1))
+    assert np.array_equal(gradient_of(jnp.asarray(upstream), table, grid), expected)
 
 
 @given(grids, grids)

@@ -256,11 +256,11 @@ def assert_picture_of(panel: Any, added: np.ndarray, grid: tuple[int, int] = (4,
 def test_position_bias_of_a_grid_that_is_not_square(kind: str) -> None:
     model = random_model(position_bias=kind)
     block = jax.tree.map(lambda leaf: leaf[1], model.blocks)
-    parts = [block.attention.layer_bias(GRID), model.shared_bias(GRID)]
+    parts = [block.attention.layer_bias(GRID, 1), model.shared_bias(GRID, 1)]
     found = interpret.position_bias(model, 2)
     figure = visualize.position_bias(found)
     for head, panel in enumerate(figure.axes[:-1]):
-        assert_picture_of(panel, sum(np.asarray(part[head]) for part in parts if part is not None), GRID)
+        assert_picture_of(panel, sum(np.asarray(part[0, head]) for part in parts if part is not None), GRID)
     assert found.table == {"shared": "shared", "per_layer": "block 2", "both": "block 2 + shared"}[kind]
     assert found.table in figure._suptitle.get_text()
 

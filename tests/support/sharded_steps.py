@@ -126,6 +126,7 @@ def on_mesh(shape: tuple[int, int, int], expected: State) -> dict[str, Any]:
         "before": before,
         "after": placement(state),
         "collectives": collectives(step),
+        "bias crosses": bias_crosses(step),
         "same draw": np.array_equal(drawn["classifier"]["kernel"], draw()["classifier"]["kernel"]),
     }
 
@@ -162,6 +163,13 @@ def collectives(step: Any) -> dict[str, int]:
     """How often each collective operation stands in the compiled program. The body of a loop counts once."""
     kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
     return dict(Counter(re.findall(rf" ({kinds})(?:-start)?\(", step.as_text())))
+
+
+def bias_crosses(step: Any) -> bool:
+    """Whether devices sum, gather or exchange arrays with an element for every two tokens."""
+    tokens = 1 + CONFIG.grid[0] * CONFIG.grid[1]
+    moved = re.findall(r"= (.*) (?:all-|reduce-scatter|collective-)[\w-]*\(", step.as_text())
+    return any(f"{tokens},{tokens}]" in shapes for shapes in moved)
 
 
 def deeper(shape: tuple[int, int, int]) -> dict[str, int]:

@@ -273,5 +273,11 @@ def test_parameters_are_gathered_and_activations_stay(steps: dict[str, Any]) -> 
     assert 4 <= counts["2x4x1"]["all-gather"] <= 12 and 4 <= counts["2x2x2"]["all-gather"] <= 12
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+def test_gradients_of_positions_are_summed_as_tables(steps: dict[str, Any], mesh: str) -> None:
+    """Not as what is added to the scores, which at 512 pixels is 250 times as large."""
+    assert not steps["meshes"][mesh]["bias crosses"]
+
+
 def test_collectives_do_not_multiply_with_depth(steps: dict[str, Any]) -> None:
     assert steps["deeper"] == steps["meshes"]["2x4x1"]["collectives"]

@@ -1,0 +1,74 @@
+"""Every token attends to every token, with a bias on the scores that is the same for all samples."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Drop = Callable[[Array], Array]
+CACHE = 16 * 2**20  # bytes of scores up to which a CPU computes them at once: about what its caches hold
+
+
+def attend(
+    qkv: Float[Array, "b n 3 heads e"],
+    bias: Float[Array, "shards heads n n"] | None,
+    drop: Drop | None = None,
+    *,
+    output_attentions: bool = False,
+) -> tuple[Float[Array, "b n heads e"], Float[Array, "b heads n n"] | None]:
+    """The values, averaged with weights ``softmax(query @ key / sqrt(e) + bias)``.
+
+    Scores and their exponentials are float32; products read the dtype of `qkv` and accumulate in float32.
+
+    Args:
+        bias: what positions add to the scores; once for every shard of the batch (`partition.each_shard`).
+        drop: dropout of the weights.
+        output_attentions: whether to return the weights too.
+
+    Returns:
+        The averages, in the dtype of `qkv`; and, on request, the weights, float32, after their dropout.
+    """
+    batch, tokens, _, heads, _ = qkv.shape
+    if drop is not None or output_attentions or not _loops():
+        return _attend(qkv, bias, drop, output_attentions)
+    # What all samples' scores take is written and read several times. In pieces, they stay in a CPU's cache.
+    scores = 4 * heads * tokens**2
+    if batch * scores <= CACHE:
+        return _attend(qkv, bias)
+    if scores <= CACHE:
+        return jax.lax.map(lambda one: _attend(one[None], bias)[0][0], qkv), None
+    biases = jnp.zeros((heads, 1, 1)) if bias is None else bias[0]
+
+    def sample(qkv: Float[Array, "n 3 heads e"]) -> Float[Array, "n heads e"]:
+        def head(piece: tuple[Array, Array]) -> Array:
+            return _attend(piece[0][None, :, :, None], piece[1][None, None])[0][0, :, 0]
+
+        return jnp.moveaxis(jax.lax.map(head, (jnp.moveaxis(qkv, 2, 0), biases)), 0, 1)
+
+    return jax.lax.map(sample, qkv), None
+
+
+def _attend(
+    qkv: Float[Array, "b n 3 heads e"],
+    bias: Float[Array, "shards heads n n"] | None,
+    drop: Drop | None = None,
+    output_attentions: bool = False,
+) -> tuple[Float[Array, "b n heads e"], Float[Array, "b heads n n"] | None]:
+    query, key, value = jnp.einsum("bnkhe->kbhne", qkv)
+    scores = jnp.einsum("bhqe,bhke->bhqk", query * query.shape[-1] ** -0.5, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = (scores.reshape(len(bias), -1, *scores.shape[1:]) + bias[:, None]).reshape(scores.shape)
+    # The sums divide the averages, not the weights, of which there are many more.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights if drop is None else drop(weights)
+    averages = jnp.einsum("bhqk,bhke->bhqe", weights.astype(qkv.dtype), value, preferred_element_type=jnp.float32)
+    averages = jnp.moveaxis((averages / total).astype(qkv.dtype), 1, 2)
+    return averages, weights / total if output_attentions else None
+
+
+def _loops() -> bool:
+    """Whether this is traced for one CPU. A loop over a batch that devices share would move it around."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
