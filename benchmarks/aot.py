@@ -22,8 +22,9 @@ from typing import Any
 GIB, MIB = 2**30, 2**20
 HERE = Path(__file__).parent
 RECORDS, PAGE = HERE / "aot.json", HERE / "aot.md"
-COUNTING = 2
-"""Of train/hlo.py, which first counted slices within nested fusions as reads of the whole."""
+COUNTING = 3
+"""What rows count. 1: slices within nested fusions as reads of the whole. 2: programs that still gathered position
+biases row by row and summed their gradients over chips as matrices. Both are too high."""
 IS = " as it is"
 TOPOLOGIES = ("v5e:2x4", "v5e:4x4", "v6e:4x4", "2xv5e:4x4")
 
@@ -158,9 +159,10 @@ row, transfers apart; for v6e the clock that would turn its cycles into time is 
 own operations, without what is computed again, over the chips' peak, if a step took these bounds. Largest: the largest
 batch that fits in as many parts, where it was looked for (`--largest`).
 
-"≤": traffic that was counted before slices within nested fusions were told apart. It is too high, up to 1.2 times, and
-twice for two to 32 images a chip; so are the bounds of the step, and those of utilisation are too low. Started again,
-the command compiles these rows anew.
+"≤": rows compiled before two changes, and too high in traffic, collectives and step, up to twice for fine-tuning.
+Slices within nested fusions were counted as reads of the whole; and position biases were gathered row by row, and their
+gradients summed over chips as matrices ([RESULTS.md](RESULTS.md#position-biases-on-tpus) has one row before and after).
+Started again, the command compiles these rows anew.
 """
 
 

@@ -443,8 +443,10 @@ alone:
 
 {biases}
 
-Both can go: reduce the gradient of the table, which is 150 to 260 times smaller, and look positions up with heads
-first. Until then this is nearly half of a step of fine-tuning at 384 or 512 pixels on 256 chips.
+This was nearly half of a step of fine-tuning at 384 or 512 pixels on 256 chips, and both are gone: the gradient is
+reduced as a table, 150 to 260 times smaller, and what is added to the scores is made of long slices
+([RESULTS.md](RESULTS.md#position-biases-on-tpus)). The programs that this page is checked against were compiled before
+that; what it says of fine-tuning at 384 and 512 pixels is an upper bound, and "no bias" the nearer one.
 
 ## Formulas
 
