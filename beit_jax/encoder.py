@@ -19,11 +19,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.layers import Block, attention_bias, dropout, layer_norm
 from beit_jax.partition import constrain
-from beit_jax.position import (
-    Grid,
-    num_relative_offsets,
-    resize_position_embeddings,
-)
+from beit_jax.position import Grid, num_relative_offsets, resize_position_embeddings
 
 ArrayLike = Array | np.ndarray
 Remat = Literal["none", "block", "dots"]

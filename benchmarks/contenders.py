@@ -144,19 +144,17 @@ def transformers(job: Job, attention: str, compiled: bool) -> Call:
 
 def timm(job: Job, compiled: bool) -> Call:
     """timm's model; it has none for pre-training or segmentation."""
-    if job.kind == "products":
-        return _torch_products(job)
     import timm as library
 
     model = library.create_model(f"local-dir:{Path(job.directory, 'timm')}", pretrained=True)
     return _torch(job, model, lambda output: output, compiled)
 
 
-def _torch_products(job: Job) -> Call:
+def products(job: Job) -> Call:
+    """torch's matrix products alone."""
     import torch
 
-    torch.set_num_threads(job.threads)
-    device, dtype = torch.device("cuda" if job.accelerator else "cpu"), getattr(torch, job.dtype)
+    device, dtype = _torch_device(job)
     x, *kernels = (torch.from_numpy(value).to(device, dtype) for value in job.inputs.values())
     blocks = list(zip(*(kernel.mT.contiguous() for kernel in kernels), strict=True))
 
@@ -167,9 +165,7 @@ def _torch_products(job: Job) -> Call:
                 y = torch.nn.functional.linear(y, qkv)[:, : x.shape[1]]
                 for weight in (out, up, down):
                     y = torch.nn.functional.linear(y, weight)
-        if job.accelerator:
-            torch.cuda.synchronize()
-        return y
+        return _finished(job, y)
 
     return run
 
@@ -177,24 +173,17 @@ def _torch_products(job: Job) -> Call:
 def _torch(job: Job, model: Any, logits: Callable[[Any], Any], compiled: bool) -> Call:
     import torch
 
-    torch.set_num_threads(job.threads)
-    device, dtype = torch.device("cuda" if job.accelerator else "cpu"), getattr(torch, job.dtype)
+    device, dtype = _torch_device(job)
     inputs = {name: torch.from_numpy(value).to(device) for name, value in job.inputs.items()}
     pixels = inputs["pixels"].permute(0, 3, 1, 2).contiguous()
     model = model.to(device)
-
-    def finished(result: Any) -> Any:
-        if job.accelerator:
-            torch.cuda.synchronize()
-        return result
-
     if job.kind in ("forward", "segment"):
         model, pixels = model.eval().to(dtype), pixels.to(dtype)
         model = torch.compile(model) if compiled else model
 
         def forward() -> Any:
             with torch.inference_mode():
-                return finished(logits(model(pixels)))
+                return _finished(job, logits(model(pixels)))
 
         return forward
 
@@ -217,9 +206,26 @@ def _torch(job: Job, model: Any, logits: Callable[[Any], Any], compiled: bool) -
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        return finished(loss.detach())
+        return _finished(job, loss.detach())
 
     return step
+
+
+def _torch_device(job: Job) -> tuple[Any, Any]:
+    """Where torch computes, and in what; on so many threads."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    return torch.device("cuda" if job.accelerator else "cpu"), getattr(torch, job.dtype)
+
+
+def _finished(job: Job, result: Any) -> Any:
+    """`result`, once a GPU has made it."""
+    import torch
+
+    if job.accelerator:
+        torch.cuda.synchronize()
+    return result
 
 
 CONTENDERS: dict[str, Callable[[Job], Call]] = {
@@ -229,6 +235,7 @@ CONTENDERS: dict[str, Callable[[Job], Call]] = {
     "transformers, sdpa, compiled": lambda job: transformers(job, "sdpa", True),
     "timm": lambda job: timm(job, False),
     "timm, compiled": lambda job: timm(job, True),
+    "torch": products,
 }
 
 

@@ -1,6 +1,6 @@
 """Our speed beside transformers', timm's and torch.compile's: the same weights, inputs and threads, taking turns.
 
-    python benchmarks/speed.py                            # every case for this machine, about 40 minutes on two cores
+    python benchmarks/speed.py                            # every case for a CPU
     python benchmarks/speed.py --only forward --rounds 3
     python benchmarks/speed.py --device gpu --json FILE
 
@@ -41,9 +41,9 @@ from beit_jax.weights import NativeCheckpoint, save
 TURN = 1.5  # seconds that a contender computes before the next one does
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest output
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "timm", "numpy")
-ALL = tuple(CONTENDERS)
+PRODUCTS = ("ours", "torch")
+ALL = tuple(name for name in CONTENDERS if name != "torch")  # which has products only
 NO_TIMM = tuple(name for name in ALL if not name.startswith("timm"))
-PRODUCTS = ("ours", "timm")  # JAX and torch
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ class Case:
     def gigaflops(self) -> float:
         """Of the model, per call."""
         found = flops(self.config)
+        if self.kind == "products":
+            return self.batch * found.dense / 1e9
         return self.batch * (found.training() if self.kind in ("finetune", "pretrain") else found.forward) / 1e9
 
 
@@ -149,10 +151,10 @@ def fan_in(name: str, shape: Sequence[int]) -> int:
 class Contender:
     """A process that computes when it is told to."""
 
-    def __init__(self, job: Job, scratch: Path, stack: ExitStack):
+    def __init__(self, job: Job, stack: ExitStack):
         command = [sys.executable, str(Path(__file__).with_name("contenders.py")), job.encoded()]
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": str(job.threads)}
-        self.errors = stack.enter_context((scratch / "errors").open("w+"))
+        self.errors = stack.enter_context(Path(job.output).with_suffix(".errors").open("w+"))
         self.process = stack.enter_context(
             subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
@@ -195,7 +197,7 @@ def run(case: Case, rounds: int, accelerator: bool, contenders: Sequence[str]) -
         for number, name in enumerate(contenders):
             output = directory / f"{number}.npy"
             job = Job(name, case.kind, str(directory), str(output), case.dtype, os.cpu_count() or 1, accelerator)
-            running[name] = Contender(job, directory, stack)
+            running[name] = Contender(job, stack)
         difference = check(case, running)
         for turn in range(rounds):
             order = list(running.values())
@@ -284,7 +286,9 @@ def main() -> None:
         if not re.search(options.only, case.name):
             continue
         chosen = [name for name in case.contenders if name in there and re.search(options.contenders, name)]
-        results.append(run(case, options.rounds, options.device == "gpu", sorted({"ours", *chosen}, key=ALL.index)))
+        results.append(
+            run(case, options.rounds, options.device == "gpu", sorted({"ours", *chosen}, key=list(CONTENDERS).index))
+        )
         print(table(results[-1]), flush=True)
         if options.json:
             options.json.write_text(json.dumps({"versions": versions, "cases": results}, indent=1) + "\n")
