@@ -1,6 +1,7 @@
 """Every token attends to every token, with a bias on the scores that is the same for all samples."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def _attend(
     query, key, value = jnp.einsum("bnkhe->kbhne", qkv)
     scores = jnp.einsum("bhqe,bhke->bhqk", query * query.shape[-1] ** -0.5, key, preferred_element_type=jnp.float32)
     if bias is not None:
-        scores = (scores.reshape(len(bias), -1, *scores.shape[1:]) + bias[:, None]).reshape(scores.shape)
+        scores = scores + _of_all_samples(bias, len(scores))
     # The sums divide the averages, not the weights, of which there are many more.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)
@@ -66,6 +67,23 @@ def _attend(
     averages = jnp.einsum("bhqk,bhke->bhqe", weights.astype(qkv.dtype), value, preferred_element_type=jnp.float32)
     averages = jnp.moveaxis((averages / total).astype(qkv.dtype), 1, 2)
     return averages, weights / total if output_attentions else None
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _of_all_samples(bias: Float[Array, "shards heads n n"], batch: int) -> Float[Array, "b heads n n"]:
+    """The bias of each sample, which is that of its shard."""
+    repeated = jnp.broadcast_to(bias[:, None], (len(bias), batch // len(bias), *bias.shape[1:]))
+    return repeated.reshape(batch, *bias.shape[1:])
+
+
+@_of_all_samples.defjvp
+def _derivative(batch: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """The same of the tangent. On one CPU by a loop, whose transpose sums over samples thirty times as fast as XLA's
+    own sum over an outer axis."""
+    (bias,), (tangent,) = primals, tangents
+    whole = len(bias) > 1 or not _loops()
+    change = _of_all_samples(tangent, batch) if whole else jax.lax.map(lambda _: tangent[0], jnp.arange(batch))
+    return _of_all_samples(bias, batch), change
 
 
 def _loops() -> bool:

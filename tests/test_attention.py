@@ -95,6 +95,25 @@ def test_each_shard_has_a_bias_of_its_own() -> None:
         assert_allclose(together[i], alone[0], rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("shards", [1, BATCH])
+def test_derivatives_by_the_bias(shards: int) -> None:
+    """Reverse and forward mode agree with each other and, along one direction, with differences; and under vmap."""
+    qkv, bias = inputs()
+    biases = jnp.concatenate([(1 + i) * bias for i in range(shards)])
+    direction = jnp.asarray(np.random.default_rng(1).standard_normal(biases.shape, np.float32))
+
+    def loss(biases: Any) -> Any:
+        return jnp.square(attend(qkv, biases)[0]).sum()
+
+    slope = float(jax.jvp(loss, (biases,), (direction,))[1])
+    gradient = jax.grad(loss)(biases)
+    assert slope == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
+    step = 1e-2
+    difference = float(loss(biases + step * direction) - loss(biases - step * direction)) / (2 * step)
+    assert abs(slope) > 0.1 and slope == pytest.approx(difference, rel=1e-3)
+    assert_allclose(jax.vmap(jax.grad(loss))(biases[None])[0], gradient, rtol=0, atol=ROUNDING)
+
+
 def test_dropout_is_of_the_weights_after_their_sum() -> None:
     qkv, bias = inputs()
 

@@ -43,8 +43,9 @@ class ModelOptions:
     """What the classifier sees: the mean patch token, or the class token."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What matrix products compute in. Parameters, optimizer and residual stream are float32 always."""
-    remat: Literal["none", "block", "dots"] = "none"
-    """What the backward pass computes again: nothing, whole blocks, or blocks without their matrix products."""
+    remat: Literal["none", "block", "dots"] = "dots"
+    """What the backward pass computes again: nothing, whole blocks, or blocks without the products with parameters,
+    which costs little time if any: keeping and reading the rest takes time too."""
 
 
 @dataclass(frozen=True)

@@ -463,8 +463,8 @@ def _for_tpus(recipe: Recipe) -> Recipe:
     fits (benchmarks/scaling.md). benchmarks/aot.md has what the compiler says; with more memory, 80 GB say,
     ``--model.remat none`` saves a quarter of the products.
     """
-    remat = recipe.model.remat if recipe.objective in ("linear_probe", "dvae") else "block"  # which have no use for it
-    recipe = replace(recipe, model=replace(recipe.model, remat=remat))
+    useless = recipe.objective in ("linear_probe", "dvae")
+    recipe = replace(recipe, model=replace(recipe.model, remat="none" if useless else "block"))
     if recipe.objective == "segmentation":  # 16 images, in one part or two
         if recipe.optim.accumulate == 1:
             return replace(recipe, topology="v5e:4x4")
