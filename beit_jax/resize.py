@@ -8,7 +8,6 @@ no method of it is the geometric one.
 from functools import lru_cache
 
 import numpy as np
-from scipy.interpolate import make_interp_spline
 
 from beit_jax.config import PositionResize
 
@@ -89,6 +88,8 @@ def _geometric_matrix(source: int, target: int, degree: int) -> Matrix:
     Source: microsoft/unilm@768a3c8 beit/run_class_finetuning.py, "geometric progression" (SciPy's interp2d there, which
     clamps to the border). When the table shrinks this crops its centre.
     """
+    from scipy.interpolate import make_interp_spline  # half a second, which most programs have no use for
+
     grid, wanted = geometric_grid(source, target)
     spline = make_interp_spline(grid, np.eye(source), k=degree)
     return np.asarray(spline(np.clip(wanted, grid[0], grid[-1])))

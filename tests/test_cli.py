@@ -168,6 +168,13 @@ def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
     assert heavy.strip() == "set()" and float(took) < 0.5
 
 
+def test_models_that_keep_their_size_need_no_splines() -> None:
+    """SciPy's take half a second of the time to a first label."""
+    code = "import sys, beit_jax.predict; print([name for name in sys.modules if name.startswith('scipy')])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert run.stdout.strip() == "[]"
+
+
 def test_tokenizers_convert_and_inspect_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from beit_jax.convert import tokenizers
     from beit_jax.dvae import DvaeEncoderConfig
