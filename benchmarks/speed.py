@@ -69,10 +69,11 @@ class Case:
 
     @property
     def config(self) -> BeitConfig:
-        """With timm's epsilon and nothing that is random, so that all compute the same."""
+        """With timm's epsilon, transformers' blocks to segment by, and nothing random, so that all compute the same."""
         ending = {"pretrain": "_pt22k", "segment": "_ade20k"}.get(self.kind, "")
         base = VARIANTS[f"beit_{self.size}_patch16_{640 if self.kind == 'segment' else 224}{ending}"]
-        return replace(base, image_size=(self.image, self.image), layer_norm_eps=1e-6, drop_path_rate=0.0)
+        config = replace(base, image_size=(self.image, self.image), layer_norm_eps=1e-6, drop_path_rate=0.0)
+        return replace(config, feature_taps="hf") if self.kind == "segment" else config
 
     @property
     def gigaflops(self) -> float:
