@@ -144,8 +144,7 @@ at hand. Nothing was run. {versions}.
 
 ## As they are
 
-Without a change, on the topology that each names (`beit-jax aot RECIPE`). The command compiles eleven, of every kind
-those that need most; what is missing here has not been compiled yet.
+Without a change, on the topology that each names (`beit-jax aot RECIPE`): eleven, of every kind those that need most.
 
 {carried}
 
