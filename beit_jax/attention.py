@@ -78,11 +78,12 @@ def _of_all_samples(bias: Float[Array, "shards heads n n"], batch: int) -> Float
 
 @_of_all_samples.defjvp
 def _derivative(batch: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """The same of the tangent. On one CPU by a loop, whose transpose sums over samples thirty times as fast as XLA's
-    own sum over an outer axis."""
+    """The same of the tangent, as it is linear; its transpose sums over samples."""
     (bias,), (tangent,) = primals, tangents
-    whole = len(bias) > 1 or not _loops()
-    change = _of_all_samples(tangent, batch) if whole else jax.lax.map(lambda _: tangent[0], jnp.arange(batch))
+    if len(bias) == 1 and _loops():  # a loop sums thirty times as fast as XLA does over a CPU's outer axis
+        change = jax.lax.map(lambda _: tangent[0], jnp.arange(batch))
+    else:
+        change = _of_all_samples(tangent, batch)
     return _of_all_samples(bias, batch), change
 
 

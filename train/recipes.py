@@ -463,7 +463,7 @@ def _for_tpus(recipe: Recipe) -> Recipe:
     fits (benchmarks/scaling.md). benchmarks/aot.md has what the compiler says; with more memory, 80 GB say,
     ``--model.remat none`` saves a quarter of the products.
     """
-    useless = recipe.objective in ("linear_probe", "dvae")
+    useless = recipe.objective in ("linear_probe", "dvae")  # no gradient goes through blocks
     recipe = replace(recipe, model=replace(recipe.model, remat="none" if useless else "block"))
     if recipe.objective == "segmentation":  # 16 images, in one part or two
         if recipe.optim.accumulate == 1:
