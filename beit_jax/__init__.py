@@ -12,6 +12,7 @@ Images     ImageProcessor, preset, open_image
 Using      classify, features, segment
 Looking    beit_jax.interpret: attention, rollout, position bias as arrays; beit_jax.visualize: pictures, by matplotlib
 Errors     BeitJaxError
+Speed      keep_freed_memory
 
 `beit_jax.convert` holds the converter and the parity check. Names are imported when first used: the command line
 answers ``--help`` before JAX could be loaded.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from beit_jax.allocator import keep_freed_memory
     from beit_jax.config import BeitConfig
     from beit_jax.encoder import BeitModel, BeitOutput
     from beit_jax.errors import BeitJaxError
@@ -45,6 +47,7 @@ _HOME = {
     "BeitForMaskedImageModeling": "heads",
     "BeitForSemanticSegmentation": "segmenter",
     "build_model": "heads",
+    "keep_freed_memory": "allocator",
     "ImageProcessor": "images",
     "open_image": "images",
     "preset": "images",
@@ -73,6 +76,7 @@ __all__ = [
     "classify",
     "features",
     "from_pretrained",
+    "keep_freed_memory",
     "load",
     "open_image",
     "preset",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from beit_jax.allocator import keep_freed_memory
 from beit_jax.arguments import Hub, Json, SourceName
 from beit_jax.convert.options import Options
 from beit_jax.errors import BeitJaxError, printable
@@ -535,7 +536,9 @@ RECIPE_COMMANDS = {"train": train_command, "tokenize": tokenize_command, "aot": 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit code: 0, 1 when a comparison fails, 2 for the user's mistakes."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` blocks clean up
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:  # this process is the command's own
+        arguments = sys.argv[1:]
+        keep_freed_memory()
     try:
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS | {name: build(arguments) for name, build in RECIPE_COMMANDS.items()},

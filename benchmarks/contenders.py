@@ -55,6 +55,9 @@ class Job:
 
 def ours(job: Job) -> Call:
     """This library, as its documents say to use it."""
+    import beit_jax
+
+    beit_jax.keep_freed_memory()
     import jax
 
     if not job.accelerator:

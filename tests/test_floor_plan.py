@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module may import, at its top, only modules that stand before it. Imports inside functions are the
 # deliberate exceptions: the command line and `predict` reach the converter when they need it.
 LIBRARY = [
-    "errors", "terminal", "arguments", "tree", "json_file", "config", "variants", "published", "resize",
+    "errors", "allocator", "terminal", "arguments", "tree", "json_file", "config", "variants", "published", "resize",
     "image_config", "image_io", "images", "label_maps", "position", "adapt", "partition", "attention", "layers",
     "dense", "encoder", "segmenter", "heads", "output", "weights", "dvae", "vqkd", "tokenizer", "hub", "predict",
     "segmentation", "pictures", "interpret", "visualize", "inspection", "reconstruct", "demo",

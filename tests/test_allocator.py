@@ -1,0 +1,89 @@
+"""Memory that a process keeps."""
+
+import ctypes
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from beit_jax import __main__, keep_freed_memory
+
+# Temporaries of 64 MiB and more in every call: 16,384 pages. Blocks differ in order and thread from call to call, so
+# that the heap takes some calls to grow as large as it gets.
+FAULTS = """
+import sys
+from resource import RUSAGE_SELF, getrusage
+
+from beit_jax import keep_freed_memory
+
+if sys.argv[1:] == ["kept"]:
+    assert keep_freed_memory({})
+
+import jax
+import jax.numpy as jnp
+
+@jax.jit
+def summed(x):
+    return jnp.cumsum(jnp.tile(x, 2**14)).max()
+
+def call(times):
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        summed(x).block_until_ready()
+    return getrusage(RUSAGE_SELF).ru_minflt - before
+
+x = jnp.arange(1024, dtype=jnp.float32)
+call(30)
+print(call(10) // 10)
+"""
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What a C library that obeys has been told; this process's own hears nothing of it."""
+    heard = []
+
+    def mallopt(parameter: int, value: int) -> int:
+        heard.append((parameter, value))
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    return heard
+
+
+def page_faults(*arguments: str) -> int:
+    """Of a call of a compiled function, in a new process."""
+    return int(subprocess.check_output([sys.executable, "-c", FAULTS, *arguments], text=True))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_a_call_finds_the_memory_of_the_last_one() -> None:
+    assert page_faults() > 16_000
+    assert page_faults("kept") < 1_600
+
+
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_what_the_user_has_set_stays(name: str, told: list[tuple[int, int]]) -> None:
+    assert not keep_freed_memory({name: "1"})
+    assert told == []
+    assert keep_freed_memory({"HOME": "/", "MALLOC": "1"})
+    assert len(told) == 4
+
+
+@pytest.mark.parametrize("library", [SimpleNamespace(), SimpleNamespace(mallopt=lambda parameter, value: 0)])
+def test_another_allocator_is_left_alone(library: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    assert not keep_freed_memory({})
+
+
+def test_the_command_keeps_memory_of_its_own_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(__main__, "keep_freed_memory", lambda: calls.append(1))
+    with pytest.raises(SystemExit):
+        __main__.main(["--help"])
+    assert calls == []
+    monkeypatch.setattr(sys, "argv", ["beit-jax", "--help"])
+    with pytest.raises(SystemExit):
+        __main__.main()
+    assert calls == [1]
