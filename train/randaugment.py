@@ -13,6 +13,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from beit_jax.errors import BeitJaxError, printable
 
 from .slide import slide
+from .smooth import smooth
 
 Resampling: TypeAlias = Literal[Image.Resampling.BILINEAR, Image.Resampling.BICUBIC]
 Colour: TypeAlias = tuple[int, int, int]
@@ -34,7 +35,6 @@ _ENHANCERS: Final = {
     "Color": ImageEnhance.Color,
     "Contrast": ImageEnhance.Contrast,
     "Brightness": ImageEnhance.Brightness,
-    "Sharpness": ImageEnhance.Sharpness,
 }
 
 
@@ -161,6 +161,8 @@ def perform(image: Image.Image, operation: Operation, fill: Colour) -> Image.Ima
             return ImageOps.solarize(image, int(amount))
         case "SolarizeAdd":
             return image.point([min(255, value + int(amount)) if value < 128 else value for value in range(256)] * 3)
+        case "Sharpness":
+            return Image.blend(smooth(image), image, amount)
         case name if name in _ENHANCERS:
             return _ENHANCERS[name](image).enhance(amount)
         case _:

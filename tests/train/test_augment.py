@@ -6,13 +6,14 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter
 from scipy import stats
 
 from beit_jax.errors import BeitJaxError
@@ -20,6 +21,7 @@ from beit_jax.train.augment import TrainTransform, draw_box, draw_jitter, train_
 from beit_jax.train.randaugment import OPERATIONS, Operation, RandAugment, argument, perform
 from beit_jax.train.recipe import AugmentOptions
 from beit_jax.train.slide import slide
+from beit_jax.train.smooth import smooth
 
 MEAN = (0.485, 0.456, 0.406)
 PLAIN = AugmentOptions(randaugment=None, flip=0.0)
@@ -285,6 +287,35 @@ def test_rows_that_rounding_tears_apart(slope: float) -> None:
     image, fill = noise(224, 224), (1, 128, 254)
     expected = image.transform(image.size, Image.Transform.AFFINE, (1, slope, 0, 0, 1, 0), BICUBIC, fillcolor=fill)
     assert_array_equal(slide(image, "x", slope, 0.0, BICUBIC, fill), expected)
+
+
+@pytest.mark.parametrize("axis", ["x", "y"])
+def test_flat_areas_and_hard_edges_do_not_take_pillows_transform(
+    axis: Literal["x", "y"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, fill = noise(64, 64).resize((224, 224), Image.Resampling.NEAREST), (1, 128, 254)
+    coefficients = (1, 0.2713, 3.3, 0, 1, 0) if axis == "x" else (1, 0, 0, 0.2713, 1, 3.3)
+    expected = image.transform(image.size, Image.Transform.AFFINE, coefficients, BICUBIC, fillcolor=fill)
+    monkeypatch.setattr(Image.Image, "transform", lambda *_, **__: pytest.fail("Pillow was asked"))
+    assert_array_equal(slide(image, axis, 0.2713, 3.3, BICUBIC, fill), expected)
+
+
+# Smoothing
+
+
+@given(size=st.tuples(st.integers(1, 80), st.integers(1, 80)), seed=st.integers(0, 9), flat=st.booleans())
+def test_smoothing_is_pillows_filter(size: tuple[int, int], seed: int, flat: bool) -> None:
+    image = noise(*size, seed)
+    if flat:
+        image = image.point([value // 128 * 255 for value in range(256)] * 3)
+    assert_array_equal(smooth(image), image.filter(ImageFilter.SMOOTH))
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.7, 1.0, 1.9])
+def test_sharpness_is_pillows(factor: float) -> None:
+    image = noise(50, 37)
+    expected = ImageEnhance.Sharpness(image).enhance(factor)
+    assert_array_equal(perform(image, Operation("Sharpness", factor), (0, 0, 0)), expected)
 
 
 # Colour jitter
