@@ -7,6 +7,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -279,39 +280,52 @@ class _Reader:
         step = self.plan.steps[path]
         out = np.empty(step.shape, dtype)
         for names, layer in zip(step.layers, out if step.rule.stacked else [out], strict=True):
-            step.rule.op.load(self.parts(names, dtype), 0, layer)
+            self.fill(step, names, self.parts(names, dtype), 0, layer)
         return out
 
     def chunks(self, path: str) -> Iterator[np.ndarray]:
-        """A leaf of the result in pieces of some rows of a layer, always in the same buffer."""
-        if path in self.plan.adaptations:
+        """A leaf of the result: small ones whole, others in pieces of some rows of a layer, always in one buffer."""
+        spec = self.plan.specs[path]
+        if path in self.plan.adaptations or spec.nbytes <= _CHUNK:
             yield self.leaf(path)
             return
-        step, dtype = self.plan.steps[path], self.plan.specs[path].dtype
+        step = self.plan.steps[path]
         count, *rest = step.layer_shape
-        row_bytes = LeafSpec(tuple(rest), dtype).nbytes
+        row_bytes = LeafSpec(tuple(rest), spec.dtype).nbytes
         size = max(1, _CHUNK // row_bytes)
         buffer = self.buffer("chunk", min(size, count) * row_bytes)
         for names in step.layers:
-            parts = self.parts(names, dtype)
+            parts = self.parts(names, spec.dtype)
             for start in range(0, count, size):
                 rows = min(size, count - start)
-                chunk = buffer[: rows * row_bytes].view(dtype).reshape(rows, *rest)
-                step.rule.op.load(parts, start, chunk)
+                chunk = buffer[: rows * row_bytes].view(spec.dtype).reshape(rows, *rest)
+                self.fill(step, names, parts, start, chunk)
                 yield chunk
 
-    def parts(self, names: Sequence[str], dtype: np.dtype[Any]) -> list[np.ndarray]:
-        """The torch tensors of one layer of a leaf, checked."""
-        return [self.tensor(name, f"part {i}", dtype) for i, name in enumerate(names)]
+    def fill(self, step: Step, names: Sequence[str], parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+        """Lays out `rows`, from row `start` on of a layer, and checks them while they are in a core's cache."""
+        step.rule.op.load(parts, start, rows)
+        if self.allow_nonfinite or _all_finite(rows):
+            return
+        for name, part in zip(names, parts, strict=True):
+            _check_finite(part, name, self.plan.checkpoint.tensors[name])
 
-    def tensor(self, name: str, buffer: str, dtype: np.dtype[Any]) -> np.ndarray:
+    def parts(self, names: Sequence[str], dtype: np.dtype[Any]) -> list[np.ndarray]:
+        """The torch tensors of one layer of a leaf, one behind the other in the same buffer."""
+        ends = list(accumulate(self.plan.checkpoint.tensors[name].nbytes for name in names))
+        buffer = self.buffer("parts", ends[-1])
+        return [
+            self.tensor(name, buffer[start:end], dtype)
+            for name, start, end in zip(names, [0, *ends], ends, strict=False)
+        ]
+
+    def tensor(self, name: str, buffer: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
         info = self.plan.checkpoint.tensors[name]
-        size = LeafSpec(info.shape, info.dtype).nbytes
-        stored = self.plan.checkpoint.read(name, self.buffer(buffer, size))
-        if not self.allow_nonfinite:
-            _check_finite(stored, name, info)
+        stored = self.plan.checkpoint.read(name, buffer)
         if stored.dtype == dtype:
             return stored
+        if not self.allow_nonfinite:
+            _check_finite(stored, name, info)
         with np.errstate(over="ignore"):
             cast = stored.astype(dtype)
         if not self.allow_nonfinite and not _all_finite(cast):
@@ -328,12 +342,10 @@ class _Reader:
 
 
 def _all_finite(array: np.ndarray) -> bool:
-    if array.dtype == np.float32:
-        # One pass at memory speed; squares of finite values overflow only beyond 1e19, and then the slow way decides.
-        flat = array.reshape(-1)
-        with np.errstate(over="ignore"):
-            if np.isfinite(np.dot(flat, flat)):
-                return True
+    # One pass at the speed of the cache, without BLAS, whose threads would get in the way of ours. A sum of finite
+    # values overflows only beyond 1e30, and then the slow way decides.
+    if array.dtype == np.float32 and np.isfinite(np.einsum("i->", array.reshape(-1))):
+        return True
     return bool(np.isfinite(array.astype(np.float32) if array.dtype == _BFLOAT16 else array).all())
 
 
