@@ -115,7 +115,7 @@ def save_tokenizer(directory: Path, checkpoint: TokenizerCheckpoint) -> None:
     content = {"model_type": checkpoint.config.model_type} | dataclasses.asdict(checkpoint.config)
     (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     specs = {name: LeafSpec(leaf.shape, leaf.dtype) for name, leaf in checkpoint.params.items()}
-    write_tensors(directory / WEIGHTS, specs, lambda name: [checkpoint.params[name]], checkpoint.provenance)
+    write_tensors(directory / WEIGHTS, specs, lambda name: [[checkpoint.params[name]]], checkpoint.provenance)
     verify(directory / WEIGHTS)
 
 

@@ -6,7 +6,9 @@ where the weights came from.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +66,7 @@ def save(directory: Path, checkpoint: NativeCheckpoint) -> None:
     """Writes all three files into an existing directory (see `beit_jax.output.new_directory`) and verifies them."""
     specs = {name: LeafSpec(leaf.shape, leaf.dtype) for name, leaf in checkpoint.params.items()}
     save_json(directory, checkpoint.config, checkpoint.processor)
-    write_tensors(directory / WEIGHTS, specs, lambda name: [checkpoint.params[name]], checkpoint.provenance)
+    write_tensors(directory / WEIGHTS, specs, lambda name: [[checkpoint.params[name]]], checkpoint.provenance)
     verify(directory / WEIGHTS)
 
 
@@ -161,7 +163,7 @@ def read_specs(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def write_tensors(
     path: Path,
     specs: Mapping[str, LeafSpec],
-    chunks: Callable[[str], Iterable[np.ndarray]],
+    layers: Callable[[str], Iterable[Iterable[np.ndarray]]],
     provenance: Mapping[str, Any],
     advance: Advance = lambda done: None,
 ) -> None:
@@ -171,8 +173,8 @@ def write_tensors(
     header, the bytes) does not. Files are reproducible: sorted names, fixed layout.
 
     Args:
-        chunks: for a name, C-contiguous arrays that make up its bytes in order. A chunk may be reused after the next
-            one was asked for. Called from several threads, each name once.
+        layers: for a name, what makes up its bytes in order: layers of C-contiguous arrays. An array may be reused
+            after the next one was asked for. A thread that begins a layer ends it, another one may do the next.
 
     Raises:
         BeitJaxError: a tensor is neither float32 nor bfloat16.
@@ -192,24 +194,53 @@ def write_tensors(
         if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(file.fileno(), 0, header_size + sum(spec.nbytes for spec in specs.values()))
 
-        def write(name: str) -> str:
+        def write(name: str) -> Iterator[None]:
             digest, position = xxhash.xxh3_128(), header_size + offsets[name]
-            for chunk in chunks(name):
-                data = _bytes(chunk)
-                digest.update(data)
-                while data:
-                    written = os.pwrite(file.fileno(), data, position)
-                    data, position = data[written:], position + written
-                advance(chunk.nbytes)
+            for layer in layers(name):
+                for chunk in layer:
+                    data = _bytes(chunk)
+                    digest.update(data)
+                    while data:
+                        written = os.pwrite(file.fileno(), data, position)
+                        data, position = data[written:], position + written
+                    advance(chunk.nbytes)
+                yield
             expected = header_size + offsets[name] + specs[name].nbytes
             assert position == expected, f"{name}: {position - expected} bytes more than its shape holds"
-            return digest.hexdigest()
+            digests[name] = digest.hexdigest()
 
-        # Largest first, so that two threads end together.
-        order = sorted(names, key=lambda name: -specs[name].nbytes)
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            digests = dict(zip(order, pool.map(write, order), strict=True))
+        digests: dict[str, str] = {}
+        _take_turns(map(write, names))
         os.pwrite(file.fileno(), _header(specs, offsets, digests, provenance), 0)
+
+
+def _take_turns(jobs: Iterable[Iterator[None]]) -> None:
+    """Runs generators to their ends in two threads, a step of each in turn, so that both threads end together.
+
+    Once a job has failed, or the caller was interrupted, no further step begins.
+    """
+    waiting, stopped = deque(jobs), threading.Event()
+
+    def work(_: int) -> None:
+        while not stopped.is_set():
+            try:
+                job = waiting.popleft()
+            except IndexError:  # the other thread has the last one
+                return
+            try:
+                next(job)
+            except StopIteration:
+                continue
+            except BaseException:
+                stopped.set()
+                raise
+            waiting.append(job)
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        try:
+            list(pool.map(work, range(2)))
+        finally:
+            stopped.set()
 
 
 def verify(path: Path, advance: Advance = lambda done: None) -> None:

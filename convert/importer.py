@@ -5,7 +5,7 @@ Nothing is guessed: every tensor of the source is used or known to be derived, e
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -172,7 +172,7 @@ def convert(
         progress(2 * decided.nbytes) as advance,
     ):
         save_json(directory, decided.config, decided.processor)
-        write_tensors(directory / WEIGHTS, decided.specs, _Reader(decided).chunks, decided.provenance(), advance)
+        write_tensors(directory / WEIGHTS, decided.specs, _Reader(decided).layers, decided.provenance(), advance)
         verify(directory / WEIGHTS, advance)
     return decided
 
@@ -283,24 +283,28 @@ class _Reader:
             self.fill(step, names, self.parts(names, dtype), 0, layer)
         return out
 
-    def chunks(self, path: str) -> Iterator[np.ndarray]:
-        """A leaf of the result: small ones whole, others in pieces of some rows of a layer, always in one buffer."""
+    def layers(self, path: str) -> Iterator[Iterable[np.ndarray]]:
+        """A leaf of the result: its layers, each in pieces of some rows."""
         spec = self.plan.specs[path]
         if path in self.plan.adaptations or spec.nbytes <= _CHUNK:
-            yield self.leaf(path)
+            yield [self.leaf(path)]
             return
         step = self.plan.steps[path]
+        for names in step.layers:
+            yield self.chunks(step, names, spec.dtype)
+
+    def chunks(self, step: Step, names: Sequence[str], dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
+        """A layer of a leaf in pieces of some rows, always in the same buffer."""
         count, *rest = step.layer_shape
-        row_bytes = LeafSpec(tuple(rest), spec.dtype).nbytes
+        row_bytes = LeafSpec(tuple(rest), dtype).nbytes
         size = max(1, _CHUNK // row_bytes)
         buffer = self.buffer("chunk", min(size, count) * row_bytes)
-        for names in step.layers:
-            parts = self.parts(names, spec.dtype)
-            for start in range(0, count, size):
-                rows = min(size, count - start)
-                chunk = buffer[: rows * row_bytes].view(spec.dtype).reshape(rows, *rest)
-                self.fill(step, names, parts, start, chunk)
-                yield chunk
+        parts = self.parts(names, dtype)
+        for start in range(0, count, size):
+            rows = min(size, count - start)
+            chunk = buffer[: rows * row_bytes].view(dtype).reshape(rows, *rest)
+            self.fill(step, names, parts, start, chunk)
+            yield chunk
 
     def fill(self, step: Step, names: Sequence[str], parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
         """Lays out `rows`, from row `start` on of a layer, and checks them while they are in a core's cache."""

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from importlib.resources import files
@@ -45,7 +46,7 @@ def some_tensors() -> Tensors:
 
 def write(path: Path, tensors: Tensors, **provenance: Any) -> Path:
     specs = {name: LeafSpec(array.shape, array.dtype) for name, array in tensors.items()}
-    weights.write_tensors(path, specs, lambda name: [tensors[name]], provenance or PROVENANCE)
+    weights.write_tensors(path, specs, lambda name: [[tensors[name]]], provenance or PROVENANCE)
     return path
 
 
@@ -165,7 +166,8 @@ def test_any_names_shapes_and_chunks(layout: dict[str, tuple[tuple[int, ...], np
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "w.safetensors"
-        weights.write_tensors(path, {name: LeafSpec(*spec) for name, spec in layout.items()}, chunks, {})
+        specs = {name: LeafSpec(*spec) for name, spec in layout.items()}
+        weights.write_tensors(path, specs, lambda name: [chunks(name)], {})
         weights.verify(path)
         assert_same(load_file(path), tensors)
         assert weights.read_specs(path) == {name: (shape, str(dtype)) for name, (shape, dtype) in layout.items()}
@@ -183,16 +185,18 @@ def test_memory_stays_at_a_few_chunks(tmp_path: Path) -> None:
     spec, local = LeafSpec((25, MiB), np.dtype(np.float32)), threading.local()
     specs = {str(i): spec for i in range(2)}
 
-    def chunks(name: str) -> Iterator[np.ndarray]:
-        local.buffer = np.empty(MiB, np.float32)
-        for layer in range(spec.shape[0]):
-            local.buffer[...] = layer
-            yield local.buffer
+    def layers(name: str) -> Iterator[Iterator[np.ndarray]]:
+        return map(chunks, range(spec.shape[0]))
+
+    def chunks(layer: int) -> Iterator[np.ndarray]:
+        local.buffer = getattr(local, "buffer", np.empty(MiB, np.float32))
+        local.buffer[...] = layer
+        yield local.buffer
 
     path = tmp_path / "large"
     try:
         tracemalloc.start()
-        weights.write_tensors(path, specs, chunks, {})
+        weights.write_tensors(path, specs, layers, {})
         weights.verify(path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -209,7 +213,7 @@ def test_progress_counts_every_byte(file: Path, tmp_path: Path) -> None:
     tensors = some_tensors()
     specs = {name: LeafSpec(array.shape, array.dtype) for name, array in tensors.items()}
     total, written, verified = sum(spec.nbytes for spec in specs.values()), [], []
-    weights.write_tensors(tmp_path / "w", specs, lambda name: [tensors[name]], {}, written.append)
+    weights.write_tensors(tmp_path / "w", specs, lambda name: [[tensors[name]]], {}, written.append)
     weights.verify(tmp_path / "w", verified.append)
     assert sum(written) == sum(verified) == total == sum(array.nbytes for array in tensors.values())
 
@@ -220,14 +224,41 @@ def test_a_failing_reader_ends_the_write(tmp_path: Path) -> None:
         raise BeitJaxError(f"{name}: sentinel")
 
     specs = {name: LeafSpec((2,), np.dtype(np.float32)) for name in "ab"}
-    refusal(lambda: weights.write_tensors(tmp_path / "w", specs, chunks, {}), "sentinel")
+    refusal(lambda: weights.write_tensors(tmp_path / "w", specs, lambda name: [chunks(name)], {}), "sentinel")
+
+
+def test_a_failure_ends_all_work(tmp_path: Path) -> None:
+    """A failing tensor stops the others between two layers, in whichever thread they are."""
+    begun: list[int] = []
+
+    def layers(name: str) -> Iterator[list[np.ndarray]]:
+        if name == "failing":
+            raise BeitJaxError("sentinel")
+        for layer in range(1000):
+            begun.append(layer)
+            time.sleep(0.01)
+            yield [np.zeros(1, np.float32)]
+
+    specs = {name: LeafSpec((1000,), np.dtype(np.float32)) for name in ("a", "b", "failing")}
+    refusal(lambda: weights.write_tensors(tmp_path / "w", specs, layers, {}), "sentinel")
+    assert len(begun) < 100
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_layers_of_a_tensor_stay_in_order(tmp_path: Path, count: int) -> None:
+    """Threads take turns at tensors of unequal numbers of layers; each comes out as if it were alone."""
+    tensors = {str(i): np.arange(100.0 * i, 100 * i + 5 * i, dtype=np.float32) for i in range(1, count + 1)}
+    specs = {name: LeafSpec(array.shape, array.dtype) for name, array in tensors.items()}
+    weights.write_tensors(tmp_path / "w", specs, lambda name: [[row] for row in tensors[name].reshape(-1, 5)], {})
+    weights.verify(tmp_path / "w")
+    assert_same(load_file(tmp_path / "w"), tensors)
 
 
 @pytest.mark.parametrize("size", [0, 1, 3])
 def test_chunks_must_fill_the_shape(tmp_path: Path, size: int) -> None:
     specs = {"a": LeafSpec((2,), np.dtype(np.float32))}
     with pytest.raises(AssertionError, match="a: "):
-        weights.write_tensors(tmp_path / "w", specs, lambda name: [np.zeros(size, np.float32)], {})
+        weights.write_tensors(tmp_path / "w", specs, lambda name: [[np.zeros(size, np.float32)]], {})
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32, np.uint8])
