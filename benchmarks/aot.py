@@ -23,8 +23,7 @@ GIB, MIB = 2**30, 2**20
 HERE = Path(__file__).parent
 RECORDS, PAGE = HERE / "aot.json", HERE / "aot.md"
 COUNTING = 3
-"""What rows count. 1: slices within nested fusions as reads of the whole. 2: programs that still gathered position
-biases row by row and summed their gradients over chips as matrices. Both are too high."""
+"""Of this program's ways to count and of the training step's programs; rows of earlier ones are compiled again."""
 IS = " as it is"
 TOPOLOGIES = ("v5e:2x4", "v5e:4x4", "v6e:4x4", "2xv5e:4x4")
 
@@ -104,12 +103,12 @@ def page(records: dict[str, dict[str, Any]]) -> str:
         lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for name, record in records.items():
             if name.endswith(IS) == carried:
-                lines.append("| " + " | ".join(_cells(record["row"], record["layout"].get("counting", 1))) + " |")
+                lines.append("| " + " | ".join(_cells(record["row"])) + " |")
         tables.append("\n".join(lines))
     return _TEXT.format(table=tables[0], carried=tables[1], versions=versions())
 
 
-def _cells(row: dict[str, Any], counting: int) -> list[str]:
+def _cells(row: dict[str, Any]) -> list[str]:
     mesh = "x".join(str(size) for size in row["mesh"].values())
     memory = f"{row['memory'] / GIB:.2f} of {row['hbm'] / GIB:.2f}" + ("" if row["fits"] else " **too much**")
     first = [row["recipe"], row["topology"], mesh, row["remat"], f"{row['batch']:,}", str(row["accumulate"]), memory]
@@ -123,8 +122,8 @@ def _cells(row: dict[str, Any], counting: int) -> list[str]:
     return [
         *first,
         f"{row['flops'] / 1e12:.1f}",
-        f"{'' if counting == COUNTING else '≤ '}{row['traffic'] / 1e9:.0f}",
-        f"{'' if counting == COUNTING else '≥ '}{row['intensity']:.0f}",
+        f"{row['traffic'] / 1e9:.0f}",
+        f"{row['intensity']:.0f}",
         collectives,
         f"{low} to {high}",
         "" if kernels is None else f"{kernels * 1e3:,.0f}",
@@ -157,11 +156,6 @@ the data sheets (`train/topology.py` names them), and their sum. Compiler: what 
 row, transfers apart; for v6e the clock that would turn its cycles into time is not published. Utilisation: the model's
 own operations, without what is computed again, over the chips' peak, if a step took these bounds. Largest: the largest
 batch that fits in as many parts, where it was looked for (`--largest`).
-
-"≤": rows compiled before two changes, and too high in traffic, collectives and step, up to twice for fine-tuning.
-Slices within nested fusions were counted as reads of the whole; and position biases were gathered row by row, and their
-gradients summed over chips as matrices ([RESULTS.md](RESULTS.md#position-biases-on-tpus) has one row before and after).
-Started again, the command compiles these rows anew.
 """
 
 

@@ -39,8 +39,6 @@ from beit_jax.train.scaling import (
     kept_bytes,
     layout,
     memory,
-    position_bias_bytes,
-    position_bias_traffic,
     product_seconds,
     shared_bytes,
     stretched,
@@ -208,6 +206,16 @@ def gain(few: int, many: int) -> str:
     return f"{min(found):.1f} to {max(found):.1f}"
 
 
+def fsdp_takes(chips: int) -> str:
+    """A step with fsdp over one of data alone, least and most of all recipes and kinds."""
+    found = []
+    for name in RECIPES:
+        for kind in KINDS:
+            data, fsdp = cases(described(name), kind, chips)[:2]
+            found.append(fsdp.slowest / data.slowest)
+    return f"{min(found):.1f} to {max(found):.1f}"
+
+
 def faster() -> str:
     """Steps of v5e over those of v6e, least and most of all recipes and numbers of chips."""
     found = []
@@ -234,22 +242,11 @@ def bends() -> str:
         for name in RECIPES:
             for kind in KINDS:
                 work, chip = described(name), CHIPS[kind]
-                lean = replace(work, biases=0)
-                yield [
-                    name,
-                    kind,
-                    *(_range(bend(work, chip, scheme)) for scheme in SCHEMES),
-                    _range(bend(lean, chip, SCHEMES[0])),
-                    _range(floor(work, chip, SCHEMES[0])),
-                    _range(floor(work, chip, SCHEMES[1])),
-                    _range(floor(lean, chip, SCHEMES[0])),
-                ]
+                network = (_range(bend(work, chip, scheme)) for scheme in SCHEMES)
+                yield [name, kind, *network, *(_range(floor(work, chip, scheme)) for scheme in SCHEMES[:2])]
 
-    head = (
-        "recipe", "chip", "network: data", "network: fsdp", "network: fsdp, tensor 2", "network: data, no bias",
-        "memory: data", "memory: fsdp", "memory: data, no bias",
-    )  # fmt: skip
-    return table(head, rows())
+    head = ("network: data", "network: fsdp", "network: fsdp, tensor 2", "memory: data", "memory: fsdp")
+    return table(("recipe", "chip", *head), rows())
 
 
 def _range(found: Bend) -> str:
@@ -272,37 +269,13 @@ def equations() -> str:
                 work, chip = described(name), CHIPS[kind]
                 one = stretched(chip, SCHEMES[0], 256)
                 c, i = product_seconds(work, one) * 256, interconnect_seconds(work, one)
-                k = 2 * (work.gradient_bytes + work.bias_bytes) / 256 / chip.dcn
+                k = 2 * work.gradient_bytes / 256 / chip.dcn
                 chips = bend_of_data(work, chip)
                 yield [
                     name, kind, f"{c:,.2f}", ms(i), ms(k), f"{chips:,.0f}", f"{work.batch / chips:.1f}",
                 ]  # fmt: skip
 
     return table(("recipe", "chip", "c, s", "i, ms", "k, ms", "N", "images a chip there"), rows())
-
-
-def biases() -> str:
-    """What the position bias costs on a slice of 256 chips, data alone, at the recipe's batch."""
-
-    def rows() -> Iterator[list[str]]:
-        for name in RECIPES:
-            for kind in KINDS:
-                work, chip = described(name), CHIPS[kind]
-                where = stretched(chip, SCHEMES[0], 256)
-                size, traffic = position_bias_bytes(work, where), position_bias_traffic(work, where)
-                found = times(work, where)
-                yield [
-                    name,
-                    kind,
-                    f"{size / 1e6:,.0f}",
-                    f"{size / where.bandwidth * 1e3:.1f} of {ms(found.interconnect)}",
-                    f"{traffic / 1e9:.1f}",
-                    f"{traffic / chip.hbm_bandwidth * 1e3:.1f} of {ms(found.memory)}",
-                    ms(found.products),
-                ]
-
-    head = ("recipe", "chip", "MB sent", "interconnect, ms", "GB of memory", "memory, ms", "products, ms")
-    return table(head, rows())
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
@@ -376,8 +349,9 @@ def page() -> str:
                 steps(weak(name), kind),
             ]
     return _TEXT.format(
-        choices=choices(), bends=bends(), equations=equations(), biases=biases(), checks=checks(),
-        to_256=gain(64, 256), to_1024=gain(256, 1024), between=between(), faster=faster(),
+        choices=choices(), bends=bends(), equations=equations(), checks=checks(),
+        to_256=gain(64, 256), to_1024=gain(256, 1024), fsdp_8=fsdp_takes(8), fsdp_64=fsdp_takes(64),
+        between=between(), faster=faster(),
         steps="\n\n".join(sections), slack=SLACK,
     )  # fmt: skip
 
@@ -398,14 +372,16 @@ The mesh with the lowest sum is shown. In words:
 
 1. **Data alone** (`--run.mesh -1 1 1`), whatever the number of chips and slices, as long as its state fits: 16 bytes
    a parameter, 1.4 GiB for BEiT-B and 4.6 GiB for BEiT-L, leave room on 16 GB.
-2. **fsdp within a slice** (`--run.mesh SLICES -1 1`) on 8 or 16 chips, where many images a chip need the memory: fewer
-   parts of a batch, and a step within a tenth of data alone. On 64 chips and more it loses: parameters travel three
-   times a step, and libtpu gathers them there by all-reduces, of twice the bytes.
+2. **fsdp** (`--run.mesh SLICES -1 1`) where the state does not fit otherwise. On 8 chips a step takes {fsdp_8} times
+   that of data alone: libtpu permutes parameters and gradients around a ring, and what the products add up passes
+   through memory at each of its steps. On 64 chips it takes {fsdp_64} times as long: parameters travel three times a
+   step, and libtpu gathers them there by all-reduces, of twice the bytes.
 3. **No tensor axis.** Two chips exchange 20 bytes of every activation of every block over one link, which takes
    longer than the block's products on any number of chips. Its one use is more chips than images, as 1,024 chips for
-   a batch of 512, which the table above shows to buy little.
-4. **Up to 256 chips.** From 64 to 256, four times the chips, steps become {to_256} times as short; from 256 to 1,024
-   {to_1024} times. More chips pay with more images a step only (weak scaling below), which is another recipe.
+   a batch of 512.
+4. **Up to 256 chips.** From 64 to 256, four times the chips, steps become {to_256} times as short (more than four where
+   a block's arrays then stay on the chip); from 256 to 1,024 {to_1024} times. More chips pay with more images a step
+   only (weak scaling below), which is another recipe.
 5. **A v6e is {faster} v5e** for these models, not the 4.7 of its products: it has twice the memory bandwidth and
    links, and memory is what takes longest.
 6. **Slices cost little**: between four of them {between} ms on v5e, as each chip sends a 256th of the gradients.
@@ -419,13 +395,12 @@ links; "a to 255, then b" is a network that is overtaken at a, catches up at 256
 
 {bends}
 
-With data alone memory bends first: the optimizer's and the bias's traffic, not the network, is what a larger pod of
-the same batch runs into. With fsdp it is the network. "No bias" is without the exchange and the lookup of position
-biases.
+With data alone it is memory that bends first, or both at once: the optimizer's traffic, rather than the network, is
+what a larger pod of the same batch runs into. With fsdp it is the network.
 
 A mesh of data alone over slices of 256 chips, solved by hand. Products take c / N seconds on N chips, c = FLOP x
-batch / peak. The interconnect takes i = 2 x (G + B) x 255 / 256 / (4 links), G bytes of gradients and B of position
-biases. Between N / 256 slices it takes k x (1 - 256 / N), k = 2 x (G + B) / 256 / bandwidth. So
+batch / peak. The interconnect takes i = 2 x G x 255 / 256 / (4 links), G bytes of gradients. Between N / 256
+slices it takes k x (1 - 256 / N), k = 2 x G / 256 / bandwidth. So
 
     c / N = i + k x (1 - 256 / N)    gives    N = (c + 256 k) / (i + k)
 
@@ -433,20 +408,6 @@ biases. Between N / 256 slices it takes k x (1 - 256 / N), k = 2 x (G + B) / 256
 
 An N below 256 says that the network takes longer than the products on all slices of 256 chips. Images a chip there is
 the better rule: with fewer than that the network, on data alone, takes longer than the products.
-
-## Position biases
-
-Fine-tuned models have a table of relative positions for every block. Its gradient is reduced as a matrix [heads, n,
-n] in float32, before and not after it is added up into the table, and the lookup passes through memory as [n x n,
-heads], padded from 16 to 128 lanes, six times a block. Neither depends on the number of images. On 256 chips, data
-alone:
-
-{biases}
-
-This was nearly half of a step of fine-tuning at 384 or 512 pixels on 256 chips, and both are gone: the gradient is
-reduced as a table, 150 to 260 times smaller, and what is added to the scores is made of long slices
-([RESULTS.md](RESULTS.md#position-biases-on-tpus)). The programs that this page is checked against were compiled before
-that; what it says of fine-tuning at 384 and 512 pixels is an upper bound, and "no bias" the nearer one.
 
 ## Formulas
 
@@ -459,12 +420,13 @@ that share out images; images: of one such chip. Everything but the optimizer is
     gradients           reduce-scatter of G / t over f (f > 16 or s > 1: all-reduce), then all-reduce of G / t / f over
                         r / f
                         G: 2 bytes for the kernels of qkv and fc1, 4 for all other parameters
-    position biases     all-reduce of 4 x heads x n^2 / t for each table over r
     tensor              all-reduce of images x L x n x d x (2 x 4 + 2 x 4 + 2 x 2) over t, on one link
-    between slices      all-reduce of (G + B) / t / r over s
-    activations         L x 4 x (154 n d + 14.7 heads n^2) x (images - kept) + 2 L x 4 n d x images
-                        kept: 128 MiB / (4 x (heads n^2 + 6 n d)) images of each part, which stay on the chip
-    lookup of biases    6 x 4 x n^2 x 128 for each table
+    between slices      all-reduce of G / t / r over s
+    activations         images x L x 4 x (2 n d + out x ((45 + 7.2 f) n d + 13.4 heads n^2)); 7.2 f where fsdp permutes
+                        (f <= 16, s = 1); out, from 0 to 1: images x 4 x (heads n^2 + 6 n d) / 128 MiB - 1, images of a
+                        part: the share that does not stay on the chip
+    teacher             FLOP of a tokenizer or teacher / 115
+    lookup of biases    3.7 x 4 x heads x n^2 / t for each table
     parameters' memory  (3 x 4 P + 2 G) / t, and 28 P / (f t) for the optimizer
     interconnect        2 links an axis where it is a ring, 1 where it is a line; tensor groups share one axis's links
 
@@ -475,7 +437,7 @@ programs below.
 
 Programs of libtpu 0.0.42.1, those of [aot.md](aot.md) and of `python benchmarks/scaling.py --compile`; "a of b: q" is
 the formula, the program, and their ratio. tests/train/test_scaling.py holds products to 1.5 % and bytes within a slice
-to 0.78 to 1.17.
+to 0.78 to 1.17 (on data alone in one slice to 6 %), and traffic of main memory to 0.8 to 1.35.
 
 {checks}
 
@@ -483,12 +445,10 @@ to 0.78 to 1.17.
   frozen tokenizer's gathers the formula counts one a step. On 64 and 256 chips it counts three gathers, of which the
   program saves a part. Gradients that the formula takes for float32 (patches, head) sometimes travel as bfloat16.
 * Between slices: the program pads shares, and sends those of qkv and fc1 partly in float32.
-* Traffic: the formula over what was counted for these rows, which is too much: where a nested fusion takes a slice of
-  the stack of all blocks, the stack was counted. Counted as slices, as `train/hlo.py` does now, the formula is 0.89 to
-  1.01 of nine programs with 2 to 128 images a chip, and 0.71 of BEiT-B's with 8 images, whose tokenizer it leaves out.
-  So memory of BEiT-B with 8 to 64 images a chip may be 1.4 times the tables'. Its numbers come from three of these
-  programs; BEiT-L at 224 and at 512 pixels on 8x8, not among them, are 0.90 and 0.93.
-* GiB: `estimate.Memory`, without what the compiler adds. Meshes above are taken to fit with {slack} times as much.
+* Traffic: the numbers of passes are fitted to these programs. How much of a block stays on the chip with few images,
+  and what permuting adds, are the roughest of them.
+* GiB: `estimate.Memory`, without what the compiler adds. Meshes above are taken to fit with {slack} times as
+  much; one program, with a tokenizer and on two slices, took 2.2 times as much.
 
 ## What is not counted
 

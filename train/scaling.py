@@ -29,17 +29,20 @@ GATHERED_UP_TO, SCATTERED_UP_TO = 16, 16
 chips it compiled all-reduces in place of both, and over two slices in place of the second; they move twice the bytes.
 """
 
-RESIDUAL_PASSES, SCORE_PASSES = 154, 14.7
-"""Times that a block reads or writes main memory, forward, forward again and backward, in float32 arrays of the size of
-the residual stream [n, d] and of the attention scores [heads, n, n]: from two compiled programs with many images a
-chip, BEiT-B at 224 and BEiT-L at 384 pixels."""
+RESIDUAL_PASSES, SCORE_PASSES, LOOKUP_PASSES = 45, 13.4, 3.7
+"""Times that main memory is read or written, forward, forward again and backward, in float32: by a block and image,
+arrays like the residual stream [n, d] and like the attention scores [heads, n, n]; by a position bias, arrays like
+itself [heads, n, n]. From compiled programs of fine-tuning by data alone, with 4 to 64 images a chip."""
+RING_PASSES = 7.2
+"""Of the size of the residual stream, by each step of a ring along which fsdp permutes what products read and add."""
 ON_CHIP, RESIDUALS_AT_ONCE = 128 * 2**20, 6
-"""Bytes of a chip's own memory (VMEM, https://jax-ml.github.io/scaling-book/tpus/): so much of a block's scores and of
-so many arrays like its residual stream never reaches main memory."""
-LOOKUP_PASSES, LANES = 6, 128
-"""Times that the position bias is written or read as [n * n, heads], whose last axis a TPU pads to 128 lanes."""
+"""Bytes of a chip's own memory (VMEM, https://jax-ml.github.io/scaling-book/tpus/). Where a block's scores and so many
+arrays like its residual stream fit for all images at once, none of them reaches main memory; where they take twice as
+much, all do."""
+TEACHER_INTENSITY = 115
+"""Operations of a tokenizer or teacher for each byte that it reads or writes."""
 WHOLE = 0.37  # share of RESIDUAL_PASSES that every chip of a tensor axis makes over whole arrays: one compiled program
-SLACK = 1.7  # compiled programs took up to so many times `estimate.Memory`
+SLACK = 1.7  # compiled programs took up to so many times `estimate.Memory`; one with a tokenizer, on two slices, 2.2
 MAX_SLICE = 256  # chips of a pod of v5e or v6e: 16 x 16
 
 _NARROW = ((r"(beit/)?blocks/(attention/qkv_kernel|mlp/fc1/kernel)", True), (r".*", False))
@@ -57,8 +60,9 @@ class Workload:
         parameters: that learn.
         narrow: those of them whose gradients travel as bfloat16; all others as float32.
         frozen: parameters of a tokenizer or teacher beside the model.
+        teacher_flops: of its forward pass, which `flops` and `model_flops` hold too.
         tokens, width, heads, blocks: of the encoder.
-        biases: matrices [heads, tokens, tokens] of position bias: one per block, one for all, or none.
+        biases: matrices [heads, tokens, tokens] that are looked up: one per block, one for all, or none.
         passes: over the parameters: forward, backward, and between them again where blocks are recomputed.
     """
 
@@ -69,6 +73,7 @@ class Workload:
     parameters: int
     narrow: int
     frozen: int
+    teacher_flops: float
     tokens: int
     width: int
     heads: int
@@ -79,10 +84,6 @@ class Workload:
     @property
     def gradient_bytes(self) -> int:
         return BFLOAT16 * self.narrow + FLOAT32 * (self.parameters - self.narrow)
-
-    @property
-    def bias_bytes(self) -> int:
-        return FLOAT32 * self.biases * self.heads * self.tokens**2
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def workload(recipe: Recipe) -> Workload:
     program = _program(recipe)
     config, task, state, remat = program.config, program.task, program.abstract_state, recipe.model.remat
     sizes = {name: prod(shape) for name, shape in param_shapes(config).items()}
-    again = flops(config).training(remat) - flops(config).training()
+    own = flops(config).training()
+    again = flops(config).training(remat) - own
     return Workload(
         name=recipe.name,
         batch=recipe.data.batch_size,
@@ -136,6 +138,7 @@ def workload(recipe: Recipe) -> Workload:
         parameters=_elements(state.params),
         narrow=sum(size for name, size in sizes.items() if first_match(_NARROW, name)),
         frozen=_elements(state.ema),
+        teacher_flops=task.flops - own if state.ema else 0.0,
         tokens=1 + config.grid[0] * config.grid[1],
         width=config.hidden_size,
         heads=config.num_attention_heads,
@@ -198,6 +201,11 @@ def parameter_bytes(work: Workload, layout: Layout) -> float:
     return gather(learned + BFLOAT16 * work.frozen, layout.fsdp)
 
 
+def scatters(layout: Layout) -> bool:
+    """Whether libtpu splits gradients as it reduces them over fsdp, and permutes parts of them and of parameters."""
+    return 1 < layout.fsdp <= SCATTERED_UP_TO and layout.slices == 1
+
+
 def gradient_bytes(work: Workload, layout: Layout) -> float:
     """Gradients of each part: reduced and scattered over fsdp, then what is left of them all-reduced over data.
 
@@ -206,19 +214,8 @@ def gradient_bytes(work: Workload, layout: Layout) -> float:
     all else.
     """
     size = layout.parts * work.gradient_bytes / layout.tensor
-    scatters = layout.fsdp <= SCATTERED_UP_TO and layout.slices == 1
-    scatter = reduce_scatter if scatters else all_reduce
+    scatter = reduce_scatter if scatters(layout) else all_reduce
     return scatter(size, layout.fsdp) + all_reduce(size / layout.fsdp, layout.inside)
-
-
-def position_bias_bytes(work: Workload, layout: Layout) -> float:
-    """The gradient of the position bias: float32 [heads, n, n] for each table and part, all-reduced over a slice.
-
-    ``parts biases heads / tensor n^2 4 * 2 (r - 1) / r``, r = d f. A table's own gradient is far smaller: this is what
-    the compiler makes of reducing before the lookup's transpose instead of after it.
-    """
-    size = layout.parts * work.bias_bytes / layout.tensor
-    return all_reduce(size, layout.inside * layout.fsdp)
 
 
 def tensor_bytes(work: Workload, layout: Layout) -> float:
@@ -235,12 +232,12 @@ def tensor_bytes(work: Workload, layout: Layout) -> float:
 
 
 def between_slices_bytes(work: Workload, layout: Layout) -> float:
-    """Each chip all-reduces its share of gradients and position biases with its like in other slices.
+    """Each chip all-reduces its share of gradients with its like in other slices.
 
-    ``2 (s - 1) / s * parts (G + biases) / tensor / (d f)``: hierarchical, reduced and scattered within a slice before,
-    gathered there afterwards, which `gradient_bytes` and `position_bias_bytes` hold.
+    ``2 (s - 1) / s * parts G / tensor / (d f)``: hierarchical, reduced and scattered within a slice before, gathered
+    there afterwards, which `gradient_bytes` holds.
     """
-    size = layout.parts * (work.gradient_bytes + work.bias_bytes) / layout.tensor
+    size = layout.parts * work.gradient_bytes / layout.tensor
     return all_reduce(size / (layout.inside * layout.fsdp), layout.slices)
 
 
@@ -248,25 +245,33 @@ def between_slices_bytes(work: Workload, layout: Layout) -> float:
 
 
 def activation_traffic(work: Workload, layout: Layout) -> float:
-    """``blocks 4 (RESIDUAL_PASSES n d + SCORE_PASSES heads n^2) (images - parts kept) + 2 blocks 4 n d images``.
+    """``images blocks 4 (2 n d + out ((RESIDUAL_PASSES + RING_PASSES f) n d + SCORE_PASSES heads n^2))``.
 
-    kept: images of which a block's arrays stay on the chip (`ON_CHIP`). The last term is each block's input, stored and
-    read back. A tensor axis splits the heads and 1 - `WHOLE` of the rest. Where nothing is computed again, a third of
-    the passes is missing.
+    Images of a chip; out: the share that does not stay on it (`ON_CHIP`), unlike each block's input, which is stored
+    and read back. RING_PASSES where libtpu permutes instead of gathering first, which is where it scatters
+    (`SCATTERED_UP_TO`). A tensor axis splits the heads and 1 - `WHOLE` of the rest. Where nothing is computed again, a
+    third of the passes is missing.
     """
     residual = FLOAT32 * work.tokens * work.width
     scores = FLOAT32 * work.heads / layout.tensor * work.tokens**2
     images = work.batch / layout.replicas
-    kept = min(images, layout.parts * ON_CHIP / (scores + RESIDUALS_AT_ONCE * residual))
-    share = WHOLE + (1 - WHOLE) / layout.tensor
-    block = (RESIDUAL_PASSES * share * residual + SCORE_PASSES * scores) * work.passes / 3
-    return work.blocks * (block * (images - kept) + 2 * residual * images)
+    out = images / layout.parts * (scores + RESIDUALS_AT_ONCE * residual) / ON_CHIP - 1
+    passes = RESIDUAL_PASSES * (WHOLE + (1 - WHOLE) / layout.tensor)
+    if scatters(layout):
+        passes += RING_PASSES * layout.fsdp
+    block = (passes * residual + SCORE_PASSES * scores) * work.passes / 3
+    return images * work.blocks * (2 * residual + min(max(out, 0), 1) * block)
+
+
+def teacher_traffic(work: Workload, layout: Layout) -> float:
+    """``images FLOP of tokenizer or teacher / TEACHER_INTENSITY``."""
+    return work.batch / layout.replicas * work.teacher_flops / TEACHER_INTENSITY
 
 
 def position_bias_traffic(work: Workload, layout: Layout) -> float:
-    """``parts biases LOOKUP_PASSES n^2 128 * 4``: the lookup in the tables, whatever the number of images."""
-    heads = -(-work.heads // layout.tensor // LANES) * LANES
-    return layout.parts * work.biases * LOOKUP_PASSES * work.passes / 3 * work.tokens**2 * heads * FLOAT32
+    """``parts biases LOOKUP_PASSES heads / tensor n^2 4``: the lookup in the tables, whatever the number of images."""
+    matrix = FLOAT32 * work.heads / layout.tensor * work.tokens**2
+    return layout.parts * work.biases * LOOKUP_PASSES * work.passes / 3 * matrix
 
 
 def parameter_traffic(work: Workload, layout: Layout) -> float:
@@ -320,12 +325,13 @@ def fixed_traffic(work: Workload, layout: Layout) -> float:
 
 def memory_seconds(work: Workload, layout: Layout) -> float:
     """All that passes through main memory, over its bandwidth."""
-    return (activation_traffic(work, layout) + fixed_traffic(work, layout)) / layout.chip.hbm_bandwidth
+    terms = (activation_traffic, teacher_traffic, fixed_traffic)
+    return sum(term(work, layout) for term in terms) / layout.chip.hbm_bandwidth
 
 
 def shared_bytes(work: Workload, layout: Layout) -> float:
     """What data and fsdp exchange within a slice."""
-    return sum(term(work, layout) for term in (parameter_bytes, gradient_bytes, position_bias_bytes))
+    return parameter_bytes(work, layout) + gradient_bytes(work, layout)
 
 
 def interconnect_seconds(work: Workload, layout: Layout) -> float:
@@ -494,10 +500,10 @@ def _bend(excess: Callable[[float], float], scheme: Scheme) -> Bend:
 def bend_of_data(work: Workload, chip: Chip) -> float:
     """`bend` of a mesh of data alone over slices of 256 chips, solved by hand.
 
-    With c = flops batch / peak, i the interconnect's seconds, and k = 2 (G + biases) / 256 / dcn those between
-    infinitely many slices: ``c / N = i + k (1 - 256 / N)``, so ``N = (c + 256 k) / (i + k)``.
+    With c = flops batch / peak, i the interconnect's seconds, and k = 2 G / 256 / dcn those between infinitely many
+    slices: ``c / N = i + k (1 - 256 / N)``, so ``N = (c + 256 k) / (i + k)``.
     """
     one = stretched(chip, SCHEMES[0], MAX_SLICE)
     products = product_seconds(work, one) * MAX_SLICE
-    between = 2 * (work.gradient_bytes + work.bias_bytes) / MAX_SLICE / chip.dcn
+    between = 2 * work.gradient_bytes / MAX_SLICE / chip.dcn
     return (products + MAX_SLICE * between) / (interconnect_seconds(work, one) + between)

@@ -14,10 +14,18 @@ from beit_jax.train.aot import abstract_program
 from beit_jax.train.hlo import BETWEEN_SLICES
 from beit_jax.train.recipes import recipe_named
 from beit_jax.train.scaling import (
+    LOOKUP_PASSES,
+    ON_CHIP,
+    RESIDUAL_PASSES,
+    RESIDUALS_AT_ONCE,
+    RING_PASSES,
     SCHEMES,
+    SCORE_PASSES,
     SLACK,
+    TEACHER_INTENSITY,
     Layout,
     Workload,
+    activation_traffic,
     all_gather,
     all_reduce,
     bend,
@@ -31,7 +39,7 @@ from beit_jax.train.scaling import (
     layout,
     memory,
     parameter_bytes,
-    position_bias_bytes,
+    position_bias_traffic,
     product_seconds,
     reduce_scatter,
     shared_bytes,
@@ -48,11 +56,10 @@ V5E = CHIPS["v5e"]
 DATA, FSDP, TENSOR = SCHEMES
 # 2 blocks of 5 tokens, width 8, 2 heads; 1000 parameters, of which 600 have gradients of two bytes.
 TOY = Workload(
-    name="toy", batch=64, flops=3e12, model_flops=2e12, parameters=1000, narrow=600, frozen=0, tokens=5, width=8,
-    heads=2, blocks=2, biases=2, passes=3,
+    name="toy", batch=64, flops=3e12, model_flops=2e12, parameters=1000, narrow=600, frozen=0, teacher_flops=0,
+    tokens=5, width=8, heads=2, blocks=2, biases=2, passes=3,
 )  # fmt: skip
 GRADIENTS = 2 * 600 + 4 * 400
-BIASES = 2 * 2 * 5 * 5 * 4
 
 
 def on(name: str, mesh: tuple[int, int, int], parts: int = 1) -> Layout:
@@ -84,16 +91,14 @@ def test_data_by_hand() -> None:
     assert eight.bandwidth == 2 * 50e9
     assert parameter_bytes(TOY, eight) == 0
     assert gradient_bytes(TOY, eight) == 2 * GRADIENTS * 7 / 8
-    assert position_bias_bytes(TOY, eight) == 2 * BIASES * 7 / 8
-    assert times(TOY, eight).interconnect == pytest.approx(2 * (GRADIENTS + BIASES) * 7 / 8 / 100e9)
+    assert times(TOY, eight).interconnect == pytest.approx(2 * GRADIENTS * 7 / 8 / 100e9)
 
 
 def test_fsdp_by_hand() -> None:
-    """Three gathers of bfloat16 parameters; gradients arrive once instead of twice; the bias as before."""
+    """Three gathers of bfloat16 parameters; gradients arrive once instead of twice."""
     eight = on("v5e:2x4", (1, 8, 1))
     assert parameter_bytes(TOY, eight) == 3 * 2 * 1000 * 7 / 8
     assert gradient_bytes(TOY, eight) == GRADIENTS * 7 / 8
-    assert position_bias_bytes(TOY, eight) == position_bias_bytes(TOY, on("v5e:2x4", (8, 1, 1)))
 
 
 def test_fsdp_beside_data() -> None:
@@ -109,6 +114,49 @@ def test_large_groups_gather_by_reducing() -> None:
     assert gradient_bytes(TOY, more) == gradient_bytes(TOY, on("v5e:8x8", (64, 1, 1)))
 
 
+def test_looking_biases_up_takes_memory_alone() -> None:
+    """So many passes over two matrices of 2 heads, 5 x 5 tokens, four bytes each; a tensor axis splits the heads."""
+    without = replace(TOY, biases=0)
+    eight, two = on("v5e:2x4", (8, 1, 1)), on("v5e:2x4", (1, 4, 2))
+    assert position_bias_traffic(TOY, eight) == pytest.approx(LOOKUP_PASSES * 2 * (2 * 5 * 5 * 4))
+    assert position_bias_traffic(TOY, two) == position_bias_traffic(TOY, eight) / 2
+    assert position_bias_traffic(without, eight) == 0
+    assert times(without, eight).network == times(TOY, eight).network
+
+
+def test_few_images_stay_on_the_chip() -> None:
+    """Of 64 images a block's scores and six arrays like the residual stream: where they fit, its input alone passes."""
+    one = on("v5e:1x1", (1, 1, 1))
+    once = 64 * 2 * 5 * 8 * 4  # bytes of all inputs
+    assert activation_traffic(TOY, one) == 2 * once
+    images = ON_CHIP / (4 * (2 * 5 * 5 + RESIDUALS_AT_ONCE * 5 * 8))
+    fits, half, none = (replace(TOY, batch=round(images * share)) for share in (0.99, 1.5, 2))
+    per_image = [activation_traffic(work, one) / work.batch - 2 * once / 64 for work in (fits, half, none)]
+    passed = 2 * 4 * (RESIDUAL_PASSES * 5 * 8 + SCORE_PASSES * 2 * 5 * 5)
+    assert per_image == pytest.approx([0, passed / 2, passed], rel=1e-4)
+
+
+def test_rings_pass_through_memory() -> None:
+    """On up to 16 chips of one slice, every step of fsdp's ring; on more, and on several slices, nothing is added."""
+    large = replace(TOY, tokens=5000, batch=1024)
+
+    def passes(name: str, mesh: tuple[int, int, int]) -> float:
+        where = on(name, mesh)
+        return activation_traffic(large, where) * where.replicas / (large.batch * large.blocks * 4 * 5000 * 8)
+
+    data = passes("v5e:4x4", (16, 1, 1))
+    assert passes("v5e:4x4", (1, 16, 1)) == pytest.approx(data + 16 * RING_PASSES)
+    assert passes("v5e:2x4", (1, 8, 1)) == pytest.approx(data + 8 * RING_PASSES)
+    assert passes("v5e:8x8", (1, 64, 1)) == passes("2xv5e:4x4", (2, 16, 1)) == pytest.approx(data)
+
+
+def test_teachers_pass_through_memory() -> None:
+    taught = replace(TOY, teacher_flops=1e9)
+    one = on("v5e:1x1", (1, 1, 1))
+    added = times(taught, one).memory - times(TOY, one).memory
+    assert added == pytest.approx(64 * 1e9 / TEACHER_INTENSITY / V5E.hbm_bandwidth)
+
+
 def test_tensor_by_hand() -> None:
     """Per block two sums forward, two again, four bytes each, and two backward, two bytes each: 20 bytes a value."""
     two = on("v5e:2x4", (1, 4, 2))
@@ -121,7 +169,7 @@ def test_tensor_by_hand() -> None:
 
 def test_slices_exchange_their_own_share() -> None:
     """Four slices of 16: each chip has a sixteenth of the gradients, three quarters of it twice over the network."""
-    expected = 2 * (GRADIENTS + BIASES) / 16 * 3 / 4
+    expected = 2 * GRADIENTS / 16 * 3 / 4
     for mesh in ((64, 1, 1), (4, 16, 1), (16, 4, 1)):
         assert between_slices_bytes(TOY, on("4xv5e:4x4", mesh)) == pytest.approx(expected)
     assert between_slices_bytes(TOY, on("v5e:8x8", (64, 1, 1))) == 0
@@ -190,7 +238,7 @@ def large() -> Workload:
     """BEiT-L at 384 pixels, 512 images, by numbers."""
     return Workload(
         name="large", batch=512, flops=1526.7e9, model_flops=1145.5e9, parameters=304_998_888, narrow=176_160_768,
-        frozen=0, tokens=577, width=1024, heads=16, blocks=24, biases=24, passes=3,
+        frozen=0, teacher_flops=0, tokens=577, width=1024, heads=16, blocks=24, biases=24, passes=3,
     )  # fmt: skip
 
 
@@ -204,7 +252,8 @@ def test_network_and_products_are_equal_at_the_bend(kind: str, scheme: Any) -> N
         at, before, after = (times(large(), stretched(chip, scheme, chips * factor)) for factor in (1, 0.99, 1.01))
         assert at.network == pytest.approx(at.products, rel=1e-6)
         assert before.network < before.products < 1.05 * after.network
-    where = floor(large(), chip, scheme).lines
+    fixed_bend = floor(large(), chip, scheme)
+    where = fixed_bend.lines or fixed_bend.rings
     assert where is not None
     at_floor = stretched(chip, scheme, where)
     fixed = fixed_traffic(large(), at_floor) / chip.hbm_bandwidth
@@ -212,10 +261,7 @@ def test_network_and_products_are_equal_at_the_bend(kind: str, scheme: Any) -> N
 
 
 def test_bend_of_data_is_the_formula_solved() -> None:
-    lean = replace(large(), biases=0)
-    for work in (lean, large()):
-        assert bend(work, V5E, DATA).rings == pytest.approx(bend_of_data(work, V5E), rel=1e-6)
-    assert bend_of_data(lean, V5E) > 1.4 * bend_of_data(large(), V5E), "the position bias's gradient bends it early"
+    assert bend(large(), V5E, DATA).rings == pytest.approx(bend_of_data(large(), V5E), rel=1e-6)
     twice = replace(large(), batch=2 * large().batch)
     ratio = bend_of_data(twice, V5E) / bend_of_data(large(), V5E)
     assert 1.5 < ratio < 2, "more images bend it later, but the network between slices grows on the way"
@@ -296,9 +342,9 @@ def recomputed(name: str) -> Workload:
 def test_terms_are_those_of_compiled_programs(name: str) -> None:
     """Products within 1.5 %. Bytes within a slice from 0.78 to 1.17 of the compiled, between slices from 0.75.
 
+    On data alone in one slice they are gradients and nothing else, within 6 %: position biases are summed as tables.
     What is not met: a compiler that gathers by permuting sends (n + 1) / n instead of (n - 1) / n, and a tokenizer's
     parameters more than once; over 64 chips and more some gathers serve two passes; between slices a share is padded.
-    Traffic of main memory is counted too high in these records, so it is only a ceiling.
     """
     row = compiled()[name]
     topology: Topology = parse_topology(row["topology"])
@@ -310,16 +356,8 @@ def test_terms_are_those_of_compiled_programs(name: str) -> None:
     across = sent.pop(BETWEEN_SLICES, 0.0)
     near = shared_bytes(work, where) + tensor_bytes(work, where)
     assert 0.78 < near / sum(sent.values()) < 1.17
-    assert 0.3 < times(work, where).memory * where.chip.hbm_bandwidth / row["traffic"] < 1.1
+    if mesh == (where.chips, 1, 1) and where.slices == 1:
+        assert near == pytest.approx(sum(sent.values()), rel=0.06)
+    assert 0.8 < times(work, where).memory * where.chip.hbm_bandwidth / row["traffic"] < 1.35
     far = between_slices_bytes(work, where)
     assert 0.75 < far / across < 1.0 if across else far == 0
-
-
-def test_the_bias_is_what_per_layer_tables_send() -> None:
-    """Of BEiT-L at 512 pixels, 24 matrices of 67 MB in each of two parts: the compiled all-reduces within a percent."""
-    row = compiled()["beit_large_ft22k_ft1k_512 v5e:2x4"]
-    reduced = next(one["bytes"] for one in row["collectives"] if one["kind"] == "all-reduce")
-    where = layout(parse_topology("v5e:2x4"), (1, 8, 1), parts=2)
-    work = recomputed("beit_large_ft22k_ft1k_512")
-    assert position_bias_bytes(work, where) == pytest.approx(reduced, rel=0.01)
-    assert position_bias_bytes(work, where) > 0.5 * shared_bytes(work, where)
