@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from beit_jax.partition import on_one_cpu
+
 Drop = Callable[[Array], Array]
 CACHE = 16 * 2**20  # bytes of scores up to which a CPU computes them at once: about what its caches hold
 
@@ -31,7 +33,7 @@ def attend(
         The averages, in the dtype of `qkv`; and, on request, the weights, float32, after their dropout.
     """
     batch, tokens, _, heads, _ = qkv.shape
-    if drop is not None or output_attentions or not _on_one_cpu():
+    if drop is not None or output_attentions or not on_one_cpu():
         return _attend(qkv, bias, drop, output_attentions)
     # What all samples' scores take is written and read several times. In pieces, they stay in a CPU's cache.
     scores = 4 * heads * tokens**2
@@ -58,7 +60,7 @@ def _attend(
 ) -> tuple[Float[Array, "b n heads e"], Float[Array, "b heads n n"] | None]:
     stacked = jnp.einsum("bnkhe->kbhne", qkv)
     # A split's gradient joins three pieces, an index's adds them up; TPUs fuse the sum and are faster with it.
-    query, key, value = (piece[0] for piece in jnp.split(stacked, 3)) if _on_one_cpu() else stacked
+    query, key, value = (piece[0] for piece in jnp.split(stacked, 3)) if on_one_cpu() else stacked
     scores = jnp.einsum("bhqe,bhke->bhqk", query * query.shape[-1] ** -0.5, key, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + _of_all_samples(bias, len(scores))
@@ -82,14 +84,8 @@ def _of_all_samples(bias: Float[Array, "shards heads n n"], batch: int) -> Float
 def _derivative(batch: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     """The same of the tangent, as it is linear; its transpose sums over samples."""
     (bias,), (tangent,) = primals, tangents
-    if len(bias) == 1 and _on_one_cpu():  # a loop sums thirty times as fast as XLA does over a CPU's outer axis
+    if len(bias) == 1 and on_one_cpu():  # a loop sums thirty times as fast as XLA does over a CPU's outer axis
         change = jax.lax.map(lambda _: tangent[0], jnp.arange(batch))
     else:
         change = _of_all_samples(tangent, batch)
     return _of_all_samples(bias, batch), change
-
-
-def _on_one_cpu() -> bool:
-    """Whether this is traced for one CPU. A loop over a batch that devices share would move it around."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)

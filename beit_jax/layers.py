@@ -4,8 +4,8 @@ Precision. Parameters are float32. `dtype` (float32 or bfloat16) is what matrix 
 float32. LayerNorm, softmax, layer scale and the residual stream are float32 always.
 """
 
-from collections.abc import Callable, Mapping
 from functools import partial
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from beit_jax.activations import ACTIVATIONS
 from beit_jax.attention import attend
-from beit_jax.config import Activation, BeitConfig
-from beit_jax.partition import each_shard
+from beit_jax.config import BeitConfig
+from beit_jax.partition import each_shard, on_one_cpu
 from beit_jax.position import num_relative_offsets, position_bias, resize_bias_table
-
-ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),  # erf, as the reference; JAX defaults to tanh
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 
 def layer_norm(config: BeitConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -44,6 +37,22 @@ def dropout(x: Array, rate: float | Array, key: Key[Array, ""] | None, *, per_sa
     shape = (x.shape[0],) + (1,) * (x.ndim - 1) if per_sample else x.shape
     keep = jax.random.bernoulli(key, 1.0 - rate, shape)
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def _project(
+    x: Float[Array, "b n *inputs"], kernel: Float[Array, "*both"], bias: Float[Array, "*outputs"]
+) -> Float[Array, "b n *outputs"]:
+    """``x @ kernel + bias`` over all axes of the inputs, in the dtype of `bias`; a kernel has those of both sides.
+
+    One CPU multiplies matrices: of products over several axes XLA makes them by transposed copies of the kernel and of
+    gradients. Devices share out the heads, which must remain an axis for that.
+    """
+    axes = x.ndim - 2
+    if not on_one_cpu():
+        return jnp.tensordot(x, kernel, axes, preferred_element_type=bias.dtype) + bias
+    width = prod(kernel.shape[:axes])
+    rows = jnp.dot(x.reshape(-1, width), kernel.reshape(width, -1), preferred_element_type=bias.dtype) + bias.ravel()
+    return rows.reshape(*x.shape[:2], *bias.shape)
 
 
 class Attention(nnx.Module):
@@ -73,7 +82,7 @@ class Attention(nnx.Module):
         """The attended values; on request, the probabilities (float32, after their dropout as in the reference)."""
         cast, rate = partial(jnp.asarray, dtype=self.dtype), self.config.attention_probs_dropout_prob
         qkv_bias = jnp.stack([self.q_bias[...], jnp.zeros_like(self.q_bias[...]), self.v_bias[...]])
-        qkv = jnp.einsum("bnd,dkhe->bnkhe", cast(x), cast(self.qkv_kernel[...])) + cast(qkv_bias)
+        qkv = _project(cast(x), cast(self.qkv_kernel[...]), cast(qkv_bias))
         biases = [bias for bias in (self.layer_bias(grid, len(x)), shared_bias) if bias is not None]
         attended, probabilities = attend(
             qkv,
@@ -81,9 +90,7 @@ class Attention(nnx.Module):
             None if key is None or not rate else lambda weights: dropout(weights, rate, key),
             output_attentions=output_attentions,
         )
-        kernel = cast(self.out_kernel[...])
-        out = jnp.einsum("bnhe,hed->bnd", attended, kernel, preferred_element_type=jnp.float32)
-        return out + self.out_bias[...], probabilities
+        return _project(attended, cast(self.out_kernel[...]), self.out_bias[...]), probabilities
 
     def layer_bias(self, grid: tuple[int, int], batch: int) -> Float[Array, "shards heads n n"] | None:
         """This layer's own position bias at the given patch grid, if the model has one per layer."""

@@ -1,4 +1,4 @@
-"""Where activations lie on a mesh of devices. Without a mesh, nothing here does anything."""
+"""Where activations lie on a mesh of devices, and whether there is but one. Without a mesh, nothing is moved."""
 
 from math import prod
 
@@ -39,6 +39,12 @@ def each_shard(x: Float[Array, "*dims"], batch: int) -> Float[Array, "shards *di
         return copies
     free = (PartitionSpec.UNCONSTRAINED,) * x.ndim
     return jax.lax.with_sharding_constraint(copies, PartitionSpec(BATCH_AXES, *free))
+
+
+def on_one_cpu() -> bool:
+    """Whether this is traced for one CPU. What is fast there would move around what several devices share out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
 
 
 def _shards(batch: int) -> int | None:

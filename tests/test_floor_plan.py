@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 # deliberate exceptions: the command line and `predict` reach the converter when they need it.
 LIBRARY = [
     "errors", "allocator", "terminal", "arguments", "tree", "json_file", "config", "variants", "published", "resize",
-    "image_config", "image_io", "images", "label_maps", "position", "adapt", "partition", "attention", "layers",
-    "dense", "encoder", "segmenter", "heads", "output", "weights", "dvae", "vqkd", "tokenizer", "hub", "predict",
-    "segmentation", "pictures", "interpret", "visualize", "inspection", "reconstruct", "demo",
+    "image_config", "image_io", "images", "label_maps", "position", "adapt", "partition", "activations", "attention",
+    "layers", "dense", "encoder", "segmenter", "heads", "output", "weights", "dvae", "vqkd", "tokenizer", "hub",
+    "predict", "segmentation", "pictures", "interpret", "visualize", "inspection", "reconstruct", "demo",
 ]  # fmt: skip
 CONVERT = [
     "options", "weight_file", "safetensors_file", "msgpack_file", "pickle_names", "pickle_machine",
