@@ -1,10 +1,12 @@
 """Where activations lie on a mesh of devices, and whether there is but one. Without a mesh, nothing is moved."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 BATCH_AXES = ("data", "fsdp")
@@ -45,6 +47,13 @@ def on_one_cpu() -> bool:
     """Whether this is traced for one CPU. What is fast there would move around what several devices share out."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
+
+
+@contextmanager
+def traced_for_several_devices() -> Iterator[None]:
+    """What is traced within is not for one CPU, even if there is but that: a pod's programs are described on it."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("devices",), (AxisType.Auto,))):
+        yield
 
 
 def _shards(batch: int) -> int | None:

@@ -50,7 +50,10 @@ class Flops:
 
 
 def flops(config: BeitConfig) -> Flops:
-    """Of a model at its native image size. Norms, softmax and activations, some percent of it, are not counted."""
+    """Of a model at its native image size, with its aggregation layers if it has some.
+
+    Norms, softmax and activations, some percent of it, are not counted.
+    """
     tokens = 1 + config.grid[0] * config.grid[1]
     positions = _positions(config)
     totals = {"patches": 0.0, "dense": 0.0, "head": 0.0}
@@ -58,7 +61,8 @@ def flops(config: BeitConfig) -> Flops:
         if name.endswith("kernel"):
             part, count = first_match(positions, name)
             totals[part] += 2.0 * prod(shape) * count
-    return Flops(attention=4.0 * config.num_hidden_layers * tokens**2 * config.hidden_size, **totals)
+    blocks = config.num_hidden_layers + config.aggregation_layers
+    return Flops(attention=4.0 * blocks * tokens**2 * config.hidden_size, **totals)
 
 
 def traced_flops(loss: Callable[[int, Nested], Array], params: Nested) -> float:
@@ -105,9 +109,9 @@ def _positions(config: BeitConfig) -> list[tuple[str, tuple[str, int]]]:
     coarsest = (rows // 2) * (columns // 2)
     return [
         (r"(beit/)?embeddings/patch_kernel", ("patches", patches)),
-        (r"(beit/)?blocks/.*", ("dense", 1 + patches)),
+        (r"(beit/|aggregation/)?blocks/.*", ("dense", 1 + patches)),
         (r"classifier/.*", ("head", 1)),
-        (r"lm_head/.*", ("head", patches)),
+        (r"lm_head/.*", ("head", patches * (2 if config.aggregation_layers else 1))),
         (r"fpn/(up4_first|up2)/.*", ("head", patches)),
         (r"fpn/up4_second/.*", ("head", levels["1"])),
         *((rf"decode_head/(lateral|smooth)_{level}/.*", ("head", count)) for level, count in levels.items()),

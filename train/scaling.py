@@ -14,6 +14,7 @@ from math import prod
 import jax
 
 from beit_jax.heads import param_shapes
+from beit_jax.partition import traced_for_several_devices
 from beit_jax.tree import Nested, first_match
 
 from . import estimate
@@ -61,7 +62,7 @@ class Workload:
         narrow: those of them whose gradients travel as bfloat16; all others as float32.
         frozen: parameters of a tokenizer or teacher beside the model.
         teacher_flops: of its forward pass, which `flops` and `model_flops` hold too.
-        tokens, width, heads, blocks: of the encoder.
+        tokens, width, heads, blocks: of the encoder; blocks of BEiT v2's aggregation are counted too.
         biases: matrices [heads, tokens, tokens] that are looked up: one per block, one for all, or none.
         passes: over the parameters: forward, backward, and between them again where blocks are recomputed.
     """
@@ -142,7 +143,7 @@ def workload(recipe: Recipe) -> Workload:
         tokens=1 + config.grid[0] * config.grid[1],
         width=config.hidden_size,
         heads=config.num_attention_heads,
-        blocks=config.num_hidden_layers,
+        blocks=config.num_hidden_layers + config.aggregation_layers,
         biases=config.has_layer_bias * config.num_hidden_layers + config.has_shared_bias,
         passes=3 if remat == "block" else 2,
     )
@@ -156,8 +157,9 @@ def kept_bytes(recipe: Recipe) -> int:
     """
     program = _program(recipe)
     dtype, remat = recipe.model.dtype, recipe.model.remat
-    # A task may leave out the block that is computed again.
-    return max(program.task.activations, activation_bytes(program.config, dtype=dtype, remat=remat))
+    with traced_for_several_devices():
+        # A task may leave out the block that is computed again.
+        return max(program.task.activations, activation_bytes(program.config, dtype=dtype, remat=remat))
 
 
 def _program(recipe: Recipe) -> Program:

@@ -317,6 +317,16 @@ def test_a_recipe_is_described_by_its_own_model(remat: Any) -> None:
         assert kept_bytes(recipe) == KEPT
 
 
+def test_aggregation_layers_are_described() -> None:
+    """Two blocks more, the frozen tokenizer, and a head that predicts twice."""
+    found = workload(recipe_named("beitv2_base_pt1k"))
+    hidden = 768
+    kernels = 14 * 12 * hidden**2 + 16**2 * 3 * hidden + hidden * 8192
+    assert found.blocks == 14 and found.biases == 1 and found.frozen > 0
+    assert 1 < found.parameters / kernels < 1.01
+    assert kept_bytes(recipe_named("beitv2_base_pt1k")) > kept_bytes(recipe_named("beit_base_pt22k"))
+
+
 def test_utilisation_counts_the_model_alone() -> None:
     one = Layout(V5E, V5E.link, 1, 1)
     assert utilisation(TOY, one, product_seconds(TOY, one)) == pytest.approx(2 / 3)
