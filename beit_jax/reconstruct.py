@@ -19,7 +19,8 @@ from beit_jax.dvae import DvaeDecoder, DvaeEncoder
 from beit_jax.encoder import patch_grid
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.heads import BeitForMaskedImageModeling, Model
-from beit_jax.images import ImageProcessor, open_image, to_rgb
+from beit_jax.image_io import ImageLike, load_image, open_image
+from beit_jax.images import ImageProcessor
 from beit_jax.output import new_file
 from beit_jax.position import Grid
 from beit_jax.tokenizer import Tokenizer
@@ -67,7 +68,7 @@ def reconstruct(
     processor: ImageProcessor,
     tokenizer: Tokenizer,
     decoder: DvaeDecoder,
-    images: Sequence[Image.Image],
+    images: Sequence[ImageLike],
     masks: Bool[np.ndarray, "b patches"],
 ) -> Reconstruction:
     """Hides patches of images from a model and decodes the tokens it predicts for them.
@@ -84,7 +85,7 @@ def reconstruct(
             each other; masks of another shape, or that hide nothing; images that `processor` refuses.
     """
     student, encoder = _fitting(model, tokenizer, decoder)
-    loaded = [to_rgb(image) for image in images]
+    loaded = [load_image(image, "RGB", f"image {number}") for number, image in enumerate(images)]
     original = replace(processor, rescale_factor=None, mean=None, std=None)(loaded).astype(np.uint8)
     grid = patch_grid(student.config, original.shape)
     _check_masks(masks, (len(loaded), grid[0] * grid[1]))

@@ -45,7 +45,7 @@ SIZE, STORED, BATCH = 224, (500, 375), 64
 PICTURES, COPIES = 128, 16  # Grain's shuffling of a few records takes longer than that of many
 OPTIONS = AugmentOptions()
 MEAN, DEVIATION = STATISTICS["half"]
-PACKAGES = ("pillow", "simplejpeg", "numpy", "grain", "torch", "torchvision", "timm")
+PACKAGES = ("pillow", "simplejpeg", "numba", "numpy", "grain", "torch", "torchvision", "timm")
 
 
 def picture(rng: np.random.Generator) -> Image.Image:
@@ -173,14 +173,15 @@ def pipelines(folder: Path, prepared: Path, options: argparse.Namespace) -> dict
 def stages(folder: Path, rounds: int) -> dict[str, float]:
     """CPU milliseconds per image of one process, the least of all rounds."""
     files = [path.read_bytes() for path in sorted(folder.rglob("*_00.jpg"))]
-    images = [decode(data, "image") for data in files]
+    arrays = [decode(data, "image") for data in files]
+    images = [Image.fromarray(pixels) for pixels in arrays]
     ours, plain = (train_transform(o, (SIZE, SIZE), MEAN) for o in (OPTIONS, AugmentOptions(randaugment=None)))
     rng, float32, uint8 = np.random.default_rng(0), timm_transform(False), timm_transform(True)
     tasks: dict[str, Callable[[int], object]] = {
         "decode, ours": lambda i: decode(files[i], "image"),
         "decode, Pillow": lambda i: Image.open(io.BytesIO(files[i])).convert("RGB"),
-        "crop and flip, ours": lambda i: plain(images[i], rng),
-        "transform, ours": lambda i: ours(images[i], rng),
+        "crop and flip, ours": lambda i: plain(arrays[i], rng),
+        "transform, ours": lambda i: ours(arrays[i], rng),
         "transform, timm float": lambda i: float32(images[i]),
         "transform, timm uint8": lambda i: uint8(images[i]),
     }

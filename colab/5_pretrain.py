@@ -150,7 +150,7 @@ Image.fromarray(grid_picture(few))
 # %%
 height, width = (side * patch for side, patch in zip(model.config.grid, tokenizer.patch_size, strict=True))
 low, high = tokenizer.value_range
-views = np.stack([np.asarray(image.convert("RGB").resize((width, height), 3)) for image in images[:64]]) / 255
+views = np.stack([np.asarray(Image.fromarray(image).resize((width, height), 3)) for image in images[:64]]) / 255
 tokens = np.asarray(tokenizer.tokens((low + (high - low) * views).astype(np.float32))).ravel()
 print(f"hidden tokens predicted right  {found.correct:.3f}")
 print(f"the most frequent token        {np.bincount(tokens).max() / len(tokens):.3f}")

@@ -20,9 +20,9 @@ CONVERT = [
     "tables", "fit", "mmseg", "identify", "importer", "exporter", "tokenizers", "parity",
 ]  # fmt: skip
 TRAIN = [
-    "recipe", "pretraining_recipes", "recipes", "resolve", "schedule", "slide", "smooth", "randaugment", "augment",
-    "masking", "views", "segmentation_augment", "mixing", "decode", "builders", "prepare", "data", "state", "optim",
-    "initialize",
+    "recipe", "pretraining_recipes", "recipes", "resolve", "schedule", "kernels", "resample", "smooth", "randaugment",
+    "decode", "augment", "masking", "views", "segmentation_augment", "mixing", "builders", "prepare", "data", "state",
+    "optim", "initialize",
     "segmentation", "objectives", "codebook", "teachers", "vqkd", "dvae", "pretraining", "topology", "sharding", "step",
     "hosts", "peers", "cluster", "lock", "digests", "step_files", "snapshot", "checkpoint", "log", "watch", "estimate",
     "evaluate", "accuracy", "labelled", "confusion", "probe", "stored_tokens", "task", "supervised", "unsupervised",

@@ -7,22 +7,19 @@ happen on the device, in `mixing`. Nothing here imports JAX: worker processes st
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from beit_jax.errors import BeitJaxError
 
-from .randaugment import Colour, Operation, RandAugment, Resampling, perform
+from .decode import Pixels
+from .randaugment import Operation, RandAugment, perform
 from .recipe import AugmentOptions, Interpolation
+from .resample import Box, Colour, Filter, resized
 
-Transform: TypeAlias = Callable[[Image.Image, np.random.Generator], UInt8[np.ndarray, "h w 3"]]
-Box: TypeAlias = tuple[int, int, int, int]
-"""Left, top, right, bottom."""
-Filter: TypeAlias = Resampling | Literal[Image.Resampling.LANCZOS]
-"""Of resizing; operations that move pixels have no Lanczos filter."""
+Transform: TypeAlias = Callable[[Pixels, np.random.Generator], Pixels]
 
 ATTEMPTS: Final = 10  # to draw a crop that fits, before the centre is taken
 JITTERED: Final = ("Brightness", "Contrast", "Color")
@@ -46,15 +43,20 @@ class Draws:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """RGB PIL image and generator -> uint8 [h, w, 3]. A value, so that it can be sent to worker processes."""
+    """RGB image (uint8 [h, w, 3], or PIL's) and generator -> the same of `size`, (height, width), as an array.
+
+    A value, so that it can be sent to worker processes.
+    """
 
     options: AugmentOptions
     size: tuple[int, int]
     fill: Colour
     policy: RandAugment | None
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-        return self.apply(image, self.draw(image.size, rng))
+    def __call__(self, image: Pixels | Image.Image, rng: np.random.Generator) -> Pixels:
+        pixels = np.asarray(image)
+        height, width, _ = pixels.shape
+        return self.apply(pixels, self.draw((width, height), rng))
 
     def draw(self, image_size: tuple[int, int], rng: np.random.Generator) -> Draws:
         """For an image of (width, height)."""
@@ -69,15 +71,17 @@ class TrainTransform:
             operations = draw_jitter(options.color_jitter, rng)
         return Draws(box, resample, flip, operations)
 
-    def apply(self, image: Image.Image, draws: Draws) -> UInt8[np.ndarray, "h w 3"]:
-        """Cropped before it is resized: `resize` with a box would let pixels beyond the crop into its edges."""
-        height, width = self.size
-        image = image.crop(draws.box).resize((width, height), draws.resample)
+    def apply(self, image: Pixels | Image.Image, draws: Draws) -> Pixels:
+        """What was drawn, done."""
+        pixels = resized(np.asarray(image), draws.box, self.size, draws.resample)
         if draws.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            pixels = np.ascontiguousarray(pixels[:, ::-1])
+        if not draws.operations:
+            return pixels
+        picture = Image.fromarray(pixels)
         for operation in draws.operations:
-            image = perform(image, operation, self.fill)
-        return np.asarray(image)
+            picture = perform(picture, operation, self.fill)
+        return np.asarray(picture)
 
 
 def train_transform(options: AugmentOptions, size: tuple[int, int], mean: tuple[float, float, float]) -> TrainTransform:

@@ -242,8 +242,8 @@ def ade20k(source: Path) -> Source:
         nbytes += sum(path.stat().st_size for pair in pairs for path in pair)
 
     def check(example: Example) -> None:
-        image = decode(example["image"], printable(example["file_name"]))
-        _check_map(source / "annotations" / Path(example["file_name"]).with_suffix(".png"), image.size)
+        height, width, _ = decode(example["image"], printable(example["file_name"])).shape
+        _check_map(source / "annotations" / Path(example["file_name"]).with_suffix(".png"), (width, height))
 
     features = tfds.features.FeaturesDict(
         {

@@ -25,7 +25,6 @@ import xxhash
 from absl import flags
 from google.protobuf.message import DecodeError
 from jaxtyping import Int
-from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from beit_jax.errors import BeitJaxError, printable
@@ -33,7 +32,7 @@ from beit_jax.label_maps import LabelMap, check_labels, decode_label_map, reduce
 
 from .augment import Transform
 from .builders import ADE20K_CLASSES
-from .decode import decode
+from .decode import Pixels, decode
 from .prepare import INFO, check_shards
 from .recipe import DataOptions
 from .views import ViewsTransform
@@ -174,8 +173,8 @@ class Dataset(Records):
             raise BeitJaxError(f"{self.where(index)}: label {label}, expected 0 to {len(self.labels) - 1}")
         return Record(image=image, label=label, file_name=file_name)
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """The decoded image (RGB) and its label; raises as indexing and `decode` do, naming the record."""
+    def load(self, index: int) -> tuple[Pixels, int]:
+        """The decoded image, uint8 [h, w, 3], and its label; raises as indexing and `decode` do, naming the record."""
         record = self[index]
         return decode(record["image"], self._called(index, record["file_name"])), record["label"]
 
@@ -195,8 +194,8 @@ class SegmentationDataset(Records):
         image, segmentation, file_name = values["image"], values["segmentation"], values["file_name"]
         return SegmentationRecord(image=image, segmentation=segmentation, file_name=file_name)
 
-    def load(self, index: int) -> tuple[Image.Image, LabelMap]:
-        """The decoded image (RGB) and its labels, uint8 [h, w]: classes from 0, and 255 where there is none.
+    def load(self, index: int) -> tuple[Pixels, LabelMap]:
+        """The decoded image, uint8 [h, w, 3], and its labels, uint8 [h, w]: classes from 0, 255 where there is none.
 
         Raises:
             BeitJaxError: as indexing, `decode` and `decode_label_map` do, or sizes that differ, or a class out of
@@ -205,11 +204,9 @@ class SegmentationDataset(Records):
         record = self[index]
         name = self._called(index, record["file_name"])
         image, labels = decode(record["image"], name), decode_label_map(record["segmentation"], f"{name}: segmentation")
-        if labels.shape != (image.height, image.width):
-            found = f"{labels.shape[1]}x{labels.shape[0]}"
-            raise BeitJaxError(
-                f"{name}: segmentation of {found} pixels, expected {image.width}x{image.height} as its image"
-            )
+        if labels.shape != image.shape[:2]:
+            found, expected = (f"{width}x{height}" for height, width in (labels.shape, image.shape[:2]))
+            raise BeitJaxError(f"{name}: segmentation of {found} pixels, expected {expected} as its image")
         labels = reduce_labels(labels)
         check_labels(labels, self.labels, f"{name}: reduced segmentation")
         return image, labels.astype(np.uint8)
@@ -521,7 +518,7 @@ def _candidates(index: int, count: int) -> Iterator[int]:
 
 
 # Of an image and its label or label map, what stands in the batch, by name.
-_OfBoth = Callable[[Image.Image, Any, np.random.Generator], dict[str, Any]]
+_OfBoth = Callable[[Pixels, Any, np.random.Generator], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -530,7 +527,7 @@ class _OfImage:
 
     transform: Transform
 
-    def __call__(self, image: Image.Image, label: int, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Pixels, label: int, rng: np.random.Generator) -> dict[str, Any]:
         return {"image": self.transform(image, rng), "label": np.int32(label)}
 
 
@@ -540,7 +537,7 @@ class _OfMap:
 
     transform: "SegmentationTransform"
 
-    def __call__(self, image: Image.Image, labels: LabelMap, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Pixels, labels: LabelMap, rng: np.random.Generator) -> dict[str, Any]:
         pixels, changed = self.transform(image, labels, rng)
         return {"image": pixels, "label": changed}
 
@@ -551,7 +548,7 @@ class _OfViews:
 
     transform: ViewsTransform
 
-    def __call__(self, image: Image.Image, label: int, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Pixels, label: int, rng: np.random.Generator) -> dict[str, Any]:
         return dict(self.transform(image, rng))
 
 

@@ -1,4 +1,4 @@
-"""The bytes of a training record -> an 8-bit RGB image, the pixels that timm and torchvision train on.
+"""The bytes of a training record -> 8-bit RGB, the pixels that timm and torchvision train on.
 
 Unlike `beit_jax.open_image`, EXIF orientation is not applied: torchvision's ``ImageFolder`` and timm read training
 and validation images by ``Image.open(...).convert("RGB")``, which leaves it alone, and the published numbers were
@@ -6,8 +6,10 @@ reached so. What else differs from that call are 16-bit greyscale images, scaled
 """
 
 import io
-from typing import Final
+from typing import Final, TypeAlias
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from beit_jax.errors import BeitJaxError, printable
@@ -18,11 +20,13 @@ try:
 except ModuleNotFoundError:  # it only saves time
     simplejpeg = None
 
+Pixels: TypeAlias = UInt8[np.ndarray, "h w 3"]
+
 MAX_PIXELS: Final = 50_000_000  # a record of 12 kB can ask for a gigabyte
 
 
-def decode(data: bytes, name: str) -> Image.Image:
-    """An RGB image of the stored size, from an image file of any of `beit_jax.image_io.FORMATS`.
+def decode(data: bytes, name: str) -> Pixels:
+    """RGB of the stored size, uint8 [h, w, 3], from an image file of any of `beit_jax.image_io.FORMATS`.
 
     Colour JPEGs go through simplejpeg where it is installed, bit for bit as Pillow decodes them; everything else, CMYK
     and greyscale JPEGs among it, and whatever simplejpeg finds fault with, is Pillow's. Alpha is dropped, palettes
@@ -35,18 +39,18 @@ def decode(data: bytes, name: str) -> Image.Image:
         BeitJaxError: no image, a truncated or visibly damaged one, or more than MAX_PIXELS. (JPEG has no checksum:
             damage inside may pass unseen.)
     """
-    image = _colour_jpeg(data)
-    return _any_format(data, name) if image is None else image
+    pixels = _colour_jpeg(data)
+    return np.asarray(_any_format(data, name)) if pixels is None else pixels
 
 
-def _colour_jpeg(data: bytes) -> Image.Image | None:
+def _colour_jpeg(data: bytes) -> Pixels | None:
     if simplejpeg is None or not data.startswith(b"\xff\xd8\xff"):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours not in ("YCbCr", "RGB") or height * width > MAX_PIXELS:
             return None
-        return Image.fromarray(simplejpeg.decode_jpeg(data))
+        return np.asarray(simplejpeg.decode_jpeg(data))
     except ValueError:  # Pillow decides what is damaged, and says it
         return None
 

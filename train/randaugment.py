@@ -5,18 +5,15 @@ Source of the semantics: timm 0.3.2 to 1.0.31, timm/data/auto_augment.py; operat
 
 import re
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from beit_jax.errors import BeitJaxError, printable
 
-from .slide import slide
+from .resample import Colour, Resampling, slide
 from .smooth import smooth
-
-Resampling: TypeAlias = Literal[Image.Resampling.BILINEAR, Image.Resampling.BICUBIC]
-Colour: TypeAlias = tuple[int, int, int]
 
 OPERATIONS: Final = (
     "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",

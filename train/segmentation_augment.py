@@ -18,12 +18,12 @@ from PIL import Image
 from beit_jax.label_maps import IGNORED, resize_labels
 from beit_jax.resize import linear_taps
 
+from .decode import Pixels
 from .recipe import SegmentationOptions
 
-Pixels: TypeAlias = UInt8[np.ndarray, "h w 3"]
 Labels: TypeAlias = UInt8[np.ndarray, "h w"]
 SegmentationTransform: TypeAlias = Callable[
-    [Image.Image, np.ndarray, np.random.Generator],
+    [Pixels, np.ndarray, np.random.Generator],
     tuple[UInt8[np.ndarray, "crop crop 3"], Int32[np.ndarray, "crop crop"]],
 ]
 Colour: TypeAlias = tuple[int, int, int]
@@ -50,7 +50,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class CropTransform:
-    """RGB PIL image, its reduced labels and generator -> uint8 [crop, crop, 3] and int32 [crop, crop].
+    """RGB image, its reduced labels and generator -> uint8 [crop, crop, 3] and int32 [crop, crop].
 
     A value, so that it can be sent to worker processes.
     """
@@ -60,7 +60,7 @@ class CropTransform:
     fill: Colour
 
     def __call__(
-        self, image: Image.Image, labels: Labels, rng: np.random.Generator
+        self, image: Pixels | Image.Image, labels: Labels, rng: np.random.Generator
     ) -> tuple[UInt8[np.ndarray, "crop crop 3"], Int32[np.ndarray, "crop crop"]]:
         return self.apply(image, labels, self.draw(labels, rng))
 
@@ -74,7 +74,7 @@ class CropTransform:
         return Draws(size, corner, flip, draw_distortions(rng) if options.photometric else ())
 
     def apply(
-        self, image: Image.Image, labels: Labels, draws: Draws
+        self, image: Pixels | Image.Image, labels: Labels, draws: Draws
     ) -> tuple[UInt8[np.ndarray, "crop crop 3"], Int32[np.ndarray, "crop crop"]]:
         """Where the scaled image is smaller than the crop, it lies at the top left."""
         rows, columns = (

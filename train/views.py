@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
-from .augment import RESAMPLES, Draws, Filter, draw_box, draw_jitter
+from .augment import RESAMPLES, Draws, draw_box, draw_jitter
+from .decode import Pixels
 from .masking import BlockMask
-from .randaugment import Colour, perform
+from .randaugment import perform
 from .recipe import AugmentOptions
+from .resample import Colour, resized
 
 Views: TypeAlias = dict[str, np.ndarray]
 
@@ -22,7 +23,9 @@ _NO_FILL: Final[Colour] = (0, 0, 0)  # colour jitter moves no pixels in
 
 @dataclass(frozen=True)
 class ViewsTransform:
-    """RGB PIL image and generator -> the views of it. A value, so that it can be sent to worker processes.
+    """RGB image (uint8 [h, w, 3], or PIL's) and generator -> the views of it.
+
+    A value, so that it can be sent to worker processes.
 
     - "image": uint8 [h, w, 3], the student's view, of `size` (height, width), resized by `options.interpolation`;
     - "token_image": uint8 [th, tw, 3], the tokenizer's, of `token_size`, resized by `token_interpolation`: the same
@@ -39,8 +42,10 @@ class ViewsTransform:
     token_interpolation: Literal["bicubic", "lanczos"]
     mask: BlockMask | None
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Views:
-        views = self.apply(image, self.draw(image.size, rng))
+    def __call__(self, image: Pixels | Image.Image, rng: np.random.Generator) -> Views:
+        pixels = np.asarray(image)
+        height, width, _ = pixels.shape
+        views = self.apply(pixels, self.draw((width, height), rng))
         if self.mask is not None:
             views["mask"] = self.mask(rng)
         return views
@@ -54,21 +59,20 @@ class ViewsTransform:
         resamples = RESAMPLES[options.interpolation]
         return Draws(box, resamples[rng.integers(len(resamples))], flip, operations)
 
-    def apply(self, image: Image.Image, draws: Draws) -> Views:
+    def apply(self, image: Pixels | Image.Image, draws: Draws) -> Views:
         """Jittered before it is cropped: contrast is relative to the mean of the whole image. Then as the original:
         flipped, cropped, and only then resized, so that no pixels beyond the crop get into its edges."""
-        for operation in draws.operations:
-            image = perform(image, operation, _NO_FILL)
-        if draws.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        crop = image.crop(draws.box)
-        views = {"image": _resized(crop, self.size, draws.resample)}
+        pixels = np.asarray(image)
+        if draws.operations:
+            picture = Image.fromarray(pixels)
+            for operation in draws.operations:
+                picture = perform(picture, operation, _NO_FILL)
+            pixels = np.asarray(picture)
+        left, top, right, bottom = draws.box
+        crop = (pixels[:, ::-1] if draws.flip else pixels)[top:bottom, left:right]
+        whole = (0, 0, right - left, bottom - top)
+        views = {"image": resized(crop, whole, self.size, draws.resample)}
         if self.token_size is not None:
             (resample,) = RESAMPLES[self.token_interpolation]
-            views["token_image"] = _resized(crop, self.token_size, resample)
+            views["token_image"] = resized(crop, whole, self.token_size, resample)
         return views
-
-
-def _resized(image: Image.Image, size: tuple[int, int], resample: Filter) -> UInt8[np.ndarray, "h w 3"]:
-    height, width = size
-    return np.asarray(image.resize((width, height), resample))

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.train.augment import TrainTransform, draw_box, draw_jitter, train_transform
 from beit_jax.train.randaugment import OPERATIONS, Operation, RandAugment, argument, perform
 from beit_jax.train.recipe import AugmentOptions
-from beit_jax.train.slide import slide
 from beit_jax.train.smooth import smooth
 
 MEAN = (0.485, 0.456, 0.406)
@@ -253,51 +251,6 @@ def test_operations(operation: Operation, expected: object) -> None:
 def test_an_unknown_operation_is_an_error() -> None:
     with pytest.raises(ValueError, match="operation Cutout"):
         perform(noise(4, 4), Operation("Cutout", 0), (0, 0, 0))
-
-
-# Sliding
-
-
-slopes = st.floats(-0.3, 0.3) | st.sampled_from([0.0, 0.24, -0.24, 0.25, 0.27, -0.27, 0.12, 1e-9, -1e-17])
-shifts = st.floats(-70, 70) | st.sampled_from([0.0, 0.5, -0.5, 1.0, 20.16, 90.72, 64.0, 1e-15])
-
-
-@given(
-    size=st.tuples(st.integers(1, 64), st.integers(1, 64)),
-    slope=slopes,
-    shift=shifts,
-    seed=st.integers(0, 9),
-    flat=st.booleans(),
-    resample=st.sampled_from([BICUBIC, BILINEAR]),
-)
-def test_sliding_is_pillows_affine_transform(
-    size: tuple[int, int], slope: float, shift: float, seed: int, flat: bool, resample: Image.Resampling
-) -> None:
-    image, fill = noise(*size, seed), (1, 128, 254)
-    if flat:  # saturated areas and hard edges, where rounding would show
-        image = image.point([value // 128 * 255 for value in range(256)] * 3)
-    for axis, coefficients in (("x", (1, slope, shift, 0, 1, 0)), ("y", (1, 0, 0, slope, 1, shift))):
-        expected = image.transform(size, Image.Transform.AFFINE, coefficients, resample, fillcolor=fill)
-        assert_array_equal(slide(image, axis, slope, shift, resample, fill), expected)
-
-
-@pytest.mark.parametrize("slope", [0.144, 0.288, -0.272])
-def test_rows_that_rounding_tears_apart(slope: float) -> None:
-    """A row lands on whole pixels but for the last bit, which columns far to the right no longer hold."""
-    image, fill = noise(224, 224), (1, 128, 254)
-    expected = image.transform(image.size, Image.Transform.AFFINE, (1, slope, 0, 0, 1, 0), BICUBIC, fillcolor=fill)
-    assert_array_equal(slide(image, "x", slope, 0.0, BICUBIC, fill), expected)
-
-
-@pytest.mark.parametrize("axis", ["x", "y"])
-def test_flat_areas_and_hard_edges_do_not_take_pillows_transform(
-    axis: Literal["x", "y"], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    image, fill = noise(64, 64).resize((224, 224), Image.Resampling.NEAREST), (1, 128, 254)
-    coefficients = (1, 0.2713, 3.3, 0, 1, 0) if axis == "x" else (1, 0, 0, 0.2713, 1, 3.3)
-    expected = image.transform(image.size, Image.Transform.AFFINE, coefficients, BICUBIC, fillcolor=fill)
-    monkeypatch.setattr(Image.Image, "transform", lambda *_, **__: pytest.fail("Pillow was asked"))
-    assert_array_equal(slide(image, axis, 0.2713, 3.3, BICUBIC, fill), expected)
 
 
 # Smoothing

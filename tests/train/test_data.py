@@ -79,9 +79,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def marking() -> Transform:
     """Pixels [2, 2, 3]: the record in the first, what was drawn in the others. Inside a function: sent by value."""
 
-    def transform(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    def transform(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         drawn = rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)
-        drawn[0, 0] = image.getpixel((0, 0))
+        drawn[0, 0] = image[0, 0]
         return drawn
 
     return transform
@@ -520,7 +520,7 @@ def test_a_segmentation_record(segmented: SegmentationDataset) -> None:
     assert (len(segmented.labels), segmented.labels[0], segmented.labels[-1]) == (150, "LABEL_0", "LABEL_149")
     assert segmented[4]["file_name"] == "training/04.png" and segmented[4]["segmentation"] == png(label_map(4))
     image, labels = segmented.load(4)
-    assert (image.mode, image.size, image.getpixel((3, 3))) == ("RGB", (16, 12), (4, 4, 4))
+    assert (image.dtype, image.shape, tuple(image[3, 3])) == (np.uint8, (12, 16, 3), (4, 4, 4))
     assert labels.dtype == np.uint8
     np.testing.assert_array_equal(labels, np.repeat([[255] * 16, [8] * 8 + [9] * 8], [1, 11], axis=0))
     with pytest.raises(IndexError):
