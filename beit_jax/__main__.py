@@ -1,5 +1,7 @@
 """The `beit-jax` command. A subcommand imports what it needs when it runs: ``--help`` loads neither JAX nor Pillow."""
 
+import atexit
+import gc
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -539,6 +541,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:  # this process is the command's own
         arguments = sys.argv[1:]
         keep_freed_memory()
+        atexit.register(gc.freeze)  # Python would look through all objects of JAX once more before it ends: 0.2 s
     try:
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS | {name: build(arguments) for name, build in RECIPE_COMMANDS.items()},

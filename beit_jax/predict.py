@@ -80,7 +80,8 @@ def classify(
         raise BeitJaxError(f"this model has no classifier (its task is {model.config.task}); use features instead")
     guesses = []
     for logits in _run(model, processor, images, batch_size, "logits"):
-        probabilities = np.asarray(jax.nn.softmax(logits))
+        powers = np.exp(logits - logits.max())  # by NumPy: JAX would compile it first
+        probabilities = powers / powers.sum()
         best = np.argsort(-probabilities, kind="stable")[:top]
         guesses.append([Guess(int(i), labels[i], float(probabilities[i])) for i in best])
     return guesses
@@ -103,7 +104,7 @@ def features(
     Raises:
         BeitJaxError: an image that cannot be read.
     """
-    return np.stack([np.asarray(found) for found in _run(model, processor, images, batch_size, pooling)])
+    return np.stack(list(_run(model, processor, images, batch_size, pooling)))
 
 
 @partial(jax.jit, static_argnames="wanted")
@@ -116,10 +117,10 @@ def _forward(model: Model, pixel_values: Array, wanted: Wanted) -> Array:
 
 def _run(
     model: Model, processor: ImageProcessor, images: Sequence[ImageLike], batch_size: int, wanted: Wanted
-) -> Iterator[Array]:
+) -> Iterator[np.ndarray]:
     """What is wanted, image by image. The last batch is padded, so that one compilation serves all."""
     size = max(1, min(batch_size, len(images)))
     for start in range(0, len(images), size):
         batch = list(images[start : start + size])
         padded = np.pad(processor(batch), [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)])
-        yield from _forward(model, jnp.asarray(padded), wanted)[: len(batch)]
+        yield from np.asarray(_forward(model, jnp.asarray(padded), wanted))[: len(batch)]
