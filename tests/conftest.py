@@ -1,8 +1,15 @@
 """Settings of every test: float32 products in full precision, and compiled programs kept between runs."""
 
+import os
+
 import hypothesis
 import jax
 import pytest
+
+# Workers beside each other have a core each. torch's threads, as many as there are cores, would wait for each other
+# busily: a test of many small operations takes six times as long. Read when torch is imported, which is later.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 jax.config.update("jax_default_matmul_precision", "highest")
 

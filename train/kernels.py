@@ -1,9 +1,6 @@
 """Pillow's resampling of 8-bit images as loops that Numba compiles. `resample` is the way to call them.
 
-Two passes, each of whole-number products of levels and weights, are rounded to levels in between, so that their order
-shows. The loops run over what lies side by side in memory, for the sake of vector units.
-
-Source of the arithmetic: Pillow 13.0.0 src/libImaging/Resample.c.
+The innermost loops run over what lies side by side in memory, for the sake of vector units. Nothing here checks bounds.
 """
 
 import math
@@ -33,9 +30,15 @@ def _compiled(function: _F) -> _F:
 def resize(pixels: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int], reach: float) -> np.ndarray:
     """The part of an image [h, w, 3] in a box (left, top, right, bottom), resized to (height, width), all uint8.
 
+    By two passes, of whole-number products of levels and weights. Their sums are rounded to levels in between, so that
+    it shows which pass was the first.
+
     Args:
-        pixels: C-contiguous; read only, whether it may be written or not.
+        pixels: C-contiguous.
+        box: within the image.
         reach: of the filter, in pixels: 1 for the bilinear one, 2 for the bicubic one.
+
+    Source of the arithmetic: Pillow 13.0.0 src/libImaging/Resample.c.
     """
     left, top, right, bottom = box
     height, width = size
@@ -165,7 +168,8 @@ def slide(pixels: np.ndarray, shear: float, shift: float, fill: tuple[int, int, 
     """
     height, width, _ = pixels.shape
     values, found = pixels.reshape(height, -1), np.empty((height, 3 * width), np.uint8)
-    padded, parts, torn = np.empty(3 * (width + 4), np.uint8), np.empty(3 * width), False
+    # Two pixels on either side, and one that only torn rows read.
+    padded, parts, torn = np.empty(3 * (width + 5), np.uint8), np.empty(3 * width), False
     for y in range(height):
         begin = end = 0
         for x in range(width):
@@ -187,7 +191,8 @@ def slide(pixels: np.ndarray, shear: float, shift: float, fill: tuple[int, int, 
         padded[6 : 6 + 3 * width] = values[y]
         for colour in range(3):
             padded[colour] = padded[3 + colour] = values[y, colour]
-            padded[-6 + colour] = padded[-3 + colour] = values[y, 3 * (width - 1) + colour]
+            for pixel in range(width + 2, width + 5):
+                padded[3 * pixel + colour] = values[y, 3 * (width - 1) + colour]
         start, count = 3 * (begin + offset + 1), 3 * (end - begin)
         taps, part, row = padded[start : start + count + 9], parts[3 * begin : 3 * end], found[y, 3 * begin : 3 * end]
         for j in range(count):

@@ -34,9 +34,10 @@ def resized(
     box would let pixels beyond it into the edges.
     """
     height, width = size
+    left, top, right, bottom = box
+    assert 0 <= left < right <= pixels.shape[1] and 0 <= top < bottom <= pixels.shape[0], f"{box} of {pixels.shape}"
     if resample in _REACH and height * width >= WORTHWHILE and (compiled := _kernels()):
         return np.asarray(compiled.resize(_read_only(pixels), box, size, _REACH[resample]))
-    left, top, right, bottom = box
     return np.asarray(Image.fromarray(pixels[top:bottom, left:right]).resize((width, height), resample))
 
 
