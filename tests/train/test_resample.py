@@ -173,3 +173,13 @@ def test_threads_share_the_loops() -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda box: resized(pixels, box, (100, 110), BICUBIC), boxes))
     assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_loops_are_compiled_where_they_cannot_be_kept() -> None:
+    """Neither the package nor the user's cache can be written, as in some containers."""
+    script = (
+        "from numba.core import caching; caching.CompileResultCacheImpl._locator_classes = []\n"
+        "from beit_jax.train import resample; assert resample._kernels() is not None"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
