@@ -95,11 +95,11 @@ def load(directory: Path) -> NativeCheckpoint:
     path = directory / WEIGHTS
     config = BeitConfig.from_file(directory / CONFIG)
     processor = ImageProcessor.from_file(directory / PROCESSOR)
-    metadata, specs = read_metadata(path), read_specs(path)
-    params = {name: np.empty(shape, dtype) for name, (shape, dtype) in specs.items()}
+    metadata = read_metadata(path)
     try:
+        params = {name: np.empty(shape, dtype) for name, (shape, dtype) in read_specs(path).items()}
         _read(path, {name: _bytes(leaf) for name, leaf in params.items()}, json.loads(metadata["digests"]))
-    except OSError as error:
+    except (SafetensorError, OSError) as error:
         raise BeitJaxError(f"{path}: damaged ({printable(error)}); convert again") from None
     return NativeCheckpoint(config, processor, params, json.loads(metadata["provenance"]))
 
