@@ -171,9 +171,9 @@ def slide(pixels: np.ndarray, shear: float, shift: float, fill: tuple[int, int, 
     # Two pixels on either side, and one that only torn rows read.
     padded, parts, torn = np.empty(3 * (width + 5), np.uint8), np.empty(3 * width), False
     for y in range(height):
-        begin = end = 0
+        begin, end, lean = 0, 0, shear * (y + 0.5)
         for x in range(width):
-            place = (x + 0.5) + shear * (y + 0.5) + shift
+            place = (x + 0.5) + lean + shift
             begin += place < 0.0
             end += place < width
         for j in range(0, 3 * width, 3):
@@ -181,9 +181,9 @@ def slide(pixels: np.ndarray, shear: float, shift: float, fill: tuple[int, int, 
                 found[y, j + colour] = fill[colour]
         if begin == end:
             continue
-        offset = math.floor((begin + 0.5) + shear * (y + 0.5) + shift - 0.5) - begin
+        offset = math.floor((begin + 0.5) + lean + shift - 0.5) - begin
         for x in range(begin, end):
-            place = (x + 0.5) + shear * (y + 0.5) + shift - 0.5
+            place = (x + 0.5) + lean + shift - 0.5
             whole = math.floor(place)
             torn |= whole != x + offset
             for colour in range(3):
