@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from beit_jax.allocator import keep_freed_memory
+from beit_jax.allocator import imports, keep_freed_memory
 from beit_jax.arguments import Hub, Json, SourceName
 from beit_jax.convert.options import Options
 from beit_jax.errors import BeitJaxError, printable
@@ -30,6 +31,7 @@ from beit_jax.train.commands import (
 if TYPE_CHECKING:
     from beit_jax.heads import Model
     from beit_jax.images import ImageProcessor
+    from beit_jax.predictor import Predictor
     from beit_jax.segmentation import Inference
 
 _Images = Annotated[tuple[Path, ...], arg(metavar="IMAGE...", help="Image files.")]
@@ -279,11 +281,9 @@ def classify(
         top: Classes per image.
         batch_size: Images computed at once.
     """
-    from beit_jax import predict
-
     _require_images(images)
-    model, processor = predict.from_pretrained(checkpoint, revision=hub.revision, cache_dir=hub.cache_dir)
-    guesses = predict.classify(model, processor, images, top=top, batch_size=batch_size)
+    predictor = _predictor(checkpoint, hub)
+    guesses = predictor.classify(images, top=top, batch_size=batch_size)
     if json:
         named = zip(images, guesses, strict=True)
         print_json([{"image": str(path), "classes": [asdict(guess) for guess in best]} for path, best in named])
@@ -322,15 +322,14 @@ def features(
     """
     import numpy as np
 
-    from beit_jax import predict
     from beit_jax.output import new_file
 
     _require_images(images)
     if output.suffix != ".npz":
         raise BeitJaxError(f"{output}: expected a name ending in .npz")
-    model, processor = predict.from_pretrained(checkpoint, revision=hub.revision, cache_dir=hub.cache_dir)
+    predictor = _predictor(checkpoint, hub)
     with new_file(output) as partial, partial.open("wb") as file:
-        found = predict.features(model, processor, images, pooling=pooling, batch_size=batch_size)
+        found = predictor.features(images, pooling=pooling, batch_size=batch_size)
         np.savez(file, features=found, images=np.array([str(path) for path in images]))
     print_lines([f"{output}: features {list(found.shape)} float32 of {len(images)} images"])
     return 0
@@ -541,6 +540,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:  # this process is the command's own
         arguments = sys.argv[1:]
         keep_freed_memory()
+        # Where JAX has a cache, it is to hold programs that compile within a second, too: so do all of small models.
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         atexit.register(gc.freeze)  # Python would look through all objects of JAX once more before it ends: 0.2 s
     try:
         return tyro.extras.subcommand_cli_from_dict(
@@ -557,6 +558,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was kept", file=sys.stderr)
         return 130
+
+
+def _predictor(checkpoint: str, hub: Hub) -> "Predictor":
+    with imports():
+        from beit_jax import kept
+        from beit_jax.hub import read
+    return kept.predictor(read(hub.resolve(checkpoint)))
 
 
 def _require_images(images: Sequence[Path]) -> None:

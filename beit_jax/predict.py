@@ -1,10 +1,8 @@
 """From a checkpoint and images to labels and features."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +10,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from beit_jax import weights
-from beit_jax.errors import BeitJaxError
 from beit_jax.heads import Model, build_model
-from beit_jax.hub import Source, resolve
+from beit_jax.hub import read, resolve
 from beit_jax.image_io import ImageLike
 from beit_jax.images import ImageProcessor
+from beit_jax.predictor import Guess, Pooling, Predictor, Wanted
 from beit_jax.tree import unflatten
-
-Pooling = Literal["pooled", "mean", "cls", "tokens"]
-Wanted = Pooling | Literal["logits"]
-
-
-@dataclass(frozen=True)
-class Guess:
-    """One class for one image: its index, its name, and its softmax probability."""
-
-    index: int
-    label: str
-    probability: float
+from beit_jax.weights import NativeCheckpoint
 
 
 def from_pretrained(
@@ -54,17 +40,13 @@ def from_pretrained(
         BeitJaxError: no such source, or one that cannot be read completely; one line that says which file or tensor.
     """
     checkpoint = read(resolve(source, revision=revision, cache_dir=cache_dir))
+    return build(checkpoint, dtype=dtype), checkpoint.processor
+
+
+def build(checkpoint: NativeCheckpoint, *, dtype: DTypeLike = jnp.float32) -> Model:
+    """The model of a checkpoint that was read, with float32 parameters."""
     params = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in checkpoint.params.items()}
-    return build_model(checkpoint.config, unflatten(params), dtype=dtype), checkpoint.processor
-
-
-def read(source: Source) -> weights.NativeCheckpoint:
-    """A native checkpoint as it is; any other source through the converter."""
-    if source.path.is_dir() and weights.is_native(source.path):
-        return weights.load(source.path)
-    from beit_jax.convert import importer  # not at the top: reading native checkpoints needs no converter
-
-    return importer.load(source)
+    return build_model(checkpoint.config, unflatten(params), dtype=dtype)
 
 
 def classify(
@@ -75,16 +57,7 @@ def classify(
     Raises:
         BeitJaxError: a model without a classifier, or an image that cannot be read.
     """
-    labels = model.config.labels
-    if model.config.task != "image_classification" or not labels:
-        raise BeitJaxError(f"this model has no classifier (its task is {model.config.task}); use features instead")
-    guesses = []
-    for logits in _run(model, processor, images, batch_size, "logits"):
-        powers = np.exp(logits - logits.max())  # by NumPy: JAX would compile it first
-        probabilities = powers / powers.sum()
-        best = np.argsort(-probabilities, kind="stable")[:top]
-        guesses.append([Guess(int(i), labels[i], float(probabilities[i])) for i in best])
-    return guesses
+    return predictor(model, processor).classify(images, top=top, batch_size=batch_size)
 
 
 def features(
@@ -104,23 +77,18 @@ def features(
     Raises:
         BeitJaxError: an image that cannot be read.
     """
-    return np.stack(list(_run(model, processor, images, batch_size, pooling)))
+    return predictor(model, processor).features(images, pooling=pooling, batch_size=batch_size)
+
+
+def predictor(model: Model, processor: ImageProcessor) -> Predictor:
+    """Traces and compiles the model's forward pass when it is first asked."""
+    return Predictor(model.config, processor, partial(forward, model))
 
 
 @partial(jax.jit, static_argnames="wanted")
-def _forward(model: Model, pixel_values: Array, wanted: Wanted) -> Array:
+def forward(model: Model, pixel_values: Float[Array, "b height width c"], wanted: Wanted) -> Float[Array, "b ..."]:
+    """The logits of a model, or a kind of its features."""
     output = model(pixel_values)
     tokens = output.last_hidden_state
     found = {"logits": output.logits, "pooled": output.pooler_output, "cls": tokens[:, 0], "tokens": tokens}.get(wanted)
     return tokens[:, 1:].mean(axis=1) if found is None else found
-
-
-def _run(
-    model: Model, processor: ImageProcessor, images: Sequence[ImageLike], batch_size: int, wanted: Wanted
-) -> Iterator[np.ndarray]:
-    """What is wanted, image by image. The last batch is padded, so that one compilation serves all."""
-    size = max(1, min(batch_size, len(images)))
-    for start in range(0, len(images), size):
-        batch = list(images[start : start + size])
-        padded = np.pad(processor(batch), [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)])
-        yield from np.asarray(_forward(model, jnp.asarray(padded), wanted))[: len(batch)]

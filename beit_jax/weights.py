@@ -27,6 +27,7 @@ from beit_jax.terminal import Advance
 WEIGHTS, CONFIG, PROCESSOR = "flax_model.safetensors", "config.json", "preprocessor_config.json"
 FORMAT = "beit-jax 1"
 _DTYPES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
+_ALIGNMENT = 64  # bytes
 _CHUNK = 1 << 20  # bytes read and hashed at a time: they stay in a core's cache in between
 
 
@@ -97,11 +98,19 @@ def load(directory: Path) -> NativeCheckpoint:
     processor = ImageProcessor.from_file(directory / PROCESSOR)
     metadata = read_metadata(path)
     try:
-        params = {name: np.empty(shape, dtype) for name, (shape, dtype) in read_specs(path).items()}
+        params = {name: _aligned(shape, np.dtype(dtype)) for name, (shape, dtype) in read_specs(path).items()}
         _read(path, {name: _bytes(leaf) for name, leaf in params.items()}, json.loads(metadata["digests"]))
     except (SafetensorError, OSError) as error:
         raise BeitJaxError(f"{path}: damaged ({printable(error)}); convert again") from None
     return NativeCheckpoint(config, processor, params, json.loads(metadata["provenance"]))
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An array that begins where XLA wants it: only such ones does JAX use as they lie, others it copies."""
+    size = LeafSpec(shape, dtype).nbytes
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

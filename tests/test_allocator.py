@@ -1,6 +1,7 @@
 """Memory that a process keeps."""
 
 import ctypes
+import gc
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from beit_jax import __main__, keep_freed_memory
+from beit_jax.allocator import imports
 
 # Temporaries of 64 MiB and more in every call: 16,384 pages. Blocks differ in order and thread from call to call, so
 # that a few calls, most of them early, let the heap grow by whole blocks: what counts is the median call.
@@ -86,3 +88,21 @@ def test_the_command_keeps_memory_of_its_own_process_only(monkeypatch: pytest.Mo
     with pytest.raises(SystemExit):
         __main__.main()
     assert calls == [1]
+
+
+def test_imports_are_not_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "jax")
+    frozen = gc.get_freeze_count()
+    with pytest.raises(RuntimeError), imports():
+        assert not gc.isenabled()
+        raise RuntimeError
+    assert gc.isenabled() and gc.get_freeze_count() > frozen
+    gc.unfreeze()
+
+
+def test_a_process_that_has_imported_jax_collects_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax", sys)
+    frozen = gc.get_freeze_count()
+    with imports():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen

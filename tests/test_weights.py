@@ -11,6 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -279,6 +281,15 @@ def test_save_and_load(native: Path) -> None:
     assert sorted(path.name for path in native.iterdir()) == sorted(
         [weights.CONFIG, weights.PROCESSOR, weights.WEIGHTS]
     )
+
+
+def test_jax_uses_float32_tensors_as_they_lie(native: Path) -> None:
+    with jax.default_device(jax.devices("cpu")[0]):
+        for name, leaf in weights.load(native).params.items():
+            array = jnp.asarray(leaf, jnp.float32)
+            if leaf.dtype == np.float32 and leaf.size:
+                assert array.unsafe_buffer_pointer() == leaf.ctypes.data, name
+            np.testing.assert_array_equal(array, leaf.astype(np.float32))
 
 
 def test_saved_again_it_is_the_same(native: Path, tmp_path: Path) -> None:

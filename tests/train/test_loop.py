@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from beit_jax import predict
+from beit_jax import hub, predict
 from beit_jax.errors import BeitJaxError
 from beit_jax.train.checkpoint import Checkpoints
 from beit_jax.train.labelled import evaluate_directory
@@ -184,7 +184,7 @@ def test_the_model_classifies_as_the_run_says(uninterrupted: Path, digits: Path)
         assert scores.top1 > 0.15, "no better than chance: the wrong parameters"
         if name == "model":
             assert scores.top1 == last["accuracy"]
-    provenance = json.loads(json.dumps(predict.read(predict.resolve(str(uninterrupted / "model"))).provenance))
+    provenance = json.loads(json.dumps(hub.read(hub.resolve(uninterrupted / "model")).provenance))
     assert provenance["recipe"]["optim"]["ema"] == 0.9
     assert provenance["step"] == STEPS
 
