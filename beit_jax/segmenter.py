@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Shaped
 
+from beit_jax.activations import gelu
 from beit_jax.config import BeitConfig
 from beit_jax.dense import (
     BatchNorm,
@@ -67,7 +68,7 @@ class FeaturePyramid(nnx.Module):
         if min(maps[0].shape[1:3]) < 2:
             raise BeitJaxError(f"the feature pyramid needs at least 2x2 patches, found {maps[0].shape[1:3]}")
         up4 = self.up4_norm(self.up4_first(maps[0]), train)
-        up4 = self.up4_second(jax.nn.gelu(up4, approximate=False))
+        up4 = self.up4_second(gelu(up4))
         return [up4, self.up2(maps[1]), maps[2], max_pool(maps[3])]
 
 

@@ -11,6 +11,7 @@ forward and gradient.
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -71,16 +72,16 @@ def first_label(rounds: int) -> dict[str, list[float]]:
         ours = [sys.executable, "-m", "beit_jax", "classify", str(scratch / "native"), str(image), "--top", "1"]
         theirs = [sys.executable, "-c", THEIRS, str(scratch / "hf"), str(image)]
         cache = {"JAX_COMPILATION_CACHE_DIR": str(scratch / "cache")}
-        turns: dict[str, tuple[list[str], dict[str, str]]] = {
-            "ours, no cache": (ours, {}),
-            "ours, empty cache": (ours, cache),
-            "ours, second start": (ours, cache),
-            "transformers": (theirs, {}),
-        }
-        found: dict[str, list[float]] = {name: [] for name in turns}
+        turns: list[dict[str, tuple[list[str], dict[str, str]]]] = [
+            {"ours, no cache": (ours, {})},
+            {"ours, empty cache": (ours, cache), "ours, second start": (ours, cache)},
+            {"transformers": (theirs, {})},
+        ]
+        found: dict[str, list[float]] = {name: [] for turn in turns for name in turn}
         for _ in range(rounds):
             shutil.rmtree(scratch / "cache", ignore_errors=True)
-            for name, (command, variables) in turns.items():
+            random.shuffle(turns)
+            for name, (command, variables) in (item for turn in turns for item in turn.items()):
                 found[name].append(seconds(command, **variables))
     return found
 
