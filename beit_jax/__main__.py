@@ -2,7 +2,6 @@
 
 import atexit
 import gc
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from beit_jax.arguments import Hub, Json, SourceName
 from beit_jax.convert.options import Options
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.plot_commands import plot
-from beit_jax.terminal import byte_progress, image_progress, print_json, print_lines, print_table
+from beit_jax.terminal import byte_progress, image_progress, print_json, print_lines, print_table, reader_left
 from beit_jax.train.commands import (
     Classifying,
     aot_command,
@@ -535,16 +534,14 @@ RECIPE_COMMANDS = {"train": train_command, "tokenize": tokenize_command, "aot": 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns its exit code: 0, 1 when a comparison fails, 2 for the user's mistakes."""
+    """Runs one command. Its exit code: 0; 1 if a comparison fails or nobody reads on; 2 for the user's mistakes."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` blocks clean up
     if arguments is None:  # this process is the command's own
         arguments = sys.argv[1:]
         keep_freed_memory()
-        # Where JAX has a cache, it is to hold programs that compile within a second, too: so do all of small models.
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         atexit.register(gc.freeze)  # Python would look through all objects of JAX once more before it ends: 0.2 s
     try:
-        return tyro.extras.subcommand_cli_from_dict(
+        code = tyro.extras.subcommand_cli_from_dict(
             COMMANDS | {name: build(arguments) for name, build in RECIPE_COMMANDS.items()},
             prog="beit-jax",
             description="BEiT and Data2Vec-Vision in JAX: convert PyTorch checkpoints, prove them equal, use them. "
@@ -552,6 +549,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
             config=(FlagCreatePairsOff,),
         )
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not reader_left():
+            raise
+        return 1
     except BeitJaxError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -69,6 +69,8 @@ def predictor(checkpoint: NativeCheckpoint) -> Predictor:
         from beit_jax import predict  # not at the top: it imports Flax
 
         return predict.predictor(predict.build(checkpoint), checkpoint.processor)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # JAX keeps no program that compiles in a second
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     params = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in checkpoint.params.items()}
     return Predictor(checkpoint.config, checkpoint.processor, forward(checkpoint.config, params, place))
 

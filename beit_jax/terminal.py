@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,16 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_row(*(Text(cell) for cell in row))  # Text: brackets in file names are no markup
     console = Console()
     console.print(table, width=None if console.is_terminal else 200)  # a pipe has no width: cut nothing
+
+
+def reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more (`beit-jax list | head`); if so, it is discarded."""
+    poll = select.poll()
+    poll.register(1, 0)
+    left = any(event & select.POLLERR for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's last flush finds no broken pipe
+    return left
 
 
 def byte_progress(total: int) -> Bar:

@@ -168,6 +168,26 @@ def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
     assert heavy.strip() == "set()" and float(took) < 0.5
 
 
+def test_a_reader_may_leave() -> None:
+    """As `head` does: no traceback."""
+    for arguments in (["list"], ["list", "--json"]):
+        command = [sys.executable, "-m", "beit_jax", *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout and process.stderr
+            process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == 1
+
+
+def test_another_broken_pipe_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> int:
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setitem(COMMANDS, "demo", broken)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        main(["demo"])
+
+
 def test_models_that_keep_their_size_need_no_splines() -> None:
     """SciPy's take half a second of the time to a first label."""
     code = "import sys, beit_jax.predict; print([name for name in sys.modules if name.startswith('scipy')])"
