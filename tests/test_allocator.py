@@ -1,5 +1,6 @@
 """Memory that a process keeps."""
 
+import atexit
 import ctypes
 import gc
 import subprocess
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from beit_jax import __main__, keep_freed_memory
-from beit_jax.allocator import imports
+from beit_jax.allocator import imports, leave_objects
 
 # Temporaries of 64 MiB and more in every call: 16,384 pages. Blocks differ in order and thread from call to call, so
 # that a few calls, most of them early, let the heap grow by whole blocks: what counts is the median call.
@@ -79,15 +80,16 @@ def test_another_allocator_is_left_alone(library: object, monkeypatch: pytest.Mo
 
 
 def test_the_command_keeps_memory_of_its_own_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(__main__, "keep_freed_memory", lambda: calls.append(1))
+    calls: list[object] = []
+    monkeypatch.setattr(__main__, "keep_freed_memory", lambda: calls.append("kept"))
+    monkeypatch.setattr(atexit, "register", calls.append)
     with pytest.raises(SystemExit):
         __main__.main(["--help"])
     assert calls == []
     monkeypatch.setattr(sys, "argv", ["beit-jax", "--help"])
     with pytest.raises(SystemExit):
         __main__.main()
-    assert calls == [1]
+    assert calls == ["kept", leave_objects]
 
 
 def test_imports_are_not_collected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,3 +108,16 @@ def test_a_process_that_has_imported_jax_collects_as_before(monkeypatch: pytest.
     with imports():
         assert gc.isenabled()
     assert gc.get_freeze_count() == frozen
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_a_process_ends_without_a_collection_unless_triton_would_complain(
+    triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    if triton:
+        monkeypatch.setitem(sys.modules, "triton", sys)
+    frozen = gc.get_freeze_count()
+    leave_objects()
+    assert (gc.get_freeze_count() > frozen) != triton
+    gc.unfreeze()
