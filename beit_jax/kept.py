@@ -29,7 +29,7 @@ from jaxtyping import Array
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.output import new_file
-from beit_jax.predictor import Predictor, Wanted
+from beit_jax.predictor import Predictor, Wanted, parameters
 from beit_jax.tree import unflatten
 from beit_jax.weights import NativeCheckpoint
 
@@ -69,10 +69,10 @@ def predictor(checkpoint: NativeCheckpoint) -> Predictor:
         from beit_jax import predict  # not at the top: it imports Flax
 
         return predict.predictor(predict.build(checkpoint), checkpoint.processor)
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # JAX keeps no program that compiles in a second
+    # By default JAX keeps only what it compiles for more than a second, which is no forward pass of the smaller models.
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    params = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in checkpoint.params.items()}
-    return Predictor(checkpoint.config, checkpoint.processor, forward(checkpoint.config, params, place))
+    return Predictor(checkpoint.config, checkpoint.processor, forward(checkpoint.config, parameters(checkpoint), place))
 
 
 def directory() -> Path | None:

@@ -14,7 +14,7 @@ from beit_jax.heads import Model, build_model
 from beit_jax.hub import read, resolve
 from beit_jax.image_io import ImageLike
 from beit_jax.images import ImageProcessor
-from beit_jax.predictor import Guess, Pooling, Predictor, Wanted
+from beit_jax.predictor import Guess, Pooling, Predictor, Wanted, parameters
 from beit_jax.tree import unflatten
 from beit_jax.weights import NativeCheckpoint
 
@@ -45,8 +45,7 @@ def from_pretrained(
 
 def build(checkpoint: NativeCheckpoint, *, dtype: DTypeLike = jnp.float32) -> Model:
     """The model of a checkpoint that was read, with float32 parameters."""
-    params = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in checkpoint.params.items()}
-    return build_model(checkpoint.config, unflatten(params), dtype=dtype)
+    return build_model(checkpoint.config, unflatten(parameters(checkpoint)), dtype=dtype)
 
 
 def classify(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -12,9 +13,15 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.image_io import ImageLike
 from beit_jax.images import ImageProcessor
+from beit_jax.weights import NativeCheckpoint
 
 Pooling = Literal["pooled", "mean", "cls", "tokens"]
 Wanted = Pooling | Literal["logits"]
+
+
+def parameters(checkpoint: NativeCheckpoint) -> dict[str, Array]:
+    """Of a checkpoint, flat and float32, as every forward pass takes them; bfloat16 is widened."""
+    return {name: jnp.asarray(leaf, jnp.float32) for name, leaf in checkpoint.params.items()}
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def reader_left() -> bool:
-    """Whether standard output is a pipe that nobody reads any more (`beit-jax list | head`); if so, it is discarded."""
+    """Whether standard output is a pipe that nobody reads on (`beit-jax list | head`); what is printed then is lost."""
     poll = select.poll()
     poll.register(1, 0)
     left = any(event & select.POLLERR for _, event in poll.poll(0))

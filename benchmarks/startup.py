@@ -4,8 +4,8 @@
 
 Needs transformers and torch. Labels one image with BEiT-base and random weights: `beit-jax classify` without a
 compilation cache, with an empty one (JAX_COMPILATION_CACHE_DIR) and again with what it left there, and transformers,
-each in a new process, in turn, files in memory. Then the same architecture at several depths is compiled and run,
-forward and gradient.
+each in a new process, in random turns, files in memory. Then the same architecture at several depths is compiled and
+run, forward and gradient.
 """
 
 import argparse

@@ -7,8 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Lowest first. A module may import, at its top, only modules that stand before it. Imports inside functions are the
-# deliberate exceptions: the command line and `hub` reach the converter when they need it, `kept`
-# what imports Flax.
+# deliberate exceptions: the command line and `hub` reach the converter when they need it, `kept` the models.
 LIBRARY = [
     "errors", "allocator", "terminal", "arguments", "tree", "json_file", "config", "variants", "published", "resize",
     "image_config", "image_io", "images", "label_maps", "position", "adapt", "partition", "activations", "attention",
