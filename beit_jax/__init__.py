@@ -21,43 +21,43 @@ answers ``--help`` before JAX could be loaded.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from beit_jax.version import __version__
 
 if TYPE_CHECKING:
-    from beit_jax.allocator import keep_freed_memory
     from beit_jax.config import BeitConfig
-    from beit_jax.encoder import BeitModel, BeitOutput
     from beit_jax.errors import BeitJaxError
-    from beit_jax.heads import BeitForImageClassification, BeitForMaskedImageModeling, build_model
-    from beit_jax.images import ImageProcessor, open_image, preset
-    from beit_jax.predict import classify, features, from_pretrained
-    from beit_jax.segmentation import segment
-    from beit_jax.segmenter import BeitBackbone, BeitForSemanticSegmentation
+    from beit_jax.images.processor import ImageProcessor, open_image, preset
+    from beit_jax.inference.predict import classify, features, from_pretrained
+    from beit_jax.inference.segmentation import segment
+    from beit_jax.memory import keep_freed_memory
+    from beit_jax.models.encoder import BeitModel, BeitOutput
+    from beit_jax.models.heads import BeitForImageClassification, BeitForMaskedImageModeling, build_model
+    from beit_jax.models.segmenter import BeitBackbone, BeitForSemanticSegmentation
     from beit_jax.variants import VARIANTS
-    from beit_jax.weights import NativeCheckpoint, load, save
+    from beit_jax.weights.native import NativeCheckpoint, load, save
 
 _HOME = {
     "VARIANTS": "variants",
     "BeitConfig": "config",
-    "BeitModel": "encoder",
-    "BeitOutput": "encoder",
+    "BeitModel": "models.encoder",
+    "BeitOutput": "models.encoder",
     "BeitJaxError": "errors",
-    "BeitBackbone": "segmenter",
-    "BeitForImageClassification": "heads",
-    "BeitForMaskedImageModeling": "heads",
-    "BeitForSemanticSegmentation": "segmenter",
-    "build_model": "heads",
-    "keep_freed_memory": "allocator",
-    "ImageProcessor": "images",
-    "open_image": "images",
-    "preset": "images",
-    "classify": "predict",
-    "features": "predict",
-    "from_pretrained": "predict",
-    "NativeCheckpoint": "weights",
-    "load": "weights",
-    "save": "weights",
-    "segment": "segmentation",
+    "BeitBackbone": "models.segmenter",
+    "BeitForImageClassification": "models.heads",
+    "BeitForMaskedImageModeling": "models.heads",
+    "BeitForSemanticSegmentation": "models.segmenter",
+    "build_model": "models.heads",
+    "keep_freed_memory": "memory",
+    "ImageProcessor": "images.processor",
+    "open_image": "images.processor",
+    "preset": "images.processor",
+    "classify": "inference.predict",
+    "features": "inference.predict",
+    "from_pretrained": "inference.predict",
+    "NativeCheckpoint": "weights.native",
+    "load": "weights.native",
+    "save": "weights.native",
+    "segment": "inference.segmentation",
 }
 
 __all__ = [

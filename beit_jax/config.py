@@ -21,7 +21,7 @@ Pooling = Literal["mean", "cls"]
 Activation = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"]
 PositionResize = Literal["bilinear", "geometric", "geometric_linear"]
 FeatureTaps = Literal["original", "hf"]
-PresetName = Literal["hf", "unilm_eval", "timm"]  # of images; see `beit_jax.images.preset`
+PresetName = Literal["hf", "unilm_eval", "timm"]  # of images; see `beit_jax.images.processor.preset`
 
 
 @dataclass(frozen=True)

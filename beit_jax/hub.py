@@ -1,4 +1,4 @@
-"""A model's name to its files, by huggingface_hub's cache where it is no path, and to what they hold."""
+"""A model's name to its files on this machine: a path, or a name on the hub, by huggingface_hub's cache."""
 
 import errno
 import os
@@ -8,7 +8,9 @@ from pathlib import Path
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.json_file import read_json
-from beit_jax.weights import CONFIG, PROCESSOR, WEIGHTS, NativeCheckpoint, is_native, load
+
+WEIGHTS, CONFIG, PROCESSOR = "flax_model.safetensors", "config.json", "preprocessor_config.json"
+"""The files of a native checkpoint; the two JSON files are those of Hugging Face's directories too."""
 
 # In order of preference; an index stands for the shards it lists.
 WEIGHT_FILES = (
@@ -73,19 +75,6 @@ def resolve(name: str | Path, *, revision: str | None = None, cache_dir: Path | 
     if revision == "":
         raise BeitJaxError(f"{text}: the revision is empty; give a branch, tag or commit, or leave it out")
     return _download(text, revision, cache_dir)
-
-
-def read(source: Source) -> NativeCheckpoint:
-    """A native checkpoint as it is; any other source through the converter, in memory.
-
-    Raises:
-        BeitJaxError: it cannot be read completely; one line that says which file or tensor.
-    """
-    if source.path.is_dir() and is_native(source.path):
-        return load(source.path)
-    from beit_jax.convert import importer  # not at the top: reading native checkpoints needs no converter
-
-    return importer.load(source)
 
 
 def _download(name: str, revision: str | None, cache_dir: Path | None) -> Source:

@@ -74,9 +74,9 @@ def compiled(kind: Kind | None, recipe_name: str, name: str, *, largest: bool) -
 
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, if there is one, stays free
 
-    from beit_jax.train.aot import report
-    from beit_jax.train.recipes import recipe_named
-    from beit_jax.train.topology import parse_topology
+    from beit_jax.train.distributed.topology import parse_topology
+    from beit_jax.train.forecast.aot import report
+    from beit_jax.train.recipes.finetuning import recipe_named
 
     topology, recipe = parse_topology(name), recipe_named(recipe_name)
     if kind is None:
@@ -152,7 +152,7 @@ Without a change, on the topology that each names (`beit-jax aot RECIPE`): eleve
 Mesh: data x fsdp x tensor. Batch: the published one, of all chips; parts: computed one after the other. The columns
 from TFLOP on are of one chip in one step. Collectives: how many, and the MB that reach a chip; "between slices" crosses
 the data centre's network, everything else stays within a slice. Step: the longest of products, memory and networks by
-the data sheets (`train/topology.py` names them), and their sum. Compiler: what libtpu reckons with for all kernels in a
+the data sheets (`train/distributed/topology.py` names them), and their sum. Compiler: what libtpu reckons with for all kernels in a
 row, transfers apart; for v6e the clock that would turn its cycles into time is not published. Utilisation: the model's
 own operations, without what is computed again, over the chips' peak, if a step took these bounds. Largest: the largest
 batch that fits in as many parts, where it was looked for (`--largest`).
@@ -165,7 +165,7 @@ def versions() -> str:
 
 def cases() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Every row: its name, the recipe, the topology, and how the recipe is laid out."""
-    from beit_jax.train.recipes import recipe_named
+    from beit_jax.train.recipes.finetuning import recipe_named
 
     for kind in KINDS:
         for topology in TOPOLOGIES:

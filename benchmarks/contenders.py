@@ -99,9 +99,9 @@ def _our_forward(job: Job) -> Call:
 def _our_step(job: Job) -> Call:
     import jax
 
-    from beit_jax.train.aot import abstract_program
+    from beit_jax.train.data.stored_tokens import StoredTokens
+    from beit_jax.train.forecast.aot import abstract_program
     from beit_jax.train.recipe import NOTHING, DataOptions, OptimOptions, Recipe
-    from beit_jax.train.stored_tokens import StoredTokens
     from beit_jax.weights import load
 
     inputs, start = job.inputs, load(Path(job.directory, "native"))

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from beit_jax import weights
-from beit_jax.output import new_directory
-from beit_jax.train.hosts import on_host
-from beit_jax.train.loop import Outcome, train
-from beit_jax.train.plan import Plan, make_plan
-from beit_jax.train.prepare import prepare_digits
+from beit_jax.atomic import new_directory
+from beit_jax.train.data.prepare import prepare_digits
+from beit_jax.train.distributed.collectives import on_host
+from beit_jax.train.loop.plan import Plan, make_plan
+from beit_jax.train.loop.run import Outcome, train
 from beit_jax.train.recipe import Recipe
-from beit_jax.train.recipes import recipe_named
+from beit_jax.train.recipes.finetuning import recipe_named
 from beit_jax.tree import flatten
 from beit_jax.weights import NativeCheckpoint
 

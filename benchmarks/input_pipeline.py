@@ -1,4 +1,4 @@
-"""Training images per second and core: `beit_jax.train.data.train_batches` against timm in a torch DataLoader.
+"""Training images per second and core: `beit_jax.train.data.batches.train_batches` against timm in a torch DataLoader.
 
     python benchmarks/input_pipeline.py [--batches 8] [--rounds 5] [--json FILE]
 
@@ -35,10 +35,10 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, auto_augment, create_transform
 
-from beit_jax.train.augment import train_transform
-from beit_jax.train.data import open_dataset, train_batches
-from beit_jax.train.decode import decode
-from beit_jax.train.prepare import prepare_folder
+from beit_jax.train.augmentation.augment import train_transform
+from beit_jax.train.augmentation.decode import decode
+from beit_jax.train.data.batches import open_dataset, train_batches
+from beit_jax.train.data.prepare import prepare_folder
 from beit_jax.train.recipe import STATISTICS, AugmentOptions, DataOptions
 
 SIZE, STORED, BATCH = 224, (500, 375), 64

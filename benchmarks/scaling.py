@@ -3,7 +3,7 @@
    python benchmarks/scaling.py              writes benchmarks/scaling.md in half a minute; compiles nothing
    python benchmarks/scaling.py --compile    first compiles what benchmarks/scaling.json lacks (pip install 'jax[tpu]')
 
-The formulas are train/scaling.py. benchmarks/aot.json and benchmarks/scaling.json hold compiled programs to check them.
+The formulas are benchmarks/step_time.py. benchmarks/aot.json and benchmarks/scaling.json hold compiled programs to check them.
 """
 
 import argparse
@@ -16,12 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-
-from beit_jax.train.aot import report
-from beit_jax.train.hlo import BETWEEN_SLICES
-from beit_jax.train.recipe import Recipe
-from beit_jax.train.recipes import recipe_named
-from beit_jax.train.scaling import (
+from step_time import (
     SCHEMES,
     SLACK,
     Bend,
@@ -47,7 +42,12 @@ from beit_jax.train.scaling import (
     utilisation,
     workload,
 )
-from beit_jax.train.topology import CHIPS, GIB, parse_topology
+
+from beit_jax.train.costs.hlo import BETWEEN_SLICES
+from beit_jax.train.distributed.topology import CHIPS, GIB, parse_topology
+from beit_jax.train.forecast.aot import report
+from beit_jax.train.recipe import Recipe
+from beit_jax.train.recipes.finetuning import recipe_named
 
 HERE = Path(__file__).parent
 PAGE, RECORDS, COMPILED = HERE / "scaling.md", HERE / "scaling.json", HERE / "aot.json"
@@ -359,7 +359,7 @@ def page() -> str:
 _TEXT = """# A step on 8 to 1024 chips, on paper
 
 `python benchmarks/scaling.py`: nothing was run or compiled for this page. Each time is a formula of
-`train/scaling.py` over the chip's data sheet (`train/topology.py`), so all of them are bounds: no program reaches the
+`benchmarks/step_time.py` over the chip's data sheet (`train/distributed/topology.py`), so all of them are bounds: no program reaches the
 peak. Blocks are computed again on the way back (`--model.remat block`), batches are the published ones, in as few
 parts as fit. Slices: 2x4, 8x8, 16x16 chips; 1,024 chips are four slices of 256, the most that v5e and v6e have.
 
@@ -436,7 +436,7 @@ programs below.
 ## The formulas beside compiled programs
 
 Programs of libtpu 0.0.42.1, those of [aot.md](aot.md) and of `python benchmarks/scaling.py --compile`; "a of b: q" is
-the formula, the program, and their ratio. tests/train/test_scaling.py holds products to 1.5 % and bytes within a slice
+the formula, the program, and their ratio. tests/benchmarks/test_step_time.py holds products to 1.5 % and bytes within a slice
 to 0.78 to 1.17 (on data alone in one slice to 6 %), and traffic of main memory to 0.8 to 1.35.
 
 {checks}

@@ -32,8 +32,8 @@ SOURCE = None  # such as "microsoft/beit-base-patch16-224", "facebook/data2vec-v
 from importlib.resources import files
 from pathlib import Path
 
+from beit_jax.cli.inspection import inspect
 from beit_jax.hub import Source, resolve
-from beit_jax.inspection import inspect
 
 digits = Source(Path(str(files("beit_jax") / "digits")), "embedded digits classifier")
 source = resolve(SOURCE) if SOURCE else digits
@@ -64,8 +64,8 @@ print("provenance:", weights.read_metadata(Path("native") / weights.WEIGHTS)["pr
 # hundreds, and float32 has seven digits.
 
 # %%
-from beit_jax import visualize
 from beit_jax.convert import parity
+from beit_jax.looking import visualize
 
 stages = parity.check(source)
 for stage in stages:

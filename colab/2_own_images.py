@@ -32,8 +32,8 @@ from pathlib import Path
 import numpy as np
 
 import beit_jax
-from beit_jax.train.data import open_dataset
-from beit_jax.train.prepare import prepare_digits, prepare_folder
+from beit_jax.train.data.batches import open_dataset
+from beit_jax.train.data.prepare import prepare_digits, prepare_folder
 
 if DATA is None:
     prepared = prepare_digits(Path("prepared"), overwrite=True)
@@ -92,11 +92,11 @@ gallery([queries[:8]], [lines])
 #
 # The features are what the model pools for its classifier: the mean of its last patch tokens, normalised. For every
 # query the five images of largest cosine similarity; then all queries are classified by a weighted vote of their 20
-# nearest neighbours (`beit_jax.train.probe.knn`, as DINO's evaluation does it). No weight is trained for this, and the
+# nearest neighbours (`beit_jax.train.evaluation.probe.knn`, as DINO's evaluation does it). No weight is trained for this, and the
 # classes are those of your folders.
 
 # %%
-from beit_jax.train.probe import knn
+from beit_jax.train.evaluation.probe import knn
 
 keys = beit_jax.features(model, processor, memory, batch_size=64)
 values = beit_jax.features(model, processor, queries, batch_size=64)
@@ -146,8 +146,8 @@ figure
 # explanations: values, MLPs and residual connections decide as well.
 
 # %%
-from beit_jax import visualize
-from beit_jax.interpret import image_attention
+from beit_jax.looking import visualize
+from beit_jax.looking.interpret import image_attention
 
 attention = image_attention(model, processor, queries[0])
 figure = visualize.attention_maps(attention)

@@ -45,8 +45,8 @@ import jax
 
 import beit_jax
 from beit_jax.images import HALF, preset
-from beit_jax.train.initialize import initial_params
-from beit_jax.train.prepare import prepare_digits
+from beit_jax.train.data.prepare import prepare_digits
+from beit_jax.train.objectives.initialize import initial_params
 
 if DATA is None:
     from dataclasses import replace
@@ -70,8 +70,8 @@ else:
 # the published numbers came about.
 
 # %%
-from beit_jax.train.accuracy import describe
-from beit_jax.train.labelled import evaluate_directory
+from beit_jax.train.evaluation.accuracy import describe
+from beit_jax.train.evaluation.labelled import evaluate_directory
 
 found = {}
 how = {"batch_size": 90, "workers": 0} if DATA is None else {"batch_size": 128}  # 0: no process of its own

@@ -37,7 +37,7 @@ from pathlib import Path
 import jax
 from sklearn.datasets import load_digits
 
-from beit_jax.train.prepare import prepare_folder
+from beit_jax.train.data.prepare import prepare_folder
 
 if DATA is None:
     import numpy as np
@@ -64,7 +64,7 @@ from dataclasses import replace
 
 from beit_jax.convert import importer
 from beit_jax.hub import Source, resolve
-from beit_jax.train.recipes import recipe_named
+from beit_jax.train.recipes.finetuning import recipe_named
 
 if DATA is None:
     recipe = recipe_named("digits_finetune")
@@ -86,8 +86,8 @@ print(f"start: {start.name}, {len(converted.steps)} arrays")
 # Before anything is computed: parameters, memory and operations of a step, and what is taken from the start.
 
 # %%
-from beit_jax.train.plan import make_plan
-from beit_jax.train.preview import preview
+from beit_jax.train.forecast.preview import preview
+from beit_jax.train.loop.plan import make_plan
 
 plan = make_plan(recipe, Path("prepared"), Path("start"))
 print(*preview(plan).lines()[-14:], sep="\n")
@@ -99,7 +99,7 @@ print(*preview(plan).lines()[-14:], sep="\n")
 # long as its directory is still there: on Colab, put it on a mounted drive.
 
 # %%
-from beit_jax.train.loop import train
+from beit_jax.train.loop.run import train
 
 outcome = train(plan, Path("fine-tuned"), quiet=True)
 print({name: round(value, 4) for name, value in outcome.scores.items()})
@@ -112,8 +112,8 @@ if DATA is None:
     runs.append("from-random")
 
 # %%
-from beit_jax import visualize
-from beit_jax.train.log import read_metrics
+from beit_jax.looking import visualize
+from beit_jax.train.loop.log import read_metrics
 
 figure = visualize.training_curves(
     {name: read_metrics(Path(name) / "metrics.jsonl") for name in runs}, metrics=["loss", "accuracy"]
@@ -133,9 +133,9 @@ figure
 from matplotlib.figure import Figure
 
 import beit_jax
-from beit_jax.train import accuracy
-from beit_jax.train.data import open_dataset
-from beit_jax.train.labelled import evaluate_directory
+from beit_jax.train.data.batches import open_dataset
+from beit_jax.train.evaluation import accuracy
+from beit_jax.train.evaluation.labelled import evaluate_directory
 
 model, processor = beit_jax.from_pretrained(Path("fine-tuned/model"))
 scores = evaluate_directory(model, processor, Path("prepared"), workers=0 if DATA is None else None)

@@ -41,10 +41,10 @@ from pathlib import Path
 
 from beit_jax.convert import tokenizers
 from beit_jax.hub import resolve
-from beit_jax.train.loop import train
-from beit_jax.train.plan import make_plan
-from beit_jax.train.prepare import INFO, prepare_digits, prepare_images
-from beit_jax.train.recipes import recipe_named
+from beit_jax.train.data.prepare import INFO, prepare_digits, prepare_images
+from beit_jax.train.loop.plan import make_plan
+from beit_jax.train.loop.run import train
+from beit_jax.train.recipes.finetuning import recipe_named
 
 
 def shortened(name, epochs, *, batch_size=None):
@@ -102,8 +102,8 @@ data2vec_run = train(make_plan(data2vec_recipe, data), Path("data2vec"), quiet=T
 print({name: round(value, 3) for name, value in data2vec_run.scores.items()})
 
 # %%
-from beit_jax import visualize
-from beit_jax.train.log import read_metrics
+from beit_jax.looking import visualize
+from beit_jax.train.loop.log import read_metrics
 
 runs = {name: read_metrics(Path(name) / "metrics.jsonl") for name in ("beit", "data2vec")}
 figure = visualize.training_curves(runs, metrics=["loss", "masked_accuracy", "target_deviation"])
@@ -123,10 +123,10 @@ import numpy as np
 from PIL import Image
 
 import beit_jax
-from beit_jax.reconstruct import grid_picture, reconstruct
-from beit_jax.tokenizer import load_decoder, load_tokenizer
-from beit_jax.train.data import open_dataset, splits
-from beit_jax.train.masking import BlockMask
+from beit_jax.looking.reconstruct import grid_picture, reconstruct
+from beit_jax.tokenizers.tokenizer import load_decoder, load_tokenizer
+from beit_jax.train.augmentation.masking import BlockMask
+from beit_jax.train.data.batches import open_dataset, splits
 from beit_jax.train.recipe import MaskOptions
 
 model, processor = beit_jax.from_pretrained(Path("beit/model"))
@@ -166,8 +166,8 @@ print(f"the most frequent token        {np.bincount(tokens).max() / len(tokens):
 # %%
 import jax
 
-from beit_jax.train.initialize import initial_params
-from beit_jax.train.probe import knn
+from beit_jax.train.evaluation.probe import knn
+from beit_jax.train.objectives.initialize import initial_params
 
 
 def sample(split, limit=2000):

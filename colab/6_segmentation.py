@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from beit_jax.label_maps import write_label_map
+from beit_jax.images.label_maps import write_label_map
 
 CLASSES = {"building": (1, (150, 90, 70)), "sky": (2, (120, 170, 230)), "tree": (4, (30, 90, 40))}
 CLASSES["grass"] = (9, (110, 170, 70))  # names, numbers from 0, and colours
@@ -90,14 +90,14 @@ print(len(images), "validation images")
 
 # %%
 import beit_jax
-from beit_jax import visualize
 from beit_jax.images import ade20k_processor
-from beit_jax.train.log import read_metrics
-from beit_jax.train.loop import train
-from beit_jax.train.optim import optimizer
-from beit_jax.train.plan import make_plan
-from beit_jax.train.prepare import prepare_ade20k
-from beit_jax.train.recipes import recipe_named
+from beit_jax.looking import visualize
+from beit_jax.train.data.prepare import prepare_ade20k
+from beit_jax.train.loop.log import read_metrics
+from beit_jax.train.loop.plan import make_plan
+from beit_jax.train.loop.run import train
+from beit_jax.train.recipes.finetuning import recipe_named
+from beit_jax.train.step.optim import optimizer
 
 
 def small_plan():
@@ -149,10 +149,10 @@ if DATA is None:
 # annotation. What has no class has no colour.
 
 # %%
-from beit_jax.image_io import open_image
-from beit_jax.label_maps import read_label_map, reduce_labels
-from beit_jax.pictures import overlay
-from beit_jax.segmentation import Inference
+from beit_jax.images.files import open_image
+from beit_jax.images.label_maps import read_label_map, reduce_labels
+from beit_jax.inference.segmentation import Inference
+from beit_jax.looking.pictures import overlay
 
 SLIDE = Inference(mode="slide", batch_size=4)
 
@@ -188,7 +188,7 @@ sheet
 # default are of a dozen drawings.
 
 # %%
-from beit_jax.train.evaluate import Confusion, describe
+from beit_jax.train.evaluation.segmentation import Confusion, describe
 
 LIMIT = 100
 confusion = Confusion(model.config.labels)

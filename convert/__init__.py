@@ -5,7 +5,7 @@
 >>> convert.convert(resolve("microsoft/beit-base-patch16-224"), Path("beit-base"))
 
 A checkpoint's files are read by `checkpoint`, recognised by `identify`, its names mapped by `tables`, the import
-planned and run by `importer`, changed on the way by `beit_jax.adapt`, PyTorch checkpoints written by `exporter`, and
+planned and run by `importer`, changed on the way by `beit_jax.models.adapt`, PyTorch checkpoints written by `exporter`, and
 the two implementations compared by `parity`. Names are imported when first used.
 """
 

@@ -9,16 +9,17 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import save_file
 
-from beit_jax import __version__
+from beit_jax.atomic import check_destination, new_directory
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
-from beit_jax.images import ImageProcessor
-from beit_jax.output import check_destination, new_directory
-from beit_jax.position import relative_position_index
-from beit_jax.weights import CONFIG, PROCESSOR, NativeCheckpoint, check_replaceable
+from beit_jax.hub import CONFIG, PROCESSOR
+from beit_jax.images.processor import ImageProcessor
+from beit_jax.models.position import relative_position_index
+from beit_jax.version import __version__
+from beit_jax.weights.native import NativeCheckpoint, check_replaceable
 
-from .rules import export as dump
-from .tables import MMSEG, UNILM, Naming, own_naming
+from .formats.rules import export as dump
+from .formats.tables import MMSEG, UNILM, Naming, own_naming
 
 _RUNNING_MEAN, _BATCHES = ".running_mean", ".num_batches_tracked"
 

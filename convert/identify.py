@@ -10,15 +10,14 @@ from typing import Any
 
 from beit_jax.config import BeitConfig, PresetName, hf_notes
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.hub import Source
-from beit_jax.images import HALF, ImageProcessor, ade20k_processor, preset
+from beit_jax.hub import CONFIG, PROCESSOR, Source
+from beit_jax.images.processor import HALF, ImageProcessor, ade20k_processor, preset
 from beit_jax.json_file import Fields, read_json
 from beit_jax.variants import VARIANTS
-from beit_jax.weights import CONFIG, PROCESSOR
 
-from .checkpoint import Checkpoint, TensorInfo
-from .mmseg import describe
-from .tables import MMSEG, UNILM, Naming
+from .files.checkpoint import Checkpoint, TensorInfo
+from .formats.mmseg import describe
+from .formats.tables import MMSEG, UNILM, Naming
 
 HEAD_DIM = 64  # of every published model; says how many heads there are where no table does
 

@@ -14,30 +14,23 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from beit_jax.adapt import Adaptation, adaptations
+from beit_jax.atomic import check_destination, new_directory
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.heads import param_shapes
-from beit_jax.hub import Source, recorded_sha256
-from beit_jax.images import ImageProcessor
-from beit_jax.output import check_destination, new_directory
+from beit_jax.hub import WEIGHTS, Source, recorded_sha256
+from beit_jax.images.processor import ImageProcessor
+from beit_jax.models.adapt import Adaptation, adaptations
+from beit_jax.models.heads import param_shapes
 from beit_jax.terminal import Progress, no_progress
-from beit_jax.weights import (
-    WEIGHTS,
-    LeafSpec,
-    NativeCheckpoint,
-    check_replaceable,
-    save_json,
-    verify,
-    write_tensors,
-)
+from beit_jax.weights.native import NativeCheckpoint, check_replaceable, save_json
+from beit_jax.weights.tensors import LeafSpec, verify, write_tensors
 
-from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from .fit import FLOATS, check_fit
+from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .formats.rules import Step, steps
+from .formats.tables import Naming, recognise
 from .identify import identify
 from .options import DEFAULT, Options
-from .rules import Step, steps
-from .tables import Naming, recognise
+from .validation import FLOATS, check_fit
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _CHUNK = 1 << 21  # bytes laid out, hashed and written at a time: they stay in a core's cache between the three
@@ -78,7 +71,7 @@ class Plan:
 
     def provenance(self) -> dict[str, Any]:
         """What the native checkpoint records about its origin."""
-        from beit_jax import __version__
+        from beit_jax.version import __version__
 
         return {
             "source": self.source.name,

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from beit_jax.dvae import DvaeDecoderConfig, DvaeEncoderConfig
+from beit_jax.atomic import check_destination, new_directory
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import Source, recorded_sha256
-from beit_jax.output import check_destination, new_directory
-from beit_jax.tokenizer import TokenizerCheckpoint, TokenizerConfig, save_tokenizer, tokenizer_shapes
-from beit_jax.vqkd import VqkdConfig
+from beit_jax.tokenizers.dvae import DvaeDecoderConfig, DvaeEncoderConfig
+from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, TokenizerConfig, save_tokenizer, tokenizer_shapes
+from beit_jax.tokenizers.vqkd import VqkdConfig
 
-from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from .fit import FLOATS
-from .rules import CONV, LINEAR, Rule, Step, export, steps
-from .tables import UNILM
+from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .formats.rules import CONV, LINEAR, Rule, Step, export, steps
+from .formats.tables import UNILM
+from .validation import FLOATS
 
 _HEAD_DIM = 64  # of every published model; no tensor's shape tells it
 _GRID = 14  # tokens along each side of BEiT's 224 pixels
@@ -338,7 +338,7 @@ def _tensor(checkpoint: Checkpoint, name: str, allow_nonfinite: bool) -> np.ndar
 
 def _provenance(source: Source, checkpoint: Checkpoint, naming: TokenizerNaming) -> dict[str, Any]:
     """What the native checkpoint records about its origin."""
-    from beit_jax import __version__
+    from beit_jax.version import __version__
 
     return {
         "source": source.name,

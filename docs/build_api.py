@@ -9,10 +9,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 
-PACKAGES = ("beit_jax", "beit_jax.convert", "beit_jax.train")
-LEFT_OUT = ("beit_jax.__main__",)
+LEFT_OUT = ("beit_jax.cli.main",)
 
 
 def build(directory: Path) -> None:
@@ -25,13 +24,17 @@ def build(directory: Path) -> None:
 
 def modules() -> list[str]:
     """All that are documented. Named one by one: below a package with ``__all__`` pdoc looks no further."""
-    found = []
-    for name in PACKAGES:
+    found = ["beit_jax"]
+    for entry in walk_packages(import_module("beit_jax").__path__, "beit_jax."):
+        if entry.name not in LEFT_OUT:
+            found.append(entry.name)
+    for name in ("beit_jax.convert", "beit_jax.train"):  # a checkout keeps them beside the library
+        found += [name, *(entry.name for entry in walk_packages(import_module(name).__path__, f"{name}."))]
+    found = sorted(set(found))
+    for name in found:
         package = import_module(name)
         for public in getattr(package, "__all__", ()):  # imported when first used, and not seen before
             getattr(package, public)
-        below = (f"{name}.{entry.name}" for entry in iter_modules(package.__path__))
-        found += [name, *(module for module in below if module not in (*PACKAGES, *LEFT_OUT))]
     return found
 
 

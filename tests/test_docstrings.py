@@ -13,9 +13,9 @@ import beit_jax
 ROOT = Path(__file__).parents[1]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 FILES = {
-    f"{package}.{path.stem}".removesuffix(".__init__"): path
+    ".".join([package, *path.relative_to(ROOT / room).with_suffix("").parts]).removesuffix(".__init__"): path
     for room, package in (("beit_jax", "beit_jax"), ("convert", "beit_jax.convert"), ("train", "beit_jax.train"))
-    for path in sorted((ROOT / room).glob("*.py"))
+    for path in sorted((ROOT / room).rglob("*.py"))
 }
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
 SHAPED = re.compile(r"\b(?:Float|Int|UInt|Bool|Key|Shaped|Num|Inexact)\d*\[[^\[\]]*\]")
@@ -87,4 +87,4 @@ def test_the_reference_leaves_no_module_out() -> None:
     build_api = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build_api)
     found = build_api.modules()
-    assert len(found) == len(set(found)) and FILES.keys() - set(found) == {"beit_jax.__main__"}
+    assert len(found) == len(set(found)) and FILES.keys() - set(found) == {"beit_jax.cli.main"}

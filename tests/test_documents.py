@@ -13,12 +13,12 @@ import yaml
 from documents import PAGES, ROOT, anchors, blocks, commands, links, mentions, offered
 
 import beit_jax
-import beit_jax.__main__ as command_line
-from beit_jax.__main__ import COMMANDS, RECIPE_COMMANDS, main
+import beit_jax.cli.main as command_line
+from beit_jax.cli import training
+from beit_jax.cli.main import COMMANDS, RECIPE_COMMANDS, main
 from beit_jax.config import BeitConfig
-from beit_jax.convert import rules, tables
-from beit_jax.heads import param_shapes
-from beit_jax.train import commands as training
+from beit_jax.convert.formats import rules, tables
+from beit_jax.models.heads import param_shapes
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

@@ -18,10 +18,10 @@ import huggingface_hub
 import pytest
 from fake_hub import FakeHub, Request
 
-from beit_jax.convert.checkpoint import open_checkpoint
+from beit_jax.convert.files.checkpoint import open_checkpoint
 from beit_jax.errors import BeitJaxError
-from beit_jax.hub import WEIGHT_FILES, Source, resolve
-from beit_jax.weights import CONFIG, PROCESSOR, WEIGHTS, read_metadata
+from beit_jax.hub import CONFIG, PROCESSOR, WEIGHT_FILES, WEIGHTS, Source, resolve
+from beit_jax.weights import read_metadata
 
 NAME = "org/model"
 FILES = {CONFIG: b'{"some": "config"}', PROCESSOR: b'{"some": "processor"}', "model.safetensors": b"weights" * 1000}

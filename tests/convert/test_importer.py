@@ -13,10 +13,10 @@ import torch
 from safetensors.numpy import save_file
 
 from beit_jax import weights
+from beit_jax.cli.inspection import inspect
 from beit_jax.convert import Options, convert, load, plan
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import Source, resolve
-from beit_jax.inspection import inspect
 
 Tensors = dict[str, np.ndarray]
 OPTIONS = reference.TINY | reference.BIAS["both"] | {"num_labels": 5}

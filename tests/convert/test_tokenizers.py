@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import nn
 from weight_files import refusal
 
-from beit_jax import tokenizer
 from beit_jax.convert import tokenizers
-from beit_jax.convert.checkpoint import open_checkpoint
-from beit_jax.dvae import DvaeDecoderConfig, DvaeEncoderConfig
+from beit_jax.convert.files.checkpoint import open_checkpoint
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
-from beit_jax.vqkd import VqkdConfig
+from beit_jax.tokenizers import tokenizer
+from beit_jax.tokenizers.dvae import DvaeDecoderConfig, DvaeEncoderConfig
+from beit_jax.tokenizers.vqkd import VqkdConfig
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 CONTAINERS = pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"])

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from ports import free_address
 
-from beit_jax.train.peers import HUNG, LOST
-from beit_jax.train.prepare import prepare_digits
-from beit_jax.train.watch import INTERRUPTED
+from beit_jax.train.data.prepare import prepare_digits
+from beit_jax.train.distributed.peers import HUNG, LOST
+from beit_jax.train.loop.watch import INTERRUPTED
 from beit_jax.weights import load
 
 SCRIPT = Path(__file__).parents[1] / "support" / "host.py"

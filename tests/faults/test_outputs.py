@@ -23,7 +23,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from beit_jax import weights
-from beit_jax.__main__ import main
+from beit_jax.cli.main import main
 from beit_jax.convert import importer
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
@@ -300,8 +300,8 @@ def test_killed(killed: Path, expected: Tree, mode: str, moment: str) -> None:
 SLOW = """
 # The command line, with a reader that tells when it starts and then waits: for a moment, or for a line of input.
 import signal, sys, threading, time
-from beit_jax.__main__ import main
-from beit_jax.convert.checkpoint import Checkpoint
+from beit_jax.cli.main import main
+from beit_jax.convert.files.checkpoint import Checkpoint
 
 wait, *arguments = sys.argv[1:]
 read, begun, gate = Checkpoint.read, [], threading.Lock()

@@ -26,8 +26,8 @@ import xxhash
 from ports import free_address
 
 from beit_jax.errors import BeitJaxError
-from beit_jax.train import checkpoint
-from beit_jax.train.checkpoint import AllDamaged, Checkpoints, SaveFailed
+from beit_jax.train.checkpoints import checkpointer as checkpoint
+from beit_jax.train.checkpoints.checkpointer import AllDamaged, Checkpoints, SaveFailed
 
 State = dict[str, Any]
 
@@ -230,7 +230,7 @@ FULL = """
 import sys, resource, time
 from pathlib import Path
 import jax, numpy as np
-from beit_jax.train.checkpoint import Checkpoints, SaveFailed
+from beit_jax.train.checkpoints.checkpointer import Checkpoints, SaveFailed
 
 def values(step):
     return {f"layer{i}": np.random.default_rng([step, i]).standard_normal((100, 300), np.float32) for i in range(20)}
@@ -377,7 +377,7 @@ def test_nothing_is_deleted_for_a_step_that_cannot_be_read_back(
 HOLD = """
 import sys, time
 from pathlib import Path
-from beit_jax.train.lock import directory_lock
+from beit_jax.train.checkpoints.lock import directory_lock
 with directory_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -430,7 +430,7 @@ COUNT = """
 import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np, xxhash
-from beit_jax.train.checkpoint import Checkpoints
+from beit_jax.train.checkpoints.checkpointer import Checkpoints
 
 def digest(state): return xxhash.xxh3_128_hexdigest(np.asarray(state["words"]).tobytes())
 
@@ -498,7 +498,7 @@ jax.distributed.initialize(address, 2, index, heartbeat_timeout_seconds=10, shut
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from beit_jax.errors import BeitJaxError
-from beit_jax.train.checkpoint import Checkpoints
+from beit_jax.train.checkpoints.checkpointer import Checkpoints
 
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
 host = {"kernel": np.random.default_rng(0).standard_normal((6, 8), np.float32), "step": np.int32(3)}

@@ -1,6 +1,6 @@
 """Training data as it breaks: lost and damaged files, wrong labels, processes that die. Rows F of the fault catalogue.
 
-Damaged images are in tests/train/test_decode.py, damaged archives and folders in tests/train/test_prepare.py.
+Damaged images are in tests/train/augmentation/test_decode.py, damaged archives and folders in tests/train/data/test_prepare.py.
 """
 
 import io
@@ -19,11 +19,11 @@ import pytest
 from PIL import Image
 
 from beit_jax.errors import BeitJaxError
-from beit_jax.train import prepare
-from beit_jax.train.augment import Transform
-from beit_jax.train.builders import Source, Split, classification_features
-from beit_jax.train.data import open_dataset, train_batches
-from beit_jax.train.prepare import INFO, prepare_ade20k, prepare_folder, write
+from beit_jax.train.augmentation.augment import Transform
+from beit_jax.train.data import prepare
+from beit_jax.train.data.batches import open_dataset, train_batches
+from beit_jax.train.data.builders import Source, Split, classification_features
+from beit_jax.train.data.prepare import INFO, prepare_ade20k, prepare_folder, write
 from beit_jax.train.recipe import DataOptions
 
 RECORDS, LABELS = 40, ("ant", "bee", "cat", "dog")
@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
         path.write_bytes(picture(i))
     code = (
         "import resource, sys; from pathlib import Path; from beit_jax.errors import BeitJaxError\n"
-        "from beit_jax.train.prepare import prepare_folder\n"
+        "from beit_jax.train.data.prepare import prepare_folder\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try: prepare_folder(Path(sys.argv[1]), Path(sys.argv[2]))\n"
         "except BeitJaxError as error: print(error); sys.exit(2)\n"
@@ -303,7 +303,7 @@ CHILD = """
 import sys
 from pathlib import Path
 import numpy as np
-from beit_jax.train.data import open_dataset, train_batches
+from beit_jax.train.data.batches import open_dataset, train_batches
 from beit_jax.train.recipe import DataOptions
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from weight_files import read_all, refusal
 
-from beit_jax.convert.checkpoint import open_checkpoint
+from beit_jax.convert.files.checkpoint import open_checkpoint
 
 SHARDS = {
     "model-00001-of-00002.safetensors": {"a": torch.zeros(2), "b": torch.ones(3)},

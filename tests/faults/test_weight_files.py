@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from weight_files import Strided, entry, read_all, refusal, safetensors_bytes, torch_pickle, write_zip
 
-from beit_jax.convert.checkpoint import open_checkpoint
+from beit_jax.convert.files.checkpoint import open_checkpoint
 from beit_jax.errors import BeitJaxError
 
 LEGACY = {"_use_new_zipfile_serialization": False}
@@ -336,7 +336,7 @@ def test_unsupported_tensor_beside_the_weights_does_not_matter(tmp_path: Path) -
     assert list(read_all(open_checkpoint(write(tmp_path / "x.pth", saved(state))))) == ["w"]
 
 
-# A11, A12: see tests/convert/test_checkpoint.py; a BOOL is 0 or 1
+# A11, A12: see tests/convert/files/test_checkpoint.py; a BOOL is 0 or 1
 
 
 def test_bool_that_is_neither_0_nor_1(tmp_path: Path) -> None:
@@ -478,7 +478,7 @@ def test_no_state_dict(tmp_path: Path, value: object, said: str) -> None:
     refusal(path, path, said, "expected")
 
 
-# A20: old formats; the legacy format itself is read, see tests/convert/test_checkpoint.py
+# A20: old formats; the legacy format itself is read, see tests/convert/files/test_checkpoint.py
 
 
 def test_legacy_tar(tmp_path: Path) -> None:
@@ -612,7 +612,7 @@ BOMBS: dict[str, tuple[bytes, str]] = {
 LIMITED = """
 import resource, sys, time
 from pathlib import Path
-from beit_jax.convert.checkpoint import open_checkpoint
+from beit_jax.convert.files.checkpoint import open_checkpoint
 from beit_jax.errors import BeitJaxError
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + 600 * 2**20, -1))

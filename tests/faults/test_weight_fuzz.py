@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from weight_files import entry, read_all, safetensors_bytes, write_zip
 
-from beit_jax.convert.checkpoint import open_checkpoint
+from beit_jax.convert.files.checkpoint import open_checkpoint
 from beit_jax.errors import BeitJaxError
 
 fuzz = settings(

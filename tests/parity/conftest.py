@@ -9,8 +9,8 @@ import reference
 import torch
 
 from beit_jax.convert import load
-from beit_jax.heads import Model, build_model
 from beit_jax.hub import resolve
+from beit_jax.models.heads import Model, build_model
 from beit_jax.tree import unflatten
 
 

@@ -17,10 +17,18 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from scipy import stats
 
-from beit_jax.train import mixing
-from beit_jax.train.augment import Draws, draw_box, train_transform
-from beit_jax.train.mixing import Mixing, apply_mixing, cut_box, draw_erasing, draw_mixing, normalise, soft_targets
-from beit_jax.train.randaugment import OPERATIONS, Operation, RandAugment, argument, perform
+from beit_jax.train.augmentation import mixing
+from beit_jax.train.augmentation.augment import Draws, draw_box, train_transform
+from beit_jax.train.augmentation.mixing import (
+    Mixing,
+    apply_mixing,
+    cut_box,
+    draw_erasing,
+    draw_mixing,
+    normalise,
+    soft_targets,
+)
+from beit_jax.train.augmentation.randaugment import OPERATIONS, Operation, RandAugment, argument, perform
 from beit_jax.train.recipe import AugmentOptions
 
 timm_data = pytest.importorskip("timm.data", reason="timm is not installed; see pyproject.toml, extra timm")

@@ -19,7 +19,7 @@ from flax import nnx
 from tolerances import GRADIENT, TRAINING
 from torch import distributions
 
-from beit_jax.train.dvae import abstract_dvae, code_noise, dvae, initial_dvae
+from beit_jax.train.objectives.dvae import abstract_dvae, code_noise, dvae, initial_dvae
 from beit_jax.train.recipe import DvaeOptions, Recipe
 from beit_jax.tree import Nested, flatten, unflatten
 

@@ -14,12 +14,12 @@ from tolerances import EXPORT
 
 from beit_jax.config import BeitConfig
 from beit_jax.convert import export, load, to_torch
-from beit_jax.convert.rules import steps
-from beit_jax.convert.tables import FLAX, HF, HF5, MMSEG, NAMINGS, UNILM, Naming
+from beit_jax.convert.formats.rules import steps
+from beit_jax.convert.formats.tables import FLAX, HF, HF5, MMSEG, NAMINGS, UNILM, Naming
 from beit_jax.errors import BeitJaxError
-from beit_jax.heads import param_shapes
 from beit_jax.hub import resolve
 from beit_jax.images import preset
+from beit_jax.models.heads import param_shapes
 from beit_jax.variants import VARIANTS
 from beit_jax.weights import NativeCheckpoint
 
@@ -78,7 +78,7 @@ def test_transformers_loads_an_exported_directory(tmp_path: Path, variant: str) 
     import jax
     import transformers
 
-    from beit_jax.heads import build_model
+    from beit_jax.models.heads import build_model
     from beit_jax.tree import unflatten
 
     checkpoint = random_checkpoint(replace(tiny(VARIANTS[variant]), position_resize="bilinear"))

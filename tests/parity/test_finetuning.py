@@ -18,13 +18,13 @@ from flax import nnx
 from tolerances import TRAINING
 
 from beit_jax.convert import to_torch
-from beit_jax.heads import Model
-from beit_jax.train.objectives import classification
-from beit_jax.train.optim import optimizer
+from beit_jax.models.heads import Model
 from beit_jax.train.recipe import OptimOptions, Recipe
-from beit_jax.train.schedule import decay_table, schedule_table
-from beit_jax.train.state import State, initial_state
-from beit_jax.train.step import make_train_step
+from beit_jax.train.step.objective import classification
+from beit_jax.train.step.optim import optimizer
+from beit_jax.train.step.schedule import decay_table, schedule_table
+from beit_jax.train.step.state import State, initial_state
+from beit_jax.train.step.step import make_train_step
 from beit_jax.tree import flatten
 
 Converted = Callable[[torch.nn.Module], Model]

@@ -22,12 +22,10 @@ from tolerances import GRADIENT, MARGIN, TRAINING
 
 from beit_jax.config import BeitConfig
 from beit_jax.convert import to_torch, tokenizers
-from beit_jax.heads import Model, abstract_model
 from beit_jax.hub import resolve
-from beit_jax.tokenizer import build_tokenizer
-from beit_jax.train.objectives import Objective
-from beit_jax.train.optim import optimizer
-from beit_jax.train.pretraining import data2vec, masked_tokens, standardised
+from beit_jax.models.heads import Model, abstract_model
+from beit_jax.tokenizers.tokenizer import build_tokenizer
+from beit_jax.train.objectives.pretraining import data2vec, masked_tokens, standardised
 from beit_jax.train.recipe import (
     STATISTICS,
     Data2vecOptions,
@@ -37,9 +35,11 @@ from beit_jax.train.recipe import (
     Recipe,
     TokenOptions,
 )
-from beit_jax.train.schedule import decay_table, schedule_table
-from beit_jax.train.state import initial_state
-from beit_jax.train.step import make_train_step
+from beit_jax.train.step.objective import Objective
+from beit_jax.train.step.optim import optimizer
+from beit_jax.train.step.schedule import decay_table, schedule_table
+from beit_jax.train.step.state import initial_state
+from beit_jax.train.step.step import make_train_step
 from beit_jax.tree import Nested, flatten, unflatten
 
 Converted = Callable[[torch.nn.Module], Model]

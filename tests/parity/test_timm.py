@@ -14,14 +14,14 @@ import safetensors.torch
 from numpy.testing import assert_allclose
 from tolerances import EXPORT, MODEL, RESIZE
 
-from beit_jax.adapt import resize_patch_kernel
 from beit_jax.config import BeitConfig
 from beit_jax.convert import export, load
-from beit_jax.convert.rules import steps
-from beit_jax.convert.tables import UNILM
+from beit_jax.convert.formats.rules import steps
+from beit_jax.convert.formats.tables import UNILM
 from beit_jax.errors import BeitJaxError
-from beit_jax.heads import build_model, param_shapes
 from beit_jax.hub import resolve
+from beit_jax.models.adapt import resize_patch_kernel
+from beit_jax.models.heads import build_model, param_shapes
 from beit_jax.tree import unflatten
 
 timm = pytest.importorskip("timm", reason="timm is not installed; see pyproject.toml, extra timm")
@@ -153,7 +153,7 @@ def test_patch_resampling_is_timms() -> None:
 def test_geometric_linear_resize_is_timms(source: tuple[int, int], target: tuple[int, int]) -> None:
     from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 
-    from beit_jax.position import num_relative_offsets, resize_bias_table
+    from beit_jax.models.position import num_relative_offsets, resize_bias_table
 
     table = np.random.default_rng(0).standard_normal((num_relative_offsets(source), 4)).astype(np.float32)
     expected = resize_rel_pos_bias_table(

@@ -11,9 +11,9 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 from scipy import stats
 
-from beit_jax.train.augment import Draws
+from beit_jax.train.augmentation.augment import Draws
+from beit_jax.train.augmentation.views import ViewsTransform
 from beit_jax.train.recipe import AugmentOptions
-from beit_jax.train.views import ViewsTransform
 
 pytest.importorskip("timm", reason="timm is not installed; see pyproject.toml, extra timm")
 torch = pytest.importorskip("torch")

@@ -16,14 +16,14 @@ from flax import nnx
 from tolerances import GRADIENT, TRAINING
 from torch.nn import functional as F
 
-from beit_jax.tokenizer import abstract_tokenizer, build_tokenizer
-from beit_jax.train.optim import optimizer
+from beit_jax.tokenizers.tokenizer import abstract_tokenizer, build_tokenizer
+from beit_jax.tokenizers.vqkd import VqkdConfig
+from beit_jax.train.objectives.vqkd import tokenizer_statistics, vqkd
 from beit_jax.train.recipe import ModelOptions, OptimOptions, Recipe, VqkdOptions
-from beit_jax.train.state import State, initial_state, variables
-from beit_jax.train.step import make_train_step
-from beit_jax.train.vqkd import tokenizer_statistics, vqkd
+from beit_jax.train.step.optim import optimizer
+from beit_jax.train.step.state import State, initial_state, variables
+from beit_jax.train.step.step import make_train_step
 from beit_jax.tree import Nested, flatten, unflatten
-from beit_jax.vqkd import VqkdConfig
 
 STEPS, BATCH, PATCH = 5, 8, 8
 TINY = VqkdConfig(

@@ -13,7 +13,7 @@ from typing import Literal
 
 import pytest
 
-from beit_jax.__main__ import main
+from beit_jax.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from beit_jax.__main__ import main
+from beit_jax.cli.main import main
 from beit_jax.errors import BeitJaxError
-from beit_jax.train import contract, loop
+from beit_jax.train.loop import contract
+from beit_jax.train.loop import run as loop
 
 Batch = dict[str, np.ndarray]
 

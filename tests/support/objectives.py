@@ -14,17 +14,17 @@ import numpy as np
 from PIL import Image
 
 from beit_jax.config import BeitConfig
-from beit_jax.dvae import DvaeEncoderConfig
-from beit_jax.heads import param_shapes
 from beit_jax.images import ImageProcessor
-from beit_jax.tokenizer import TokenizerCheckpoint, save_tokenizer, tokenizer_shapes
-from beit_jax.train import resolve
-from beit_jax.train.cluster import joined
-from beit_jax.train.loop import train
-from beit_jax.train.plan import make_plan
-from beit_jax.train.prepare import prepare_ade20k, prepare_digits
+from beit_jax.models.heads import param_shapes
+from beit_jax.tokenizers.dvae import DvaeEncoderConfig
+from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, save_tokenizer, tokenizer_shapes
+from beit_jax.train.data.prepare import prepare_ade20k, prepare_digits
+from beit_jax.train.distributed.cluster import joined
+from beit_jax.train.loop.plan import make_plan
+from beit_jax.train.loop.run import train
+from beit_jax.train.objectives import model_config as resolve
 from beit_jax.train.recipe import HostOptions, Recipe, check
-from beit_jax.train.recipes import recipe_named
+from beit_jax.train.recipes.finetuning import recipe_named
 from beit_jax.weights import NativeCheckpoint, save
 
 STEPS, BATCH, EPOCH, SCENES = 3, 32, 1347 // 32, 18

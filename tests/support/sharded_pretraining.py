@@ -14,12 +14,14 @@ import jax
 import numpy as np
 
 from beit_jax.config import BeitConfig
-from beit_jax.dvae import DvaeEncoderConfig
-from beit_jax.heads import param_shapes
 from beit_jax.images import ImageProcessor
-from beit_jax.tokenizer import TokenizerCheckpoint, tokenizer_shapes
-from beit_jax.train.optim import optimizer
-from beit_jax.train.plan import Plan
+from beit_jax.models.heads import param_shapes
+from beit_jax.tokenizers.dvae import DvaeEncoderConfig
+from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, tokenizer_shapes
+from beit_jax.train.distributed.sharding import make_mesh, put_batch
+from beit_jax.train.loop.plan import Plan
+from beit_jax.train.objectives.task import Sources
+from beit_jax.train.objectives.unsupervised import Data2vec, MaskedTokens, Vqkd
 from beit_jax.train.recipe import (
     Data2vecOptions,
     MaskOptions,
@@ -29,10 +31,8 @@ from beit_jax.train.recipe import (
     TokenOptions,
     VqkdOptions,
 )
-from beit_jax.train.sharding import make_mesh, put_batch
-from beit_jax.train.state import State
-from beit_jax.train.task import Sources
-from beit_jax.train.unsupervised import Data2vec, MaskedTokens, Vqkd
+from beit_jax.train.step.optim import optimizer
+from beit_jax.train.step.state import State
 from beit_jax.tree import flatten
 from beit_jax.weights import NativeCheckpoint
 

@@ -16,14 +16,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from beit_jax.config import BeitConfig
-from beit_jax.heads import abstract_model
-from beit_jax.train.objectives import classification
-from beit_jax.train.optim import optimizer
+from beit_jax.models.heads import abstract_model
+from beit_jax.train.distributed.sharding import init_sharded, make_mesh, place, put_batch, replicated, state_shardings
 from beit_jax.train.recipe import AugmentOptions, ModelOptions, OptimOptions, Recipe
-from beit_jax.train.schedule import decay_table
-from beit_jax.train.sharding import init_sharded, make_mesh, place, put_batch, replicated, state_shardings
-from beit_jax.train.state import State, initial_state
-from beit_jax.train.step import make_train_step
+from beit_jax.train.step.objective import classification
+from beit_jax.train.step.optim import optimizer
+from beit_jax.train.step.schedule import decay_table
+from beit_jax.train.step.state import State, initial_state
+from beit_jax.train.step.step import make_train_step
 from beit_jax.tree import Nested, flatten, unflatten
 
 CONFIG = BeitConfig(

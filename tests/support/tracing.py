@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.extend.core import jaxpr_as_fun
 
-from beit_jax.partition import traced_for_several_devices
+from beit_jax.models.partition import traced_for_several_devices
 
 
 def traced(function: Callable[..., Any], *arguments: Any, several: bool = False) -> Any:

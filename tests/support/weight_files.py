@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from beit_jax.convert.checkpoint import Checkpoint, open_checkpoint
+from beit_jax.convert.files.checkpoint import Checkpoint, open_checkpoint
 from beit_jax.errors import BeitJaxError
 
 

@@ -1,0 +1,167 @@
+"""What a checkpoint is, in words for people and as data for programs. No tensor is read."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from beit_jax import weights
+from beit_jax.config import BeitConfig
+from beit_jax.errors import printable
+from beit_jax.hub import Source
+from beit_jax.images.processor import ImageProcessor
+from beit_jax.models.heads import num_params
+from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, is_native_tokenizer, read_tokenizer
+
+if TYPE_CHECKING:
+    from beit_jax.convert import Options, Plan
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The same facts twice."""
+
+    lines: list[str]
+    as_dict: dict[str, Any]
+
+
+def inspect(source: Source, options: "Options | None" = None, *, tensors: bool = False) -> Inspection:
+    """Describes a native checkpoint or any source the converter reads.
+
+    Args:
+        options: how to read a source that is converted.
+        tensors: list every tensor too.
+
+    Raises:
+        BeitJaxError: whatever would stop it from being loaded or converted.
+    """
+    if source.path.is_dir() and weights.is_native(source.path):
+        if is_native_tokenizer(source.path):
+            return describe_tokenizer(read_tokenizer(source.path))
+        return _native(source, tensors)
+    from beit_jax.convert import Options, plan, tokenizers
+
+    options = options or Options()
+    if tokenizers.is_tokenizer(source, prefer=options.weights):
+        return describe_tokenizer(
+            tokenizers.load(source, prefer=options.weights, allow_nonfinite=options.allow_nonfinite)
+        )
+    decided = plan(source, options)
+    with decided.checkpoint:
+        listed = {name: (info.shape, str(info.dtype)) for name, info in decided.checkpoint.tensors.items()}
+        found = plan_as_dict(decided) | ({"tensors": _tensors_as_dict(listed)} if tensors else {})
+        return Inspection([*describe_plan(decided), *(_tensor_lines(listed) if tensors else ())], found)
+
+
+def describe_tokenizer(checkpoint: TokenizerCheckpoint) -> Inspection:
+    """What a converted tokenizer is."""
+    config = asdict(checkpoint.config)
+    parameters = sum(leaf.size for leaf in checkpoint.params.values())
+    lines = [
+        *_describe_provenance(checkpoint.provenance),
+        f"model        {checkpoint.config.model_type}, {parameters:,} parameters",
+        f"config       {', '.join(f'{name} {value}' for name, value in config.items())}",
+    ]
+    return Inspection(lines, {"provenance": checkpoint.provenance, "parameters": parameters, "config": config})
+
+
+def describe_plan(plan: "Plan") -> list[str]:
+    """What the converter reads, as lines."""
+    revision = f" at {plan.source.revision}" if plan.source.revision else ""
+    dropped = f", {len(plan.dropped)} derived ones left out" if plan.dropped else ""
+    lines = [
+        f"source       {printable(plan.source.name)}{revision}",
+        f"files        {', '.join(printable(file.name) for file in plan.checkpoint.files)} ({plan.checkpoint.format})",
+        f"naming       {plan.naming.name}, {len(plan.checkpoint.tensors)} tensors{dropped}",
+        *_describe_model(plan.config, plan.processor, {str(spec.dtype) for spec in plan.specs.values()}),
+    ]
+    return [*lines, *(f"note         {note}" for note in plan.notes)]
+
+
+def plan_as_dict(plan: "Plan") -> dict[str, Any]:
+    """`describe_plan` for programs."""
+    return plan.provenance() | {
+        "source_tensors": len(plan.checkpoint.tensors),
+        "dropped": list(plan.dropped),
+        "notes": list(plan.notes),
+        **_model_as_dict(plan.config, plan.processor),
+    }
+
+
+def _native(source: Source, tensors: bool) -> Inspection:
+    config = BeitConfig.from_file(source.path / weights.CONFIG)
+    processor = ImageProcessor.from_file(source.path / weights.PROCESSOR)
+    provenance = json.loads(weights.read_metadata(source.path / weights.WEIGHTS)["provenance"])
+    listed = weights.read_specs(source.path / weights.WEIGHTS)
+    dtypes = {dtype for _, dtype in listed.values()}
+    lines = [
+        f"source       {printable(source.name)} (native checkpoint)",
+        *_describe_provenance(provenance),
+        *_describe_model(config, processor, dtypes),
+    ]
+    found = {"format": weights.FORMAT, "provenance": provenance, **_model_as_dict(config, processor)}
+    if tensors:
+        return Inspection([*lines, *_tensor_lines(listed)], found | {"tensors": _tensors_as_dict(listed)})
+    return Inspection(lines, found)
+
+
+def _describe_provenance(provenance: Mapping[str, Any]) -> list[str]:
+    """What is recorded: everything by the converter, perhaps nothing by someone's own program."""
+    files = [f"{name} sha256 {digest}" if digest else name for name, digest in provenance.get("files", {}).items()]
+    formats = [provenance[key] for key in ("format", "naming") if key in provenance]
+    told = {
+        "converted": " by ".join(str(provenance[key]) for key in ("source", "converter") if key in provenance),
+        "revision": provenance.get("revision"),
+        "files": ", ".join([*files, *formats]),
+        "options": ", ".join(f"{name} {value}" for name, value in provenance.get("options", {}).items()),
+    }
+    return [f"{key:12} {printable(value, 500)}" for key, value in told.items() if value]
+
+
+def _describe_model(config: BeitConfig, processor: ImageProcessor, dtypes: Iterable[str]) -> list[str]:
+    head = {
+        "features": "no head",
+        "masked_image_modeling": f"{config.vocab_size} visual tokens",
+        "image_classification": f"{config.num_labels} classes",
+        "semantic_segmentation": f"UperNet, {config.num_labels} classes",
+        "backbone": f"{len(config.out_indices)} feature maps",
+    }[config.task]
+    absolute = "absolute positions, " if config.use_absolute_position_embeddings else ""
+    return [
+        f"model        {config.to_hf()['architectures'][0]}, {num_params(config):,} parameters, {head}",
+        f"encoder      {config.num_hidden_layers} layers, width {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, mlp {config.intermediate_size}, "
+        f"layer norm epsilon {config.layer_norm_eps:g}",
+        f"positions    {absolute}relative bias {config.position_bias}, resized by {config.position_resize}",
+        f"pooling      {config.pooling}; layer scale {'yes' if config.layer_scale_init_value > 0 else 'no'}; "
+        f"mask token {'yes' if config.use_mask_token else 'no'}",
+        f"images       {'x'.join(map(str, config.image_size))}, patch {'x'.join(map(str, config.patch_size))}: "
+        f"{processor.describe()}",
+        *_describe_taps(config),
+        f"stored as    {', '.join(sorted(dtypes))}",
+    ]
+
+
+def _describe_taps(config: BeitConfig) -> list[str]:
+    if not config.out_indices:
+        return []
+    counted = "as trained" if config.feature_taps == "original" else "as transformers reads them"
+    return [
+        f"taps         out_indices {list(config.out_indices)}, {counted}: hidden states {list(config.tapped_states)}"
+    ]
+
+
+def _model_as_dict(config: BeitConfig, processor: ImageProcessor) -> dict[str, Any]:
+    return {
+        "parameters": num_params(config),
+        "config": config.to_hf(),
+        "preprocessor": processor.to_hf(),
+    }
+
+
+def _tensor_lines(listed: Mapping[str, tuple[tuple[int, ...], str]]) -> list[str]:
+    return [f"{dtype:9} {'x'.join(map(str, shape)):>20}  {printable(name)}" for name, (shape, dtype) in listed.items()]
+
+
+def _tensors_as_dict(listed: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Any]:
+    return {name: {"shape": list(shape), "dtype": dtype} for name, (shape, dtype) in listed.items()}

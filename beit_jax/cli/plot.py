@@ -1,0 +1,226 @@
+"""`beit-jax plot`: pictures of a model's inside, of training and of parity. Imports wait until a command runs."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg, subcommand
+
+from beit_jax.cli.arguments import Hub, Json, SourceName
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.terminal import print_json, print_lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from beit_jax.looking.interpret import ImageAttention
+
+_Image = Annotated[Path, arg(metavar="IMAGE", help="Image file.")]
+_Output = Annotated[Path, arg(aliases=["-o"], help="Picture to write, ending in .png, .svg or .pdf.")]
+_Block = Annotated[int | None, arg(metavar="NUMBER")]
+_Patch = Annotated[
+    tuple[int, int] | None,
+    arg(metavar="ROW COLUMN", help="The token: a patch, counted from 1 1 at the top left; by default the class token."),
+]
+_Hub = Annotated[Hub, arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ImagePlot:
+    """What both plots of an image take."""
+
+    checkpoint: Positional[SourceName]
+    image: Positional[_Image]
+    patch: _Patch = None
+    json: Json = False
+    hub: _Hub = Hub()
+
+    def attention(self) -> "ImageAttention":
+        """Of the image, in all blocks."""
+        from beit_jax.images.files import open_image
+        from beit_jax.inference import predict
+        from beit_jax.looking.interpret import image_attention
+
+        open_image(self.image)  # before a checkpoint is fetched for nothing
+        model, processor = predict.from_pretrained(
+            self.checkpoint, revision=self.hub.revision, cache_dir=self.hub.cache_dir
+        )
+        return image_attention(model, processor, self.image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPlot(_ImagePlot):
+    """What a token attends to in an image: a map for every head of a block.
+
+    Try:
+      beit-jax plot attention microsoft/beit-base-patch16-224 cat.jpg
+      beit-jax plot attention ./native cat.jpg --block 3 --patch 7 8 -o patch.pdf
+    """
+
+    output: _Output = Path("attention.png")
+    block: _Block = None
+    """The block, from 1; by default the last."""
+
+    def draw(self) -> int:
+        from beit_jax.looking import visualize
+        from beit_jax.looking.interpret import checked_block
+
+        visualize.check_output(self.output)
+        attention = self.attention()
+        figure = visualize.attention_maps(attention, block=self.block, patch=self.patch)
+        block = checked_block(self.block, attention.depth)
+        to_class = attention.probabilities[block - 1, :, attention.token(self.patch), 0]
+        facts = {"block": block, "patch": self.patch, "grid": attention.grid, "to_class_token": to_class.tolist()}
+        return _write(figure, self.output, {"image": str(self.image)} | facts, json=self.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutPlot(_ImagePlot):
+    """How much of every patch reaches a token through all blocks, by attention rollout (arXiv 2005.00928).
+
+    Try:
+      beit-jax plot rollout microsoft/beit-base-patch16-224 cat.jpg
+      beit-jax plot rollout ./native cat.jpg --patch 7 8 --json
+    """
+
+    output: _Output = Path("rollout.png")
+
+    def draw(self) -> int:
+        from beit_jax.looking import visualize
+
+        visualize.check_output(self.output)
+        attention = self.attention()
+        figure = visualize.attention_rollout(attention, patch=self.patch)
+        shares = {"patch": self.patch, "shares": attention.rollout_map(self.patch).tolist()}
+        return _write(figure, self.output, {"image": str(self.image)} | shares, json=self.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionBiasPlot:
+    """The relative position bias of every head, by the offset between two patches.
+
+    Try:
+      beit-jax plot position-bias microsoft/beit-large-patch16-224-pt22k
+      beit-jax plot position-bias ./native --block 1 -o first-block.svg
+    """
+
+    checkpoint: Positional[SourceName]
+    output: _Output = Path("position-bias.png")
+    block: _Block = None
+    """All that this block adds, from 1; by default the table that all blocks share, or else the last block's."""
+    json: Json = False
+    hub: _Hub = Hub()
+
+    def draw(self) -> int:
+        from beit_jax.inference import predict
+        from beit_jax.looking import visualize
+        from beit_jax.looking.interpret import position_bias
+
+        visualize.check_output(self.output)
+        model, _ = predict.from_pretrained(self.checkpoint, revision=self.hub.revision, cache_dir=self.hub.cache_dir)
+        bias = position_bias(model, self.block)
+        facts = {"table": bias.table, "offsets": list(bias.offsets.shape[1:]), **bias.class_entries()}
+        return _write(visualize.position_bias(bias), self.output, facts, json=self.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvesPlot:
+    """Loss, learning rate, scores and speed of one or several runs of `beit-jax train`, by step.
+
+    Try:
+      beit-jax plot curves ./run
+      beit-jax plot curves ./first ./second -o loss.png --metrics loss grad_norm --log grad_norm
+    """
+
+    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN...", help="Directories of runs.")]]
+    output: _Output = Path("curves.png")
+    metrics: tuple[str, ...] = ()
+    """What to draw; by default the usual ones and all of validation."""
+    log: tuple[str, ...] = ()
+    """Metrics to draw on a logarithmic axis."""
+    json: Json = False
+
+    def draw(self) -> int:
+        from beit_jax.looking import visualize
+        from beit_jax.train.loop.log import METRICS, read_metrics
+
+        visualize.check_output(self.output)
+        labels = _labels(self.runs)
+        runs = {label: read_metrics(run / METRICS) for label, run in zip(labels, self.runs, strict=True)}
+        figure = visualize.training_curves(runs, metrics=self.metrics, log=self.log)
+        facts = [
+            {"run": str(run), "label": label, "records": len(records), "last_step": int(records[-1]["step"])}
+            for run, (label, records) in zip(self.runs, runs.items(), strict=True)
+        ]
+        return _write(figure, self.output, {"runs": facts}, json=self.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityPlot:
+    """How far every stage of a converted model is from PyTorch, against what is tolerated.
+
+    Try:
+      beit-jax parity ./directory --json > parity.json
+      beit-jax plot parity parity.json
+    """
+
+    report: Positional[Annotated[Path, arg(metavar="REPORT", help="What beit-jax parity --json printed.")]]
+    output: _Output = Path("parity.png")
+    json: Json = False
+
+    def draw(self) -> int:
+        from beit_jax.convert.parity import read_report
+        from beit_jax.looking import visualize
+
+        visualize.check_output(self.output)
+        stages = read_report(self.report)
+        different = [stage["name"] for stage in stages if not stage["passed"]]
+        facts = {"stages": len(stages), "different": different}
+        return _write(visualize.parity_errors(stages), self.output, facts, json=self.json)
+
+
+def plot(
+    kind: Annotated[
+        Annotated[AttentionPlot, subcommand("attention")]
+        | Annotated[RolloutPlot, subcommand("rollout")]
+        | Annotated[PositionBiasPlot, subcommand("position-bias")]
+        | Annotated[CurvesPlot, subcommand("curves")]
+        | Annotated[ParityPlot, subcommand("parity")],
+        arg(name=""),
+    ],
+) -> int:
+    """Draw what a model attends to, its position bias, how training went, or how far parity is. Needs matplotlib.
+
+    Label maps over images are drawn by `beit-jax segment`, predictions of hidden patches by `beit-jax reconstruct`,
+    mistakes of a classifier by `beit-jax evaluate --confusion`.
+
+    Try:
+      beit-jax plot attention ./native cat.jpg
+      beit-jax plot curves ./run
+      beit-jax plot position-bias --help
+    """
+    return kind.draw()
+
+
+def _labels(runs: Sequence[Path]) -> list[str]:
+    """The names of directories; the whole path of those that share their names."""
+    names = [Path(os.path.abspath(run)).name for run in runs]
+    labels = [str(run) if Counter(names)[name] > 1 else name for run, name in zip(runs, names, strict=True)]
+    if len(set(labels)) < len(labels):
+        twice = Counter(labels).most_common(1)[0][0]
+        raise BeitJaxError(f"{printable(twice)}: given twice; name every run once")
+    return labels
+
+
+def _write(figure: "Figure", output: Path, facts: Mapping[str, Any], *, json: bool) -> int:
+    from beit_jax.looking.visualize import save
+
+    save(figure, output)
+    if json:
+        print_json({"output": str(output)} | dict(facts))
+    else:
+        print_lines([f"written      {printable(output)}"])
+    return 0

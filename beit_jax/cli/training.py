@@ -1,0 +1,428 @@
+"""Commands on recipes and data: `prepare`, `train`, `tokenize`, `aot` and half of `evaluate`.
+
+As in `beit_jax.cli.main`, imports wait until a command runs.
+"""
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from beit_jax.cli.arguments import Json
+from beit_jax.errors import BeitJaxError
+from beit_jax.terminal import image_progress, print_json, print_lines, print_table
+
+if TYPE_CHECKING:
+    from beit_jax.images.processor import ImageProcessor
+    from beit_jax.models.heads import Model
+    from beit_jax.train.distributed.peers import Peers
+    from beit_jax.train.forecast.preview import Preview
+    from beit_jax.train.loop.run import Outcome
+
+from beit_jax.train.recipe import (
+    AugmentOptions,
+    Data2vecOptions,
+    DataOptions,
+    DvaeOptions,
+    HostOptions,
+    MaskOptions,
+    ModelOptions,
+    OptimOptions,
+    Recipe,
+    Resume,
+    RunOptions,
+    SegmentationOptions,
+    TokenOptions,
+    VqkdOptions,
+    check,
+)
+from beit_jax.train.recipes.finetuning import RECIPES, recipe_named
+
+Kind = Literal["digits", "folder", "images", "imagenet", "imagenet22k", "ade20k"]
+
+
+def prepare(
+    kind: Positional[Annotated[Kind, arg(help="What SOURCE is.")]],
+    paths: Positional[Annotated[tuple[Path, ...], arg(metavar="[SOURCE] DEST")]],
+    *,
+    held_out: float | None = None,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    json: Json = False,
+) -> int:
+    """Write a data set as `beit-jax train` and `evaluate` read it: TFDS in ArrayRecord files, without TensorFlow.
+
+    digits needs no SOURCE (scikit-learn's handwritten digits); folder is a tree with a folder per class, below train/
+    and val/ or not; images is any tree of images, without labels, to pre-train on; imagenet is the folder of
+    ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and the development kit; imagenet22k a folder of a tar per class,
+    or a tar of these; ade20k is ADEChallengeData2016. Data that TFDS itself prepared as array_record need no
+    preparation.
+
+    Try:
+      beit-jax prepare digits ./digits
+      beit-jax prepare imagenet /downloads/imagenet ./imagenet
+
+    Args:
+        held_out: Share of the images that become the validation split: of each class of a folder without val/ (0.1 by
+            default), of images and of imagenet22k (none by default).
+        skip_bad: Leave out images that cannot be read, naming each; otherwise they are named and nothing is written.
+        overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
+    """
+    with _extra():
+        from beit_jax.train.data import prepare as preparing
+
+    wanted = 1 if kind == "digits" else 2
+    if len(paths) != wanted:
+        names = "DEST" if wanted == 1 else "SOURCE DEST"
+        raise BeitJaxError(f"prepare {kind}: expected {names}, found {len(paths)} names")
+    progress = partial(image_progress, description="preparing")
+    source, dest = paths[0], paths[-1]
+    if kind == "digits":
+        done = preparing.prepare_digits(dest, progress, overwrite=overwrite)
+    elif kind == "folder":
+        share = 0.1 if held_out is None else held_out
+        done = preparing.prepare_folder(source, dest, progress, held_out=share, overwrite=overwrite, skip_bad=skip_bad)
+    elif kind in ("images", "imagenet22k"):
+        unlabelled = preparing.prepare_images if kind == "images" else preparing.prepare_imagenet22k
+        done = unlabelled(source, dest, progress, held_out=held_out or 0.0, overwrite=overwrite, skip_bad=skip_bad)
+    elif kind == "imagenet":
+        done = preparing.prepare_imagenet(source, dest, progress, overwrite=overwrite, skip_bad=skip_bad)
+    else:
+        done = preparing.prepare_ade20k(source, dest, progress, overwrite=overwrite, skip_bad=skip_bad)
+    if json:
+        print_json(asdict(done) | {"directory": str(done.directory)})
+        return 0
+    splits = ", ".join(f"{name} {count:,}" for name, count in done.splits.items())
+    left_out = [f"left out     {line}" for line in done.left_out]
+    print_lines([*left_out, f"written      {done.directory}: {splits}; {len(done.labels):,} classes"])
+    return 0
+
+
+@dataclass(frozen=True)
+class Classifying:
+    """How a classifier is evaluated."""
+
+    split: str = "validation"
+    """Of prepared data; of folders, a folder of this name if there is one."""
+    preset: Literal["hf", "unilm_eval", "timm"] | None = None
+    """Prepare images as transformers, the original's evaluation or timm do, not as the checkpoint says."""
+    real: Path | None = None
+    """ImageNet's reassessed labels: real.json."""
+    confusion: Path | None = None
+    """PNG to write: which classes are taken for which."""
+    per_class: bool = False
+    """Print a line for every class."""
+    eval_batch_size: int = 64
+    """Images computed at once."""
+    workers: int | None = None
+    """Processes that prepare images; 0: threads of this one. By default half of the cores, at most 16."""
+
+
+def evaluate_classifier(
+    model: "Model", processor: "ImageProcessor", data: Path, options: Classifying, *, json: bool
+) -> int:
+    """`beit-jax evaluate` with ``--data``."""
+    from beit_jax.images.processor import HALF, preset
+
+    with _extra():
+        from beit_jax.train.evaluation import accuracy, labelled
+        from beit_jax.train.evaluation.confusion import confusion_picture
+
+    if options.confusion is not None and options.confusion.suffix.lower() != ".png":
+        raise BeitJaxError(f"{options.confusion}: expected a name ending in .png")
+    if options.preset is not None:
+        processor = preset(
+            options.preset, model.config.image_size, mean=processor.mean or HALF, std=processor.std or HALF
+        )
+    scores = labelled.evaluate_directory(
+        model,
+        processor,
+        data,
+        split=options.split,
+        real=options.real,
+        batch_size=options.eval_batch_size,
+        workers=options.workers,
+        progress=partial(image_progress, description="evaluating"),
+    )
+    if options.confusion is not None:
+        confusion_picture(scores, options.confusion)
+    if json:
+        print_json(scores.as_dict())
+        return 0
+    if options.per_class:
+        print_table(accuracy.TABLE, accuracy.class_table(scores))
+    print_lines(accuracy.describe(scores))
+    return 0
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a run reads besides its data."""
+
+    init: Annotated[Path | None, arg(metavar="CHECKPOINT")] = None
+    """Native checkpoint to start from; by default parameters are drawn at random."""
+    tokenizer: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Native tokenizer, whose tokens are predicted."""
+    decoder: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Native decoder of its tokens, for pictures in TensorBoard."""
+    stored_tokens: Annotated[Path | None, arg(metavar="DIR")] = None
+    """The tokens themselves, from beit-jax tokenize with the same recipe, data and tokenizer."""
+    teacher: Annotated[Path | None, arg(metavar="CHECKPOINT")] = None
+    """Native checkpoint whose features a tokenizer learns from."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """All of a recipe that can be changed."""
+
+    model: ModelOptions
+    batches: Annotated[DataOptions, arg(name="data")]
+    augment: AugmentOptions
+    segment: SegmentationOptions
+    mask: MaskOptions
+    tokens: TokenOptions
+    data2vec: Data2vecOptions
+    vqkd: VqkdOptions
+    dvae: DvaeOptions
+    optim: OptimOptions
+    run: RunOptions
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Numbers":
+        """Those of a recipe."""
+        values = {entry.name: getattr(recipe, entry.name) for entry in fields(cls) if entry.name != "batches"}
+        return cls(batches=recipe.data, **values)
+
+    def recipe(self, name: str, given: Recipe) -> Recipe:
+        """`given` with these numbers, checked.
+
+        Raises:
+            BeitJaxError: a number out of its range, or that the objective does not use.
+        """
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "batches"}
+        changed = replace(given, name=name, data=self.batches, **values)
+        check(changed)
+        return changed
+
+
+_RecipeName = Annotated[str, arg(metavar="RECIPE", help=f"One of: {', '.join(RECIPES)}.")]
+_Data = Annotated[Path, arg(metavar="DIR", help="Prepared data: beit-jax prepare --help.")]
+
+
+def train_command(arguments: Sequence[str]) -> Callable[..., int]:
+    """The function behind `beit-jax train`; its defaults, and so its help, are those of the recipe that is named.
+
+    Raises:
+        BeitJaxError: no such recipe; names the nearest.
+    """
+    given = _named(arguments, "train")
+    defaults = Numbers.of(given)
+
+    def train(
+        recipe: Positional[_RecipeName],
+        *,
+        data: _Data,
+        out: Annotated[Path, arg(metavar="DIR", help="Where the run is kept; an earlier one there is continued.")],
+        reads: Annotated[Reads, arg(name="")] = Reads(),
+        resume: Annotated[
+            Resume,
+            arg(help="Continue where DIR stands if it holds a run; only so; or only if it holds none."),
+        ] = "auto",
+        dry_run: Annotated[
+            bool, arg(help="Print the recipe, parameters, memory and operations, trace a step, and stop.")
+        ] = False,
+        json: Json = False,
+        hosts: HostOptions = HostOptions(),
+        numbers: Annotated[Numbers, arg(name="")] = defaults,
+    ) -> int:
+        resolved = numbers.recipe(recipe, given)
+        return _train(resolved, data, out, reads, resume, hosts, dry_run=dry_run, json=json)
+
+    train.__doc__ = _HELP.format(about=_about(given))
+    return train
+
+
+_LIST = "Name a recipe before --help to see its numbers."
+_HELP = """Train: pre-train, fine-tune, segment or probe by a recipe, sharded over all devices, resumable to the bit.
+
+    {about}
+
+    Exit code 75: stopped by a signal after saving; the same command goes on.
+
+    Try:
+      beit-jax prepare digits ./digits && beit-jax train digits_finetune --data ./digits --out ./run
+      beit-jax train beit_base_ft1k --data ./imagenet --out ./run --init ./beit-base-pt22k --model.drop-path 0.2
+      beit-jax train beit_large_ft1k --data ./imagenet --out ./run --dry-run
+      beit-jax train beit_base_ade20k_640 --data ./ade20k --out ./run --init ./beit-base-ft22k
+      beit-jax train beit_base_pt1k --data ./imagenet --out ./run --tokenizer ./dvae-encoder
+
+    On a TPU pod, on GKE and under SLURM the same command on every host is one run; docs/pods.md.
+    """
+
+
+def _train(
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    reads: Reads,
+    resume: Resume,
+    hosts: HostOptions,
+    *,
+    dry_run: bool,
+    json: bool,
+) -> int:
+    with _extra():
+        from beit_jax.train.distributed import cluster
+        from beit_jax.train.forecast.preview import preview
+        from beit_jax.train.loop import run as loop
+        from beit_jax.train.loop.plan import make_plan
+
+    with cluster.joined(hosts) as peers:
+        plan = make_plan(recipe, data, **vars(reads))
+        if dry_run:
+            _told(preview(plan), peers, json=json)
+            return 0
+        outcome = loop.train(plan, out, resume=resume, peers=peers)
+        _told(outcome, peers, json=json)
+        return outcome.exit_code
+
+
+def _told(found: "Outcome | Preview", peers: "Peers", *, json: bool) -> None:
+    """Prints, in the first process."""
+    if peers.index == 0:
+        print_json(found.as_dict()) if json else print_lines(found.lines())
+
+
+def tokenize_command(arguments: Sequence[str]) -> Callable[..., int]:
+    """The function behind `beit-jax tokenize`, as `train_command`'s."""
+    given = _named(arguments, "tokenize")
+    defaults = Numbers.of(given)
+
+    def tokenize(
+        recipe: Positional[_RecipeName],
+        *,
+        data: _Data,
+        tokenizer: Annotated[Path, arg(metavar="DIR", help="Native tokenizer: beit-jax convert.")],
+        out: Annotated[Path, arg(metavar="DIR", help="Directory to create: the tokens.")],
+        epochs: Annotated[float | None, arg(help="Epochs to store; by default all of the recipe's.")] = None,
+        overwrite: Annotated[bool, arg(help="Replace DIR if it exists; it stays whole until the new one is.")] = False,
+        json: Json = False,
+        numbers: Annotated[Numbers, arg(name="")] = defaults,
+    ) -> int:
+        resolved = numbers.recipe(recipe, given)
+        if resolved.objective != "masked_tokens":
+            raise BeitJaxError(f"{given.name}: {resolved.objective} predicts no tokens; choose another recipe")
+        if epochs is not None:
+            if not 0.0 < epochs < math.inf:
+                raise BeitJaxError(f"--epochs: expected a positive number, found {epochs:g}")
+            resolved = replace(resolved, optim=replace(resolved.optim, epochs=epochs, warmup_epochs=0.0))
+        return _tokenize(resolved, data, tokenizer, out, overwrite=overwrite, json=json)
+
+    tokenize.__doc__ = _TOKENIZE_HELP.format(about=_about(given))
+    return tokenize
+
+
+_TOKENIZE_HELP = """Compute the visual tokens of pre-training once, for runs that see the same images in the same views.
+
+    {about}
+
+    Tokens follow from the recipe's seed and augmentation, the data and the tokenizer: they are those that training with
+    --tokenizer computes on its way. They take two bytes a patch: half a GB for an epoch of ImageNet.
+
+    Try:
+      beit-jax tokenize beit_base_pt1k --data ./imagenet --tokenizer ./dvae-encoder --out ./tokens --epochs 10
+      beit-jax train beit_base_pt1k --data ./imagenet --tokenizer ./dvae-encoder --stored-tokens ./tokens --out ./run \\
+        --optim.epochs 10
+    """
+
+
+def _tokenize(recipe: Recipe, data: Path, tokenizer: Path, out: Path, *, overwrite: bool, json: bool) -> int:
+    with _extra():
+        from beit_jax.train.loop.plan import make_plan, store_tokens
+
+    plan = make_plan(recipe, data, tokenizer=tokenizer)
+    progress = partial(image_progress, description="tokenizing")
+    positions = store_tokens(plan, out, progress, overwrite=overwrite)
+    if json:
+        print_json({"directory": str(out), "images": positions, "epochs": recipe.optim.epochs})
+    else:
+        print_lines([f"written      {out}: tokens of {positions:,} images, {recipe.optim.epochs:g} epochs"])
+    return 0
+
+
+def aot_command(arguments: Sequence[str]) -> Callable[..., int]:
+    """The function behind `beit-jax aot`, as `train_command`'s."""
+    given = _named(arguments, "aot")
+    defaults = Numbers.of(given)
+
+    def aot(
+        recipe: Positional[_RecipeName],
+        *,
+        topology: Annotated[
+            str, arg(metavar="CHIP:SHAPE", help="v5e:2x4, v6e:4x4, v5p:2x2x2; 2xv5e:4x4: two slices.")
+        ] = given.topology,
+        classes: Annotated[int | None, arg(help="Of the data; by default as the variant was published with.")] = None,
+        quick: Annotated[bool, arg(help="Compile once: do not look for the largest batch that fits.")] = False,
+        json: Json = False,
+        numbers: Annotated[Numbers, arg(name="")] = defaults,
+    ) -> int:
+        return _aot(numbers.recipe(recipe, given), topology, classes, quick=quick, json=json)
+
+    aot.__doc__ = _AOT_HELP.format(about=_about(given))
+    return aot
+
+
+_AOT_HELP = """Compile the step of a recipe for TPUs that are not here: does it fit, and how fast could it be?
+
+    {about}
+
+    Prints memory of a chip against what the chip has, operations, memory traffic and collectives with their bytes,
+    bounds of the step time and of utilisation by the chip's data sheet, and the largest batch that fits. Needs libtpu
+    (pip install 'jax[tpu]'), and minutes, but no TPU, no data and no checkpoint. Exit code 1: it does not fit.
+
+    Try:
+      beit-jax aot beit_base_pt1k --topology v5e:2x4 --optim.accumulate 2 --model.remat block
+      beit-jax aot beit_large_ft22k_ft1k_512 --topology 2xv5e:4x4 --run.mesh 2 -1 1 --model.remat block --quick
+    """
+
+
+def _aot(recipe: Recipe, topology: str, classes: int | None, *, quick: bool, json: bool) -> int:
+    with _extra():
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, if there is one, stays free
+        from beit_jax.train.distributed.topology import parse_topology
+        from beit_jax.train.forecast import aot
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    found = aot.report(recipe, parse_topology(topology), classes=classes, largest=not quick, say=say)
+    print_json(found.as_dict()) if json else print_lines(found.lines())
+    return 0 if found.fits else 1
+
+
+def _named(arguments: Sequence[str], command: str) -> Recipe:
+    """The recipe that the command line names; one of defaults where it names none."""
+    name = arguments[1] if len(arguments) > 1 and arguments[0] == command else ""
+    return recipe_named(name) if name and not name.startswith("-") else Recipe(name="")
+
+
+def _about(given: Recipe) -> str | None:
+    return inspect.getdoc(RECIPES[given.name]) if given.name in RECIPES else _LIST
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Around imports of what a plain installation does not have."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise BeitJaxError(f"{error.name} is not installed; pip install 'beit-jax[train]'") from None

@@ -1,0 +1,101 @@
+"""Label maps: one class number per pixel, read from PNG files, reduced and resized without inventing classes."""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Final
+
+import numpy as np
+from jaxtyping import Integer
+from PIL import Image
+
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.files import MAX_PIXELS
+
+IGNORED: Final = 255
+_MODES: Final = frozenset({"L", "P", "1", "I", "I;16", "I;16L", "I;16B", "I;16N"})
+
+LabelMap = Integer[np.ndarray, "h w"]
+
+
+def read_label_map(path: str | os.PathLike[str]) -> LabelMap:
+    """The class numbers in a PNG file, [h, w] int32: the stored numbers, not the colours of a palette.
+
+    Raises:
+        BeitJaxError: missing, no PNG, damaged, too large, or with colours for pixels instead of numbers.
+    """
+    name = printable(Path(path))
+    if not Path(path).is_file():
+        raise BeitJaxError(f"{name}: no such file; give the path of a label map")
+    return _decoded(Path(path), name)
+
+
+def decode_label_map(data: bytes, name: str) -> LabelMap:
+    """The class numbers in the bytes of a PNG file, as `read_label_map` gives them.
+
+    Args:
+        name: what stands for the map in an error; printable.
+
+    Raises:
+        BeitJaxError: no PNG, damaged, too large, or with colours for pixels instead of numbers.
+    """
+    return _decoded(io.BytesIO(data), name)
+
+
+def _decoded(file: Path | IO[bytes], name: str) -> LabelMap:
+    try:
+        with Image.open(file, formats=("PNG",)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BeitJaxError(f"{name}: {image.width}x{image.height} pixels, expected at most {MAX_PIXELS}")
+            if image.mode not in _MODES:
+                raise BeitJaxError(
+                    f"{name}: mode {printable(image.mode)} holds colours, expected class numbers (a greyscale PNG)"
+                )
+            return np.asarray(image).astype(np.int32)
+    except BeitJaxError:
+        raise
+    except Exception as error:  # Pillow lets out whatever its parsing of untrusted bytes hits
+        raise BeitJaxError(f"{name}: not a readable PNG ({printable(error)}); export it again") from error
+
+
+def write_label_map(labels: LabelMap, path: Path) -> None:
+    """Writes class numbers as an 8-bit greyscale PNG, or 16-bit where they exceed 255."""
+    kind = np.uint8 if labels.max(initial=0) < 256 else np.uint16
+    Image.fromarray(labels.astype(kind)).save(path, format="PNG")
+
+
+def reduce_labels(labels: LabelMap) -> LabelMap:
+    """ADE20K's numbers as its models count them: 0, "other", becomes 255 (ignored), and every class one less.
+
+    Source: mmseg's ``reduce_zero_label``; transformers' ``do_reduce_labels``.
+    """
+    return np.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1).astype(labels.dtype)
+
+
+def resize_labels(labels: LabelMap, size: tuple[int, int]) -> LabelMap:
+    """The map at (height, width) by the nearest pixel, at floor(i * old / new) as OpenCV and torch take it.
+
+    Reduce first, resize then. (transformers resizes label maps with the image's bicubic kernel, which mixes numbers of
+    classes into those of others.)
+    """
+    rows, columns = (
+        np.minimum((np.arange(new) * (old / new)).astype(int), old - 1)
+        for old, new in zip(labels.shape, size, strict=True)
+    )
+    return labels[rows][:, columns]
+
+
+def check_labels(labels: LabelMap, classes: Sequence[str], name: str) -> None:
+    """Refuses class numbers that the model does not have.
+
+    Raises:
+        BeitJaxError: naming the map and the first such number.
+    """
+    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= len(classes)))
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        raise BeitJaxError(
+            f"{name}: label {int(labels[row, column])} at row {row}, column {column}, expected 0 to {len(classes) - 1} "
+            f"or {IGNORED} (ignored); {int(wrong.sum())} such pixels: is it this model's, and to be reduced or not?"
+        )

@@ -1,0 +1,324 @@
+"""Images to `pixel_values` [b, h, w, c] float32, bit for bit as the references compute them from PIL images.
+
+One arithmetic serves every preset. transformers (image_transforms.rescale, normalize) multiplies uint8 by the factor in
+float64 and rounds to float32; torchvision's ToTensor, which unilm and timm use, divides by 255 in float32. For the
+factor 1/255 both give the same float32 for all 256 values; mean and std are float32 operations in both. What does
+differ between them is the centre crop, hence the field `crop_rounding`.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image
+
+from beit_jax.config import PresetName
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.files import MAX_PIXELS, ImageLike, load_image, open_image, to_rgb
+from beit_jax.images.preprocessor_config import RESAMPLES, ROUNDINGS, Resample, Rounding, Within, processor_fields
+from beit_jax.json_file import read_json
+from beit_jax.resize import linear_taps
+
+__all__ = [
+    "HALF",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "PRESETS",
+    "ImageProcessor",
+    "Within",
+    "ade20k_processor",
+    "open_image",
+    "preset",
+    "to_rgb",
+]
+
+
+PRESETS: Final[tuple[PresetName, ...]] = get_args(PresetName)
+HALF: Final = (0.5, 0.5, 0.5)
+IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
+IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Paths, PIL images or uint8 arrays -> pixel_values [b, h, w, num_channels] float32.
+
+    Steps, each skipped when None: decode and convert to RGB, or to greyscale when `num_channels` is 1 (`open_image`,
+    `to_rgb`); resize with Pillow; centre crop; multiply by `rescale_factor`; subtract `mean` and divide by `std`.
+
+    resize: exact (height, width); or the length of the shortest edge, the long one being int(length * long / short);
+        or limits to stay `Within`, proportions kept.
+    antialias: whether shrinking averages (Pillow) or samples, as OpenCV's bilinear resize does, from which it differs
+        by one of the 255 levels at most.
+    crop: (height, width); where the image is smaller it is padded with zeros, before rescaling.
+    crop_rounding: where the crop starts when the spare pixels are odd. "floor": floor(spare / 2), also when negative,
+        that is padding (transformers' center_crop). "half_even": round(spare / 2) as Python rounds, and truncation
+        when padding (torchvision's).
+
+    Raises BeitJaxError for values out of range.
+    """
+
+    resize: tuple[int, int] | int | Within | None = (224, 224)
+    resample: Resample = "bilinear"
+    crop: tuple[int, int] | None = None
+    crop_rounding: Rounding = "floor"
+    rescale_factor: float | None = 1 / 255
+    mean: tuple[float, ...] | None = HALF
+    std: tuple[float, ...] | None = HALF
+    num_channels: int = 3
+    antialias: bool = True
+
+    def __post_init__(self) -> None:
+        count, edges = self.num_channels, f"positive lengths, at most {MAX_PIXELS} pixels"
+        for key, valid, expected in (
+            ("num_channels", count in (1, 3), "3 (RGB) or 1 (greyscale)"),
+            ("resize", _bounded(self.resize), edges),
+            ("crop", _bounded(self.crop), edges),
+            ("resample", self.resample in RESAMPLES, f"one of {', '.join(RESAMPLES)}"),
+            ("resample", self.antialias or self.resample == "bilinear", "bilinear, as antialias is false"),
+            ("crop_rounding", self.crop_rounding in ROUNDINGS, f"one of {', '.join(ROUNDINGS)}"),
+            ("rescale_factor", self.rescale_factor is None or 1e-30 < self.rescale_factor < 1e30, "a positive number"),
+            ("mean", self.mean is None or (len(self.mean) == count and _within(self.mean, -1e30)), f"{count} numbers"),
+            ("std", self.std is None or (len(self.std) == count and _within(self.std, 1e-30)), f"{count} positives"),
+            ("std", (self.std is None) == (self.mean is None), "mean and std, or neither"),
+        ):
+            if not valid:
+                raise BeitJaxError(f"image processor: {key} is {printable(getattr(self, key))}, expected {expected}")
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Float32[np.ndarray, "b h w c"]:
+        """Pixel values of one image (b = 1) or of a sequence.
+
+        An image is a path (EXIF orientation applied), a PIL image (as it stands, as in transformers) or a uint8 array
+        [h, w], [h, w, 1] or [h, w, 3]. Raises BeitJaxError for anything else, for an unreadable file, and for images
+        that come out in different sizes and so make no batch.
+        """
+        if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
+            images = [images]
+        batch = [self._one(image, number) for number, image in enumerate(images)]
+        sizes = sorted({pixels.shape[:2] for pixels in batch})
+        if len(sizes) != 1:
+            found = ", ".join(f"{height}x{width}" for height, width in sizes[:4]) or "no images"
+            raise BeitJaxError(f"images: expected at least one, all of one size, found {found}; resize or crop them")
+        return np.stack(batch)
+
+    def _one(self, image: ImageLike, number: int) -> Float32[np.ndarray, "h w c"]:
+        name = printable(os.fspath(image)) if isinstance(image, str | os.PathLike) else f"image {number}"
+        pil = load_image(image, "RGB" if self.num_channels == 3 else "L", name)
+        if self.resize is not None:
+            height, width = _target(self.resize, pil.height, pil.width, name)
+            if self.antialias:
+                pil = pil.resize((width, height), Image.Resampling[self.resample.upper()])
+            else:
+                pil = Image.fromarray(_sampled(np.asarray(pil), (height, width)))
+        pixels = np.asarray(pil).reshape(pil.height, pil.width, self.num_channels)
+        if self.crop is not None:
+            pixels = _centre_crop(pixels, self.crop, self.crop_rounding)
+        factor = 1.0 if self.rescale_factor is None else self.rescale_factor
+        values = (pixels.astype(np.float64) * factor).astype(np.float32)
+        if self.mean is not None:
+            values -= np.array(self.mean, np.float32)
+            values /= np.array(self.std, np.float32)
+        return values
+
+    def resized(self, size: tuple[int, int]) -> "ImageProcessor":
+        """The same steps ending in another (height, width). A crop keeps its share of the resized image.
+
+        Raises BeitJaxError for a crop of another shape than the one it replaces.
+        """
+        if isinstance(self.resize, Within):  # the model's windows are cut from what this gives: it grows with them
+            longest = round(self.resize.long * min(size) / self.resize.short)
+            return replace(self, resize=Within(min(size), longest))
+        if self.crop is None:
+            return self if self.resize is None else replace(self, resize=size)
+        factor = size[0] / self.crop[0]
+        if size[1] != self.crop[1] * factor:
+            found, wanted = f"{self.crop[0]}x{self.crop[1]}", f"{size[0]}x{size[1]}"
+            raise BeitJaxError(f"image processor: a crop of {found} cannot become {wanted}; choose an image preset")
+        edges = self.resize if isinstance(self.resize, tuple) else (self.resize or 0,)
+        scaled = tuple(round(edge * factor) for edge in edges)
+        resize = None if self.resize is None else scaled[0] if len(scaled) == 1 else (scaled[0], scaled[1])
+        return replace(self, resize=resize, crop=size)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], source: str = "preprocessor_config.json") -> "ImageProcessor":
+        """The processor a `preprocessor_config.json` describes, as transformers' BeitImageProcessorPil computes it.
+
+        Reads what transformers 4 (feature extractor, slow, fast) and 5 write: `size` and `crop_size` as an int, a
+        [height, width] list or a dict; absent and null keys take the default of the recorded type. Settings of label
+        maps and of torch do not change pixels and are not read. `do_convert_rgb` is not either: conversion is always
+        done, and drops alpha, as transformers does with files (5.x blends PIL images in memory onto white if set).
+        Raises BeitJaxError, beginning with `source`, for another processor type and for values of the wrong type.
+        """
+        fields = processor_fields(config, source)
+        try:
+            return cls(**fields)
+        except BeitJaxError as error:
+            raise BeitJaxError(f"{source}: {error}") from error
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> "ImageProcessor":
+        """`from_hf` of a JSON file. Raises BeitJaxError, naming it, when it is missing, no JSON object, or refused."""
+        return cls.from_hf(read_json(Path(path)), printable(os.fspath(path)))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `preprocessor_config.json` of this processor: `from_hf(p.to_hf()) == p`.
+
+        BeitImageProcessorPil loads it and computes the same, except for what it cannot do: `Within`; `antialias` false;
+        a crop with `crop_rounding` "half_even", which it may start one pixel off where the spare pixels are odd.
+        """
+        sizes = {
+            key: _written(edges)
+            for key, edges in (("size", self.resize), ("crop_size", self.crop))
+            if edges is not None
+        }
+        return sizes | {
+            "image_processor_type": "BeitImageProcessor",
+            "do_resize": self.resize is not None,
+            "resample": RESAMPLES.index(self.resample),
+            "antialias": self.antialias,
+            "max_longest_edge": self.resize.long if isinstance(self.resize, Within) else None,
+            "do_center_crop": self.crop is not None,
+            "crop_rounding": self.crop_rounding,
+            "do_rescale": self.rescale_factor is not None,
+            "rescale_factor": self.rescale_factor,
+            "do_normalize": self.mean is not None,
+            "image_mean": list(self.mean or HALF[: self.num_channels]),
+            "image_std": list(self.std or HALF[: self.num_channels]),
+        }
+
+    def describe(self) -> str:
+        """One line for people, sizes as height x width: "resize 224x224 bilinear, /255, mean 0.5 std 0.5"."""
+        steps = ["greyscale"] if self.num_channels == 1 else []
+        if self.resize is not None:
+            steps.append(f"resize {_spoken(self.resize)} {self.resample}{'' if self.antialias else ' (sampled)'}")
+        if self.crop is not None:
+            steps.append("centre crop {}x{}".format(*self.crop))
+        if self.rescale_factor is not None:
+            steps.append(f"/{1 / self.rescale_factor:g}")
+        if self.mean is not None and self.std is not None:
+            steps.append(f"mean {_brief(self.mean)} std {_brief(self.std)}")
+        return ", ".join(steps) or "pixels as they are"
+
+
+def preset(
+    name: PresetName,
+    size: int | tuple[int, int] = 224,
+    *,
+    mean: tuple[float, ...] = HALF,
+    std: tuple[float, ...] = HALF,
+    crop_pct: float | None = None,
+) -> ImageProcessor:
+    """The processors of the three lineages.
+
+    hf: squash to (height, width), bilinear; what the hub's BEiT checkpoints record.
+    unilm_eval: shortest edge int(size / crop_pct), bicubic, centre crop as torchvision's; crop_pct is 224/256 below 384
+        pixels and 1 from there on (unilm beit/datasets.py, build_transform).
+    timm: the same with crop_pct 0.9 below 384; some tags differ (beitv2_large .95, beit3 1.0), hence the argument.
+        This is timm's path on PIL images; its GPU prefetcher normalises with other roundings.
+
+    `mean` and `std` are IMAGENET_MEAN and IMAGENET_STD for BEiT v2 and for Data2Vec-Vision as pre-trained. Raises
+    BeitJaxError for an unknown name, for a crop of a size that is not square, and for a crop_pct outside (0, 1].
+    """
+    height, width = size if isinstance(size, tuple) else (size, size)
+    if name == "hf" and crop_pct is None:
+        return ImageProcessor(resize=(height, width), resample="bilinear", mean=mean, std=std)
+    percents = {"unilm_eval": 224 / 256, "timm": 0.9}
+    if name not in percents:
+        raise BeitJaxError(f"image preset {printable(name)}, expected one of {', '.join(PRESETS)}, hf without crop_pct")
+    if height != width:
+        raise BeitJaxError(f"image preset {name}: size {height}x{width}, expected a square; build an ImageProcessor")
+    if crop_pct is None:
+        crop_pct = 1.0 if height >= 384 else percents[name]
+    if not 0 < crop_pct <= 1:
+        raise BeitJaxError(f"image preset {name}: crop_pct {crop_pct}, expected above 0 and at most 1")
+    edge = int(height / crop_pct)
+    return ImageProcessor(edge, "bicubic", (height, width), crop_rounding="half_even", mean=mean, std=std)
+
+
+def ade20k_processor(size: int = 640) -> ImageProcessor:
+    """Images as BEiT's ADE20K models were trained on them, of which `size` is the crop: the short edge becomes `size`
+    unless the long one would exceed four times that; the mean and deviation are ImageNet's.
+
+    The checkpoints on the hub record `preset("hf", 640)` with bicubic resampling instead.
+    Source: microsoft/unilm@768a3c8 beit/semantic_segmentation/configs/_base_/datasets/ade20k_640x640.py.
+    """
+    limits = Within(size, 4 * size)
+    return ImageProcessor(limits, "bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD, antialias=False)
+
+
+def _target(resize: tuple[int, int] | int | Within, height: int, width: int, name: str) -> tuple[int, int]:
+    if isinstance(resize, tuple):
+        return resize
+    if isinstance(resize, Within):
+        scale = min(resize.long / max(height, width), resize.short / min(height, width))
+        rows, columns = (max(1, int(side * scale + 0.5)) for side in (height, width))
+        if rows * columns > MAX_PIXELS:
+            raise BeitJaxError(
+                f"{name}: {height}x{width} becomes {rows}x{columns}, expected at most {MAX_PIXELS} pixels"
+            )
+        return rows, columns
+    long = int(resize * max(height, width) / min(height, width))
+    if resize * long > MAX_PIXELS:
+        found = f"{height}x{width} becomes {resize * long} pixels at shortest edge {resize}"
+        raise BeitJaxError(f"{name}: {found}, expected at most {MAX_PIXELS}; crop it first")
+    return (long, resize) if width <= height else (resize, long)
+
+
+def _sampled(pixels: UInt8[np.ndarray, "h w *c"], size: tuple[int, int]) -> UInt8[np.ndarray, "h2 w2 *c"]:
+    """Bilinear interpolation between the four nearest pixels, also when shrinking."""
+    values = pixels.astype(np.float32)
+    for axis, target in enumerate(size):
+        lower, upper, weight = linear_taps(values.shape[axis], target)
+        weight = weight.astype(np.float32).reshape([-1 if i == axis else 1 for i in range(values.ndim)])
+        values = values.take(lower, axis) * (1 - weight) + values.take(upper, axis) * weight
+    return np.floor(values + np.float32(0.5)).astype(np.uint8)
+
+
+def _written(edges: tuple[int, int] | int | Within) -> dict[str, int]:
+    if isinstance(edges, Within):
+        return {"shortest_edge": edges.short}
+    return {"shortest_edge": edges} if isinstance(edges, int) else {"height": edges[0], "width": edges[1]}
+
+
+def _spoken(edges: tuple[int, int] | int | Within) -> str:
+    if isinstance(edges, Within):
+        return f"within {edges.short}x{edges.long}"
+    return f"shortest edge {edges}" if isinstance(edges, int) else "{}x{}".format(*edges)
+
+
+def _centre_crop(
+    pixels: UInt8[np.ndarray, "h w c"], size: tuple[int, int], rounding: Rounding
+) -> UInt8[np.ndarray, "crop_h crop_w c"]:
+    def start(found: int, wanted: int) -> int:
+        spare = found - wanted
+        if rounding == "floor":
+            return spare // 2
+        return round(spare / 2) if spare >= 0 else -(-spare // 2)
+
+    (height, width), (top, left) = size, map(start, pixels.shape[:2], size)
+    inside = pixels[max(top, 0) : top + height, max(left, 0) : left + width]
+    canvas = np.zeros((height, width, pixels.shape[2]), np.uint8)
+    top, left = max(-top, 0), max(-left, 0)
+    canvas[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+    return canvas
+
+
+def _bounded(edges: tuple[int, int] | int | Within | None) -> bool:
+    if edges is None:
+        return True
+    if isinstance(edges, Within):
+        return 0 < edges.short <= edges.long <= MAX_PIXELS
+    height, width = edges if isinstance(edges, tuple) else (edges, edges)
+    return min(height, width) > 0 and height * width <= MAX_PIXELS
+
+
+def _brief(values: tuple[float, ...]) -> str:
+    return f"{values[0]:g}" if len(set(values)) == 1 else f"({', '.join(f'{value:g}' for value in values)})"
+
+
+def _within(values: tuple[float, ...], low: float) -> bool:
+    return all(low < value < 1e30 for value in values)

@@ -1,0 +1,94 @@
+"""From a checkpoint and images to labels and features."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from beit_jax.hub import resolve
+from beit_jax.images.files import ImageLike
+from beit_jax.images.processor import ImageProcessor
+from beit_jax.inference.predictor import Guess, Pooling, Predictor, Wanted, parameters
+from beit_jax.inference.reading import read
+from beit_jax.models.heads import Model, build_model
+from beit_jax.tree import unflatten
+from beit_jax.weights.native import NativeCheckpoint
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Model, ImageProcessor]:
+    """The model and image processor of a checkpoint.
+
+    Args:
+        source: a native checkpoint, a directory in Hugging Face format (converted in memory), or a hub name.
+        revision, cache_dir: of a hub name, as huggingface_hub has them.
+        dtype: what matrix products compute in, float32 or bfloat16.
+
+    Returns:
+        The model, a pytree that works under `jax.jit`, `jax.grad` and `jax.vmap`; and its `ImageProcessor`.
+
+    Raises:
+        BeitJaxError: no such source, or one that cannot be read completely; one line that says which file or tensor.
+    """
+    checkpoint = read(resolve(source, revision=revision, cache_dir=cache_dir))
+    return build(checkpoint, dtype=dtype), checkpoint.processor
+
+
+def build(checkpoint: NativeCheckpoint, *, dtype: DTypeLike = jnp.float32) -> Model:
+    """The model of a checkpoint that was read, with float32 parameters."""
+    return build_model(checkpoint.config, unflatten(parameters(checkpoint)), dtype=dtype)
+
+
+def classify(
+    model: Model, processor: ImageProcessor, images: Sequence[ImageLike], *, top: int = 5, batch_size: int = 8
+) -> list[list[Guess]]:
+    """The `top` most probable classes of every image, most probable first.
+
+    Raises:
+        BeitJaxError: a model without a classifier, or an image that cannot be read.
+    """
+    return predictor(model, processor).classify(images, top=top, batch_size=batch_size)
+
+
+def features(
+    model: Model,
+    processor: ImageProcessor,
+    images: Sequence[ImageLike],
+    *,
+    pooling: Pooling = "pooled",
+    batch_size: int = 8,
+) -> Float[np.ndarray, "images *tokens d"]:
+    """Features of every image, float32.
+
+    Args:
+        pooling: "pooled": what the model itself pools, or the mean of the patch tokens where it pools nothing;
+            "mean" of the patch tokens, "cls" token, or all "tokens", class token first.
+
+    Raises:
+        BeitJaxError: an image that cannot be read.
+    """
+    return predictor(model, processor).features(images, pooling=pooling, batch_size=batch_size)
+
+
+def predictor(model: Model, processor: ImageProcessor) -> Predictor:
+    """Traces and compiles the model's forward pass when it is first asked."""
+    return Predictor(model.config, processor, partial(forward, model))
+
+
+@partial(jax.jit, static_argnames="wanted")
+def forward(model: Model, pixel_values: Float[Array, "b height width c"], wanted: Wanted) -> Float[Array, "b ..."]:
+    """The logits of a model, or a kind of its features."""
+    output = model(pixel_values)
+    tokens = output.last_hidden_state
+    found = {"logits": output.logits, "pooled": output.pooler_output, "cls": tokens[:, 0], "tokens": tokens}.get(wanted)
+    return tokens[:, 1:].mean(axis=1) if found is None else found

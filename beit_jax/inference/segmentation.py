@@ -1,0 +1,256 @@
+"""Images of any size to label maps: in one piece or by overlapping windows, at several scales, averaged with flips.
+
+Windows are padded to one size and run in batches of one size (or of all windows, where those are fewer), so that the
+model is compiled for few shapes whatever the images' sizes. A window's logits are kept at the resolution the model has
+them in. What follows is linear and separable (upsampling to the window, averaging where windows overlap, resizing to
+the image), so it is one matrix per axis, applied to some rows of the image at a time: full-size logits of all classes
+never exist at once.
+
+Source: microsoft/unilm@768a3c8 beit/semantic_segmentation, whose mmseg 0.11 slides windows, resizes logits, and
+averages the probabilities of scales and flips.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
+from PIL import Image
+
+from beit_jax.config import BeitConfig
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.files import MAX_PIXELS, ImageLike, load_image
+from beit_jax.images.label_maps import LabelMap
+from beit_jax.images.processor import ImageProcessor, Within
+from beit_jax.models.heads import Model
+from beit_jax.models.segmenter import BeitForSemanticSegmentation
+from beit_jax.resize import linear_matrix
+
+Mode: TypeAlias = Literal["slide", "whole"]
+Wanted: TypeAlias = Literal["labels", "logits", "probabilities"]
+
+BAND = 64  # rows of the image whose logits exist at a time
+WIDTH_STEP = 128  # widths are padded to its multiples, so that images of similar widths share a compiled program
+WHOLE_STEP = 4  # patches to whose multiples an image is padded when it is run in one piece, for the same reason
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How an image is run.
+
+    Attributes:
+        mode: "slide" windows of the model's native size over it, or run it "whole"; by default whole where the
+            processor makes images of the native size, and windows otherwise.
+        stride: of the windows, (rows, columns); by default two thirds of the window (426 of 640, 341 of 512).
+        scales: sizes to average over, as shares of the processor's size. Beyond the size itself, the short edge is at
+            least the window's and the long one unbounded, as in the published multi-scale evaluation.
+        flip: average over the mirrored image too.
+        batch_size: windows run at once.
+    """
+
+    mode: Mode | None = None
+    stride: tuple[int, int] | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    batch_size: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(0.0 < scale <= 16.0 for scale in self.scales):
+            raise BeitJaxError(f"scales: expected numbers above 0 and at most 16, found {list(self.scales)}")
+        if self.stride is not None and min(self.stride) < 1:
+            raise BeitJaxError(f"stride: expected positive pixels, found {self.stride}")
+        if self.batch_size < 1:
+            raise BeitJaxError(f"batch size: expected a positive integer, found {self.batch_size}")
+
+
+DEFAULT = Inference()
+
+
+def segment(model: Model, processor: ImageProcessor, image: ImageLike, how: Inference = DEFAULT) -> LabelMap:
+    """The most probable class of every pixel of the image, [h, w] int32.
+
+    Raises:
+        BeitJaxError: a model for another task, a processor that crops, or an image that cannot be read.
+    """
+    if len(how.scales) * (1 + how.flip) > 1:
+        return class_probabilities(model, processor, image, how).argmax(axis=-1).astype(np.int32)
+    return _assembled(model, processor, image, how, "labels")
+
+
+def class_logits(
+    model: Model, processor: ImageProcessor, image: ImageLike, how: Inference = DEFAULT
+) -> Float32[np.ndarray, "h w classes"]:
+    """The logits of every pixel of the image; of one scale, without flip. Large: 600 bytes a pixel for 150 classes.
+
+    Raises:
+        BeitJaxError: as `segment`; several scales or flips, whose logits have no average.
+    """
+    if len(how.scales) * (1 + how.flip) > 1:
+        raise BeitJaxError("logits of several scales or flips are not averaged: ask for probabilities")
+    return _assembled(model, processor, image, how, "logits")
+
+
+def class_probabilities(
+    model: Model, processor: ImageProcessor, image: ImageLike, how: Inference = DEFAULT
+) -> Float32[np.ndarray, "h w classes"]:
+    """The probabilities of every pixel of the image, averaged over scales and flips. As large as `class_logits`.
+
+    Raises:
+        BeitJaxError: as `segment`.
+    """
+    return _assembled(model, processor, image, how, "probabilities")
+
+
+def _assembled(model: Model, processor: ImageProcessor, image: ImageLike, how: Inference, wanted: Wanted) -> np.ndarray:
+    """What is wanted for the whole image, the mean over its views."""
+    if not isinstance(model, BeitForSemanticSegmentation):
+        raise BeitJaxError(f"this model does not segment (its task is {model.config.task})")
+    if processor.crop is not None:
+        raise BeitJaxError(
+            "the image processor crops, so part of the image would have no label; set do_center_crop false"
+        )
+    config = model.config
+    name = "image" if isinstance(image, Image.Image | np.ndarray) else printable(image)
+    picture = load_image(image, "RGB" if processor.num_channels == 3 else "L", name)
+    size, views = (picture.height, picture.width), list(_views(processor, how, config))
+    shape = size if wanted == "labels" else (*size, config.num_labels)
+    total = np.zeros(shape, np.int32 if wanted == "labels" else np.float32)
+    for view, flip in views:
+        pixels = view(picture)[0]
+        axes = _axes(config, how, view, (pixels.shape[0], pixels.shape[1]))
+        mosaic = _mosaic(model, pixels[:, ::-1] if flip else pixels, axes, how.batch_size)
+        for start, band in _bands(mosaic, axes, size, flip, wanted):
+            total[start : start + len(band)] += band
+    return total if len(views) == 1 else total / np.float32(len(views))
+
+
+def _views(processor: ImageProcessor, how: Inference, config: BeitConfig) -> Iterator[tuple[ImageProcessor, bool]]:
+    """A processor, and whether to mirror, for everything that is averaged."""
+    for scale, flip in product(how.scales, (False, True) if how.flip else (False,)):
+        yield (processor if how.scales == (1.0,) else _scaled(processor, scale, config.image_size)), flip
+
+
+def _scaled(processor: ImageProcessor, scale: float, crop: tuple[int, int]) -> ImageProcessor:
+    edges, least = processor.resize, min(crop)
+    if isinstance(edges, Within):
+        return replace(processor, resize=Within(max(int(edges.short * scale + 0.5), least), MAX_PIXELS))
+    if isinstance(edges, int):
+        return replace(processor, resize=max(int(edges * scale + 0.5), least))
+    if isinstance(edges, tuple):
+        height, width = (max(int(edge * scale + 0.5), side) for edge, side in zip(edges, crop, strict=True))
+        return replace(processor, resize=(height, width))
+    raise BeitJaxError("scales need an image processor that resizes (do_resize true)")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Windows along one axis of a prepared image.
+
+    Attributes:
+        size: pixels of the prepared image.
+        window: pixels of a window; beyond `size` it is padding.
+        starts: first pixel of each window.
+        outputs: positions of a window's logits.
+    """
+
+    size: int
+    window: int
+    starts: tuple[int, ...]
+    outputs: int
+
+    def matrix(self, length: int) -> Float[np.ndarray, "length positions"]:
+        """From the logits of all windows, side by side, to `length` pixels of the original image.
+
+        Every window is upsampled to its pixels, padding left out; pixels in several windows take the mean; the whole is
+        resized. All bilinear as torch's.
+        """
+        upsample = linear_matrix(self.outputs, self.window)[: self.size]
+        whole = np.zeros((self.size, len(self.starts), self.outputs))
+        count = np.zeros((self.size, 1, 1))
+        for i, start in enumerate(self.starts):
+            whole[start : start + self.window, i] = upsample
+            count[start : start + self.window] += 1.0
+        return linear_matrix(self.size, length) @ (whole / count).reshape(self.size, -1)
+
+
+def _axes(config: BeitConfig, how: Inference, view: ImageProcessor, size: tuple[int, int]) -> tuple[Axis, Axis]:
+    """The windows of a prepared image of this size."""
+    native = config.image_size
+    mode = how.mode or ("whole" if view.resize == native else "slide")
+    stride = how.stride or (native[0] * 2 // 3, native[1] * 2 // 3)
+    if mode == "slide" and any(step > window for step, window in zip(stride, native, strict=True)):
+        raise BeitJaxError(
+            f"stride {stride}: expected at most the window {native}, or pixels between windows are missed"
+        )
+
+    def axis(i: int) -> Axis:
+        patch = config.patch_size[i]
+        if mode == "whole":
+            step = patch * WHOLE_STEP
+            window = size[i] if size[i] == native[i] else -(-size[i] // step) * step
+            return Axis(size[i], window, (0,), 4 * window // patch)
+        window = native[i]
+        count = -(-max(size[i] - window, 0) // stride[i]) + 1
+        starts = tuple(max(min(k * stride[i], size[i] - window), 0) for k in range(count))
+        return Axis(size[i], window, starts, 4 * window // patch)
+
+    return axis(0), axis(1)
+
+
+@jax.jit
+def _forward(model: BeitForSemanticSegmentation, pixel_values: Array) -> Array:
+    logits = model(pixel_values).logits
+    assert logits is not None  # a segmenter has them
+    return logits
+
+
+def _mosaic(
+    model: BeitForSemanticSegmentation, pixels: Float32[np.ndarray, "h w c"], axes: tuple[Axis, Axis], batch_size: int
+) -> Float32[np.ndarray, "rows columns classes"]:
+    """The logits of all windows, side by side. Memory: 1/16 of the windows' pixels times classes, and one batch."""
+    rows, columns = axes
+    spare = [(0, max(axis.window - axis.size, 0)) for axis in axes]
+    padded = np.pad(pixels, [*spare, (0, 0)])  # with zeros: the mean colour, as in training
+    places = list(product(range(len(rows.starts)), range(len(columns.starts))))
+    mosaic = np.empty(
+        (len(rows.starts) * rows.outputs, len(columns.starts) * columns.outputs, model.config.num_labels), np.float32
+    )
+    for first in range(0, len(places), batch_size):
+        chosen = places[first : first + batch_size]
+        batch = np.zeros((min(batch_size, len(places)), rows.window, columns.window, pixels.shape[-1]), np.float32)
+        for k, (i, j) in enumerate(chosen):
+            top, left = rows.starts[i], columns.starts[j]
+            batch[k] = padded[top : top + rows.window, left : left + columns.window]
+        logits = np.asarray(_forward(model, jnp.asarray(batch)))
+        for k, (i, j) in enumerate(chosen):
+            mosaic[i * rows.outputs : (i + 1) * rows.outputs, j * columns.outputs : (j + 1) * columns.outputs] = logits[
+                k
+            ]
+    return mosaic
+
+
+@partial(jax.jit, static_argnames="wanted")
+def _composed(mosaic: Array, rows: Array, columns: Array, wanted: Wanted) -> Array:
+    logits = jnp.einsum("ym,mnk,xn->yxk", rows, mosaic, columns, precision="highest")
+    if wanted == "labels":
+        return logits.argmax(axis=-1).astype(jnp.int32)
+    return jax.nn.softmax(logits) if wanted == "probabilities" else logits
+
+
+def _bands(
+    mosaic: np.ndarray, axes: tuple[Axis, Axis], size: tuple[int, int], flip: bool, wanted: Wanted
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The first row and what is wanted of every `BAND` rows of the image."""
+    (height, width), device = size, jnp.asarray(mosaic)
+    rows, columns = (axis.matrix(length) for axis, length in zip(axes, size, strict=True))
+    columns = columns[::-1] if flip else columns
+    across = jnp.asarray(np.pad(columns, [(0, -width % WIDTH_STEP), (0, 0)]), jnp.float32)
+    for start in range(0, height, BAND):
+        band = rows[start : start + BAND]
+        down = jnp.asarray(np.pad(band, [(0, BAND - len(band)), (0, 0)]), jnp.float32)
+        yield start, np.asarray(_composed(device, down, across, wanted))[: len(band), :width]

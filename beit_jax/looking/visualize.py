@@ -1,0 +1,389 @@
+"""Pictures of what goes on inside a model and in training, as matplotlib figures.
+
+What they show comes from `beit_jax.looking.interpret`, `beit_jax.train.loop.log.read_metrics` and `beit_jax.convert.parity`. Label
+maps over images are drawn by `beit_jax.looking.pictures`, masked patches and what is predicted for them by
+`beit_jax.looking.reconstruct`, confusion matrices by `beit_jax.train.evaluation.confusion`.
+
+No figure belongs to pyplot: nothing has to be closed, and no window opens. Text from files is escaped.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from beit_jax.atomic import new_file
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.looking.interpret import ImageAttention, PositionBias, checked_block
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # not at the top: only pictures need it
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+FORMATS: Final[Mapping[str, str]] = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
+USUAL: Final = ("loss", "learning_rate", "accuracy", "masked_accuracy", "mIoU", "images_per_second")
+"""Metrics that `training_curves` draws unless told otherwise, in this order."""
+
+Patch = tuple[int, int]
+Records = Sequence[Mapping[str, float]]
+
+_PANEL = 2.3  # inches of a small picture's longer side
+_HEAT = "magma"
+_SMALL = 9  # points of a small picture's title
+_NARROWEST = 1.7  # inches, which such a title needs
+_LETTERS = 12  # of such a title in an inch
+_DOTS = 150  # to the inch, in PNG files
+_DASHED = "D--"  # lines of validation
+_VALIDATION = "validation_"  # begins the names of some metrics of images that are not trained on
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------
+
+
+def attention_maps(attention: ImageAttention, *, block: int | None = None, patch: Patch | None = None) -> "Figure":
+    """The image, and over it, for every head of a block, what a token attends to.
+
+    Axes: the image; the heads, whose second image is the attention itself, [rows, columns]; the colour bar. Every head
+    has colours up to its own maximum, which its title tells, with the share that goes to the class token.
+
+    Args:
+        block, patch: as in `ImageAttention.head_maps`.
+
+    Raises:
+        BeitJaxError: no such block or patch; matplotlib is not installed.
+    """
+    maps, number = attention.head_maps(block, patch), checked_block(block, attention.depth)
+    to_class = attention.probabilities[number - 1, :, attention.token(patch), 0]
+    figure, axes = _image_panels(attention, patch, 1 + len(maps))
+    for head, (panel, found) in enumerate(zip(axes[1:], maps, strict=True)):
+        _lay_over(panel, attention, found, 0.0, float(found.max()))
+        _frame(panel, patch)
+        panel.set_title(
+            f"head {head + 1}: up to {_percent(found.max())}\nclass token {_percent(to_class[head])}", fontsize=_SMALL
+        )
+    _relative_bar(figure, axes)
+    figure.suptitle(f"Attention of {_named(patch)} in block {number} of {attention.depth}")
+    return figure
+
+
+def attention_rollout(attention: ImageAttention, *, patch: Patch | None = None) -> "Figure":
+    """The image, and over it how much of every patch reaches a token by `beit_jax.looking.interpret.rollout`.
+
+    Axes: the image; the rollout, [rows, columns], as a second image; the colour bar. A patch is made mostly of itself,
+    so colours end at the most that any other patch contributes.
+
+    Args:
+        patch: (row, column) of the token, from 1; by default the class token.
+
+    Raises:
+        BeitJaxError: no such patch; matplotlib is not installed.
+    """
+    found = attention.rollout_map(patch)
+    figure, axes = _image_panels(attention, patch, 2, longer=3.6)
+    others = found if patch is None else np.delete(found, attention.token(patch) - 1)
+    low, high = np.min(others, initial=found.max()), np.max(others, initial=found.min())
+    shown = _lay_over(axes[1], attention, found, low, high)
+    _frame(axes[1], patch)
+    axes[1].set_title(f"all patches: {_percent(found.sum())}", fontsize=_SMALL)
+    bar = figure.colorbar(shown, ax=axes, label="share of the token", extend="neither" if patch is None else "max")
+    bar.formatter = _percent_ticks()
+    figure.suptitle(f"Attention rollout to {_named(patch)} through {attention.depth} blocks")
+    return figure
+
+
+def _image_panels(
+    attention: ImageAttention, patch: Patch | None, count: int, longer: float = _PANEL
+) -> "tuple[Figure, list[Axes]]":
+    """Panels of the image's proportions without ticks; the first shows the image, and the patch in question."""
+    height, width = attention.image.shape[:2]
+    inches = max(_NARROWEST, longer * min(1.0, width / height)), longer * min(1.0, height / width) + 0.5
+    figure, axes = _panels(count, *inches)
+    for panel in axes:
+        panel.set(xticks=[], yticks=[])
+    axes[0].imshow(attention.image, **_placed(attention))
+    axes[0].set_title(printable(attention.name, round(_LETTERS * inches[0])), fontsize=_SMALL, parse_math=False)
+    _frame(axes[0], patch)
+    return figure, axes
+
+
+def _lay_over(panel: "Axes", attention: ImageAttention, values: np.ndarray, low: float, high: float) -> "AxesImage":
+    """Values of the patches in colours over the image in grey."""
+    panel.imshow(attention.image.mean(axis=2), cmap="gray", vmin=0, vmax=255, **_placed(attention))
+    return panel.imshow(values, cmap=_HEAT, alpha=0.7, vmin=low, vmax=high, interpolation="none", **_placed(attention))
+
+
+def _placed(attention: ImageAttention) -> dict[str, Any]:
+    """Options such that a patch lies at its (column, row), and pixels are square."""
+    (height, width), (rows, columns) = attention.image.shape[:2], attention.grid
+    return {"extent": (0.5, columns + 0.5, rows + 0.5, 0.5), "aspect": height / rows / (width / columns)}
+
+
+def _frame(panel: "Axes", patch: Patch | None) -> None:
+    """Around a patch, if one is given."""
+    if patch is not None:
+        from matplotlib.patches import Rectangle
+
+        row, column = patch
+        panel.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="cyan", linewidth=1.5))
+
+
+def _relative_bar(figure: "Figure", axes: "Sequence[Axes]") -> None:
+    """The colours of panels that have each its own maximum."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    shown = ScalarMappable(Normalize(0, 1), _HEAT)
+    bar = figure.colorbar(shown, ax=list(axes), label="attention to a patch", alpha=0.7, aspect=40)
+    bar.set_ticks([0, 0.5, 1], labels=["0", "half", "the head's\nmaximum"])
+
+
+def _named(patch: Patch | None) -> str:
+    return "the class token" if patch is None else f"the patch in row {patch[0]}, column {patch[1]}"
+
+
+def _percent_ticks() -> Any:
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter(1.0, symbol=" %")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+# --- Relative position bias -------------------------------------------------------------------------------------------
+
+
+def position_bias(bias: PositionBias) -> "Figure":
+    """Every head's bias by where the attended patch lies, seen from the attending one in the middle.
+
+    Axes: the heads, whose image is `bias.offsets[head]`, at its offsets in patches; the colour bar, which they share.
+    The class token's three numbers stand in the titles.
+
+    Raises:
+        BeitJaxError: matplotlib is not installed.
+    """
+    heads, height, width = bias.offsets.shape
+    longer = max(height, width)
+    figure, axes = _panels(heads, max(_NARROWEST, _PANEL * width / longer), _PANEL * height / longer + 0.8)
+    most = float(np.abs(bias.offsets).max())
+    extent = -width / 2, width / 2, height / 2, -height / 2
+    for head, panel in enumerate(axes):
+        shown = panel.imshow(
+            bias.offsets[head], cmap="RdBu_r", vmin=-most, vmax=most, extent=extent, interpolation="none"
+        )
+        panel.plot(0, 0, marker="+", color="black")
+        panel.set_title(
+            f"head {head + 1}\nCLS → patch {bias.cls_to_patch[head]:+.3g}\n"
+            f"patch → CLS {bias.patch_to_cls[head]:+.3g}\nCLS → CLS {bias.cls_to_cls[head]:+.3g}",
+            fontsize=_SMALL,
+        )
+        panel.tick_params(labelsize=7)
+        panel.locator_params(nbins=5, integer=True)
+    figure.colorbar(shown, ax=axes, label="added to the scaled attention score", aspect=40)
+    figure.suptitle(
+        f"Relative position bias ({bias.table})\nof a patch so many rows and columns away from the attending one (+)"
+    )
+    return figure
+
+
+# --- Training curves --------------------------------------------------------------------------------------------------
+
+
+def training_curves(runs: Mapping[str, Records], *, metrics: Sequence[str] = (), log: Sequence[str] = ()) -> "Figure":
+    """Metrics of runs by step: a panel for each metric, a colour for each run, dashes for validation.
+
+    Values that were not finite are gaps.
+
+    Args:
+        runs: label to records, as `beit_jax.train.loop.log.read_metrics` gives them.
+        metrics: what to draw, "loss" with "validation_loss"; by default what there is of `USUAL`, and all whose names
+            begin with "validation_".
+        log: metrics to draw on a logarithmic axis.
+
+    Raises:
+        BeitJaxError: a run without records, metrics that no run has, a logarithm of what is not above 0; matplotlib is
+            not installed.
+    """
+    drawn, logarithmic = _drawn(runs, metrics), [_panel_of(name) for name in log]
+    _check_names("log", logarithmic, drawn)
+    last = max(record["step"] for records in runs.values() for record in records)
+    figure, axes = _panels(len(drawn), 4.2, 2.8)
+    colours = _distinct(len(runs))
+    for name, panel in zip(drawn, axes, strict=True):
+        for (label, records), colour in zip(runs.items(), colours, strict=True):
+            for training, style in ((True, ".-"), (False, _DASHED)):
+                points = _points(records, name, training)
+                _check_logarithm(name, points, name in logarithmic)
+                panel.plot(*points.T, style, color=colour, markersize=3, linewidth=1, label=label)
+        panel.set_title(printable(name, 40), parse_math=False)
+        panel.set(xlabel="step", xlim=(0, 1.02 * max(last, 1)), yscale="log" if name in logarithmic else "linear")
+        panel.locator_params(axis="x", nbins=5)
+        panel.grid(alpha=0.3)
+    _curve_legend(figure, list(runs), colours)
+    return figure
+
+
+def _points(records: Records, metric: str, training: bool) -> np.ndarray:
+    """(step, value) [points, 2] of the records of training, or of the others.
+
+    Only the latter are scores of images that are not trained on. Some go by training's names.
+    """
+    found = [
+        (record["step"], record[name])
+        for record in records
+        for name in (metric, _VALIDATION + metric)
+        if name in record and _is_training(record) == training
+    ]
+    return np.reshape(np.array(found, np.float64), (-1, 2))
+
+
+def _is_training(record: Mapping[str, float]) -> bool:
+    return "loss" in record or "images_per_second" in record  # the latter alone where no step was finite
+
+
+def _panel_of(metric: str) -> str:
+    return metric.removeprefix(_VALIDATION)
+
+
+def _drawn(runs: Mapping[str, Records], wanted: Sequence[str]) -> list[str]:
+    """Which metrics get a panel, in order."""
+    for label, records in runs.items():
+        if not records:
+            raise BeitJaxError(f"{printable(label)}: no metrics yet; wait for the first record of the run")
+    if not runs:
+        raise BeitJaxError("no runs given; name at least one directory")
+    names = {name for records in runs.values() for record in records for name in record} - {"step"}
+    panels = sorted({_panel_of(name) for name in names})
+    if wanted:
+        chosen = list(dict.fromkeys(_panel_of(name) for name in wanted))
+        _check_names("metrics", chosen, panels)
+        return chosen
+    usual = [name for name in USUAL if name in panels]
+    scores = sorted({_panel_of(name) for name in names if name.startswith(_VALIDATION)} - set(USUAL))
+    if not usual + scores:
+        raise BeitJaxError(f"none of the usual metrics is there; choose some of {_listed(panels)}")
+    return usual + scores
+
+
+def _check_names(option: str, wanted: Sequence[str], known: Sequence[str]) -> None:
+    for name in wanted:
+        if name not in known:
+            raise BeitJaxError(f"{option}: expected some of {_listed(known)}, found {printable(name)}")
+
+
+def _check_logarithm(metric: str, points: np.ndarray, logarithmic: bool) -> None:
+    below = points[points[:, 1] <= 0]
+    if logarithmic and len(below):
+        step, value = below[0]
+        raise BeitJaxError(f"log: {printable(metric)} is {value:g} at step {step:.0f}, which has no logarithm")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return printable(", ".join(names), 400)
+
+
+def _distinct(count: int) -> list[Any]:
+    """Colours that can be told apart."""
+    from matplotlib import colormaps
+
+    return [colormaps["tab10"](i) if count <= 10 else colormaps["turbo"](i / (count - 1)) for i in range(count)]
+
+
+def _curve_legend(figure: "Figure", labels: Sequence[str], colours: Sequence[Any]) -> None:
+    """Below the panels: which colour is which run, and what dashes mean."""
+    from matplotlib.lines import Line2D
+
+    lines = [line for panel in figure.axes for line in panel.lines]
+    dashed = any(line.get_linestyle() == "--" and np.size(line.get_xdata()) for line in lines)
+    names = [printable(label, 60) for label in labels] + ["validation"] * dashed
+    handles = [Line2D([], [], color=colour) for colour in colours]
+    handles += [Line2D([], [], color="grey", linestyle="--", marker="D", markersize=3)] * dashed
+    columns = max(1, min(len(names), 100 // max(map(len, names))))
+    legend = figure.legend(handles, [" "] * len(names), loc="outside lower center", ncols=columns)
+    for text, name in zip(legend.get_texts(), names, strict=True):  # as it is: no mathematics, no hidden "_" names
+        text.set(text=name, parse_math=False)
+
+
+# --- Parity -----------------------------------------------------------------------------------------------------------
+
+
+def parity_errors(stages: Sequence[Mapping[str, Any]]) -> "Figure":
+    """How far every stage of a model is from the reference, against what is tolerated, on a logarithmic axis.
+
+    Lines: the largest error of every stage, the mean one, the tolerance. Stages that differ are red; an error of 0,
+    which has no place on the axis, and one that is not finite are written instead.
+
+    Args:
+        stages: as `beit-jax parity --json` prints them: `beit_jax.convert.parity.Stage.as_dict`.
+
+    Raises:
+        BeitJaxError: no stages; matplotlib is not installed.
+    """
+    if not stages:
+        raise BeitJaxError("no stages to draw; run beit-jax parity again")
+    figure, (panel,) = _panels(1, max(5.0, 1.5 + 0.3 * len(stages)), 4.2)
+    places = range(len(stages))
+    errors = {key: [stage[key] for stage in stages] for key in ("max_error", "mean_error", "tolerance")}
+    panel.plot(places, errors["max_error"], "o-", color="C0", markersize=5, label="largest error")
+    panel.plot(places, errors["mean_error"], "o-", color="C0", alpha=0.4, markersize=3, label="mean error")
+    panel.plot(places, errors["tolerance"], drawstyle="steps-mid", color="black", linestyle="--", label="tolerance")
+    different = [place for place in places if not stages[place]["passed"]]
+    if different:
+        found = [errors["max_error"][place] for place in different]
+        panel.plot(different, found, "X", color="C3", markersize=9, linestyle="none", label="different")
+    for place, error in enumerate(errors["max_error"]):
+        if error == 0 or not math.isfinite(error):
+            words = "equal to the bit" if error == 0 else "not finite"
+            panel.text(place, 0.02, words, transform=panel.get_xaxis_transform(), rotation=90, ha="center", fontsize=8)
+    names = [printable(stage["name"], 30) for stage in stages]
+    panel.set_xticks(places, labels=names, rotation=90, parse_math=False)
+    panel.set_yscale("log", nonpositive="mask")
+    panel.set_ylabel("absolute error")
+    panel.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4)
+    verdict = f"first difference at {names[different[0]]}" if different else "all stages agree with PyTorch"
+    panel.set_title(f"Parity: {verdict}", parse_math=False)
+    return figure
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def check_output(path: Path) -> None:
+    """Refuses a name that says no format, before anything is computed for nothing.
+
+    Raises:
+        BeitJaxError: it ends in something else than .png, .svg or .pdf.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise BeitJaxError(f"{printable(path)}: expected a name ending in .png, .svg or .pdf")
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Writes a figure in the format that the name's ending says; a picture of that name is replaced.
+
+    Raises:
+        BeitJaxError: another ending than .png, .svg or .pdf; the place cannot be written.
+    """
+    check_output(path)
+    with new_file(path) as partial:
+        figure.savefig(partial, format=FORMATS[path.suffix.lower()], dpi=_DOTS, bbox_inches="tight")
+
+
+def _panels(count: int, width: float, height: float) -> "tuple[Figure, list[Axes]]":
+    """A figure of so many panels of this size in inches, row by row."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise BeitJaxError("matplotlib is not installed; pip install 'beit-jax[plot]'") from None
+    columns = math.ceil(math.sqrt(1.5 * count)) if count > 1 else 1
+    rows = -(-count // columns)
+    figure = Figure(figsize=(columns * width + 1.2, rows * height + 0.8), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    for empty in axes[count:]:
+        empty.remove()
+    return figure, list(axes[:count])

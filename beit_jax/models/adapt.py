@@ -1,0 +1,88 @@
+"""A checkpoint for another input size, another patch, or with one bias table per layer: what changes, and how.
+
+Only position tables and the patch projection depend on these; every other leaf passes through untouched.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+from scipy.interpolate import RectBivariateSpline
+
+from beit_jax.config import BeitConfig, PositionResize
+from beit_jax.errors import BeitJaxError
+from beit_jax.models.position import Grid, resize_bias_table, resize_position_embeddings
+from beit_jax.resize import antialiased_bicubic_matrix, geometric_grid
+
+Leaves = Mapping[str, np.ndarray]
+Adaptation = Callable[[Leaves], np.ndarray]
+
+
+def adaptations(source: BeitConfig, target: BeitConfig) -> dict[str, tuple[tuple[str, ...], Adaptation]]:
+    """For every leaf of the target that is not the source's: the source leaves it is made from, and how.
+
+    Raises:
+        BeitJaxError: the target's position bias cannot be made from the source's.
+    """
+    parent = "" if source.task == "features" else "beit/"
+    shared, layer = parent + "shared_bias_table", parent + "blocks/attention/bias_table"
+    result: dict[str, tuple[tuple[str, ...], Adaptation]] = {}
+    resize = partial(resize_table, source=source.grid, target=target.grid, method=target.position_resize)
+    if source.position_bias != target.position_bias:
+        if (source.position_bias, target.position_bias) != ("shared", "per_layer"):
+            change = f"{source.position_bias} cannot become {target.position_bias}"
+            raise BeitJaxError(f"position bias {change}; only shared can become per_layer")
+        # Fine-tuning starts every layer from the table that pre-training shared (beit/run_class_finetuning.py).
+        result[layer] = (
+            (shared,),
+            lambda leaves: np.repeat(resize(leaves[shared])[None], source.num_hidden_layers, axis=0),
+        )
+    elif source.grid != target.grid:
+        if source.has_shared_bias:
+            result[shared] = (shared,), lambda leaves: resize(leaves[shared])
+        if source.has_layer_bias:
+            result[layer] = (layer,), lambda leaves: np.stack([resize(table) for table in leaves[layer]])
+    if source.grid != target.grid and source.use_absolute_position_embeddings:
+        name = parent + "embeddings/position_embeddings"
+        result[name] = (
+            (name,),
+            lambda leaves: np.asarray(resize_position_embeddings(jnp.asarray(leaves[name]), source.grid, target.grid)),
+        )
+    if source.patch_size != target.patch_size:
+        kernel = parent + "embeddings/patch_kernel"
+        result[kernel] = (kernel,), lambda leaves: resize_patch_kernel(leaves[kernel], target.patch_size)
+    return result
+
+
+def resize_table(table: np.ndarray, *, source: Grid, target: Grid, method: PositionResize) -> np.ndarray:
+    """A bias table [m, heads] for another grid, at load time.
+
+    The geometric method calls the spline that the original's results are bit for bit equal to (its ``interp2d`` is gone
+    from SciPy); `beit_jax.models.position.resize_bias_table` computes the same to float32 rounding inside a compiled program.
+    """
+    if method != "geometric" or source == target:
+        return np.asarray(resize_bias_table(jnp.asarray(table, jnp.float32), source, target, method)).astype(
+            table.dtype
+        )
+    (rows, wanted_rows), (columns, wanted_columns) = (
+        geometric_grid(2 * old - 1, 2 * new - 1) for old, new in zip(source, target, strict=True)
+    )
+    patches = table[:-3].astype(np.float32).reshape(len(rows), len(columns), -1)
+    resized = [
+        RectBivariateSpline(columns, rows, head.T, kx=3, ky=3, s=0)(wanted_columns, wanted_rows).T
+        for head in np.moveaxis(patches, -1, 0)
+    ]
+    return np.concatenate([np.stack(resized, axis=-1).reshape(-1, table.shape[1]), table[-3:]]).astype(table.dtype)
+
+
+def resize_patch_kernel(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A patch projection [height, width, c, d] for another patch size, such that resized patches embed alike.
+
+    The pseudo-inverse of the (antialiased bicubic) resize of patches. Source: FlexiViT, arXiv:2212.08013, section 3.4;
+    timm 1.0 `resample_patch_embed`.
+    """
+    rows, columns = (
+        np.linalg.pinv(antialiased_bicubic_matrix(old, new).T) for old, new in zip(kernel.shape[:2], size, strict=True)
+    )
+    return np.einsum("ty,yxcd,sx->tscd", rows, kernel.astype(np.float64), columns).astype(kernel.dtype)

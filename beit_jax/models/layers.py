@@ -1,0 +1,164 @@
+"""One transformer block of BEiT: attention with relative position bias, MLP, layer scale, stochastic depth.
+
+Precision. Parameters are float32. `dtype` (float32 or bfloat16) is what matrix products read; they accumulate in
+float32. LayerNorm, softmax, layer scale and the residual stream are float32 always.
+"""
+
+from functools import partial
+from math import prod
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from beit_jax.config import BeitConfig
+from beit_jax.models.activations import ACTIVATIONS
+from beit_jax.models.attention import attend
+from beit_jax.models.partition import each_shard, on_one_cpu
+from beit_jax.models.position import num_relative_offsets, position_bias, resize_bias_table
+
+
+def layer_norm(config: BeitConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the hidden size in float32; the variance is the mean squared deviation, as in torch."""
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
+    )
+
+
+def dropout(x: Array, rate: float | Array, key: Key[Array, ""] | None, *, per_sample: bool = False) -> Array:
+    """Zeroes elements, or samples (stochastic depth, arXiv:1603.09382), with probability `rate`; scales the rest up.
+
+    `x` is of any shape, its first axis samples. `key` None means inference: nothing is dropped.
+    """
+    if key is None or (isinstance(rate, float) and rate == 0.0):
+        return x
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1) if per_sample else x.shape
+    keep = jax.random.bernoulli(key, 1.0 - rate, shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def _project(
+    x: Float[Array, "b n *inputs"], kernel: Float[Array, "*both"], bias: Float[Array, "*outputs"]
+) -> Float[Array, "b n *outputs"]:
+    """``x @ kernel + bias`` over all axes of the inputs, in the dtype of `bias`; a kernel has those of both sides.
+
+    One CPU multiplies matrices: of products over several axes XLA makes them by transposed copies of the kernel and of
+    gradients. Devices share out the heads, which must remain an axis for that.
+    """
+    axes = x.ndim - 2
+    if not on_one_cpu():
+        return jnp.tensordot(x, kernel, axes, preferred_element_type=bias.dtype) + bias
+    width = prod(kernel.shape[:axes])
+    rows = jnp.dot(x.reshape(-1, width), kernel.reshape(width, -1), preferred_element_type=bias.dtype) + bias.ravel()
+    return rows.reshape(*x.shape[:2], *bias.shape)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention. Query and value have a bias, key has none; positions add to the scaled scores."""
+
+    def __init__(self, config: BeitConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.qkv_kernel = nnx.Param(normal(rngs.params(), (hidden, 3, heads, head_dim)))
+        self.q_bias = nnx.Param(jnp.zeros((heads, head_dim)))
+        self.v_bias = nnx.Param(jnp.zeros((heads, head_dim)))
+        self.out_kernel = nnx.Param(normal(rngs.params(), (heads, head_dim, hidden)))
+        self.out_bias = nnx.Param(jnp.zeros((hidden,)))
+        if config.has_layer_bias:
+            self.bias_table = nnx.Param(jnp.zeros((num_relative_offsets(config.grid), heads)))
+        self.config, self.dtype = config, dtype
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        grid: tuple[int, int],
+        shared_bias: Float[Array, "shards heads n n"] | None,
+        key: Key[Array, ""] | None,
+        *,
+        output_attentions: bool = False,
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b heads n n"] | None]:
+        """The attended values; on request, the probabilities (float32, after their dropout as in the reference)."""
+        cast, rate = partial(jnp.asarray, dtype=self.dtype), self.config.attention_probs_dropout_prob
+        qkv_bias = jnp.stack([self.q_bias[...], jnp.zeros_like(self.q_bias[...]), self.v_bias[...]])
+        qkv = _project(cast(x), cast(self.qkv_kernel[...]), cast(qkv_bias))
+        biases = [bias for bias in (self.layer_bias(grid, len(x)), shared_bias) if bias is not None]
+        attended, probabilities = attend(
+            qkv,
+            sum(biases[1:], biases[0]) if biases else None,
+            None if key is None or not rate else lambda weights: dropout(weights, rate, key),
+            output_attentions=output_attentions,
+        )
+        return _project(attended, cast(self.out_kernel[...]), self.out_bias[...]), probabilities
+
+    def layer_bias(self, grid: tuple[int, int], batch: int) -> Float[Array, "shards heads n n"] | None:
+        """This layer's own position bias at the given patch grid, if the model has one per layer."""
+        if not self.config.has_layer_bias:
+            return None
+        return attention_bias(self.bias_table[...], self.config, grid, batch)
+
+
+def attention_bias(
+    table: Float[Array, "m heads"], config: BeitConfig, grid: tuple[int, int], batch: int
+) -> Float[Array, "shards heads n n"]:
+    """What a table adds to the scores at the given patch grid, once for every shard of a batch of this size."""
+    resized = resize_bias_table(table, config.grid, grid, config.position_resize)
+    return jax.vmap(partial(position_bias, grid=grid))(each_shard(resized, batch))
+
+
+class Mlp(nnx.Module):
+    """Two dense layers with the activation between."""
+
+    def __init__(self, config: BeitConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        dense = partial(
+            nnx.Linear, dtype=dtype, kernel_init=nnx.initializers.normal(config.initializer_range), rngs=rngs
+        )
+        self.fc1 = dense(config.hidden_size, config.intermediate_size)
+        self.fc2 = dense(config.intermediate_size, config.hidden_size, preferred_element_type=jnp.float32)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: ``x += drop(gamma_1 * attention(norm1 x)); x += drop(gamma_2 * mlp(norm2 x))``.
+
+    Source: microsoft/unilm@768a3c8 beit/modeling_finetune.py, `Block`; transformers 5.23 `BeitLayer`.
+    """
+
+    def __init__(self, config: BeitConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.norm1 = layer_norm(config, rngs)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.norm2 = layer_norm(config, rngs)
+        self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
+        if config.layer_scale_init_value > 0:
+            self.gamma_1 = nnx.Param(jnp.full((config.hidden_size,), config.layer_scale_init_value))
+            self.gamma_2 = nnx.Param(jnp.full((config.hidden_size,), config.layer_scale_init_value))
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        grid: tuple[int, int],
+        shared_bias: Float[Array, "shards heads n n"] | None = None,
+        drop_path_rate: Float[Array, ""] | float = 0.0,
+        key: Key[Array, ""] | None = None,
+        *,
+        output_attentions: bool = False,
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b heads n n"] | None]:
+        """The new residual stream; on request, attention probabilities. Without `key` nothing is dropped."""
+        keys = [None] * 5 if key is None else jax.random.split(key, 5)
+
+        def branch(out: Array, gamma: str, drop_key: Array | None, path_key: Array | None) -> Array:
+            out = dropout(out, self.config.hidden_dropout_prob, drop_key)
+            scaled = getattr(self, gamma)[...] * out if self.config.layer_scale_init_value > 0 else out
+            return dropout(scaled, drop_path_rate, path_key, per_sample=True)
+
+        attended, probabilities = self.attention(
+            self.norm1(x), grid, shared_bias, keys[0], output_attentions=output_attentions
+        )
+        x = x + branch(attended, "gamma_1", keys[1], keys[2])
+        x = x + branch(self.mlp(self.norm2(x)), "gamma_2", keys[3], keys[4])
+        return x, probabilities

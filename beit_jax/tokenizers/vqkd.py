@@ -1,0 +1,201 @@
+"""BEiT v2's tokenizer, vector-quantised knowledge distillation (VQ-KD).
+
+A vision transformer, a small network down to 32 dimensions, and the nearest of 8192 unit vectors. The other half, a
+shallow transformer from those vectors to the features of the teacher it learnt from (CLIP or DINO), shows what a token
+means. Source: microsoft/unilm@768a3c8 beit2/modeling_vqkd.py, norm_ema_quantizer.py and modeling_finetune.py.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from beit_jax.config import BeitConfig
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.models.encoder import ArrayLike, BeitModel, Remat, patch_grid
+
+_EXACT = jax.lax.Precision.HIGHEST  # the reference leaves mixed precision here: tokens hang on small differences
+
+
+@dataclass(frozen=True)
+class VqkdConfig:
+    """The tokenizer; the defaults are those of ``vqkd_encoder_base_decoder_3x768x12_clip``.
+
+    Attributes:
+        image_size, patch_size: pixels, (height, width). Other input sizes work: positions are resized.
+        decoder_*: the transformer that reads codes, one position per token.
+        codebook_dim: dimensions of a code.
+        target_size: dimensions of the teacher's features: 512 for CLIP, 768 for DINO.
+
+    Raises:
+        BeitJaxError: for values that describe no model.
+    """
+
+    model_type: ClassVar[str] = "beit2-vqkd"
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (16, 16)
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    decoder_hidden_size: int = 768
+    decoder_num_hidden_layers: int = 3
+    decoder_num_attention_heads: int = 12
+    decoder_intermediate_size: int = 3072
+    vocab_size: int = 8192
+    codebook_dim: int = 32
+    target_size: int = 512
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if min(value if isinstance(value, tuple) else (value,)) < 1:
+                raise BeitJaxError(f"{name}: expected a positive integer, found {printable(value)}")
+        _ = self.encoder, self.decoder  # refuses transformers that cannot be
+
+    @property
+    def encoder(self) -> BeitConfig:
+        """The transformer from pixels to patch features."""
+        return BeitConfig(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=self.intermediate_size,
+            use_absolute_position_embeddings=True,
+            layer_scale_init_value=0.0,
+            drop_path_rate=0.0,
+        )
+
+    @property
+    def decoder(self) -> BeitConfig:
+        """The transformer from codes, laid out as an image with patches of one pixel, to features."""
+        return BeitConfig(
+            image_size=self.encoder.grid,
+            patch_size=(1, 1),
+            num_channels=self.codebook_dim,
+            hidden_size=self.decoder_hidden_size,
+            num_hidden_layers=self.decoder_num_hidden_layers,
+            num_attention_heads=self.decoder_num_attention_heads,
+            intermediate_size=self.decoder_intermediate_size,
+            use_absolute_position_embeddings=True,
+            layer_scale_init_value=0.0,
+            drop_path_rate=0.0,
+        )
+
+
+class TaskLayer(nnx.Module):
+    """Dense, tanh, dense, in float32."""
+
+    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        self.fc1 = nnx.Linear(inputs, inputs, precision=_EXACT, kernel_init=init, rngs=rngs)
+        self.fc2 = nnx.Linear(inputs, outputs, precision=_EXACT, kernel_init=init, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        return self.fc2(jnp.tanh(self.fc1(x)))
+
+
+class Codebook(nnx.Module):
+    """Unit vectors, one per token, and what training knows of them.
+
+    Training moves the vectors by averaging, never by gradients, hence all of it is `nnx.BatchStat`.
+
+    Attributes:
+        embedding: [vocab, d], normalised when it was stored.
+        usage: [vocab], moving average of how often each token was drawn per batch.
+        cluster_size, embedding_average: [vocab] and [vocab, d], accumulators that the reference stores.
+        initialised: [1], 1 once the vectors come from training or a checkpoint.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, rngs: nnx.Rngs):
+        self.embedding = nnx.BatchStat(l2_normalised(jax.random.normal(rngs.params(), (vocab_size, dim))))
+        self.usage = nnx.BatchStat(jnp.zeros((vocab_size,)))
+        self.cluster_size = nnx.BatchStat(jnp.zeros((vocab_size,)))
+        self.embedding_average = nnx.BatchStat(jnp.copy(self.embedding[...]))  # no buffer can be donated twice
+        self.initialised = nnx.BatchStat(jnp.zeros((1,)))
+
+    def nearest(self, features: Float[Array, "b h w d"]) -> Int[Array, "b h w"]:
+        """For every feature the token at the least squared distance from its direction, int32."""
+        embedding = self.embedding[...]
+        products = jnp.einsum("bhwd,vd->bhwv", l2_normalised(features), embedding, precision=_EXACT)
+        distances = jnp.sum(embedding**2, axis=-1) - 2.0 * products
+        return jnp.argmin(distances, axis=-1).astype(jnp.int32)
+
+
+def l2_normalised(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """`x` divided by its Euclidean norm, which counts as 1e-12 at least (torch's ``F.normalize``)."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def patch_features(
+    model: BeitModel, pixel_values: Float[ArrayLike, "b height width c"], remat: Remat = "none"
+) -> Float[Array, "b h w d"]:
+    """The normalised output of every patch at its place: the norm that elsewhere follows the mean of the patches."""
+    rows, columns = patch_grid(model.config, pixel_values.shape)
+    patches = model.pooler_norm(model(pixel_values, remat=remat).last_hidden_state[:, 1:])
+    return patches.reshape(len(patches), rows, columns, -1)
+
+
+class VqkdTokenizer(nnx.Module):
+    """Images to tokens, and tokens to the teacher's features. A `Tokenizer` (see `beit_jax.tokenizers.tokenizer`).
+
+    Args:
+        dtype: what the two transformers' matrix products compute in; everything about codes is float32.
+        rngs: draws the initial parameters; loading a checkpoint never draws any.
+    """
+
+    def __init__(self, config: VqkdConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.encoder = BeitModel(config.encoder, dtype=dtype, rngs=rngs)
+        self.encode_task = TaskLayer(config.hidden_size, config.codebook_dim, rngs)
+        self.codebook = Codebook(config.vocab_size, config.codebook_dim, rngs)
+        self.decoder = BeitModel(config.decoder, dtype=dtype, rngs=rngs)
+        self.decode_task = TaskLayer(config.decoder_hidden_size, config.target_size, rngs)
+        self.config = config
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.config.image_size
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.config.patch_size
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def encode(
+        self, pixel_values: Float[ArrayLike, "b height width c"], *, remat: Remat = "none"
+    ) -> Float[Array, "b h w d"]:
+        """What is compared with the codes, un-normalised.
+
+        Args:
+            pixel_values: in [0, 1], not normalised. The reference also takes [0, 255], told by a batch's maximum.
+            remat: as of `BeitModel.__call__`.
+
+        Raises:
+            BeitJaxError: wrong shapes, see `beit_jax.models.encoder.patch_grid`.
+        """
+        patch_grid(self.config.encoder, pixel_values.shape)
+        return self.encode_task(patch_features(self.encoder, 2.0 * jnp.asarray(pixel_values) - 1.0, remat))
+
+    def tokens(self, pixel_values: Float[ArrayLike, "b height width c"]) -> Int[Array, "b h w"]:
+        """The nearest code at every patch, int32; arguments and errors as of `encode`."""
+        return self.codebook.nearest(self.encode(pixel_values))
+
+    def decode(self, tokens: Int[ArrayLike, "b h w"]) -> Float[Array, "b h w t"]:
+        """The teacher's features as the decoder predicts them from tokens in [0, vocab_size)."""
+        return self.decode_codes(self.codebook.embedding[...][jnp.asarray(tokens)])
+
+    def decode_codes(self, codes: Float[ArrayLike, "b h w d"], *, remat: Remat = "none") -> Float[Array, "b h w t"]:
+        """As `decode`, from the codes themselves: what training differentiates."""
+        return self.decode_task(patch_features(self.decoder, codes, remat))

@@ -1,0 +1,27 @@
+"""Native checkpoints: a directory of ``config.json``, ``preprocessor_config.json`` and ``flax_model.safetensors``.
+
+`native` is the checkpoint of a model, `tensors` the file of its tensors with a digest of each. May import: the ground
+and `beit_jax.images`; no model, so that a checkpoint is read without Flax.
+"""
+
+from beit_jax.hub import CONFIG, PROCESSOR, WEIGHTS
+from beit_jax.weights.native import NativeCheckpoint, check_replaceable, is_native, load, save, save_json
+from beit_jax.weights.tensors import FORMAT, LeafSpec, read_metadata, read_specs, verify, write_tensors
+
+__all__ = [
+    "CONFIG",
+    "FORMAT",
+    "PROCESSOR",
+    "WEIGHTS",
+    "LeafSpec",
+    "NativeCheckpoint",
+    "check_replaceable",
+    "is_native",
+    "load",
+    "read_metadata",
+    "read_specs",
+    "save",
+    "save_json",
+    "verify",
+    "write_tensors",
+]

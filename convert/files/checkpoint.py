@@ -1,0 +1,210 @@
+"""Open published weights, one file or a directory in Hugging Face format, and read single tensors out of them.
+
+Everything that names, shapes, dtypes and layout can tell is checked on opening, before any tensor's bytes are read.
+torch is not needed for any format.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Literal, Self
+
+import numpy as np
+
+from beit_jax.errors import BeitJaxError, printable
+
+from .msgpack_file import MsgpackFile
+from .safetensors_file import SafetensorsFile
+from .shard_index import INDEX_SUFFIX, ShardIndex
+from .torch_file import PickleFile
+from .weight_file import RandomAccessFile, TensorInfo, WeightFile
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+
+Format = Literal["safetensors", "pytorch", "flax"]
+
+# In the order in which transformers looks for them.
+WEIGHT_NAMES: Mapping[str, Format] = {
+    "model.safetensors": "safetensors",
+    "model.safetensors" + INDEX_SUFFIX: "safetensors",
+    "pytorch_model.bin": "pytorch",
+    "pytorch_model.bin" + INDEX_SUFFIX: "pytorch",
+    "flax_model.msgpack": "flax",
+}
+
+Kind = Literal["safetensors", "zip", "pickle", "msgpack"]
+
+
+class Checkpoint:
+    """Open weights. A context manager; `close` closes the files.
+
+    Attributes:
+        path: what the user named, a directory or a file.
+        format: for people, such as ``safetensors, 3 shards``.
+        files: the weight files.
+        tensors: every tensor by name, sorted.
+        notes: what the user should be told.
+        metadata: plain data found beside the weights.
+    """
+
+    def __init__(self, path: Path, parts: Sequence[WeightFile], notes: Sequence[str] = ()) -> None:
+        """`parts` hold no name twice."""
+        self._parts = tuple(parts)
+        self._owner = {name: part for part in parts for name in part.tensors}
+        self.path = path
+        self.files = tuple(part.file.path for part in parts)
+        formats = " and ".join(sorted({part.format for part in parts}))
+        self.format = formats if len(parts) == 1 else f"{formats}, {len(parts)} shards"
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+            {name: self._owner[name].tensors[name] for name in sorted(self._owner)}
+        )
+        self.notes = (*notes, *(note for part in parts for note in part.notes))
+        self.metadata: Mapping[str, object] = MappingProxyType(
+            {key: value for part in parts for key, value in part.metadata.items()}
+        )
+
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
+        """One tensor, C-contiguous, in its stored dtype. May be called from several threads.
+
+        Args:
+            name: a key of `tensors`.
+            out: a flat uint8 buffer [bytes], at least as long as the tensor, filled and viewed instead of a new array:
+                reused between calls it saves the page faults of fresh memory.
+
+        Raises:
+            BeitJaxError: the bytes are damaged, or the file was changed or cut short since it was opened.
+        """
+        if name not in self._owner:
+            raise BeitJaxError(f"{printable(self.path, 1024)} holds no tensor {printable(name)}")
+        return self._owner[name].read(name, out)
+
+    def close(self) -> None:
+        """Closes all files."""
+        for part in self._parts:
+            part.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(path: Path, *, prefer: str | None = None, format: Format | None = None) -> Checkpoint:
+    """Opens a directory in Hugging Face format, or one weight file of a format recognised by its content.
+
+    Args:
+        path: in a directory the first of `WEIGHT_NAMES` is taken.
+        prefer: which of several sets of weights in one training checkpoint: "model", "ema", or the name of an entry.
+        format: take only weights of this format from a directory.
+
+    Raises:
+        BeitJaxError: nothing there, not weights, damaged, unsafe, or a choice between sets of weights is needed.
+    """
+    path = Path(path)
+    if not os.path.isdir(path):  # unlike Path.is_dir, no exception for a name the system refuses
+        if path.name.endswith(INDEX_SUFFIX):
+            return _open_shards(path, path, prefer, ())
+        return Checkpoint(path, [_open_file(path, prefer)])
+    wanted = [name for name in WEIGHT_NAMES if format in (None, WEIGHT_NAMES[name])]
+    present = [name for name in wanted if os.path.lexists(path / name)]  # a broken link is an error, not absence
+    if not present:
+        raise BeitJaxError(_nothing_found(path, wanted))
+    chosen, *others = present
+    notes = [f"{name} ignored: {chosen} is preferred" for name in others]
+    if chosen.endswith(INDEX_SUFFIX):
+        return _open_shards(path, path / chosen, prefer, notes)
+    return Checkpoint(path, [_open_file(path / chosen, prefer)], notes)
+
+
+def _nothing_found(directory: Path, wanted: Sequence[str]) -> str:
+    label = printable(directory, 1024)
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise BeitJaxError(f"cannot read {label}: {printable(error.strerror)}") from None
+    found = ", ".join(printable(name, 60) for name in names[:10]) or "nothing"
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return (
+        f"{label} holds no weights: expected one of {', '.join(wanted)}; found {found}{more}. "
+        "A weight file of another name can be given itself"
+    )
+
+
+def _open_shards(path: Path, index_path: Path, prefer: str | None, notes: Sequence[str]) -> Checkpoint:
+    if prefer is not None:
+        raise BeitJaxError(f"{printable(index_path, 1024)} holds one set of weights; expected {printable(prefer)}")
+    index = ShardIndex(index_path)
+    with ExitStack() as stack:
+        parts = []
+        for shard_path in [index.locate(shard) for shard in index.shards]:
+            parts.append(_open_file(shard_path, None))
+            stack.callback(parts[-1].close)
+        shard_notes = index.check({shard: part.tensors for shard, part in zip(index.shards, parts, strict=True)})
+        stack.pop_all()
+    return Checkpoint(path, parts, (*notes, *shard_notes))
+
+
+def _open_file(path: Path, prefer: str | None) -> WeightFile:
+    file = RandomAccessFile(path)
+    try:
+        kind = _recognise(file)
+        if kind in ("zip", "pickle"):
+            return PickleFile(file, zipped=kind == "zip", prefer=prefer)
+        if prefer is not None:
+            raise BeitJaxError(f"{file.label} holds one set of weights; expected {printable(prefer)}")
+        if kind == "msgpack":
+            return MsgpackFile(file)
+        part = SafetensorsFile(file)
+        if path.suffix in {".bin", ".pt", ".pth"}:
+            part.notes.append(f"{printable(path.name)} is a safetensors file")
+        return part
+    except BaseException:
+        file.close()
+        raise
+
+
+def _recognise(file: RandomAccessFile) -> Kind:
+    """The format by the first bytes. Raises `BeitJaxError` that says what a file is which is not weights."""
+    head = file.read(0, min(file.size, 512), "the first bytes")
+    is_safetensors = head[8:9] == b"{" and head[4:8] == bytes(4)  # no text has zeros; no sane header is 4 GiB long
+    is_pickle = head[:2] in (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
+    if head[:4] == b"PK\3\4" or (is_pickle and not is_safetensors):
+        if file.path.suffix == ".safetensors":
+            # Whoever names a .safetensors file relies on its being data only.
+            raise BeitJaxError(
+                f"{file.label} is a PyTorch pickle, not safetensors; rename it to .bin to read it as one"
+            )
+        return "zip" if head[:4] == b"PK\3\4" else "pickle"
+    if not is_safetensors:
+        description = _describe(head)
+        if description:
+            raise BeitJaxError(f"{file.label} is {description}; expected a .safetensors or PyTorch weight file")
+    if is_safetensors or file.path.suffix == ".safetensors":
+        return "safetensors"
+    if file.path.suffix == ".msgpack" and (head[0] & 0xF0 == 0x80 or head[0] in (0xDE, 0xDF)):  # a map
+        return "msgpack"
+    raise BeitJaxError(
+        f"{file.label} is not a weight file: it starts with {printable(head[:8])}; "
+        "expected safetensors or a file written by torch.save"
+    )
+
+
+def _describe(head: bytes) -> str | None:
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
+        size = text.partition(b"\nsize ")[2].split(b"\n")[0]
+        return f"a Git LFS pointer to a file of {printable(size.decode('latin-1'))} bytes (run: git lfs pull)"
+    if text.startswith(b"<"):
+        return "an HTML or XML page, probably an error message saved as weights (download it again)"
+    if text.startswith((b"{", b"[")) and b"\0" not in head:
+        return "JSON text, probably an error message saved as weights (download it again)"
+    if head[257:262] == b"ustar":
+        return "a tar archive, which PyTorch before 0.2 wrote (load it there and save it again)"
+    if head.startswith(b"\x1f\x8b"):
+        return "gzip-compressed (unpack it first)"
+    return None

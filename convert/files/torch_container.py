@@ -1,0 +1,241 @@
+"""The two files `torch.save` writes around a pickle: a zip archive (since 1.6), or pickles followed by raw storages.
+
+Both are opened here into the unpickled object and a table of where each storage's bytes lie. Written from the archives
+themselves (`zipfile.ZipFile(f).infolist()`) and from the old files' five consecutive pickles (`pickletools.dis`).
+"""
+
+import io
+import struct
+import zipfile
+from typing import Protocol
+
+from beit_jax.errors import BeitJaxError, printable
+
+from ..pickles.machine import MAX_PICKLE, PickleMachine
+from ..pickles.names import ITEM_SIZES, PickleError, Storage
+from .weight_file import Extent, RandomAccessFile, read_checked, shown
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+_MAX_DIRECTORY = 16 * 2**20
+_ENCRYPTED, _UTF8 = 0x1, 0x800
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+
+
+class Container(Protocol):
+    """An opened file: its unpickled object, and where storages are."""
+
+    format: str
+    top: object
+
+    def locate(self, storage: Storage) -> Extent:
+        """Raises `PickleError` if the storage is not there, or not of the size the pickle says."""
+
+
+class _FileView(io.RawIOBase):
+    """What `zipfile` needs to read an archive's directory, and no more of it than `_MAX_DIRECTORY` at once."""
+
+    def __init__(self, file: RandomAccessFile) -> None:
+        self._file = file
+        self._at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        if self._at < 0:
+            raise OSError("negative position")
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        rest = max(self._file.size - self._at, 0)
+        count = rest if size is None or size < 0 else min(size, rest)
+        if count > _MAX_DIRECTORY:
+            raise zipfile.BadZipFile(f"its directory has {count} bytes; expected at most {_MAX_DIRECTORY}")
+        data = self._file.read(self._at, count, "the archive's directory")
+        self._at += count
+        return data
+
+
+def _zip_entries(file: RandomAccessFile) -> dict[str, zipfile.ZipInfo]:
+    """The records of an archive that starts at byte 0 and ends at the last byte, in file order, none named twice."""
+    try:
+        with zipfile.ZipFile(_FileView(file)) as archive:
+            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    except BeitJaxError:
+        raise
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error, OverflowError) as error:
+        raise BeitJaxError(
+            f"{file.label} is a truncated or damaged zip archive of {file.size} bytes ({printable(error)}); "
+            "download it again"
+        ) from None
+    # Python's zipfile also takes an archive in the middle of a file, torch does not: a file must read in one way only.
+    if not entries or entries[0].header_offset != 0:
+        raise BeitJaxError(f"{file.label} has no record at byte 0; expected nothing in front of the archive")
+    if file.read(max(file.size - 22, 0), 4, "the end of the archive") != b"PK\5\6":
+        raise BeitJaxError(f"{file.label} has bytes behind the end of its zip archive; expected none")
+    by_name: dict[str, zipfile.ZipInfo] = {}
+    for entry in entries:
+        name = entry.orig_filename  # .filename ends at a NUL
+        if name in by_name:
+            raise BeitJaxError(f"{file.label} has two records named {printable(name)}; expected one")
+        by_name[name] = entry
+    return by_name
+
+
+class ZipContainer:
+    """Names ``<any>/data.pkl`` and ``<any>/data/<key>``, every record stored as it is, none compressed."""
+
+    format = "pytorch zip"
+
+    def __init__(self, file: RandomAccessFile) -> None:
+        self._file = file
+        self._entries = _zip_entries(file)
+        first = next(iter(self._entries))
+        self._folder = first.partition("/")[0] + "/"
+        for name, entry in self._entries.items():
+            self._check_entry(name, entry)
+        if self._folder + "data.pkl" not in self._entries:
+            raise BeitJaxError(f"{file.label} is a zip archive without data.pkl; expected a file written by torch.save")
+        if self._folder + "constants.pkl" in self._entries:
+            raise BeitJaxError(f"{file.label} is a TorchScript program; expected a state dict written by torch.save")
+        order = self._small_record("byteorder") if self._folder + "byteorder" in self._entries else b"little"
+        if order != b"little":
+            raise BeitJaxError(f"{file.label} has byte order {printable(order)}; expected little")
+        self.top = run_pickle(file, io.BytesIO(self._small_record("data.pkl")), PickleMachine())
+
+    def locate(self, storage: Storage) -> Extent:
+        name = f"{self._folder}data/{storage.key}"
+        if name not in self._entries:
+            raise PickleError(f"its record {name} is not in the archive")
+        extent = self._extent(name)
+        expected = storage.numel * ITEM_SIZES[storage.kind]
+        if extent.nbytes != expected:
+            raise PickleError(f"its record {name} has {extent.nbytes} bytes, the pickle says {expected}")
+        return extent
+
+    def _check_entry(self, name: str, entry: zipfile.ZipInfo) -> None:
+        where = f"record {printable(name)} of {self._file.label}"
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise BeitJaxError(f"{where} is compressed ({entry.file_size} bytes unpacked); expected it stored as it is")
+        if entry.flag_bits & _ENCRYPTED:
+            raise BeitJaxError(f"{where} is encrypted; expected it stored as it is")
+        if not name.startswith(self._folder):
+            raise BeitJaxError(f"{where} lies outside {printable(self._folder)}; expected one folder")
+
+    def _extent(self, name: str) -> Extent:
+        """Where a record's bytes are: behind its local header, which must agree with the archive's directory."""
+        entry = self._entries[name]
+        what = f"record {name}"
+        raw_name = name.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
+        start = entry.header_offset + _LOCAL_HEADER.size + len(raw_name)
+        if start + entry.file_size > self._file.size:
+            raise PickleError(f"{what} reaches behind the end of the file")
+        header = self._file.read(entry.header_offset, start - entry.header_offset, what)
+        magic, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
+        if magic != b"PK\3\4" or name_length != len(raw_name) or not header.endswith(raw_name):
+            raise PickleError(f"{what} and the archive's directory disagree")
+        if start + extra_length + entry.file_size > self._file.size:
+            raise PickleError(f"{what} reaches behind the end of the file")
+        return Extent(start + extra_length, entry.file_size, name, entry.CRC)
+
+    def _small_record(self, name: str) -> bytes:
+        name = self._folder + name
+        try:
+            extent = self._extent(name)
+        except PickleError as error:
+            raise BeitJaxError(f"{self._file.label} is damaged: {printable(error)}") from None
+        if extent.nbytes > MAX_PICKLE:
+            raise BeitJaxError(
+                f"record {printable(name)} of {self._file.label} has {extent.nbytes} bytes; "
+                f"expected at most {MAX_PICKLE}"
+            )
+        data = bytearray(extent.nbytes)
+        read_checked(self._file, extent, "its pickle or version", memoryview(data))
+        return bytes(data)
+
+
+class LegacyContainer:
+    """Pickles of a magic number, a version, the platform, the object and the storage keys; then each count and bytes.
+
+    The object's pickle names the storages; the keys say in which order they follow. There is no checksum.
+    """
+
+    format = "pytorch legacy"
+
+    def __init__(self, file: RandomAccessFile) -> None:
+        self._file = file
+        stream = io.BytesIO(file.read(0, min(file.size, MAX_PICKLE), "the pickle"))
+        machine = PickleMachine()
+        magic = run_pickle(file, stream, machine)
+        if magic != _MAGIC:
+            raise BeitJaxError(
+                f"{file.label} is a pickle that torch.save did not write; expected a state dict of tensors"
+            )
+        version, platform = (run_pickle(file, stream, machine) for _ in range(2))
+        if version != _PROTOCOL:
+            raise BeitJaxError(f"{file.label} has version {shown(version)} of PyTorch's format; expected {_PROTOCOL}")
+        if not isinstance(platform, dict) or platform.get("little_endian") is not True:
+            raise BeitJaxError(f"{file.label} was written on a big-endian machine; expected a little-endian one")
+        self.top = run_pickle(file, stream, machine)
+        keys = run_pickle(file, stream, machine)
+        self._extents = self._follow(keys, stream.tell(), machine.storages)
+
+    def locate(self, storage: Storage) -> Extent:
+        return self._extents[storage.key]
+
+    def _follow(self, keys: object, offset: int, storages: dict[str, Storage]) -> dict[str, Extent]:
+        label = self._file.label
+        names = [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
+        if sorted(names) != sorted(storages):
+            raise BeitJaxError(f"{label} is damaged: its list of storages is not the one its pickle uses")
+        extents = {}
+        for key in names:
+            storage = storages[key]
+            nbytes = storage.numel * ITEM_SIZES[storage.kind]
+            if offset + 8 + nbytes > self._file.size:
+                raise BeitJaxError(
+                    f"{label} is truncated: storage {printable(key)} ends at byte {offset + 8 + nbytes}, "
+                    f"the file has {self._file.size}; download it again"
+                )
+            count = int.from_bytes(self._file.read(offset, 8, f"storage {printable(key)}"), "little")
+            if count != storage.numel:
+                raise BeitJaxError(
+                    f"storage {printable(key)} of {label} has {count} elements, its pickle says {storage.numel}"
+                )
+            extents[key] = Extent(offset + 8, nbytes, f"storage {key}")
+            offset += 8 + nbytes
+        if offset != self._file.size:
+            raise BeitJaxError(f"{label} has {self._file.size - offset} bytes behind its last storage")
+        return extents
+
+
+def run_pickle(file: RandomAccessFile, stream: io.BytesIO, machine: PickleMachine) -> object:
+    """One pickle of `stream`. Raises `BeitJaxError` that lists every name it should not mention."""
+    flaw = None
+    try:
+        top = machine.run(stream)
+    except PickleError as error:
+        flaw = printable(error, 300)
+    if machine.forbidden:
+        raise BeitJaxError(_refusal(file.label, list(machine.forbidden)))
+    if flaw is not None:
+        raise BeitJaxError(f"the pickle in {file.label} {flaw}; expected a state dict written by torch.save")
+    return top
+
+
+def _refusal(label: str, names: list[str]) -> str:
+    names.sort(key=lambda name: name.startswith("torch."))  # a program's own classes and calls first
+    listed = ", ".join(printable(name) for name in names[:8]) + (
+        f" and {len(names) - 8} more" if len(names) > 8 else ""
+    )
+    if any(name.startswith("torch.nn.") for name in names):
+        return (
+            f"refused: {label} is a whole-module pickle (it asks for {listed}); expected a state dict: "
+            "where its code is at hand and trusted, save module.state_dict() instead"
+        )
+    return f"refused: {label} asks to run {listed}; expected tensors and plain settings only. Nothing was run"

@@ -1,0 +1,113 @@
+"""Read what `torch.save` wrote (.bin, .pth, .pt) without torch and without running anything in it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from beit_jax.errors import BeitJaxError, printable
+
+from ..pickles.names import STORAGE_DTYPES, PickledTensor, PickleError, UnsupportedTensor
+from ..pickles.state import Tensor, select_state
+from .torch_container import Container, LegacyContainer, ZipContainer
+from .weight_file import MAX_TENSORS, Extent, RandomAccessFile, TensorInfo, WeightFile, checked_info, read_checked
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor's place: `start` and `span` in bytes within its storage, `strides` in bytes."""
+
+    storage: Extent
+    start: int
+    span: int
+    strides: tuple[int, ...]
+    contiguous: bool
+
+
+class PickleFile(WeightFile):
+    """The state dict of a PyTorch file: names, shapes and dtypes checked, storages read and summed on demand.
+
+    Args:
+        zipped: the zip archive that torch writes since 1.6; else the older consecutive pickles.
+        prefer: see `select_state`.
+
+    Raises:
+        BeitJaxError: damage, a name that is not expected in a checkpoint, a tensor of a kind or layout that is refused.
+    """
+
+    def __init__(self, file: RandomAccessFile, *, zipped: bool, prefer: str | None = None) -> None:
+        container: Container = ZipContainer(file) if zipped else LegacyContainer(file)
+        super().__init__(file, container.format)
+        state = select_state(container.top, prefer, file.label)
+        if len(state.tensors) > MAX_TENSORS:
+            raise BeitJaxError(f"{file.label} lists {len(state.tensors)} tensors; expected at most {MAX_TENSORS}")
+        self.metadata = dict(state.metadata)
+        self.notes = list(state.notes)
+        self._views: dict[str, _View] = {}
+        self._verified: set[int] = set()  # offsets of the storages whose CRC was right; adding is atomic
+        for name in sorted(state.tensors):
+            self.tensors[name], self._views[name] = _resolve(file, container, name, state.tensors[name])
+
+    def _fill(self, info: TensorInfo, flat: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+        view = self._views[info.name]
+        what = f"tensor {printable(info.name)}"
+        if view.contiguous and info.nbytes == view.storage.nbytes:
+            read_checked(self.file, view.storage, what, flat.data)
+            return
+        if view.storage.crc is not None and view.storage.offset not in self._verified:
+            read_checked(self.file, view.storage, what)
+            self._verified.add(view.storage.offset)
+        start = view.storage.offset + view.start
+        if view.contiguous:
+            self.file.read_into(start, flat.data, what)
+            return
+        span = np.empty(view.span, np.uint8)
+        self.file.read_into(start, span.data, what)
+        source: np.ndarray[Any, Any] = np.ndarray(info.shape, info.dtype, span.data, strides=view.strides)
+        np.copyto(flat.view(info.dtype).reshape(info.shape), source)
+
+
+def _resolve(file: RandomAccessFile, container: Container, name: str, tensor: Tensor) -> tuple[TensorInfo, _View]:
+    try:
+        if isinstance(tensor, UnsupportedTensor):
+            raise PickleError(f"is {tensor.kind}; expected a dense tensor")
+        dtype = STORAGE_DTYPES.get(tensor.storage.kind)
+        if dtype is None:
+            raise PickleError(f"has dtype {tensor.storage.kind.removesuffix('Storage')}, which is not converted")
+        info = checked_info(name, tensor.shape, dtype, file.path)
+        return info, _view(info, tensor, container.locate(tensor.storage))
+    except PickleError as error:
+        raise BeitJaxError(f"tensor {printable(name)} in {file.label} {printable(error, 300)}") from None
+
+
+def _view(info: TensorInfo, tensor: PickledTensor, storage: Extent) -> _View:
+    """Checks a strided view against its storage; what it reads then never exceeds what the file holds."""
+    offset, strides = tensor.offset, tensor.strides
+    if min((offset, *strides)) < 0 or len(strides) != len(info.shape):
+        raise PickleError(f"has offset {offset} and strides {list(strides)} for shape {list(info.shape)}")
+    numel, stored = math.prod(info.shape), tensor.storage.numel
+    if any(stride == 0 and size > 1 for stride, size in zip(strides, info.shape, strict=True)) or numel > stored:
+        raise PickleError(
+            f"repeats elements: shape {list(info.shape)}, strides {list(strides)}, storage of {stored} elements"
+        )
+    reach = sum((size - 1) * stride for stride, size in zip(strides, info.shape, strict=True)) + 1 if numel else 0
+    if offset + reach > stored:
+        raise PickleError(f"reaches element {offset + reach} of a storage of {stored} elements")
+    item = info.dtype.itemsize
+    return _View(
+        storage=storage,
+        start=offset * item,
+        span=reach * item,
+        strides=tuple(stride * item for stride in strides),
+        contiguous=numel == 0 or _is_contiguous(info.shape, strides),
+    )
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,186 @@
+"""Weight mapping as data: a `Rule` names torch tensors, one Flax leaf, and an operation that runs both ways.
+
+Import and export are two walks over the same rules. Leaves under ``blocks`` are stacked: their rules carry ``{i}`` in
+the torch names, one set of tensors per layer.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from beit_jax.errors import BeitJaxError
+
+_ROWS, _COLUMNS, _PADDING = 256, 256, 16  # of a tile: 256 KiB of float32, well inside a second-level cache
+
+
+@dataclass(frozen=True)
+class Op:
+    """An invertible change of layout.
+
+    Attributes:
+        load: given torch tensors and an index, copies the rows of the Flax array from that index on (along its first
+            axis) into a contiguous array of as many rows, casting to its dtype.
+        dump: the torch tensors of a Flax array, as views where possible.
+    """
+
+    load: Callable[[Sequence[np.ndarray], int, np.ndarray], None]
+    dump: Callable[[np.ndarray], list[np.ndarray]]
+
+    def torch_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Shapes of the torch tensors that make up a leaf of this shape. Costs nothing: the dummy has zero strides."""
+        return [part.shape for part in self.dump(np.broadcast_to(np.zeros((), np.bool_), shape))]
+
+
+def _transpose(source: np.ndarray, target: np.ndarray) -> None:
+    """``target[...] = source.T``, by way of a small padded tile.
+
+    Widths are powers of two, so that the elements of a column share a few lines of the cache and evict each other: read
+    straight from the source, a transpose runs at a third of the speed.
+    """
+    padded = np.empty((_ROWS, _COLUMNS + _PADDING), source.dtype)
+    for row in range(0, source.shape[0], _ROWS):
+        for column in range(0, source.shape[1], _COLUMNS):
+            part = source[row : row + _ROWS, column : column + _COLUMNS]
+            tile = padded[: part.shape[0], : part.shape[1]]
+            tile[...] = part
+            target[column : column + _COLUMNS, row : row + _ROWS] = tile.T
+
+
+def _load_keep(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    rows[...] = parts[0].reshape(-1, *rows.shape[1:])[start : start + len(rows)]
+
+
+def _load_linear(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    flat = rows.reshape(-1, rows.shape[-1])
+    first = start * (len(flat) // len(rows))  # a row of a kernel that reads heads is head_dim rows of the matrix
+    _transpose(parts[0][:, first : first + len(flat)], flat)
+
+
+def _load_conv(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    rows[...] = parts[0].transpose(2, 3, 1, 0)[start : start + len(rows)]
+
+
+def _load_up(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    rows[...] = parts[0].transpose(2, 3, 0, 1)[start : start + len(rows)]
+
+
+def _load_qkv(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    targets = rows.reshape(*rows.shape[:2], -1).swapaxes(0, 1)
+    for target, part in zip(targets, parts, strict=True):
+        _transpose(part[:, start : start + len(rows)], target)
+
+
+def _load_fused(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    _transpose(parts[0][:, start : start + len(rows)], rows.reshape(len(rows), -1))
+
+
+def _load_flax_qkv(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    for target, part in zip(rows.reshape(*rows.shape[:2], -1).swapaxes(0, 1), parts, strict=True):
+        target[...] = part[start : start + len(rows)]
+
+
+def _dump_flax_qkv(leaf: np.ndarray) -> list[np.ndarray]:
+    hidden, count = leaf.shape[:2]
+    return list(leaf.reshape(hidden, count, -1).swapaxes(0, 1))
+
+
+def _dump_qkv(leaf: np.ndarray) -> list[np.ndarray]:
+    hidden, count = leaf.shape[:2]
+    return [part.T for part in leaf.reshape(hidden, count, -1).swapaxes(0, 1)]
+
+
+KEEP = Op(_load_keep, lambda leaf: [leaf])
+"""The same array."""
+
+FLAT = Op(_load_keep, lambda leaf: [leaf.reshape(-1)])
+"""[heads * head_dim] <-> [heads, head_dim]."""
+
+LINEAR = Op(_load_linear, lambda leaf: [leaf.reshape(-1, leaf.shape[-1]).T])
+"""torch Linear [out, in] <-> [in, out], or [heads, head_dim, out] for a kernel that reads heads."""
+
+CONV = Op(_load_conv, lambda leaf: [leaf.transpose(3, 2, 0, 1)])
+"""torch Conv2d [out, in, height, width] <-> [height, width, in, out]."""
+
+CONV_TRANSPOSE = Op(_load_up, lambda leaf: [leaf.transpose(2, 3, 0, 1)])
+"""torch ConvTranspose2d [in, out, height, width] <-> [height, width, in, out]."""
+
+QKV = Op(_load_qkv, _dump_qkv)
+"""Three torch Linears [heads * head_dim, in] <-> [in, 3, heads, head_dim]."""
+
+
+FUSED_QKV = Op(_load_fused, lambda leaf: [leaf.reshape(len(leaf), -1).T])
+"""One torch Linear [3 * heads * head_dim, in], queries first <-> [in, 3, heads, head_dim]."""
+
+FLAX_QKV = Op(_load_flax_qkv, _dump_flax_qkv)
+"""Three Flax kernels [in, heads * head_dim] <-> [in, 3, heads, head_dim]."""
+
+FLAX_HEADS = Op(_load_keep, lambda leaf: [leaf.reshape(-1, leaf.shape[-1])])
+"""Flax kernel [heads * head_dim, out] <-> [heads, head_dim, out]."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`torch` names (with ``{i}`` for the layer of a stacked leaf) make up the leaf at the path `flax`."""
+
+    torch: tuple[str, ...]
+    flax: str
+    op: Op = KEEP
+
+    @property
+    def stacked(self) -> bool:
+        return "{i}" in self.torch[0]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One leaf, and for each of its layers (one, for a leaf that is not stacked) the tensors that fill it."""
+
+    rule: Rule
+    shape: tuple[int, ...]
+    layers: tuple[tuple[str, ...], ...]
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        return self.shape[1:] if self.rule.stacked else self.shape
+
+    def torch_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every torch tensor of the leaf with the shape it must have."""
+        shapes = self.rule.op.torch_shapes(self.layer_shape)
+        for names in self.layers:
+            yield from zip(names, shapes, strict=True)
+
+
+def steps(rules: Sequence[Rule], leaves: Mapping[str, tuple[int, ...]]) -> dict[str, Step]:
+    """For every leaf of a model (path to shape) the one rule that fills it, and with which tensors.
+
+    Raises:
+        BeitJaxError: a leaf that no rule, or more than one, fills: the table is wrong.
+    """
+    result = {}
+    for path, shape in leaves.items():
+        matching = [rule for rule in rules if rule.flax == path]
+        if len(matching) != 1:
+            raise BeitJaxError(
+                f"{path}: expected one rule in the table, found {len(matching)}; correct convert/formats/tables.py"
+            )
+        rule = matching[0]
+        count = shape[0] if rule.stacked else 1
+        layers = tuple(tuple(name.replace("{i}", str(i)) for name in rule.torch) for i in range(count))
+        result[path] = Step(rule, shape, layers)
+    return result
+
+
+def export(rules: Sequence[Rule], params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Flat Flax parameters as torch tensors, contiguous, by name: the inverse of the import.
+
+    The result is what `safetensors.numpy.save_file` may be given: it writes non-contiguous arrays wrongly.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for path, step in steps(rules, {path: leaf.shape for path, leaf in params.items()}).items():
+        for i, names in enumerate(step.layers):
+            leaf = params[path][i] if step.rule.stacked else params[path]
+            tensors |= {
+                name: np.ascontiguousarray(part) for name, part in zip(names, step.rule.op.dump(leaf), strict=True)
+            }
+    return tensors

@@ -1,0 +1,1 @@
+"""The closed pickle reader. TODO"""

@@ -1,0 +1,183 @@
+"""Which of the things in a training checkpoint are the weights, and what is worth keeping of the rest."""
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from beit_jax.errors import BeitJaxError, printable
+
+from .module import module_tensors
+from .names import Forbidden, Global, Module, Namespace, NumpyDtype, PickledTensor, Storage, UnsupportedTensor
+
+WRAPPERS = ("state_dict", "model", "module", "model_ema", "state_dict_ema")
+SETS = {"model": ("state_dict", "model", "module"), "ema": ("model_ema", "state_dict_ema")}
+"""The trained weights and their moving average, whatever a training loop called them."""
+
+_MAX_VALUES = 10_000  # settings kept of one entry
+_MAX_DEPTH = 32
+_MAX_ENTRIES = 100
+
+Tensor = PickledTensor | UnsupportedTensor
+
+
+@dataclass(frozen=True)
+class State:
+    """The weights by name, and the plain data that lay beside them."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, object]
+    notes: tuple[str, ...]
+
+
+class _TooLarge(ValueError):
+    """An entry that is not settings: it holds tensors, or too much."""
+
+
+def select_state(top: object, prefer: str | None, label: str) -> State:
+    """Finds the one state dict in the object that a pickle held.
+
+    Args:
+        top: a state dict, or a dict that has one under one of `WRAPPERS`, nested or not, or a module
+            (see `module_tensors`).
+        prefer: what to take where several hold tensors: the name of a wrapper, or one of `SETS`.
+        label: the file, for messages.
+
+    Raises:
+        BeitJaxError: no state dict; several and no (or another) preference; an entry in it that is not a tensor.
+    """
+    if isinstance(top, Module) and prefer in (None, "model"):
+        return State(module_tensors(top, label), {}, (f"weights taken from a pickled {top.kind}; nothing was run",))
+    if not isinstance(top, dict):
+        raise BeitJaxError(f"{label} holds a {_kind(top)}; expected a state dict of tensors")
+    wrappers = [key for key in WRAPPERS if _wraps_tensors(top.get(key))]
+    notes: list[str] = []
+    if wrappers:
+        wrapper = _choose(wrappers, prefer, label)
+        notes.append(f"weights taken from {wrapper!r}")
+        beside = {key: value for key, value in top.items() if key != wrapper}
+        mapping = top[wrapper]
+        while not _holds_tensors(mapping):  # BEiT v2 files: "module" within "model"
+            wrapper = _choose([key for key in WRAPPERS if _wraps_tensors(mapping.get(key))], None, label)
+            notes.append(f"and from {wrapper!r} in it")
+            mapping = mapping[wrapper]
+    else:
+        if prefer is not None and prefer != "model":
+            raise BeitJaxError(f"{label} holds one state dict without a wrapper; expected {printable(prefer)}")
+        beside = {key: value for key, value in top.items() if not isinstance(value, Tensor)}
+        mapping = {key: value for key, value in top.items() if isinstance(value, Tensor)}
+        _refuse_nested(beside, bool(mapping), label)
+    tensors = _named_tensors(mapping, label)
+    metadata, kept = _settings(beside)
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+        notes.append("prefix 'module.' removed from every name")
+    return State(tensors, metadata, (*notes, *kept))
+
+
+def _holds_tensors(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(entry, Tensor) for entry in value.values())
+
+
+def _wraps_tensors(value: object, depth: int = 4) -> bool:
+    if _holds_tensors(value):
+        return True
+    return isinstance(value, dict) and depth > 0 and any(_wraps_tensors(value.get(key), depth - 1) for key in WRAPPERS)
+
+
+def _choose(wrappers: list[str], prefer: str | None, label: str) -> str:
+    if prefer in SETS:
+        wrappers = [key for key in wrappers if key in SETS[prefer]] or wrappers
+        if len(wrappers) == 1 and wrappers[0] in SETS[prefer]:
+            return wrappers[0]
+    elif prefer in wrappers:
+        return str(prefer)
+    elif prefer is None and len(wrappers) == 1:
+        return wrappers[0]
+    found = " and ".join(repr(key) for key in wrappers)
+    wanted = "choose one of them (--weights model or ema)" if prefer is None else f"expected {printable(prefer)}"
+    raise BeitJaxError(f"{label} holds weights under {found}: {wanted}")
+
+
+def _refuse_nested(beside: Mapping[object, object], flat: bool, label: str) -> None:
+    keys = ", ".join(printable(key) for key in list(beside)[:10]) or "nothing"
+    nested = [printable(key) for key, value in beside.items() if _holds_tensors(value)]
+    if nested or not flat:
+        inside = f", tensors only under {', '.join(nested[:10])}" if nested else ""
+        raise BeitJaxError(
+            f"{label} holds no state dict: found {keys}{inside}; "
+            f"expected tensors at the top or under one of {', '.join(WRAPPERS)}"
+        )
+
+
+def _named_tensors(mapping: Mapping[object, object], label: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, value in mapping.items():
+        if not isinstance(name, str):
+            raise BeitJaxError(f"{label} names a tensor {printable(name)}, a {_kind(name)}; expected text")
+        if not isinstance(value, Tensor):
+            raise BeitJaxError(f"{printable(name)} in the state dict of {label} is a {_kind(value)}; expected a tensor")
+        tensors[name] = value
+    return tensors
+
+
+def _settings(beside: Mapping[object, object]) -> tuple[dict[str, object], list[str]]:
+    """Plain data of the entries beside the weights, and a note for each."""
+    metadata: dict[str, object] = {}
+    notes: list[str] = []
+    for key, value in list(beside.items())[:_MAX_ENTRIES]:
+        name = str(key)
+        try:
+            if name.startswith("optimizer"):
+                raise _TooLarge
+            metadata[name] = _Plain().convert(value)
+            notes.append(f"{printable(name)} ({_kind(value)}) kept as metadata")
+        except _TooLarge:
+            notes.append(f"{printable(name)} ({_kind(value)}) ignored")
+    if len(beside) > _MAX_ENTRIES:
+        notes.append(f"{len(beside) - _MAX_ENTRIES} further entries ignored")
+    return metadata, notes
+
+
+class _Plain:
+    """Copies one entry into dicts, lists and scalars. A pickle can be a graph, so values are counted."""
+
+    def __init__(self) -> None:
+        self._left = _MAX_VALUES
+
+    def convert(self, value: object, depth: int = 0) -> object:
+        self._left -= 1
+        if self._left < 0 or depth > _MAX_DEPTH:
+            raise _TooLarge
+        match value:
+            case None | bool() | int() | float() | str():
+                return value
+            case bytes():
+                return f"<{len(value)} bytes>"
+            case Namespace(values=values):
+                return self.convert(values, depth + 1)
+            case dict():
+                return {str(key): self.convert(entry, depth + 1) for key, entry in value.items()}
+            case list() | tuple():
+                return [self.convert(entry, depth + 1) for entry in value]
+            case Global(name=name):
+                return name
+            case NumpyDtype(code=code):
+                return code
+            case datetime.datetime() | datetime.date() | datetime.time() | datetime.timedelta() | datetime.timezone():
+                return str(value)
+        raise _TooLarge
+
+
+def _kind(value: object) -> str:
+    match value:
+        case Namespace():
+            return "argparse.Namespace"
+        case PickledTensor():
+            return "tensor"
+        case UnsupportedTensor(kind=kind):
+            return f"{printable(kind)} tensor"
+        case Storage():
+            return "storage without a tensor"
+        case Global(name=name) | Forbidden(name=name) | Module(kind=name):
+            return printable(name)
+    return type(value).__name__

@@ -1,0 +1,68 @@
+"""Projections over several axes: one CPU's products of matrices are those of many devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from tracing import computed, traced
+
+from beit_jax.models.layers import _project
+
+CASES = {
+    "qkv": ("bnd,dkhe->bnkhe", (2, 5, 8), (8, 3, 2, 4)),
+    "out": ("bnhe,hed->bnd", (2, 5, 2, 4), (2, 4, 8)),
+}
+
+
+def drawn(case: str) -> tuple[str, list[np.ndarray]]:
+    rng = np.random.default_rng(0)
+    spec, inputs, kernel = CASES[case]
+    return spec, [rng.standard_normal(s, np.float32) for s in (inputs, kernel, kernel[len(inputs) - 2 :])]
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_projections_and_their_gradients(case: str, several: bool) -> None:
+    """In float64 by NumPy."""
+    spec, arrays = drawn(case)
+    x, kernel, bias = (array.astype(np.float64) for array in arrays)
+    expected = np.einsum(spec, x, kernel) + bias
+    weight = np.random.default_rng(1).standard_normal(expected.shape, np.float32)
+    inputs, both, outputs = spec.replace("->", ",").split(",")
+    gradients = (
+        np.einsum(f"{outputs},{both}->{inputs}", weight, kernel),
+        np.einsum(f"{inputs},{outputs}->{both}", x, weight),
+        weight.astype(np.float64).sum(axis=(0, 1)),
+    )
+    (value,) = computed(_project, *arrays, several=several)
+    assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+    backward = jax.grad(lambda *given: (weight * _project(*given)).sum(), argnums=(0, 1, 2))
+    for one, other in zip(computed(backward, *arrays, several=several), gradients, strict=True):
+        assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_devices_keep_the_heads_as_an_axis(case: str) -> None:
+    """By which they share them out; one CPU has matrices."""
+    _, arrays = drawn(case)
+
+    def largest_rank(several: bool) -> int:
+        equations = traced(_project, *arrays, several=several).eqns
+        (product,) = (equation for equation in equations if equation.primitive.name == "dot_general")
+        return max(variable.aval.ndim for variable in (*product.invars, *product.outvars))
+
+    assert largest_rank(False) == 2
+    assert largest_rank(True) > 3
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_bfloat16_is_summed_in_float32(several: bool) -> None:
+    """The result has the dtype of the bias: that of the inputs, or float32 for what joins the residual stream."""
+    _, (x, kernel, bias) = drawn("out")
+    low = [jnp.asarray(array, jnp.bfloat16) for array in (x, kernel)]
+    exact = np.einsum("bnhe,hed->bnd", *(np.asarray(array, np.float64) for array in low)) + bias
+    (wide,) = computed(_project, *low, jnp.asarray(bias), several=several)
+    assert_allclose(wide, exact, rtol=1e-5, atol=1e-5)
+    (narrow,) = computed(_project, *low, jnp.asarray(bias, jnp.bfloat16), several=several)
+    assert narrow.dtype == jnp.bfloat16

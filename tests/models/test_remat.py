@@ -1,0 +1,77 @@
+"""What the backward pass computes again changes memory, and nothing else."""
+
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tolerances import GRADIENT
+
+from beit_jax.config import BeitConfig
+from beit_jax.models.encoder import REMAT, Remat
+from beit_jax.models.heads import abstract_model, param_shapes
+from beit_jax.train.recipe import ModelOptions
+from beit_jax.tree import flatten, unflatten
+
+CONFIG = BeitConfig(
+    task="image_classification",
+    image_size=(32, 32),
+    patch_size=(4, 4),
+    hidden_size=64,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    intermediate_size=256,
+    position_bias="both",
+    hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+    drop_path_rate=0.3,
+    labels=("a", "b", "c"),
+)
+BATCH = 8
+
+
+def gradient(remat: Remat) -> Any:
+    """Compiled: the gradient of a sum of squares of the logits, with dropout."""
+    graph, shapes = abstract_model(CONFIG)
+
+    def loss(params: Any, pixels: Any) -> Any:
+        return jnp.square(nnx.merge(graph, params)(pixels, key=jax.random.key(0), remat=remat).logits).sum()
+
+    return jax.jit(jax.grad(loss)).lower(shapes, jax.ShapeDtypeStruct((BATCH, 32, 32, 3), jnp.float32)).compile()
+
+
+@pytest.fixture(scope="module")
+def gradients() -> dict[Remat, Any]:
+    return {remat: gradient(remat) for remat in REMAT}
+
+
+def test_every_policy_of_the_recipes_exists() -> None:
+    assert set(REMAT) == set(get_args(Remat)) == set(get_args(ModelOptions.__annotations__["remat"]))
+
+
+@pytest.mark.parametrize("remat", ["block", "dots"])
+def test_gradients_do_not_depend_on_what_is_kept(gradients: dict[Remat, Any], remat: Remat) -> None:
+    """Dropout and stochastic depth included: what is computed again is dropped again."""
+    rng = np.random.default_rng(0)
+    params = {n: rng.standard_normal(s).astype(np.float32) * 0.1 for n, s in param_shapes(CONFIG).items()}
+    pixels = rng.standard_normal((BATCH, 32, 32, 3)).astype(np.float32)
+    expected, found = (flatten(gradients[kind](unflatten(params), pixels)) for kind in ("none", remat))
+    for name, leaf in expected.items():
+        scale = np.abs(leaf).max()
+        assert scale > 0, name
+        assert np.abs(found[name] - leaf).max() <= GRADIENT * scale, name
+
+
+def test_memory_grows_with_what_is_kept(gradients: dict[Remat, Any]) -> None:
+    memory = {remat: found.memory_analysis().temp_size_in_bytes for remat, found in gradients.items()}
+    assert memory["block"] < memory["dots"] < memory["none"]
+
+
+def test_dots_keeps_no_scores(gradients: dict[Remat, Any]) -> None:
+    """At most the products with parameters more than "block"; attention scores would be half as much again."""
+    memory = {remat: found.memory_analysis().temp_size_in_bytes for remat, found in gradients.items()}
+    depth, tokens, hidden = CONFIG.num_hidden_layers, 65, CONFIG.hidden_size
+    products = depth * BATCH * tokens * (3 + 1 + 4 + 1) * hidden * 4  # query, key and value; attention out; MLP
+    assert memory["dots"] - memory["block"] < products

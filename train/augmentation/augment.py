@@ -1,0 +1,137 @@
+"""Training images on the host: random crop, flip, and RandAugment or colour jitter, as timm does them on PIL images.
+
+What is drawn and what is done with it are apart: `TrainTransform.draw` and `TrainTransform.apply`. Erasing and mixing
+happen on the device, in `mixing`. Nothing here imports JAX: worker processes start without it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from beit_jax.errors import BeitJaxError
+
+from ..recipe import AugmentOptions, Interpolation
+from .decode import Pixels
+from .randaugment import Operation, RandAugment, perform
+from .resample import Box, Colour, Filter, resized
+
+Transform: TypeAlias = Callable[[Pixels, np.random.Generator], Pixels]
+
+ATTEMPTS: Final = 10  # to draw a crop that fits, before the centre is taken
+JITTERED: Final = ("Brightness", "Contrast", "Color")
+RESAMPLES: Final[dict[Interpolation, tuple[Filter, ...]]] = {
+    "bilinear": (Image.Resampling.BILINEAR,),
+    "bicubic": (Image.Resampling.BICUBIC,),
+    "lanczos": (Image.Resampling.LANCZOS,),
+    "random": (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC),
+}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All that is random about one image: a crop, its resampling filter, a flip, then operations in their order."""
+
+    box: Box
+    resample: Filter
+    flip: bool
+    operations: tuple[Operation, ...]
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """RGB image (uint8 [h, w, 3], or PIL's) and generator -> the same of `size`, (height, width), as an array.
+
+    A value, so that it can be sent to worker processes.
+    """
+
+    options: AugmentOptions
+    size: tuple[int, int]
+    fill: Colour
+    policy: RandAugment | None
+
+    def __call__(self, image: Pixels | Image.Image, rng: np.random.Generator) -> Pixels:
+        pixels = np.asarray(image)
+        height, width, _ = pixels.shape
+        return self.apply(pixels, self.draw((width, height), rng))
+
+    def draw(self, image_size: tuple[int, int], rng: np.random.Generator) -> Draws:
+        """For an image of (width, height)."""
+        options = self.options
+        resamples = RESAMPLES[options.interpolation]
+        box = draw_box(image_size, options.crop_scale, options.crop_ratio, rng)
+        resample = resamples[rng.integers(len(resamples))]
+        flip = rng.random() < options.flip
+        if self.policy is not None:
+            operations = self.policy.draw(rng, tuple(r for r in resamples if r is not Image.Resampling.LANCZOS))
+        else:
+            operations = draw_jitter(options.color_jitter, rng)
+        return Draws(box, resample, flip, operations)
+
+    def apply(self, image: Pixels | Image.Image, draws: Draws) -> Pixels:
+        """What was drawn, done."""
+        pixels = resized(np.asarray(image), draws.box, self.size, draws.resample)
+        if draws.flip:
+            pixels = np.ascontiguousarray(pixels[:, ::-1])
+        if not draws.operations:
+            return pixels
+        picture = Image.fromarray(pixels)
+        for operation in draws.operations:
+            picture = perform(picture, operation, self.fill)
+        return np.asarray(picture)
+
+
+def train_transform(options: AugmentOptions, size: tuple[int, int], mean: tuple[float, float, float]) -> TrainTransform:
+    """The transform to (height, width). Pixels that RandAugment moves in have the colour `mean`, of [0, 1].
+
+    Raises:
+        BeitJaxError: `options.randaugment` that is not understood, or that moves pixels by a filter it cannot have.
+    """
+    if options.randaugment is not None and options.interpolation == "lanczos":
+        raise BeitJaxError(
+            "--augment.interpolation: RandAugment moves pixels by bilinear or bicubic, found lanczos; choose one of "
+            "those, or pass --augment.randaugment None"
+        )
+    red, green, blue = (min(255, round(255 * value)) for value in mean)
+    policy = None if options.randaugment is None else RandAugment.parse(options.randaugment)
+    return TrainTransform(options, size, (red, green, blue), policy)
+
+
+def draw_box(
+    image_size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> Box:
+    """A crop of an image of (width, height): its area uniform in `scale` as a share of the image's, its width over
+    height log-uniform in `ratio`, its place uniform. After ten that do not fit, the largest centre crop in `ratio`.
+
+    Source: torchvision RandomResizedCrop.get_params.
+    """
+    width, height = image_size
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(ATTEMPTS):
+        area = rng.uniform(*scale) * (width * height)
+        aspect = math.exp(rng.uniform(low, high))
+        columns, rows = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < columns <= width and 0 < rows <= height:
+            top, left = int(rng.integers(height - rows + 1)), int(rng.integers(width - columns + 1))
+            return left, top, left + columns, top + rows
+    columns, rows = width, height
+    if width / height < ratio[0]:
+        rows = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        columns = max(1, round(height * ratio[1]))
+    left, top = (width - columns) // 2, (height - rows) // 2
+    return left, top, left + columns, top + rows
+
+
+def draw_jitter(strength: float, rng: np.random.Generator) -> tuple[Operation, ...]:
+    """Brightness, contrast and saturation in random order, factors uniform in [max(0, 1 - strength), 1 + strength].
+
+    Source: torchvision ColorJitter.
+    """
+    if strength == 0:
+        return ()
+    low, high = max(0.0, 1 - strength), 1 + strength
+    return tuple(Operation(JITTERED[number], rng.uniform(low, high)) for number in rng.permutation(len(JITTERED)))

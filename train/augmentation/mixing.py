@@ -1,0 +1,167 @@
+"""Training images on the device: normalised, erased, mixed, with targets that are distributions. All of it traceable.
+
+What is drawn and what is done with it are apart. Source of the semantics: timm 1.0.31, timm/data/random_erasing.py
+(mode "pixel", one rectangle) and timm/data/mixup.py (mode "batch").
+"""
+
+import math
+from typing import Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from beit_jax.errors import BeitJaxError
+
+from ..recipe import STATISTICS, AugmentOptions, Statistics
+
+ERASED_AREA: Final = (0.02, 1 / 3)
+ERASED_ASPECT: Final = (0.3, 1 / 0.3)  # height over width
+ATTEMPTS: Final = 10  # to draw a rectangle that fits, before the image is left alone
+
+
+class Boxes(NamedTuple):
+    """Rectangles [top, bottom) x [left, right), int32."""
+
+    top: Int[Array, "*b"]
+    bottom: Int[Array, "*b"]
+    left: Int[Array, "*b"]
+    right: Int[Array, "*b"]
+
+    def contain(self, height: int, width: int) -> Bool[Array, "*b h w"]:
+        """Whether each pixel of an image is in the rectangle."""
+        rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
+        top, bottom, left, right = (edge[..., None, None] for edge in self)
+        return (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
+
+
+class Mixing(NamedTuple):
+    """How a batch is mixed: what an image keeps of itself, and where it is cut instead of blended (empty: nowhere)."""
+
+    share: Float[Array, ""]
+    cut: Bool[Array, ""]
+    box: Boxes
+
+
+def normalise(images: UInt8[Array, "b h w 3"], statistics: Statistics) -> Float[Array, "b h w 3"]:
+    """Pixels of [0, 255] as [0, 1], less the mean, over the deviation, in float32."""
+    mean, deviation = (jnp.asarray(values, jnp.float32) for values in STATISTICS[statistics])
+    return (images.astype(jnp.float32) / 255 - mean) / deviation
+
+
+def soft_targets(labels: Int[Array, " b"], classes: int, smoothing: float) -> Float[Array, "b classes"]:
+    """1 - `smoothing` on the label and `smoothing` spread over all classes, float32."""
+    return jax.nn.one_hot(labels, classes, dtype=jnp.float32) * (1 - smoothing) + smoothing / classes
+
+
+def erase(key: Key[Array, ""], images: Float[Array, "b h w c"], probability: float) -> Float[Array, "b h w c"]:
+    """Normalised images, each with this probability under noise within a rectangle."""
+    if probability == 0:
+        return images
+    batch, height, width, _ = images.shape
+    box_key, noise_key = jax.random.split(key)
+    boxes = draw_erasing(box_key, (height, width), batch, probability)
+    return apply_erasing(images, boxes, jax.random.normal(noise_key, images.shape, images.dtype))
+
+
+def draw_erasing(key: Key[Array, ""], size: tuple[int, int], batch: int, probability: float) -> Boxes:
+    """`batch` rectangles in images of (height, width), empty where nothing is erased.
+
+    Area and logarithm of the aspect are uniform. Of ten rectangles, the first that leaves a row and a column is taken.
+    """
+    height, width = size
+    shape_key, place_key = jax.random.split(key)
+    area, aspect = jax.random.uniform(shape_key, (2, batch, ATTEMPTS))
+    area = _between(area, *ERASED_AREA) * (height * width)
+    aspect = jnp.exp(_between(aspect, *map(math.log, ERASED_ASPECT)))
+    rows = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
+    columns = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
+    fits = (rows < height) & (columns < width)
+    chosen = fits.argmax(axis=1, keepdims=True)
+    chance, down, along = jax.random.uniform(place_key, (3, batch))
+    erased = fits.any(axis=1) & (chance < probability)
+    rows, columns = (
+        jnp.where(erased, jnp.take_along_axis(sides, chosen, axis=1)[:, 0], 0) for sides in (rows, columns)
+    )
+    top = (down * (height - rows + 1)).astype(jnp.int32)
+    left = (along * (width - columns + 1)).astype(jnp.int32)
+    return Boxes(top, top + rows, left, left + columns)
+
+
+def apply_erasing(
+    images: Float[Array, "b h w c"], boxes: Boxes, noise: Float[Array, "b h w c"]
+) -> Float[Array, "b h w c"]:
+    """`noise` within the rectangles, the images elsewhere."""
+    return jnp.where(boxes.contain(*images.shape[1:3])[..., None], noise, images)
+
+
+def mix(
+    key: Key[Array, ""],
+    images: Float[Array, "b h w c"],
+    targets: Float[Array, "b classes"],
+    options: AugmentOptions,
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b classes"]]:
+    """Mixup or cutmix of the batch with itself in reverse; as it is where both are off.
+
+    Raises:
+        BeitJaxError: a batch of an odd size, whose middle image would have itself as its partner.
+    """
+    if options.mixup == 0 and options.cutmix == 0:
+        return images, targets
+    if len(images) % 2:
+        raise BeitJaxError(f"mixing pairs images: expected an even batch, found {len(images)}; change the batch size")
+    return apply_mixing(images, targets, draw_mixing(key, images.shape[1:3], options))
+
+
+def draw_mixing(key: Key[Array, ""], size: tuple[int, ...], options: AugmentOptions) -> Mixing:
+    """One mixing for a batch of images of (height, width); at least one of `options.mixup`, `options.cutmix` is on.
+
+    Cutmix's share is what the rectangle leaves, after the image's border has clipped it.
+    """
+    mixed_key, cut_key, share_key, box_key = jax.random.split(key, 4)
+    mixed = jax.random.bernoulli(mixed_key, options.mix_probability)
+    cut = jax.random.bernoulli(cut_key, _cut_probability(options))
+    alpha = jnp.where(cut, options.cutmix, options.mixup)
+    blended = jax.random.beta(share_key, alpha, alpha)
+    box = draw_cut(box_key, size, blended)
+    left_over = 1 - (box.bottom - box.top) * (box.right - box.left) / (size[0] * size[1])
+    share = jnp.where(mixed, jnp.where(cut, left_over, blended), 1.0)
+    cut &= mixed
+    return Mixing(share, cut, Boxes(*(jnp.where(cut, edge, 0) for edge in box)))
+
+
+def draw_cut(key: Key[Array, ""], size: tuple[int, ...], share: Float[Array, ""]) -> Boxes:
+    """A rectangle of the image's shape and 1 - `share` of its area, its centre uniform, clipped at the border."""
+    return cut_box(size, share, jax.random.randint(key, (2,), 0, jnp.asarray(size)))
+
+
+def cut_box(size: tuple[int, ...], share: Float[Array, ""], centre: Int[Array, "2"]) -> Boxes:
+    """What `draw_cut` draws, around a given centre. An odd side has its spare pixel after the centre."""
+    sides = jnp.asarray(size)
+    lengths = (sides * jnp.sqrt(1 - share)).astype(jnp.int32)
+    top, left = jnp.clip(centre - lengths // 2, 0, sides)
+    bottom, right = jnp.clip(centre + (lengths + 1) // 2, 0, sides)
+    return Boxes(top, bottom, left, right)
+
+
+def apply_mixing(
+    images: Float[Array, "b h w c"], targets: Float[Array, "b classes"], mixing: Mixing
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b classes"]]:
+    """Each image and target with its partner's: the batch in reverse, as timm pairs them."""
+    inside = mixing.box.contain(*images.shape[1:3])
+    kept = jnp.where(mixing.cut, 1.0 - inside, mixing.share)[..., None].astype(images.dtype)
+    share = mixing.share.astype(targets.dtype)
+    return (
+        images * kept + images[::-1] * (1 - kept),
+        targets * share + targets[::-1] * (1 - share),
+    )
+
+
+def _cut_probability(options: AugmentOptions) -> float:
+    if options.mixup == 0:
+        return 1.0
+    return options.mix_switch if options.cutmix else 0.0
+
+
+def _between(uniform: Float[Array, "*b"], low: float, high: float) -> Float[Array, "*b"]:
+    return low + (high - low) * uniform

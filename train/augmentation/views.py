@@ -1,0 +1,78 @@
+"""Images of pre-training on the host: one crop as the student and the tokenizer see it, and the mask.
+
+Source: microsoft/unilm@768a3c8 beit/datasets.py and beit/transforms.py. Nothing here imports JAX.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from ..recipe import AugmentOptions
+from .augment import RESAMPLES, Draws, draw_box, draw_jitter
+from .decode import Pixels
+from .masking import BlockMask
+from .randaugment import perform
+from .resample import Colour, resized
+
+Views: TypeAlias = dict[str, np.ndarray]
+
+_NO_FILL: Final[Colour] = (0, 0, 0)  # colour jitter moves no pixels in
+
+
+@dataclass(frozen=True)
+class ViewsTransform:
+    """RGB image (uint8 [h, w, 3], or PIL's) and generator -> the views of it.
+
+    A value, so that it can be sent to worker processes.
+
+    - "image": uint8 [h, w, 3], the student's view, of `size` (height, width), resized by `options.interpolation`;
+    - "token_image": uint8 [th, tw, 3], the tokenizer's, of `token_size`, resized by `token_interpolation`: the same
+      crop of the same jittered and flipped image. Absent without a `token_size`;
+    - "mask": bool [patches], row-major, True where a patch is hidden. Absent without a `mask`.
+
+    Of the options only colour jitter, flip, crop and interpolation count. What is drawn for the views does not depend
+    on whether there are a second one and a mask.
+    """
+
+    options: AugmentOptions
+    size: tuple[int, int]
+    token_size: tuple[int, int] | None
+    token_interpolation: Literal["bicubic", "lanczos"]
+    mask: BlockMask | None
+
+    def __call__(self, image: Pixels | Image.Image, rng: np.random.Generator) -> Views:
+        pixels = np.asarray(image)
+        height, width, _ = pixels.shape
+        views = self.apply(pixels, self.draw((width, height), rng))
+        if self.mask is not None:
+            views["mask"] = self.mask(rng)
+        return views
+
+    def draw(self, image_size: tuple[int, int], rng: np.random.Generator) -> Draws:
+        """For an image of (width, height); the box is one of the flipped image."""
+        options = self.options
+        operations = draw_jitter(options.color_jitter, rng)
+        flip = rng.random() < options.flip
+        box = draw_box(image_size, options.crop_scale, options.crop_ratio, rng)
+        resamples = RESAMPLES[options.interpolation]
+        return Draws(box, resamples[rng.integers(len(resamples))], flip, operations)
+
+    def apply(self, image: Pixels | Image.Image, draws: Draws) -> Views:
+        """Jittered before it is cropped: contrast is relative to the mean of the whole image. Then as the original:
+        flipped, cropped, and only then resized, so that no pixels beyond the crop get into its edges."""
+        pixels = np.asarray(image)
+        if draws.operations:
+            picture = Image.fromarray(pixels)
+            for operation in draws.operations:
+                picture = perform(picture, operation, _NO_FILL)
+            pixels = np.asarray(picture)
+        left, top, right, bottom = draws.box
+        crop = (pixels[:, ::-1] if draws.flip else pixels)[top:bottom, left:right]
+        whole = (0, 0, right - left, bottom - top)
+        views = {"image": resized(crop, whole, self.size, draws.resample)}
+        if self.token_size is not None:
+            (resample,) = RESAMPLES[self.token_interpolation]
+            views["token_image"] = resized(crop, whole, self.token_size, resample)
+        return views

@@ -1,0 +1,136 @@
+"""A pytree of arrays by flat names, in host memory and back on the devices."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from beit_jax.errors import BeitJaxError, printable
+
+from ..distributed.collectives import is_first
+from . import digests
+from .digests import ArrayRecord, Part
+
+_CHUNK = 1 << 18  # elements looked at together: what is said of them stays in a core's cache
+
+
+def named(tree: object) -> dict[str, Any]:
+    """Leaves by flat name ("params/beit/norm/scale"), in the order of the tree: fields, keys and positions."""
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert name not in leaves, f"{name}: two leaves of this name"
+        leaves[name] = leaf
+    return leaves
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of arrays.
+
+    Attributes:
+        values: in host memory; arrays that span processes as they are, for Orbax to copy.
+        parts: the boxes of every array that this process digests.
+    """
+
+    values: dict[str, Any]
+    parts: dict[str, list[Part]]
+
+    def records(self) -> dict[str, ArrayRecord]:
+        """What is known of the arrays to this process."""
+        return {
+            name: digests.describe(np.dtype(value.dtype), value.shape, self.parts[name])
+            for name, value in self.values.items()
+        }
+
+    def not_finite(self) -> list[str]:
+        """Names of arrays in whose parts there is a NaN or an infinity."""
+        return [name for name, parts in self.parts.items() if not all(_is_finite(values) for _, values in parts)]
+
+
+class HostMemory:
+    """Takes snapshots, each into the memory of the one before.
+
+    Copying into pages that exist costs a fraction of what taking fresh ones from the system does.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def snapshot(self, arrays: Mapping[str, Any]) -> Snapshot:
+        """Copies arrays. The snapshot before this one is lost."""
+        for array in arrays.values():
+            if isinstance(array, jax.Array):
+                array.copy_to_host_async()
+        copies = {name: self._copy(name, array) for name, array in arrays.items()}
+        return Snapshot(
+            {name: value for name, (value, _) in copies.items()}, {name: parts for name, (_, parts) in copies.items()}
+        )
+
+    def release(self) -> None:
+        """Leaves the last snapshot to whoever still holds it."""
+        self._buffers = {}
+
+    def _copy(self, name: str, array: Any) -> tuple[Any, list[Part]]:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            shards = (shard for shard in array.addressable_shards if shard.replica_id == 0)
+            return array, [(_start(shard.index), np.asarray(shard.data)) for shard in shards]
+        source = np.asarray(array)
+        buffer = self._buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
+            buffer = self._buffers[name] = np.empty(source.shape, source.dtype)
+        np.copyto(buffer, source)
+        return buffer, [((0,) * buffer.ndim, buffer)] if is_first() else []
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    if not jnp.issubdtype(values.dtype, jnp.inexact):
+        return True
+    flat = values.reshape(-1)
+    return all(np.isfinite(flat[at : at + _CHUNK]).all() for at in range(0, flat.size, _CHUNK))
+
+
+def _start(index: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(item.start or 0 for item in index)
+
+
+def place(array: np.ndarray, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of any shape on the devices, as its sharding says; without one, on the first."""
+    sharding = abstract.sharding or SingleDeviceSharding(jax.local_devices()[0])
+    placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    assert placed.dtype == abstract.dtype  # float64 and int64 would be narrowed where JAX does not have them enabled
+    return placed
+
+
+def check_same(path: Path, records: Mapping[str, ArrayRecord], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Refuses to restore another state than the one that was saved: nothing is cast, padded or left out.
+
+    Raises:
+        BeitJaxError: names, a shape or a dtype differ.
+    """
+    advice = "resume with the options it began with"
+    missing, unknown = sorted(wanted.keys() - records.keys()), sorted(records.keys() - wanted.keys())
+    if missing or unknown:
+        lacks = f"lacks {_some(missing)}, which the run has" if missing else ""
+        has = f"has {_some(unknown)}, which the run lacks" if unknown else ""
+        raise BeitJaxError(f"{path}: {' and '.join(filter(None, (lacks, has)))}; {advice}")
+    for name, leaf in wanted.items():
+        record, dtype = records[name], np.dtype(leaf.dtype).name
+        for what, expected, found in (
+            ("shape", list(leaf.shape), record["shape"]),
+            ("dtype", dtype, record["dtype"]),
+        ):
+            if expected != found:
+                raise BeitJaxError(
+                    f"{path}: {printable(name)}: expected the {what} {expected}, found {found}; {advice}"
+                )
+
+
+def _some(names: list[str]) -> str:
+    rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return printable(names[0]) + rest

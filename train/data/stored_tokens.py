@@ -1,0 +1,276 @@
+"""Visual tokens computed once, and read instead of computed in every run that sees the same images.
+
+The position of an image in the endless sequence that follows from the seed (`data.train_batches`) decides its record
+and its augmentation, and so its tokens. Image i of the batch of step s, of size b, has the position s * b + i on any
+number of hosts. A directory holds tokens in order of position: ``tokens.npy``, uint16 or uint32 [positions, patches],
+and ``tokens.json``, which says what they were computed from.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tokenize import TokenError
+from typing import IO, Any, Final
+
+import numpy as np
+import xxhash
+from jaxtyping import Int, Int32
+
+from beit_jax.atomic import check_destination, new_directory
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.json_file import Fields, read_json
+from beit_jax.terminal import Progress, no_progress
+from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint
+from beit_jax.tree import flatten
+
+from ..augmentation.views import ViewsTransform
+from ..checkpoints.digests import synchronise, synchronise_entry
+from .batches import Batch
+
+TOKENS, DESCRIPTION = "tokens.npy", "tokens.json"
+FORMAT: Final = "beit-jax stored tokens 1"
+_ABSENT = "absent"
+_AGAIN = "copy it again, or compute the tokens again"
+
+
+@dataclass(frozen=True)
+class StoredTokens:
+    """Tokens of the images at positions [0, positions), opened for reading by one process: sent to another one, all
+    of the file would be.
+
+    Attributes:
+        vocab_size: tokens are in [0, vocab_size).
+        positions: how many images' tokens there are.
+        epochs: the same, in epochs of the data set.
+    """
+
+    directory: Path
+    vocab_size: int
+    positions: int
+    epochs: float
+    _tokens: np.ndarray = field(repr=False, compare=False)
+
+    @property
+    def patches(self) -> int:
+        """Tokens of an image."""
+        return self._tokens.shape[1]
+
+    @classmethod
+    def open(cls, directory: Path, contract: Mapping[str, Any], *, digest: bool = False) -> "StoredTokens":
+        """Opens what `write_tokens` wrote.
+
+        Args:
+            contract: what the tokens must have been computed from, as `token_contract` gives it.
+            digest: also read all of the file and compare it with its recorded digest; sizes are compared always.
+
+        Raises:
+            BeitJaxError: there are none, they were computed from something else (naming it), or a file is damaged.
+        """
+        path = directory / TOKENS
+        read = _description(directory)
+        stored, expected = read.typed("contract", dict, None), _as_stored(contract)
+        _check_contract(directory, stored, expected)
+        vocab_size, *shape = (read.typed(name, int, None) for name in ("vocab_size", "positions", "patches"))
+        if min(vocab_size, *shape) < 1:
+            raise BeitJaxError(f"{directory / DESCRIPTION}: expected positive numbers, found {[vocab_size, *shape]}")
+        tokens = _mapped(path, (shape[0], shape[1]), _dtype(vocab_size))
+        if digest and _file_digest(path) != read.typed("sha256", str, None):
+            raise BeitJaxError(f"{path}: not what was written, by its digest; {_AGAIN}")
+        return cls(directory, vocab_size, shape[0], shape[0] / expected["data"]["records"], tokens)
+
+    def at(self, positions: Int[np.ndarray, " n"]) -> Int32[np.ndarray, "n patches"]:
+        """The tokens of the images at these positions, int32.
+
+        Raises:
+            BeitJaxError: a position beyond the stored ones, or a damaged file.
+        IndexError: a negative position.
+        """
+        if positions.min(initial=0) < 0:
+            raise IndexError(positions)
+        last = int(positions.max(initial=0))
+        if last >= self.positions:
+            raise BeitJaxError(
+                f"{self.directory}: tokens of {self.positions:,} images ({self.epochs:g} epochs) are stored, image "
+                f"{last:,} of the run has none; store those of more epochs, or train for fewer"
+            )
+        tokens = self._tokens[positions]
+        if tokens.max(initial=0) >= self.vocab_size:
+            raise BeitJaxError(
+                f"{self.directory / TOKENS}: expected tokens below {self.vocab_size}, found {tokens.max()}; {_AGAIN}"
+            )
+        return tokens.astype(np.int32)
+
+
+def token_contract(
+    data: Mapping[str, Any], seed: int, views: ViewsTransform, tokenizer: TokenizerCheckpoint, dtype: str
+) -> dict[str, Any]:
+    """All that decides the tokens of a position, for JSON. Nothing else: masks, batches and hosts may change.
+
+    Args:
+        data: the contract of the data set, `data.Records.contract`.
+        dtype: what the tokenizer computes in.
+    """
+    options = views.options
+    alone = views.token_size is None  # the tokenizer then sees the student's view
+    return {
+        "data": dict(data),
+        "seed": seed,
+        "view": {
+            "size": views.size if views.token_size is None else views.token_size,
+            "interpolation": options.interpolation if alone else views.token_interpolation,
+            "crop_scale": options.crop_scale,
+            "crop_ratio": options.crop_ratio,
+            "flip": options.flip,
+            "color_jitter": options.color_jitter,
+        },
+        "tokenizer": {
+            "model_type": tokenizer.config.model_type,
+            **dataclasses.asdict(tokenizer.config),
+            "dtype": dtype,
+            "weights": _weights_digest(tokenizer.params),
+        },
+    }
+
+
+def write_tokens(
+    directory: Path,
+    batches: Iterable[Batch],
+    tokens_of: Callable[[Batch], Int[np.ndarray, "b patches"]],
+    contract: Mapping[str, Any],
+    *,
+    positions: int,
+    patches: int,
+    vocab_size: int,
+    progress: Progress = no_progress,
+    overwrite: bool = False,
+) -> None:
+    """Computes and writes the tokens of positions [0, positions); `directory` appears once they are whole.
+
+    Args:
+        batches: all images in order of position, that is of one host from step 0 on; read as far as needed.
+        tokens_of: computes the tokens of a batch.
+        contract: `token_contract`.
+
+    Raises:
+        BeitJaxError: the directory exists and is not to be replaced, or holds something else; the disk is full; batches
+            or tokens that are not what was announced; what was written reads back otherwise.
+    """
+    if min(positions, patches) < 1:
+        raise BeitJaxError(f"{directory}: expected tokens of at least one image, found {positions} images to store")
+    check_destination(directory, overwrite=overwrite)
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / DESCRIPTION).is_file():
+        raise BeitJaxError(f"{printable(directory)}: holds no stored tokens; --overwrite replaces only such")
+    dtype = _dtype(vocab_size)
+    with new_directory(directory, overwrite=overwrite, need_bytes=positions * patches * dtype.itemsize) as partial:
+        with (partial / TOKENS).open("wb") as file, progress(positions) as advance:
+            out = _Digesting(file)
+            header = {"descr": dtype.str, "fortran_order": False, "shape": (positions, patches)}
+            np.lib.format.write_array_header_1_0(out, header)
+            missing = positions
+            for batch in batches:
+                tokens = np.asarray(tokens_of(batch))[:missing]
+                _check_tokens(tokens, patches, vocab_size)
+                out.write(tokens.astype(dtype).tobytes())
+                advance(len(tokens))
+                missing -= len(tokens)
+                if not missing:
+                    break
+        if missing:
+            raise BeitJaxError(f"{directory}: the images ended {missing:,} before the {positions:,} to be stored")
+        content = {
+            "format": FORMAT,
+            "positions": positions,
+            "patches": patches,
+            "vocab_size": vocab_size,
+            "sha256": out.sha256.hexdigest(),
+            "contract": _as_stored(contract),
+        }
+        (partial / DESCRIPTION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        synchronise(partial)
+        StoredTokens.open(partial, contract, digest=True)
+    synchronise_entry(directory.parent)
+
+
+class _Digesting:
+    """A file for writing that knows the digest of what was meant to go into it."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.sha256.update(data)
+        self._file.write(data)
+
+
+def _dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smaller of the two that hold every token, little-endian on every machine."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def _check_tokens(tokens: np.ndarray, patches: int, vocab_size: int) -> None:
+    if tokens.ndim != 2 or tokens.shape[1] != patches or not np.issubdtype(tokens.dtype, np.integer):
+        raise BeitJaxError(f"tokens: expected integers [b, {patches}], found {tokens.dtype} {list(tokens.shape)}")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise BeitJaxError(f"tokens: expected 0 to {vocab_size - 1}, found {tokens.min()} to {tokens.max()}")
+
+
+def _description(directory: Path) -> Fields:
+    path = directory / DESCRIPTION
+    if not path.is_file():
+        raise BeitJaxError(f"{printable(directory)}: no stored tokens here (no {DESCRIPTION}); see beit-jax tokenize")
+    read = Fields(read_json(path), printable(path))
+    read.choice("format", (FORMAT,), None)
+    return read
+
+
+def _as_stored(contract: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON, where tuples are lists."""
+    return json.loads(json.dumps(contract))
+
+
+def _check_contract(directory: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    old, new = flatten(stored), flatten(expected)
+    different = sorted(name for name in old.keys() | new.keys() if old.get(name, _ABSENT) != new.get(name, _ABSENT))
+    if different:
+        name = different[0]
+        more = f" (and {len(different) - 1} more differences)" if len(different) > 1 else ""
+        raise BeitJaxError(
+            f"{printable(directory)}: computed with {printable(name)} {printable(old.get(name, _ABSENT))}, now it is "
+            f"{printable(new.get(name, _ABSENT))}{more}; give what it was, or compute the tokens again"
+        )
+
+
+def _mapped(path: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> np.ndarray:
+    """The array in a file, which must hold nothing else."""
+    try:
+        size = path.stat().st_size
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, TokenError) as error:  # what NumPy's parser of headers lets out
+        raise _damaged(path, shape, printable(error)) from error
+    if (array.shape, array.dtype, array.flags.c_contiguous) != (shape, dtype, True):
+        raise _damaged(path, shape, f"{array.dtype} {list(array.shape)}")
+    if size != array.offset + array.nbytes:
+        raise _damaged(path, shape, f"{size - array.offset - array.nbytes} bytes more")
+    return array
+
+
+def _damaged(path: Path, shape: tuple[int, int], found: str) -> BeitJaxError:
+    return BeitJaxError(f"{printable(path)}: expected tokens {list(shape)} by {DESCRIPTION}, found {found}; {_AGAIN}")
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _weights_digest(params: Mapping[str, np.ndarray]) -> str:
+    digest = xxhash.xxh3_128()
+    for name in sorted(params):
+        leaf = np.ascontiguousarray(params[name])
+        digest.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
+        digest.update(leaf.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

@@ -1,0 +1,200 @@
+"""Where arrays lie on a mesh of devices: one table for parameters, optimizer moments, averages and restoring.
+
+Axes of the mesh: "data" splits batches; "fsdp" splits batches, parameters and all that is shaped like them; "tensor"
+splits attention heads and hidden units of the MLP. A training step runs under `jax.set_mesh`, which turns on the
+constraints on activations (`beit_jax.models.partition`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey
+from jaxtyping import Int
+
+from beit_jax.errors import BeitJaxError
+from beit_jax.models.partition import BATCH_AXES, spec
+from beit_jax.tree import Nested, first_match
+
+from .topology import arrange
+
+T = TypeVar("T")
+
+AXES = ("data", "fsdp", "tensor")
+SMALL = 2**15
+"""Elements below which a leaf is not split over "fsdp": gathering it would cost more than holding it."""
+
+RULES: Sequence[tuple[str, PartitionSpec]] = (
+    (r".*blocks/attention/qkv_kernel", spec(None, "fsdp", None, "tensor", None)),
+    (r".*blocks/attention/out_kernel", spec(None, "tensor", None, "fsdp")),
+    (r".*blocks/attention/bias_table", spec(None, None, "tensor")),
+    (r".*blocks/attention/(q_bias|v_bias)", spec(None, "tensor", None)),
+    (r".*blocks/mlp/fc1/kernel", spec(None, "fsdp", "tensor")),
+    (r".*blocks/mlp/fc1/bias", spec(None, "tensor")),
+    (r".*blocks/mlp/fc2/kernel", spec(None, "tensor", "fsdp")),
+    (r".*shared_bias_table", spec(None, "tensor")),
+    (r".*embeddings/patch_kernel", spec(None, None, None, "fsdp")),
+    (r".*embeddings/position_embeddings", spec(None, None, "fsdp")),
+    (r".*(fpn|decode_head|auxiliary_head)/.*kernel", spec(None, None, None, "fsdp")),
+    (r".*lm_head/kernel", spec("fsdp", "tensor")),
+    (r".*classifier/kernel", spec("fsdp", None)),
+    (r".*heads/kernel", spec(None, "fsdp", None)),
+    (r".*(encode|decode)_task/fc[12]/kernel", spec("fsdp", None)),
+    (r"((encoder|decoder)/)?(input|output|group_\d+/block_\d+/\w+)/kernel", spec(None, None, None, "fsdp")),
+    (r".*codebook/.*", spec()),
+    (r".*(bias|scale|gamma_1|gamma_2|cls_token|mask_token|mean|var)", spec()),
+)
+"""By flat name, blocks stacked on a leading axis. Total: a tensor without a rule is an error."""
+
+
+def make_mesh(shape: tuple[int, int, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices (by default all of the run) as a mesh of (data, fsdp, tensor); -1 stands for what is left.
+
+    Over several slices of TPUs the data axis goes over the slices first (`topology.arrange`).
+
+    Raises:
+        BeitJaxError: the shape does not use every device exactly once, its tensor axis spans hosts, or its data axis is
+            no multiple of the slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = _sizes(shape, len(devices))
+    local = sum(device.process_index == devices[0].process_index for device in devices)
+    if local % sizes[2]:  # a host would have to read the images of another
+        raise BeitJaxError(f"--run.mesh: the tensor axis must divide the {local} devices of a host, found {sizes[2]}")
+    # The default is Explicit, under which parameters and batch cannot share an axis.
+    types = (AxisType.Auto,) * len(AXES)
+    if len({getattr(device, "slice_index", None) for device in devices}) > 1:
+        return Mesh(arrange(sizes, devices), AXES, axis_types=types)
+    # The first argument is positional: jax 0.12 renamed it.
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+
+
+def _sizes(shape: tuple[int, int, int], count: int) -> tuple[int, ...]:
+    known = prod(size for size in shape if size != -1)
+    if len(shape) != len(AXES) or any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
+        raise BeitJaxError(
+            f"--run.mesh: expected positive numbers (data, fsdp, tensor), at most one of them -1, found {shape}"
+        )
+    if count % known or (-1 not in shape and known != count):
+        raise BeitJaxError(
+            f"--run.mesh: expected sizes of (data, fsdp, tensor) whose product is {count} devices, found {shape}"
+        )
+    return tuple(count // known if size == -1 else size for size in shape)
+
+
+def state_shardings(state: T, mesh: Mesh) -> T:
+    """The sharding of every leaf of a pytree whose dicts name parameters: a `State`, an optimizer state, parameters.
+
+    Leaves are found by the names of the dicts around them, so moments and averages lie as their parameters do. Scalars
+    are whole everywhere.
+
+    Args:
+        state: arrays or shapes.
+
+    Raises:
+        BeitJaxError: a leaf that `RULES` do not know.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, _spec(_name(path), leaf.shape, mesh) if leaf.shape else spec())
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """The flat name: the keys of the innermost dicts, without the dataclasses and tuples around them."""
+    keys: list[str] = []
+    for entry in reversed(path):
+        if not isinstance(entry, DictKey):
+            break
+        keys.append(str(entry.key))
+    return "/".join(reversed(keys))
+
+
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The rule's axes, less those that do not divide their dimension, and "fsdp" of small leaves."""
+    small = prod(shape) < SMALL
+
+    def kept(axis: str | None, size: int) -> str | None:
+        dropped = axis is None or size % mesh.shape[axis] or (small and axis == "fsdp")
+        return None if dropped else axis
+
+    axes = first_match(RULES, name)
+    return spec(*(kept(axis, size) for axis, size in zip(axes, shape[: len(axes)], strict=True)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, spec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Split along the first axis."""
+    return NamedSharding(mesh, spec(BATCH_AXES))
+
+
+def check_batch(size: int, mesh: Mesh, *, parts: int = 1, option: str = "--data.batch-size") -> None:
+    """Refuses a global batch of which the devices would not all get the same share, in each of its `parts`.
+
+    Args:
+        option: what the size was given by, for errors.
+
+    Raises:
+        BeitJaxError: naming a multiple that would do.
+    """
+    shards = prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if size % (shards * parts):
+        split = f"{shards} (data x fsdp of --run.mesh)" + (f" x {parts} (--optim.accumulate)" if parts > 1 else "")
+        raise BeitJaxError(f"{option}: expected a multiple of {split}, found {size}")
+
+
+def batch_rows(mesh: Mesh, size: int) -> Int[np.ndarray, " local"]:
+    """The rows of a global batch that lie on this process's devices, ascending.
+
+    So every row is the same image however many hosts there are, and what pairs rows or draws for them computes the
+    same.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    parts = {place[0].indices(size) for place in places if place is not None}
+    return np.concatenate([np.arange(*part) for part in sorted(parts)])
+
+
+def put_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The global batch, of which every host gives the rows `batch_rows` names: all of the same number.
+
+    Raises:
+        BeitJaxError: the batch does not divide among the devices.
+    """
+    sharding, size = batch_sharding(mesh), len(next(iter(local.values()))) * jax.process_count()
+    check_batch(size, mesh)
+    rows = batch_rows(mesh, size)
+
+    def put(array: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            first = int(np.searchsorted(rows, start))
+            return array[first : first + stop - start]
+
+        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, part)
+
+    return {name: put(array) for name, array in local.items()}
+
+
+def init_sharded(fn: Callable[..., T], mesh: Mesh, *args: Any) -> T:
+    """``fn(*args)``, computed where `state_shardings` puts it: no device ever holds the whole result.
+
+    Without it the outputs of `jax.jit`, an optimizer's moments for one, land on a single device.
+    """
+    return jax.jit(fn, out_shardings=state_shardings(jax.eval_shape(fn, *args), mesh))(*args)
+
+
+def place(params: Nested, shardings: Nested) -> Nested:
+    """Arrays of the host, of which every device receives its own part and nothing else."""
+
+    def one(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(one, params, shardings)

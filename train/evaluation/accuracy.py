@@ -1,0 +1,362 @@
+"""How well a model classifies: counted on the devices, summed on the host, exact for any batches, devices and hosts."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+from scipy.sparse import coo_array, csr_array
+
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.models.heads import Model
+from beit_jax.models.partition import BATCH_AXES
+from beit_jax.tree import Nested
+
+from ..augmentation.mixing import normalise
+from ..distributed.sharding import make_mesh, place, put_batch, replicated
+from ..recipe import Statistics
+from .segmentation import number
+
+TOP = 5
+HostBatch = Mapping[str, np.ndarray]
+EvalStep = Callable[[Any, Mapping[str, Array]], Any]
+
+# --- Scores -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was counted. A class is found if its logit is the largest; of equal logits the first class counts.
+
+    Attributes:
+        images: per class, its images.
+        correct, correct5: per class, those for which it is the best, and among the five best (or all, if fewer).
+        confusion: images by class (row) and best class (column), sparse: 21,841 classes dense would be 4 GB. Images
+            whose logits are not finite stand in `images` alone.
+        real: where alternative labels were given, the images that have any, and those whose best, and one of whose
+            five best classes is among them.
+        matched: how the data's classes were matched with the model's, for people.
+    """
+
+    labels: tuple[str, ...]
+    images: Int[np.ndarray, " classes"]
+    correct: Int[np.ndarray, " classes"]
+    correct5: Int[np.ndarray, " classes"]
+    confusion: csr_array
+    real: tuple[int, int, int] | None = None
+    matched: str = ""
+
+    @property
+    def count(self) -> int:
+        return int(self.images.sum())
+
+    @property
+    def top1(self) -> float:
+        return share(int(self.correct.sum()), self.count)
+
+    @property
+    def top5(self) -> float:
+        return share(int(self.correct5.sum()), self.count)
+
+    @property
+    def mean_class_accuracy(self) -> float:
+        """Of the classes that occur, each counting the same."""
+        known = self.images > 0
+        return float((self.correct[known] / self.images[known]).mean()) if known.any() else float("nan")
+
+    @property
+    def not_finite(self) -> int:
+        """Images whose logits were not numbers: none of them is correct."""
+        return self.count - int(self.confusion.sum())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs: shares (null without images) and counts; of the confusion what is not zero."""
+        real = None
+        if self.real is not None:
+            images, correct, correct5 = self.real
+            real = {"images": images, "top1": number(share(correct, images)), "top5": number(share(correct5, images))}
+        rows = zip(self.labels, self.images.tolist(), self.correct.tolist(), self.correct5.tolist(), strict=True)
+        return {
+            "images": self.count,
+            "top1": number(self.top1),
+            "top5": number(self.top5),
+            "mean_class_accuracy": number(self.mean_class_accuracy),
+            "not_finite": self.not_finite,
+            "real": real,
+            "matched": self.matched,
+            "classes": [
+                {"label": label, "images": images, "correct": correct, "correct5": correct5}
+                for label, images, correct, correct5 in rows
+            ],
+            "confusion": nonzero(self.confusion).tolist(),
+        }
+
+
+def share(part: int, whole: int) -> float:
+    """A part of a whole; NaN of nothing."""
+    return part / whole if whole else float("nan")
+
+
+def nonzero(confusion: csr_array) -> Int[np.ndarray, "pairs 3"]:
+    """Class, best class and images, where there are any."""
+    entries = confusion.tocoo()
+    return np.stack([entries.row, entries.col, entries.data], axis=1)
+
+
+def describe(scores: Scores) -> list[str]:
+    """The scores as lines for people."""
+    lines = [f"top-1  {100 * scores.top1:6.2f} %   of {scores.count:,} images"]
+    if len(scores.labels) > TOP:
+        lines.append(f"top-5  {100 * scores.top5:6.2f} %   the class is among the five best")
+    lines.append(f"mean   {100 * scores.mean_class_accuracy:6.2f} %   top-1, every class counting the same")
+    if scores.real is not None:
+        images, correct, _ = scores.real
+        lines.append(f"ReaL   {100 * share(correct, images):6.2f} %   top-1, of {images:,} images with such labels")
+    if scores.not_finite:
+        lines.append(f"WARNING: the logits of {scores.not_finite:,} images are not finite; they count as wrong")
+    return lines + ([f"classes matched by {scores.matched}"] if scores.matched else [])
+
+
+TABLE = ("class", "images", "top-1 %", "top-5 %", "most often taken for")
+
+
+def class_table(scores: Scores, limit: int | None = None) -> list[list[str]]:
+    """A row of `TABLE` for every class that occurs, in the model's order; or for the `limit` least often found."""
+    classes = np.flatnonzero(scores.images)
+    if limit is not None and len(classes) > limit:
+        classes = classes[np.argsort(scores.correct[classes] / scores.images[classes], kind="stable")[:limit]]
+    mistaken = {truth: taken for truth, taken, _ in reversed(confused(scores))}  # of each class, the most frequent last
+    return [
+        [
+            printable(scores.labels[i], 40),
+            f"{scores.images[i]:,}",
+            f"{100 * scores.correct[i] / scores.images[i]:.2f}",
+            f"{100 * scores.correct5[i] / scores.images[i]:.2f}",
+            printable(scores.labels[mistaken[i]], 40) if i in mistaken else "",
+        ]
+        for i in classes.tolist()
+    ]
+
+
+def confused(scores: Scores) -> list[tuple[int, int, int]]:
+    """Every (class, other class it was taken for, images), most images first."""
+    found = nonzero(scores.confusion)
+    found = found[found[:, 0] != found[:, 1]]
+    order = np.lexsort((found[:, 1], found[:, 0], -found[:, 2]))
+    return [(truth, taken, images) for truth, taken, images in found[order].tolist()]
+
+
+# --- Counting ---------------------------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Counts:
+    """What one batch adds, int32. Rows that are not valid add nothing.
+
+    Attributes:
+        images, correct, correct5: by class.
+        truth, predicted: of every row; -1 where the row is not valid, and where its logits are not finite.
+        real: as in `Scores`; zeros without alternative labels.
+    """
+
+    images: Int[Array, " classes"]
+    correct: Int[Array, " classes"]
+    correct5: Int[Array, " classes"]
+    truth: Int[Array, " b"]
+    predicted: Int[Array, " b"]
+    real: Int[Array, " 3"]
+
+
+def best_classes(logits: Float[Array, "*rows classes"]) -> Int[Array, "*rows top"]:
+    """The five best classes (or all, if fewer), best first, of equal ones the first; -1 where a logit is not finite."""
+    best = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))[1]
+    return jnp.where(jnp.isfinite(logits).all(axis=-1, keepdims=True), best, -1)
+
+
+def count(
+    logits: Float[Array, "b classes"],
+    label: Int[Array, " b"],
+    valid: Bool[Array, " b"],
+    accepted: Int[Array, "b any"] | None = None,
+) -> Counts:
+    """The counts of a batch.
+
+    Args:
+        accepted: alternative labels of every image, -1 where it has fewer than the others.
+    """
+    best = best_classes(logits)
+
+    def by_class(rows: Bool[Array, " b"]) -> Int[Array, " classes"]:
+        return jnp.zeros(logits.shape[-1], jnp.int32).at[label].add((rows & valid).astype(jnp.int32))
+
+    hits = best == label[:, None]
+    real = jnp.zeros(3, jnp.int32)
+    if accepted is not None:
+        match = ((best[:, :, None] == accepted[:, None, :]) & (accepted >= 0)[:, None, :]).any(axis=-1)
+        rows = jnp.stack([(accepted >= 0).any(axis=-1), match[:, 0], match.any(axis=-1)])
+        real = (rows & valid).sum(axis=-1, dtype=jnp.int32)
+    return Counts(
+        images=by_class(valid),
+        correct=by_class(hits[:, 0]),
+        correct5=by_class(hits.any(axis=-1)),
+        truth=jnp.where(valid, label, -1),
+        predicted=jnp.where(valid, best[:, 0], -1),
+        real=real,
+    )
+
+
+@lru_cache(maxsize=8)
+def make_eval_step(
+    graph: nnx.GraphDef[Model], statistics: Statistics | None = None, mesh: Mesh | None = None
+) -> EvalStep:
+    """The compiled step of an evaluation, from (nested) parameters and a batch to `Counts`; one for equal arguments.
+
+    A batch holds ``image`` [b, h, w, 3], ``label`` int32 [b] (the model's class), ``valid`` bool [b] (False: padding)
+    and maybe ``accepted`` int32 [b, any] (see `count`).
+
+    Args:
+        statistics: of pixels: ``image`` is uint8 and is normalised here; None: it is float32, normalised already.
+        mesh: over which batch and parameters lie. Every device of every host then gets all counts, of the whole batch.
+    """
+
+    def step(params: Nested, batch: Mapping[str, Array]) -> Counts:
+        images = batch["image"] if statistics is None else normalise(batch["image"], statistics)
+        logits = nnx.merge(graph, params)(images).logits
+        assert logits is not None
+        return count(logits, batch["label"], batch["valid"], batch.get("accepted"))
+
+    return jax.jit(step, out_shardings=None if mesh is None else replicated(mesh))
+
+
+@dataclass
+class Tally:
+    """Sums of counts, int64."""
+
+    labels: tuple[str, ...]
+    images: Int[np.ndarray, " classes"] = field(init=False)
+    correct: Int[np.ndarray, " classes"] = field(init=False)
+    correct5: Int[np.ndarray, " classes"] = field(init=False)
+    real: Int[np.ndarray, " 3"] = field(init=False)
+    confusion: csr_array = field(init=False)
+
+    def __post_init__(self) -> None:
+        classes = len(self.labels)
+        self.images, self.correct, self.correct5 = np.zeros((3, classes), np.int64)
+        self.real = np.zeros(3, np.int64)
+        self.confusion = csr_array((classes, classes), dtype=np.int64)
+
+    def add(self, counts: Counts) -> int:
+        """Adds a batch and returns its images.
+
+        Raises:
+            BeitJaxError: counts of a model with another number of classes.
+        """
+        classes = len(self.labels)
+        if len(counts.images) != classes:
+            raise BeitJaxError(f"labels: {classes} classes, but the model has {len(counts.images)} logits")
+        self.images += np.asarray(counts.images)
+        self.correct += np.asarray(counts.correct)
+        self.correct5 += np.asarray(counts.correct5)
+        self.real += np.asarray(counts.real)
+        truth, predicted = np.asarray(counts.truth), np.asarray(counts.predicted)
+        known = (truth >= 0) & (predicted >= 0)
+        pairs = truth[known], predicted[known]
+        self.confusion += coo_array((np.ones(len(pairs[0]), np.int64), pairs), shape=(classes, classes)).tocsr()
+        return int(np.asarray(counts.images).sum())
+
+    def scores(self, *, real: bool = False, matched: str = "") -> Scores:
+        """The scores of everything added so far."""
+        images, correct, correct5 = (int(value) for value in self.real)
+        alternative = (images, correct, correct5) if real else None
+        return Scores(self.labels, self.images, self.correct, self.correct5, self.confusion, alternative, matched)
+
+
+def stream(step: EvalStep, params: Any, batches: Iterable[HostBatch], mesh: Mesh) -> Iterator[Any]:
+    """What `step` returns for every batch, of which each host gives its part; rows missing from a part are padded.
+
+    A result is handed out when the next batch is on its way: hosts prepare images while devices compute. All hosts must
+    give equally many batches of equal size (`data.eval_batches` does): those that gave fewer would be waited for.
+    """
+    share_of_host = prod(mesh.shape[axis] for axis in BATCH_AXES) // jax.process_count()
+    rows, pending = 0, None
+    for batch in batches:
+        needed = -(-len(batch["label"]) // share_of_host) * share_of_host
+        rows = max(rows, needed)
+        sent = put_batch({name: padded(array, rows) for name, array in batch.items()}, mesh)
+        with jax.set_mesh(mesh):
+            result = step(params, sent)
+        if pending is not None:
+            yield pending
+        pending = result
+    if pending is not None:
+        yield pending
+
+
+def padded(array: np.ndarray, rows: int) -> np.ndarray:
+    """The array [b, ...] with zeros (``valid``: False) after its own rows, [rows, ...]."""
+    if len(array) == rows:
+        return array
+    return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1))
+
+
+def evaluate_classification(
+    model: Model | tuple[nnx.GraphDef[Model], Nested],
+    batches: Iterable[HostBatch],
+    labels: tuple[str, ...],
+    *,
+    accepted: Int[np.ndarray, "images any"] | None = None,
+    statistics: Statistics | None = None,
+    mesh: Mesh | None = None,
+    matched: str = "",
+    advance: Callable[[int], None] = lambda images: None,
+) -> Scores:
+    """Scores of a model over batches: each image counts once, however they are grouped, padded and spread.
+
+    Args:
+        model: a model, which is copied to every device; or its graph and parameters, which stay where they are.
+        batches: of this host, dicts as `make_eval_step` takes them, without ``accepted``. The last may be shorter.
+        labels: the model's classes.
+        accepted: alternative labels by ``index``, which the batches then hold as well; see `real_labels`.
+        statistics: of pixels, for batches of uint8 images.
+        mesh: where to compute; by default batches are split over all devices.
+        matched: recorded in the scores.
+        advance: called with the number of images after every batch.
+
+    Raises:
+        BeitJaxError: a label that is no class of the model.
+    """
+    mesh = make_mesh((-1, 1, 1)) if mesh is None else mesh
+    graph, params = model if isinstance(model, tuple) else on_every_device(model, mesh)
+    tally = Tally(labels)
+    sent = (to_send(batch, len(labels), accepted) for batch in batches)
+    for counts in stream(make_eval_step(graph, statistics, mesh), params, sent, mesh):
+        advance(tally.add(counts))
+    return tally.scores(real=accepted is not None, matched=matched)
+
+
+def on_every_device(model: Model, mesh: Mesh) -> tuple[nnx.GraphDef[Model], Nested]:
+    """A model's graph, and its parameters whole on every device of the mesh."""
+    graph, state = nnx.split(model)
+    params = jax.tree.map(np.asarray, nnx.to_pure_dict(state))
+    return graph, place(params, jax.tree.map(lambda leaf: replicated(mesh), params))
+
+
+def to_send(batch: HostBatch, classes: int, accepted: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """What an evaluation's step reads of a batch, and the alternative labels of its images, `accepted` [b, labels].
+
+    Raises:
+        BeitJaxError: a label that is no class of the model.
+    """
+    label = batch["label"][batch["valid"]]
+    if label.size and not 0 <= label.min() <= label.max() < classes:
+        raise BeitJaxError(f"labels {label.min()} to {label.max()}, but the model's classes are 0 to {classes - 1}")
+    sent = {name: batch[name] for name in ("image", "label", "valid")}
+    return sent if accepted is None else sent | {"accepted": accepted[batch["index"]]}

@@ -1,0 +1,252 @@
+"""Labelled images for evaluation: prepared data or a folder per class, and which class of the model each label is."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.processor import ImageProcessor
+from beit_jax.models.heads import Model
+from beit_jax.terminal import Progress, no_progress
+
+from ..data.batches import eval_batches, open_dataset
+from ..data.prepare import INFO
+from .accuracy import HostBatch, Scores, evaluate_classification
+from .segmentation import IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images in one folder per class, at any depth below it; read as a `data.Dataset` is.
+
+    Attributes:
+        labels: the folders' names, sorted as text, which need not be the model's order: see `class_order`.
+        paths, classes: of every image its file and its index in `labels`; sorted by folder, then by path.
+    """
+
+    directory: Path
+    labels: tuple[str, ...]
+    paths: tuple[Path, ...]
+    classes: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.paths[index]
+        return {"image": path.read_bytes(), "label": self.classes[index], "file_name": str(path)}
+
+
+SPLIT_FOLDERS = {"validation": ("validation", "valid", "val"), "train": ("train", "training"), "test": ("test",)}
+
+
+def open_folder(directory: Path, split: str = "validation") -> ImageFolder:
+    """A tree with a folder per class, below a folder named as the split ("val" and such count) if there is one.
+
+    Raises:
+        BeitJaxError: no such folder, none in it, or one without an image.
+    """
+    inner = [directory / name for name in SPLIT_FOLDERS.get(split, (split,)) if (directory / name).is_dir()]
+    root = inner[0] if inner else directory
+    if not root.is_dir():
+        raise BeitJaxError(f"{printable(root)}: expected a folder, found {'a file' if root.exists() else 'nothing'}")
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        raise BeitJaxError(f"{printable(root)}: expected prepared data, or a folder of images per class; found neither")
+    images = [
+        (path, number)
+        for number, folder in enumerate(folders)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    ]
+    empty = sorted(set(range(len(folders))) - {number for _, number in images})
+    if empty:
+        raise BeitJaxError(
+            f"{printable(folders[empty[0]])}: no images in this folder, expected those of a class; remove it or fill it"
+        )
+    paths, classes = zip(*images, strict=True)
+    return ImageFolder(root, tuple(folder.name for folder in folders), paths, classes)
+
+
+@dataclass(frozen=True)
+class ClassOrder:
+    """Of every class of the data, the model's class that it is; and the rule that says so, for people."""
+
+    indices: tuple[int, ...]
+    rule: str
+
+
+WORDNET_ID = re.compile(r"n\d{8}")
+PLACEHOLDER = re.compile(r"LABEL_\d+")
+
+
+def class_order(found: Sequence[str], labels: Sequence[str], source: str) -> ClassOrder:
+    """Matches classes of data, by their names, with those of a model. The first rule that applies decides:
+
+    - All are names of the model's classes: by name. Classes may be missing from the data.
+    - All are numbers: they are the model's indices. ImageNet-V2's folders "0", "1", "10", "100", ... are such; sorted
+      as text, as torchvision's ImageFolder does, 988 of the 1000 would be wrong.
+    - 1000 WordNet ids, for a model of 1000 classes: ImageNet's classes are numbered in the order of their ids.
+    - The model's classes are LABEL_0, LABEL_1, ..., names that transformers puts where there are none: in sorted order.
+
+    Args:
+        source: stands for the data in errors.
+
+    Raises:
+        BeitJaxError: none applies, or not without doubt.
+    """
+    if set(found) <= set(labels):
+        return _by_name(found, labels, source)
+    if all(name.isascii() and name.isdecimal() for name in found):
+        numbers = tuple(int(name) for name in found)
+        if sorted(numbers) != list(range(len(labels))):
+            seen = f"{len(numbers)} numbers from {min(numbers)} to {max(numbers)}"
+            raise BeitJaxError(
+                f"{source}: classes are {seen}, expected each of 0 to {len(labels) - 1} once, the model's classes"
+            )
+        return ClassOrder(numbers, "number")
+    if len(found) != len(labels):
+        raise BeitJaxError(
+            f"{source}: {len(found)} classes, but the model has {len(labels)}; their names would have to be its labels"
+        )
+    ranks = tuple(int(rank) for rank in np.argsort(np.argsort(np.asarray(found))))
+    if len(labels) == 1000 and all(WORDNET_ID.fullmatch(name) for name in found):
+        return ClassOrder(ranks, "the order of WordNet ids, ImageNet's")
+    if all(PLACEHOLDER.fullmatch(label) for label in labels):
+        return ClassOrder(ranks, "the order of their names, as the model's have none")
+    strange = next(name for name in found if name not in set(labels))
+    raise BeitJaxError(
+        f"{source}: class {printable(strange, 40)} is none of the model's, whose first is {printable(labels[0], 40)}; "
+        "name the data's classes by the model's labels, or by their numbers"
+    )
+
+
+def _by_name(found: Sequence[str], labels: Sequence[str], source: str) -> ClassOrder:
+    twice = next((name for name in found if list(labels).count(name) > 1), None)
+    if twice is not None:
+        raise BeitJaxError(
+            f"{source}: the model has several classes called {printable(twice, 40)}; name the data's by their numbers"
+        )
+    where = {label: index for index, label in enumerate(labels)}
+    missing = f" ({len(found)} of {len(labels)} occur)" if len(found) < len(labels) else ""
+    return ClassOrder(tuple(where[name] for name in found), "name" + missing)
+
+
+VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.")
+
+
+def real_labels(path: Path, file_names: Sequence[str], classes: int) -> Int[np.ndarray, "images any"]:
+    """ImageNet's reassessed labels, of each of these images: any number of classes, then -1.
+
+    An image of which the list is empty does not count; a prediction is right if the list holds it.
+
+    Args:
+        path: ``real.json``: a list of classes for each validation image, in the order of their numbers, which is not
+            the order of folders per class. Source: google-research/reassessed-imagenet; arXiv 2006.07159.
+        file_names: of the images, as ImageNet has them: ILSVRC2012_val_00000001.JPEG.
+
+    Raises:
+        BeitJaxError: no such file; not a list of lists of classes; images that it does not know.
+    """
+    lists = _read_lists(path, classes)
+    numbers = []
+    for name in file_names:
+        match = VALIDATION_NUMBER.search(name)
+        if match is None or not 1 <= int(match[1]) <= len(lists):
+            raise BeitJaxError(
+                f"{printable(name)}: has no labels in {printable(path)}, which are those of "
+                f"ILSVRC2012_val_00000001.JPEG to {len(lists):08d}; evaluate ImageNet's validation images"
+            )
+        numbers.append(int(match[1]) - 1)
+    found = np.full((len(numbers), max((len(lists[i]) for i in numbers), default=0) or 1), -1, np.int32)
+    for row, number in zip(found, numbers, strict=True):
+        row[: len(lists[number])] = lists[number]
+    return found
+
+
+def _read_lists(path: Path, classes: int) -> list[list[int]]:
+    try:
+        lists = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BeitJaxError(
+            f"{printable(path)}: cannot be read ({error.strerror}); give the path of real.json"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise BeitJaxError(f"{printable(path)}: not JSON ({printable(error)}); fetch real.json again") from None
+    if not isinstance(lists, list) or not all(isinstance(entry, list) for entry in lists):
+        raise BeitJaxError(f"{printable(path)}: expected a list of lists of classes; give the path of real.json")
+    for number, entry in enumerate(lists, start=1):
+        for label in entry:
+            if type(label) is not int or not 0 <= label < classes:
+                raise BeitJaxError(
+                    f"{printable(path)}: image {number}: class {printable(label, 40)}, expected 0 to {classes - 1}"
+                )
+    return lists
+
+
+def evaluate_directory(
+    model: Model,
+    processor: ImageProcessor,
+    directory: Path,
+    *,
+    split: str = "validation",
+    real: Path | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress = no_progress,
+) -> Scores:
+    """Classifies the images of prepared data, or of a tree with a folder per class, and counts.
+
+    Args:
+        processor: prepares the images; the checkpoint's own, or the preset that its published number was taken with.
+        split: of prepared data; of folders, a folder of this name if there is one.
+        real: ``real.json``, to count ImageNet's reassessed labels too.
+        batch_size: images at a time, over all devices and hosts.
+        workers: processes that prepare images, as `data.eval_batches` has them.
+
+    Raises:
+        BeitJaxError: a model that does not classify, data that cannot be read, or classes that are not the model's.
+    """
+    labels = model.config.labels
+    if model.config.task != "image_classification" or not labels:
+        raise BeitJaxError(f"this model has no classifier (its task is {model.config.task}); nothing can be evaluated")
+    prepared = any(next(directory.glob(place), None) for place in (INFO, f"*/{INFO}"))
+    data = open_dataset(directory, split) if prepared else open_folder(directory, split)
+    order = class_order(data.labels, labels, printable(directory))
+    accepted = None
+    if real is not None:
+        accepted = real_labels(real, [data[i]["file_name"] for i in range(len(data))], len(labels))
+    batches = eval_batches(
+        data,
+        processor,
+        batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=workers,
+    )
+    with progress(len(data)) as advance:
+        return evaluate_classification(
+            model,
+            reordered(batches, order),
+            labels,
+            accepted=accepted,
+            mesh=mesh,
+            matched=order.rule,
+            advance=advance,
+        )
+
+
+def reordered(batches: Iterable[HostBatch], order: ClassOrder) -> Iterator[dict[str, np.ndarray]]:
+    """The batches, their labels being the model's classes."""
+    indices = np.asarray(order.indices, np.int32)
+    for batch in batches:
+        yield {**batch, "label": indices[batch["label"]]}

@@ -1,0 +1,177 @@
+"""How well a model segments: one confusion matrix, streamed over images, and the scores that follow from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.label_maps import IGNORED, check_labels, read_label_map, reduce_labels
+from beit_jax.images.processor import ImageProcessor, open_image
+from beit_jax.inference.segmentation import DEFAULT, Inference, segment
+from beit_jax.models.heads import Model
+from beit_jax.terminal import Progress, no_progress
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True)
+class SegmentationScores:
+    """Scores of a confusion matrix. A class that occurs neither in truth nor in prediction counts in no mean.
+
+    Attributes:
+        iou: per class, intersection over union; NaN where the class does not occur.
+        accuracy: per class, the share of its pixels that were found; NaN where it has none.
+    """
+
+    labels: tuple[str, ...]
+    iou: Float[np.ndarray, " classes"]
+    accuracy: Float[np.ndarray, " classes"]
+    pixel_accuracy: float
+    pixels: int
+
+    @property
+    def mean_iou(self) -> float:
+        return _mean(self.iou)
+
+    @property
+    def mean_accuracy(self) -> float:
+        return _mean(self.accuracy)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs: mIoU, mAcc and aAcc as shares, and the classes; null where a class does not occur."""
+        classes = [
+            {"label": label, "iou": number(iou), "accuracy": number(accuracy)}
+            for label, iou, accuracy in zip(self.labels, self.iou, self.accuracy, strict=True)
+        ]
+        means = {"mIoU": self.mean_iou, "mAcc": self.mean_accuracy, "aAcc": self.pixel_accuracy}
+        return {name: number(value) for name, value in means.items()} | {"pixels": self.pixels, "classes": classes}
+
+
+@dataclass
+class Confusion:
+    """Counts of (truth, prediction) pairs over any number of images, exact whatever their order or grouping.
+
+    Args:
+        labels: class names.
+        ignore: truth that does not count.
+    """
+
+    labels: tuple[str, ...]
+    ignore: int = IGNORED
+    counts: Int[np.ndarray, "classes classes"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = np.zeros((len(self.labels), len(self.labels)), np.int64)
+
+    def add(self, prediction: np.ndarray, truth: np.ndarray, name: str = "label map") -> None:
+        """Counts the pixels of one image [h, w], or of a batch [b, h, w].
+
+        Raises:
+            BeitJaxError: maps of different shapes, or class numbers that do not exist.
+        """
+        if prediction.shape != truth.shape:
+            raise BeitJaxError(f"{name}: expected {list(prediction.shape)} as the image, found {list(truth.shape)}")
+        counted = truth != self.ignore
+        for what, values in (("truth", truth[counted]), ("prediction", prediction[counted])):
+            if values.size and not 0 <= values.min() <= values.max() < len(self.labels):
+                found = f"{values.min()} to {values.max()}"
+                raise BeitJaxError(f"{name}: {what} of classes {found}, expected 0 to {len(self.labels) - 1}")
+        pairs = truth[counted].astype(np.int64) * len(self.labels) + prediction[counted]
+        self.counts += np.bincount(pairs, minlength=self.counts.size).reshape(self.counts.shape)
+
+    def scores(self) -> SegmentationScores:
+        """The scores of everything counted so far."""
+        hits, truth, predicted = np.diag(self.counts), self.counts.sum(axis=1), self.counts.sum(axis=0)
+        total = int(self.counts.sum())
+        with np.errstate(invalid="ignore"):
+            iou, accuracy = hits / (truth + predicted - hits), hits / truth
+        share = float(hits.sum() / total) if total else float("nan")
+        return SegmentationScores(self.labels, iou, accuracy, share, total)
+
+
+def evaluate_folders(
+    model: Model,
+    processor: ImageProcessor,
+    images: Path,
+    annotations: Path,
+    how: Inference = DEFAULT,
+    *,
+    reduce: bool = True,
+    progress: Progress = no_progress,
+) -> SegmentationScores:
+    """Segments every image of a folder and compares it with the PNG of the same name in another, ADE20K's layout.
+
+    Args:
+        reduce: whether annotations count classes from 1, with 0 for none, as ADE20K's files do.
+
+    Raises:
+        BeitJaxError: no images, images without annotation, annotations of another size than their image or with class
+            numbers that the model does not have.
+    """
+    pairs = paired(images, annotations)
+    confusion = Confusion(model.config.labels)
+    with progress(len(pairs)) as advance:
+        for image, annotation in pairs:
+            picture = open_image(image)
+            truth = read_label_map(annotation)
+            if truth.shape != (picture.height, picture.width):
+                raise BeitJaxError(
+                    f"{printable(annotation)}: {truth.shape[1]}x{truth.shape[0]} pixels, but {printable(image)} has "
+                    f"{picture.width}x{picture.height}; use the annotation of this image"
+                )
+            truth = reduce_labels(truth) if reduce else truth
+            check_labels(truth, model.config.labels, printable(annotation))
+            confusion.add(segment(model, processor, picture, how), truth, printable(annotation))
+            advance(1)
+    return confusion.scores()
+
+
+def paired(images: Path, annotations: Path) -> list[tuple[Path, Path]]:
+    """Every image with its annotation, sorted by name.
+
+    Raises:
+        BeitJaxError: a folder is missing, holds nothing of use, or an image has no annotation.
+    """
+    pictures = _files(images, IMAGE_SUFFIXES, "images")
+    maps = {path.stem: path for path in _files(annotations, {".png"}, "annotations (.png)")}
+    alone = [path for path in pictures if path.stem not in maps]
+    if alone:
+        raise BeitJaxError(
+            f"{printable(annotations / (alone[0].stem + '.png'))}: no such file, the annotation of "
+            f"{printable(alone[0].name)}; {len(alone)} of {len(pictures)} images have none"
+        )
+    return [(path, maps[path.stem]) for path in pictures]
+
+
+def _files(folder: Path, suffixes: Sequence[str] | frozenset[str] | set[str], what: str) -> list[Path]:
+    if not folder.is_dir():
+        raise BeitJaxError(
+            f"{printable(folder)}: expected a folder of {what}, found {'a file' if folder.exists() else 'nothing'}"
+        )
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    if not found:
+        raise BeitJaxError(f"{printable(folder)}: no {what} in this folder")
+    return found
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def number(value: float) -> float | None:
+    """For JSON, which has no NaN: null."""
+    return None if np.isnan(value) else float(value)
+
+
+def describe(scores: SegmentationScores) -> list[str]:
+    """The means as lines for people."""
+    return [
+        f"mIoU  {100 * scores.mean_iou:6.2f} %   intersection over union, mean of the classes that occur",
+        f"mAcc  {100 * scores.mean_accuracy:6.2f} %   pixels found, mean of the classes",
+        f"aAcc  {100 * scores.pixel_accuracy:6.2f} %   pixels found, of {scores.pixels:,}",
+    ]

@@ -1,0 +1,352 @@
+"""A recipe compiled for TPUs that nobody has at hand: does it fit, and how fast could it be?
+
+The compiler is libtpu's own, and the program is the sharded training step as a run would execute it. Data, checkpoints
+and tokenizers count by their shapes alone.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+
+from beit_jax.config import BeitConfig
+from beit_jax.models.partition import BATCH_AXES
+from beit_jax.tokenizers.dvae import DvaeEncoderConfig
+from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint
+from beit_jax.tokenizers.vqkd import VqkdConfig
+from beit_jax.variants import VARIANTS
+from beit_jax.weights.native import NativeCheckpoint
+
+from ..costs.estimate import compiled_bytes
+from ..costs.hlo import BETWEEN_SLICES, Work, work
+from ..distributed.sharding import check_batch, make_mesh
+from ..distributed.topology import GIB, Topology
+from ..loop.plan import KINDS
+from ..loop.program import Program, learning_rates
+from ..objectives.model_config import DIGITS, image_processor, model_config
+from ..objectives.task import Sources
+from ..recipe import Recipe
+from ..step.optim import optimizer
+
+IMAGENET, ADE20K, SCANS = 1_281_167, 20_210, 1_347  # images of an epoch, by which schedules are as long as they are
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A step, compiled for one batch size.
+
+    Attributes:
+        batch: images of a step, over all chips.
+        needed: bytes of memory on each chip; where they are too many, the compiler's first count of them.
+        compiled: None where that does not fit.
+        seconds: that the compiler took.
+    """
+
+    batch: int
+    needed: int
+    compiled: jax.stages.Compiled | None
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.compiled is not None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Numbers of a recipe on a topology. Bytes, operations and collectives are those of one chip in one step.
+
+    Attributes:
+        mesh: axis to chips.
+        work: None where the program does not fit.
+        model_flops: what the model needs of a step on all chips, whatever is computed twice.
+        largest: the largest batch that fits, among the powers of two times what the mesh divides a batch by; None: not
+            looked for, or none.
+    """
+
+    recipe: Recipe
+    topology: Topology
+    mesh: dict[str, int]
+    memory: int
+    work: Work | None
+    model_flops: float
+    largest: int | None
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.work is not None
+
+    @property
+    def intensity(self) -> float:
+        """Operations for every byte of main memory that is read or written."""
+        assert self.work is not None
+        return self.work.flops / self.work.traffic
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds of a step if nothing else took time, by what takes them."""
+        assert self.work is not None
+        chip = self.topology.chip
+        network = {one.kind: one.bytes for one in self.work.collectives}
+        across = network.pop(BETWEEN_SLICES, 0.0)
+        found = {
+            "products": self.work.flops / chip.flops,
+            "memory": self.work.traffic / chip.hbm_bandwidth,
+            "network": sum(network.values()) / self.topology.bandwidth if network else 0.0,
+        }
+        return found | ({"between slices": across / chip.dcn} if across else {})
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Seconds of a step: if all of `times` overlap, and if none do."""
+        return max(self.times.values()), sum(self.times.values())
+
+    @property
+    def kernels(self) -> float | None:
+        """Seconds of all kernels one after the other, as the compiler reckons; None where that is unknown."""
+        assert self.work is not None
+        clock = self.topology.chip.clock
+        return self.work.cycles / clock if clock and self.work.cycles else None
+
+    def utilisation(self, seconds: float) -> float:
+        """Share of the chips' peak that the model's own operations are, in a step of so many seconds."""
+        return self.model_flops / (self.topology.chips * self.topology.chip.flops * seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        found: dict[str, Any] = {
+            "recipe": self.recipe.name,
+            "topology": self.topology.name,
+            "mesh": self.mesh,
+            "remat": self.recipe.model.remat,
+            "accumulate": self.recipe.optim.accumulate,
+            "batch": self.recipe.data.batch_size,
+            "fits": self.fits,
+            "memory": self.memory,
+            "hbm": self.topology.chip.hbm,
+            "model_flops": self.model_flops,
+            "largest_batch": self.largest,
+            "compile_seconds": self.seconds,
+        }
+        if self.work is None:
+            return found
+        bounds = {"step_seconds": self.bounds, "utilisation": [self.utilisation(each) for each in self.bounds]}
+        own = {"intensity": self.intensity, "seconds": self.times, "kernel_seconds": self.kernels}
+        return found | asdict(self.work) | own | bounds
+
+    def lines(self) -> list[str]:
+        """For people."""
+        recipe, chip, chips = self.recipe, self.topology.chip, self.topology.chips
+        verdict = "fits" if self.fits else "DOES NOT FIT"
+        parts = f" in {recipe.optim.accumulate} parts" if recipe.optim.accumulate > 1 else ""
+        return [
+            f"recipe       {recipe.name} ({recipe.objective}), recomputed: {recipe.model.remat}",
+            f"topology     {self.topology.name}: {chips} chips, "
+            + " x ".join(f"{size} {axis}" for axis, size in self.mesh.items()),
+            f"batch        {recipe.data.batch_size:,}{parts}, {recipe.data.batch_size // chips:,} a chip",
+            f"memory       {self.memory / GIB:.2f} of {chip.hbm / GIB:.2f} GiB a chip: {verdict}",
+            *self._work_lines(),
+            *([] if self.largest is None else [f"largest      batch that fits: {self.largest:,}"]),
+            f"compiled in {self.seconds:.0f} s; nothing was run: times are bounds from the chip's data sheet",
+        ]
+
+    def _work_lines(self) -> list[str]:
+        if self.work is None:
+            return []
+        chip, kernels = self.topology.chip, self.kernels
+        needed, turn = self.model_flops / self.topology.chips, chip.flops / chip.hbm_bandwidth
+        low, high = self.bounds
+        return [
+            f"products     {self.work.flops / 1e12:.4g} TFLOP a chip and step; the model needs {needed / 1e12:.4g}",
+            f"traffic      {self.work.traffic / 1e9:.4g} GB of memory: {self.intensity:.0f} FLOP for a byte; "
+            f"below {turn:.0f} memory is what takes time",
+            *(
+                f"  {one.kind:<20} {one.count:>6,} x, {one.bytes / 1e6:>9,.2f} MB in all to each chip"
+                for one in self.work.collectives
+            ),
+            "roofline     " + ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in self.times.items()),
+            f"step         {low * 1e3:.3g} ms if all overlap, {high * 1e3:.3g} ms if none do: utilisation "
+            f"{self.utilisation(low):.0%} to {self.utilisation(high):.0%}",
+            *(
+                []
+                if kernels is None
+                else [f"compiler     {kernels * 1e3:.3g} ms for all kernels in a row: {self.utilisation(kernels):.0%}"]
+            ),
+        ]
+
+
+def report(
+    recipe: Recipe,
+    topology: Topology,
+    *,
+    classes: int | None = None,
+    largest: bool = True,
+    say: Say = lambda line: None,
+) -> Report:
+    """Compiles a checked recipe, and adds up.
+
+    Args:
+        classes: of the data; by default as many as the variant was published with.
+        largest: whether to look for the largest batch, which compiles two or three times more.
+        say: told what takes its time.
+
+    Raises:
+        BeitJaxError: libtpu is missing or refuses the topology; a mesh or batch that does not fit the chips.
+    """
+    devices = topology.devices()
+
+    def attempt(batch: int) -> Attempt:
+        say(f"compiling {recipe.name} for {topology.name}, batch {batch:,}")
+        sized = replace(recipe, data=replace(recipe.data, batch_size=batch))
+        return compile_step(abstract_program(sized, devices, classes=classes))
+
+    program = abstract_program(recipe, devices, classes=classes)
+    mesh, size = dict(program.mesh.shape), recipe.data.batch_size
+    first = attempt(size)
+    unit = recipe.optim.accumulate * mesh[BATCH_AXES[0]] * mesh[BATCH_AXES[1]]
+    return Report(
+        recipe=recipe,
+        topology=topology,
+        mesh=mesh,
+        memory=first.needed,
+        work=None if first.compiled is None else work(first.compiled.as_text() or "", topology.slice_chips),
+        model_flops=program.task.flops * size,
+        largest=largest_batch(first, attempt, unit, topology.chip.hbm) if largest else None,
+        seconds=first.seconds,
+    )
+
+
+def abstract_program(
+    recipe: Recipe, devices: list[jax.Device], *, classes: int | None = None, images: int | None = None
+) -> Program:
+    """The step of a recipe without what a run reads.
+
+    Args:
+        classes: as of `report`.
+        images: of an epoch; by default those of ImageNet-1k, ADE20K or scikit-learn's digits.
+
+    Raises:
+        BeitJaxError: a mesh or batch that does not fit the devices; a recipe that describes no model.
+    """
+    kind = KINDS[recipe.objective]
+    labels = _labels(recipe, classes)
+    sources = _sources(recipe, labels)
+    config = kind.configure(recipe, labels, sources)
+    rates = learning_rates(recipe, images or _images(recipe))
+    mesh = make_mesh(recipe.run.mesh, devices)
+    check_batch(recipe.data.batch_size, mesh, parts=recipe.optim.accumulate)
+    task = kind(recipe, config, sources, len(rates))
+    return Program(recipe, config, mesh, task, optimizer(recipe.optim, config), rates)
+
+
+def compile_step(program: Program) -> Attempt:
+    """Compiles the step of a program for its devices.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the compiler failed for another reason than memory.
+    """
+    batch = program.recipe.data.batch_size
+    lowered, start = program.lower(), time.perf_counter()
+    try:
+        with _not_kept():
+            compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = memory_needed(str(error))
+        if needed is None:
+            raise
+        return Attempt(batch, needed, None, time.perf_counter() - start)
+    held = compiled_bytes(compiled)
+    assert held is not None, "TPUs say what they hold"
+    analysis: Any = compiled.memory_analysis()
+    return Attempt(batch, held + analysis.generated_code_size_in_bytes, compiled, time.perf_counter() - start)
+
+
+@contextmanager
+def _not_kept() -> Iterator[None]:
+    """Keeps programs out of JAX's cache on disk, from which those for another machine cannot be read back."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def memory_needed(message: str) -> int | None:
+    """Bytes that a program would take, of the compiler's message that it does not fit; None for another message."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", message)
+    if found is None:
+        return None
+    number, unit = (part for part in found.groups() if part is not None)
+    return int(float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit])
+
+
+def largest_batch(first: Attempt, attempt: Callable[[int], Attempt], unit: int, memory: int) -> int | None:
+    """The largest ``unit * 2**k`` that fits, from few attempts.
+
+    Memory is a line over the batch through two of them; a third confirms what the line foretells, and where it was
+    wrong smaller ones follow.
+
+    Args:
+        first: that was made already.
+        attempt: makes another.
+        memory: bytes of a chip.
+    """
+    tried = {first.batch: first}
+
+    def made(batch: int) -> Attempt:
+        if batch not in tried:
+            tried[batch] = attempt(batch)
+        return tried[batch]
+
+    if first.fits:  # as many times as all of it would fit, parameters too: surely not too many, but far enough away
+        second = made(first.batch * 2 ** max(1, (memory // first.needed).bit_length() - 1))
+    else:
+        second = made(max(unit, first.batch // unit // 2 * unit))
+    growth = (second.needed - first.needed) / ((second.batch - first.batch) or 1)
+    room = (memory - first.needed) / growth + first.batch if growth > 0 else max(tried)
+    guess = unit
+    while 2 * guess <= room:
+        guess *= 2
+    while not made(guess).fits:
+        if guess == unit:
+            return None
+        guess //= 2
+    return guess
+
+
+def _labels(recipe: Recipe, classes: int | None) -> tuple[str, ...]:
+    variant = VARIANTS.get(recipe.model.variant, BeitConfig())
+    published = 10 if recipe.model.variant == DIGITS else len(variant.labels)
+    return tuple(f"LABEL_{i}" for i in range(classes or published))
+
+
+def _images(recipe: Recipe) -> int:
+    if recipe.model.variant == DIGITS:
+        return SCANS
+    return ADE20K if recipe.objective == "segmentation" else IMAGENET
+
+
+def _sources(recipe: Recipe, labels: tuple[str, ...]) -> Sources:
+    """What the recipe reads, without values: the published tokenizers, and encoders of the recipe's own size."""
+    tokenizer = VqkdConfig() if recipe.tokens.aggregate_from else DvaeEncoderConfig()
+    features = model_config(recipe.model, labels) if recipe.objective == "linear_probe" else None
+    teacher = model_config(recipe.model, (), task="features") if recipe.objective == "vqkd" else None
+
+    def checkpoint(config: BeitConfig | None) -> NativeCheckpoint | None:
+        return None if config is None else NativeCheckpoint(config, image_processor(recipe, config), {})
+
+    return Sources(
+        start=checkpoint(features),
+        tokenizer=TokenizerCheckpoint(tokenizer, {}) if recipe.objective == "masked_tokens" else None,
+        teacher=checkpoint(teacher),
+    )

@@ -1,0 +1,96 @@
+"""What a run would be, without running it: numbers that follow from its shapes."""
+
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import jax
+
+from beit_jax.models.partition import BATCH_AXES
+from beit_jax.tree import Nested
+
+from ..costs.estimate import Memory, memory
+from ..loop.plan import Plan
+from ..recipe import Recipe, groups
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Numbers of a run.
+
+    Attributes:
+        flops_per_image: floating point operations of a training step, for one image.
+        memory: of each device, estimated.
+        mesh: axis to devices.
+    """
+
+    recipe: Recipe
+    parameters: int
+    steps: int
+    steps_per_epoch: int
+    training_images: int
+    validation_images: int
+    classes: int
+    flops_per_image: float
+    memory: Memory
+    mesh: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self) | {"memory": asdict(self.memory) | {"total": self.memory.total}}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        read = {group: vars(getattr(self.recipe, group)) for group in groups(self.recipe.objective)}
+        settings = [f"{group}.{name} = {value}" for group, values in read.items() for name, value in values.items()]
+        devices = " x ".join(f"{size} {axis}" for axis, size in self.mesh.items())
+        return [
+            f"recipe       {self.recipe.name} ({self.recipe.objective})",
+            *(f"  {setting}" for setting in settings),
+            f"data         {self.training_images:,} images to train, {self.validation_images:,} to evaluate"
+            + (f", {self.classes:,} classes" if self.classes else ""),
+            f"steps        {self.steps:,}, {self.steps_per_epoch:,} an epoch",
+            f"parameters   {self.parameters:,}",
+            f"operations   {self.flops_per_image / 1e9:,.1f} GFLOP an image and step, "
+            f"{self.flops_per_image * self.recipe.data.batch_size * self.steps:.3g} FLOP in all",
+            f"devices      {devices}",
+            "memory       of each device, estimated, without what the compiler adds:",
+            *(f"  {line}" for line in self.memory.lines()),
+            "one step was traced with these shapes; nothing was computed or written",
+        ]
+
+
+def preview(plan: Plan) -> Preview:
+    """Traces a step and adds up.
+
+    Raises:
+        BeitJaxError: shapes that do not fit, as the run would.
+    """
+    recipe = plan.recipe
+    with jax.set_mesh(plan.mesh):
+        jax.eval_shape(plan.step, plan.abstract_state, plan.abstract_batch)
+    mesh = dict(plan.mesh.shape)
+    learned = _count(plan.abstract_state.params)
+    images = recipe.data.batch_size // recipe.optim.accumulate // prod(mesh[axis] for axis in BATCH_AXES)
+    return Preview(
+        recipe=recipe,
+        parameters=learned,
+        steps=plan.steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        training_images=len(plan.training),
+        validation_images=0 if plan.validation is None else len(plan.validation),
+        classes=plan.config.num_labels,
+        flops_per_image=plan.task.flops,
+        memory=memory(
+            4 * learned,
+            images * plan.task.activations,
+            beside=4 * _count(plan.abstract_state.ema),
+            accumulate=recipe.optim.accumulate,
+            shards=mesh["fsdp"] * mesh["tensor"],
+        ),
+        mesh=mesh,
+    )
+
+
+def _count(tree: Nested) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

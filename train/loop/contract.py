@@ -1,0 +1,117 @@
+"""What a run's directory promises: recipe, data, start and versions it was begun with; checked when it goes on."""
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args
+
+from beit_jax.atomic import new_file
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.json_file import changes, read_json
+from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint
+from beit_jax.version import source_digest
+from beit_jax.weights.native import NativeCheckpoint
+
+from ..distributed.collectives import from_first
+from ..distributed.peers import Peers
+from ..recipe import Resume
+from .plan import Plan
+
+RUN = "run.json"
+
+# What may change from one start to the next: nothing here changes what is computed, but for rounding.
+FREE = {
+    "recipe.topology",
+    "recipe.run.mesh",
+    "recipe.run.log_every",
+    "recipe.run.save_every",
+    "recipe.run.keep",
+    "recipe.run.eval_every_epochs",
+    "recipe.run.hang_minutes",
+    "recipe.run.profile_steps",
+    "recipe.data.workers",
+    "recipe.data.eval_batch_size",
+    "recipe.data.max_bad",
+    "recipe.model.remat",
+}
+PATIENCE = 600.0
+"""Seconds that process 0 waits for the others to have read their checkpoints."""
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "pillow")
+
+
+def begin(plan: Plan, out: Path, resume: Resume, peers: Peers) -> list[str]:
+    """Makes the directory of a new run, or checks that of an earlier one, once all processes agree on what they do.
+
+    Returns:
+        Notes for people: what differs from the earlier run without being refused.
+
+    Raises:
+        BeitJaxError: `resume` does not fit what is there; the directory holds something else; another recipe, other
+            data, another start; a process with other facts than process 0, which is named.
+    """
+    if resume not in get_args(Resume):
+        raise BeitJaxError(f"--resume: expected auto, must or never, found {printable(resume)}")
+    record = _record(plan)
+    devices = [device.device_kind for device in plan.mesh.local_devices]
+    here = {
+        "code": source_digest(),
+        "python": platform.python_version(),
+        "devices": devices,
+        "out": str(out.absolute()),
+    }
+    peers.agree(here | {"mesh": dict(plan.mesh.shape)} | record, patience=PATIENCE)
+    notes: list[str] = from_first(lambda: _begin(out, resume, record))
+    return notes
+
+
+def _begin(out: Path, resume: Resume, record: Mapping[str, Any]) -> list[str]:
+    path = out / RUN
+    if path.exists():
+        if resume == "never":
+            raise BeitJaxError(f"{out}: holds a run already; choose another --out, or continue it with --resume auto")
+        return _compare(path, read_json(path), record)
+    if resume == "must":
+        raise BeitJaxError(f"{out}: holds no run to continue ({RUN} is missing); check --out, or use --resume auto")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BeitJaxError(f"{out}: holds something else than a run; choose another --out")
+    if not out.parent.is_dir():
+        raise BeitJaxError(f"{out.parent}: no such directory; make it first")
+    out.mkdir(exist_ok=True)
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return []
+
+
+def _record(plan: Plan) -> dict[str, Any]:
+    return {
+        "recipe": plan.recipe.as_dict(),
+        "data": {
+            "train": plan.training.contract(),
+            "validation": None if plan.validation is None else plan.validation.contract(),
+        },
+        "start": _origin(plan.sources.start),
+        "tokenizer": _origin(plan.sources.tokenizer),
+        "teacher": _origin(plan.sources.teacher),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+
+
+def _origin(checkpoint: NativeCheckpoint | TokenizerCheckpoint | None) -> dict[str, Any] | None:
+    return None if checkpoint is None else checkpoint.provenance
+
+
+def _compare(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    # Through JSON, as the earlier one came: tuples are lists there.
+    found = list(changes(earlier, json.loads(json.dumps(now))))
+    fatal = [change for change in found if change[0] not in FREE and not change[0].startswith("versions.")]
+    if fatal:
+        name, old, new = fatal[0]
+        more = f" (and {len(fatal) - 1} more changes)" if len(fatal) > 1 else ""
+        raise BeitJaxError(
+            f"{path}: the run was begun with {printable(name)} {printable(old)}, now it is {printable(new)}{more}; "
+            "give what it was, or choose another --out"
+        )
+    return [f"{name} was {old}, is {new}: results may differ by rounding" for name, old, new in found
+            if name == "recipe.run.mesh" or name.startswith("versions.")]  # fmt: skip

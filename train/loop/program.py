@@ -1,0 +1,109 @@
+"""What the steps of a run compute and where their arrays lie: all that compiling needs, and no data."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from beit_jax.config import BeitConfig
+from beit_jax.tree import Nested
+
+from ..distributed.sharding import batch_sharding, init_sharded, place, state_shardings
+from ..objectives.task import Draw, Shapes, Start, Task
+from ..recipe import Recipe
+from ..step.schedule import decay_table, poly_table, schedule_table
+from ..step.state import State, initial_state
+from ..step.step import make_train_step
+
+
+@dataclass(frozen=True)
+class Program:
+    """A training step with its shapes and places.
+
+    Attributes:
+        config: of the model; of a tokenizer that is trained, of the images and patches it is for.
+        rates: [steps] float32, the learning rate of every step.
+    """
+
+    recipe: Recipe
+    config: BeitConfig
+    mesh: Mesh
+    task: Task
+    tx: optax.GradientTransformation
+    rates: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return len(self.rates)
+
+    @cached_property
+    def step(self) -> jax.stages.Wrapped:
+        """The compiled step, a `TrainStep`; it consumes the state it is given."""
+        optim = self.recipe.optim
+        step = make_train_step(
+            self.task.graph,
+            self.task.objective,
+            self.tx,
+            self.rates,
+            accumulate=optim.accumulate,
+            decays=decay_table(optim, self.steps),
+            seed=self.recipe.run.seed,
+        )
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step traced for the mesh's devices, which may belong to another machine."""
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.abstract_state, self.abstract_batch)
+
+    @cached_property
+    def shardings(self) -> State:
+        """Where every leaf of the state lies."""
+        return state_shardings(self._shapes, self.mesh)
+
+    @property
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and places of the state: what restoring asks for."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self._shapes,
+            self.shardings,
+        )
+
+    @property
+    def abstract_batch(self) -> Shapes:
+        """Shapes, dtypes and places of a batch."""
+        sharding = batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+            for name, shape in self.task.batch(self.recipe.data.batch_size).items()
+        }
+
+    def first_state(self) -> State:
+        """The state before the first step, drawn or read, each part of it where it belongs."""
+        # Step keys are made from the seed too: the initial draw takes another branch of it.
+        first = self.task.first(jax.random.fold_in(jax.random.key(self.recipe.run.seed), 2**31))
+        placed = Start(*(self._placed(part) for part in (first.params, first.stats, first.beside)))
+        return init_sharded(self._state, self.mesh, placed)
+
+    def _placed(self, part: Nested | Draw) -> Nested:
+        if callable(part):
+            return init_sharded(part, self.mesh)
+        return place(part, state_shardings(part, self.mesh))
+
+    @cached_property
+    def _shapes(self) -> State:
+        return jax.eval_shape(self._state, self.task.shapes())
+
+    def _state(self, start: Start) -> State:
+        return replace(initial_state(start.params, self.tx), stats=start.stats, ema=start.beside)
+
+
+def learning_rates(recipe: Recipe, images: int) -> np.ndarray:
+    """[steps] float32, of a run over so many training images."""
+    table = poly_table if recipe.optim.schedule == "poly" else schedule_table
+    return table(recipe.optim, images // recipe.data.batch_size)

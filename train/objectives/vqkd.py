@@ -1,0 +1,179 @@
+"""Training of BEiT v2's tokenizer by vector-quantised knowledge distillation (VQ-KD).
+
+Its tokens must be enough for a shallow decoder to rebuild a teacher's features. Source: microsoft/unilm@768a3c8
+beit2/modeling_vqkd.py, norm_ema_quantizer.py and run_vqkd_training.py.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from beit_jax.config import BeitConfig
+from beit_jax.errors import BeitJaxError
+from beit_jax.models.segmenter import batch_statistics
+from beit_jax.tokenizers.vqkd import Codebook, TaskLayer, VqkdConfig, VqkdTokenizer, l2_normalised
+from beit_jax.tree import Nested, flatten
+
+from ..recipe import Recipe, VqkdOptions
+from ..step.objective import Batch, Metrics, Objective
+from .codebook import averaged, counts, kmeans, perplexity
+from .initialize import initial_params
+from .teachers import Teacher
+
+_ABSENT = ("drop_path", "dropout", "attention_dropout", "layer_scale")
+
+
+def tokenizer_config(recipe: Recipe, variant: BeitConfig, target_size: int) -> VqkdConfig:
+    """The tokenizer of a recipe: an encoder of the variant's size, and a decoder as wide, of fewer blocks.
+
+    Args:
+        target_size: the teacher's.
+
+    Raises:
+        BeitJaxError: options of the model that these transformers, which nothing is dropped from, do not have; numbers
+            that describe no model.
+    """
+    for name in _ABSENT:
+        value = getattr(recipe.model, name)
+        if value:
+            option = name.replace("_", "-")
+            raise BeitJaxError(f"--model.{option}: a tokenizer of this kind has none; expected 0, found {value}")
+    return VqkdConfig(
+        image_size=variant.image_size,
+        patch_size=variant.patch_size,
+        hidden_size=variant.hidden_size,
+        num_hidden_layers=variant.num_hidden_layers,
+        num_attention_heads=variant.num_attention_heads,
+        intermediate_size=variant.intermediate_size,
+        decoder_hidden_size=variant.hidden_size,
+        decoder_num_hidden_layers=recipe.vqkd.decoder_layers,
+        decoder_num_attention_heads=variant.num_attention_heads,
+        decoder_intermediate_size=variant.intermediate_size,
+        vocab_size=recipe.vqkd.vocab_size,
+        codebook_dim=recipe.vqkd.codebook_dim,
+        target_size=target_size,
+    )
+
+
+def tokenizer_statistics(config: VqkdConfig) -> frozenset[str]:
+    """Flat names of what no gradient moves: the codebook, and what is counted of it."""
+    model = nnx.eval_shape(lambda: VqkdTokenizer(config, rngs=nnx.Rngs(0)))
+    return frozenset(flatten(batch_statistics(model)))
+
+
+def initial_tokenizer(config: VqkdConfig, key: Key[Array, ""]) -> Nested:
+    """All parameters and the codebook, float32. Traceable: jit it with ``out_shardings``.
+
+    Both transformers are drawn as BEiT v2's fine-tuning models, whose classes they are, and the two small networks
+    normal, with biases of zero. Codes are random directions, until the first step makes them clusters.
+    """
+    encoder, encode_task, codes, decoder, decode_task = jax.random.split(key, 5)
+
+    def drawn(module: nnx.Module) -> Nested:
+        return nnx.to_pure_dict(nnx.state(module))
+
+    return {
+        "encoder": initial_params(config.encoder, "finetune", encoder),
+        "encode_task": drawn(TaskLayer(config.hidden_size, config.codebook_dim, nnx.Rngs(encode_task))),
+        "codebook": drawn(Codebook(config.vocab_size, config.codebook_dim, nnx.Rngs(codes))),
+        "decoder": initial_params(config.decoder, "finetune", decoder),
+        "decode_task": drawn(TaskLayer(config.decoder_hidden_size, config.target_size, nnx.Rngs(decode_task))),
+    }
+
+
+def vqkd(recipe: Recipe, teacher_graph: nnx.GraphDef[Any]) -> Objective:
+    """A teacher's features from tokens: ``image`` uint8 [b, h, w, 3].
+
+    Its model is a `VqkdTokenizer`. The loss is one minus the cosine of predicted and true features, and the distance
+    of the encoder's directions from their codes; the decoder's gradient passes the codes by. In the first step codes
+    become clusters of the batch. They move by averaging after they were used. Where gradients are accumulated, a batch
+    here is a part of one. Without a key nothing moves: unlike in the original, evaluation counts no usage, and no
+    epoch forgets it.
+
+    Metrics: ``rec_loss`` and ``quant_loss``, whose sum is the loss; ``codebook_used``, the share of codes that are
+    some patch's in the batch, and ``perplexity``, how many they are as it were, by their frequencies.
+
+    Args:
+        teacher_graph: a `Teacher` without parameters. These are the objective's teacher; a run keeps them as the
+            state's `ema`, without a decay.
+    """
+    options = recipe.vqkd
+
+    def prepare(batch: Batch, key: Key[Array, ""]) -> Batch:
+        return {"image": batch["image"].astype(jnp.float32) / 255}
+
+    def loss(
+        model: VqkdTokenizer, batch: Batch, key: Key[Array, ""] | None, teacher: Nested | None
+    ) -> tuple[Float[Array, ""], Metrics]:
+        target = _target(nnx.merge(teacher_graph, teacher or {}), batch["image"])
+        features = model.encode(batch["image"], remat=recipe.model.remat)
+        directions = l2_normalised(features)
+        samples = jax.lax.stop_gradient(directions).reshape(-1, directions.shape[-1])
+        if key is not None and options.kmeans:
+            _begin(model.codebook, samples, key)
+        tokens = model.codebook.nearest(jax.lax.stop_gradient(features))
+        codes = model.codebook.embedding[...][tokens]
+        sizes = counts(tokens, model.vocab_size)
+        if key is not None:
+            _move(model.codebook, samples, tokens.ravel(), sizes, options)
+
+        predicted = model.decode_codes(straight_through(directions, codes), remat=recipe.model.remat)
+        _check_target(predicted.shape, target.shape)
+        reconstruction = cosine_distance(predicted, target)
+        quantisation = options.commitment * jnp.square(directions - codes).mean()
+        return reconstruction + quantisation, {
+            "rec_loss": reconstruction,
+            "quant_loss": quantisation,
+            "codebook_used": (sizes > 0).mean(),
+            "perplexity": perplexity(sizes),
+        }
+
+    return Objective(prepare, loss)
+
+
+def straight_through(features: Float[Array, "*b d"], codes: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """The codes, whose gradient goes to the features as if they were them."""
+    return features + jax.lax.stop_gradient(codes - features)
+
+
+def cosine_distance(predicted: Float[Array, "*b d"], target: Float[Array, "*b d"]) -> Float[Array, ""]:
+    """One minus the cosine, mean over all vectors, float32."""
+    return 1.0 - (l2_normalised(predicted) * l2_normalised(target)).sum(axis=-1).mean()
+
+
+def _target(teacher: Teacher, images: Float[Array, "b h w 3"]) -> Float[Array, "b rows columns t"]:
+    return jax.lax.stop_gradient(teacher(images).astype(jnp.float32))
+
+
+def _begin(codebook: Codebook, samples: Float[Array, "n d"], key: Key[Array, ""]) -> None:
+    """Makes the codes clusters of samples, unless they have begun already."""
+    codebook.embedding[...], codebook.cluster_size[...] = jax.lax.cond(
+        codebook.initialised[0] > 0,
+        lambda: (codebook.embedding[...], codebook.cluster_size[...]),
+        lambda: kmeans(key, samples, len(codebook.embedding)),
+    )
+
+
+def _move(
+    codebook: Codebook,
+    samples: Float[Array, "n d"],
+    tokens: Int[Array, " n"],
+    sizes: Float[Array, " codes"],
+    options: VqkdOptions,
+) -> None:
+    """The codebook after the batch whose directions drew these tokens."""
+    codebook.embedding[...] = averaged(codebook.embedding[...], samples, tokens, options.decay)
+    codebook.usage[...] = options.decay * codebook.usage[...] + (1.0 - options.decay) * sizes
+    codebook.initialised[...] = jnp.ones_like(codebook.initialised[...])
+
+
+def _check_target(predicted: tuple[int, ...], target: tuple[int, ...]) -> None:
+    """A teacher of another grid or size than the tokenizer was made for: one line."""
+    if predicted != target:
+        raise BeitJaxError(
+            f"teacher: expected features {list(predicted)} [batch, rows, columns, size] as the tokenizer has them, "
+            f"found {list(target)}; take a teacher of the same patch size and features"
+        )

@@ -1,0 +1,1 @@
+"""The published runs as values. TODO"""

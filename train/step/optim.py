@@ -1,0 +1,114 @@
+"""AdamW as BEiT uses it: clipping, decay of matrices only, and learning rates that grow with depth.
+
+What depends on the parameter is a table over flat names. Blocks are stacked on a leading axis: a layer's learning rate
+is an entry of a vector along it.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from beit_jax.config import BeitConfig
+from beit_jax.tree import Nested, first_match, flatten, unflatten
+
+from ..recipe import OptimOptions
+
+Depth = Literal["first", "blocks", "last"]
+Scalar = float | Float[Array, ""]
+
+# microsoft/unilm@768a3c8 beit/optim_factory.py, `get_num_layer_for_vit`: the shared bias table counts as last.
+DEPTH: Sequence[tuple[str, Depth]] = (
+    (r"(beit/)?embeddings/.*", "first"),
+    (r"(beit/)?blocks/.*", "blocks"),
+    (r".*", "last"),
+)
+
+# The same file, `get_parameter_groups`: no decay of vectors (per layer), of biases, of the class token and of absolute
+# positions. Mask token and position bias tables are matrices like others there.
+DECAY: Sequence[tuple[str, bool]] = (
+    (r".*(kernel|mask_token|bias_table)", True),
+    (r".*(bias|scale|gamma_1|gamma_2|cls_token|position_embeddings)", False),
+)
+BLOCK_TABLES = r"(beit/)?blocks/attention/bias_table"
+CLASS_TOKEN = r"(beit/)?embeddings/cls_token"
+
+
+def optimizer(options: OptimOptions, config: BeitConfig) -> optax.GradientTransformation:
+    """AdamW without its learning rate: subtract its updates times the rate of the step.
+
+    Gradients are clipped by their global norm, then scaled by Adam; decay is added; both are multiplied by the layer's
+    share of the learning rate. All as torch.optim.AdamW on the original's parameter groups.
+    """
+
+    def mask(params: Nested) -> Nested:
+        return weight_decay_mask(params, bias_tables=options.decay_bias_tables, class_token=options.decay_class_token)
+
+    def scale(updates: Nested, params: Nested | None) -> Nested:
+        return jax.tree.map(jnp.multiply, updates, layer_scales(updates, config, options.layer_decay))
+
+    return optax.chain(
+        optax.identity() if options.clip is None else clip_by_global_norm(options.clip),
+        optax.scale_by_adam(options.beta1, options.beta2, options.epsilon, mu_dtype=jnp.float32),
+        optax.add_decayed_weights(options.weight_decay, mask),
+        optax.stateless(scale),
+    )
+
+
+def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    """Shrinks gradients whose global norm exceeds `largest`, as ``torch.nn.utils.clip_grad_norm_``.
+
+    torch divides by the norm plus 1e-6, optax's transformation of this name by the norm.
+    """
+
+    def clip(updates: Nested, params: Nested | None) -> Nested:
+        share = jnp.minimum(largest / (optax.tree.norm(updates) + 1e-6), 1.0)
+        return jax.tree.map(lambda update: update * share, updates)
+
+    return optax.stateless(clip)
+
+
+def weight_decay_mask(params: Nested, *, bias_tables: bool = True, class_token: bool = False) -> Nested:
+    """True for every parameter that decays.
+
+    Args:
+        bias_tables: whether the blocks' tables of relative position bias do; the shared one always does.
+        class_token: whether the class token does. In the original's segmentation it does: its list of exceptions has
+            "cls_token", the parameter is called "backbone.cls_token" there.
+
+    Raises:
+        BeitJaxError: a parameter of a name that the table does not know.
+    """
+    exceptions = [(BLOCK_TABLES, bias_tables), *([(CLASS_TOKEN, True)] if class_token else [])]
+    rules = [*exceptions, *DECAY]
+    return unflatten({name: first_match(rules, name) for name in flatten(params)})
+
+
+def layer_scales(params: Nested, config: BeitConfig, rate: float) -> Nested:
+    """Each parameter's share of the learning rate, float32 and broadcastable to it. Takes arrays or shapes.
+
+    Embeddings are layer 0, block i is layer i + 1, what follows the blocks is layer depth + 1: of share 1. Every layer
+    has `rate` times the share of the next.
+    """
+    depth = config.num_hidden_layers
+    shares = rate ** np.arange(depth + 1, -1, -1.0)
+
+    def share(depth_of: Depth, ndim: int) -> np.ndarray:
+        if depth_of == "blocks":
+            return shares[1:-1].astype(np.float32).reshape(depth, *[1] * (ndim - 1))
+        return np.asarray(shares[0 if depth_of == "first" else -1], np.float32)
+
+    return unflatten({name: share(first_match(DEPTH, name), leaf.ndim) for name, leaf in flatten(params).items()})
+
+
+def ema_update(ema: Nested, params: Nested, decay: Scalar, gain: Scalar) -> Nested:
+    """The moving average one step on: ``decay * ema + gain * params``.
+
+    Args:
+        gain: 1 - decay, from whoever has it in more digits than float32's.
+    """
+    return jax.tree.map(lambda average, leaf: average * decay + leaf * gain, ema, params)
