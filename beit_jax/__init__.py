@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from beit_jax.inference.predict import classify, features, from_pretrained
     from beit_jax.inference.segmentation import segment
     from beit_jax.memory import keep_freed_memory
+    from beit_jax.models.build import build_model
     from beit_jax.models.encoder import BeitModel, BeitOutput
-    from beit_jax.models.heads import BeitForImageClassification, BeitForMaskedImageModeling, build_model
+    from beit_jax.models.heads import BeitForImageClassification, BeitForMaskedImageModeling
     from beit_jax.models.segmenter import BeitBackbone, BeitForSemanticSegmentation
     from beit_jax.variants import VARIANTS
     from beit_jax.weights.native import NativeCheckpoint, load, save
@@ -46,7 +47,7 @@ _HOME = {
     "BeitForImageClassification": "models.heads",
     "BeitForMaskedImageModeling": "models.heads",
     "BeitForSemanticSegmentation": "models.segmenter",
-    "build_model": "models.heads",
+    "build_model": "models.build",
     "keep_freed_memory": "memory",
     "ImageProcessor": "images.processor",
     "open_image": "images.processor",

@@ -5,26 +5,22 @@ Every method is linear in the table, so it is built once in float64 with NumPy f
 no method of it is the geometric one.
 """
 
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 
 import numpy as np
-
-from beit_jax.config import PositionResize
 
 Matrix = np.ndarray  # [target, source] float64
 
 
 @lru_cache(maxsize=64)
-def bias_matrix(method: PositionResize, source: int, target: int) -> Matrix:
+def bias_matrix(method: str, source: int, target: int) -> Matrix:
     """Resamples one axis of a relative position bias table from `source` to `target` offsets, both odd (2 * side - 1).
 
-    Equal sizes give the identity, for every method.
+    `method` is one of `BIAS_METHODS`, which are the values of `BeitConfig.position_resize`. Equal sizes give the
+    identity, for every method.
     """
-    if source == target:
-        return np.eye(source)
-    if method == "bilinear":
-        return linear_matrix(source, target)
-    return _geometric_matrix(source, target, degree=3 if method == "geometric" else 1)
+    return np.eye(source) if source == target else BIAS_METHODS[method](source, target)
 
 
 def linear_matrix(source: int, target: int) -> Matrix:
@@ -125,3 +121,11 @@ def _geometric_ratio(source: int, target: int) -> float:
         else:
             low = middle
     return middle
+
+
+BIAS_METHODS: Mapping[str, Callable[[int, int], Matrix]] = {
+    "bilinear": linear_matrix,
+    "geometric": partial(_geometric_matrix, degree=3),
+    "geometric_linear": partial(_geometric_matrix, degree=1),
+}
+"""The methods of `bias_matrix`: as transformers does it; as BEiT's original code does it; as timm does it."""

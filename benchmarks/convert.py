@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from beit_jax.convert import convert, to_torch
 from beit_jax.hub import resolve
-from beit_jax.models.heads import param_shapes
+from beit_jax.models.build import param_shapes
 from beit_jax.variants import VARIANTS
 
 VARIANT = "beit_large_patch16_224_pt22k"

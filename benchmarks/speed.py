@@ -33,7 +33,7 @@ from contenders import CONTENDERS, HIDDEN, Job
 from beit_jax.config import BeitConfig
 from beit_jax.convert import export
 from beit_jax.images import preset
-from beit_jax.models.heads import param_shapes
+from beit_jax.models.build import param_shapes
 from beit_jax.train.costs.estimate import flops
 from beit_jax.variants import VARIANTS
 from beit_jax.weights import NativeCheckpoint, save

@@ -29,7 +29,7 @@ from PIL import Image
 
 from beit_jax.convert import export
 from beit_jax.images import preset
-from beit_jax.models.heads import build_model, param_shapes
+from beit_jax.models.build import build_model, param_shapes
 from beit_jax.tree import unflatten
 from beit_jax.variants import VARIANTS
 from beit_jax.weights import NativeCheckpoint, save

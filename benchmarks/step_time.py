@@ -13,7 +13,7 @@ from math import prod
 
 import jax
 
-from beit_jax.models.heads import param_shapes
+from beit_jax.models.build import param_shapes
 from beit_jax.models.partition import traced_for_several_devices
 from beit_jax.train.costs import estimate
 from beit_jax.train.costs.estimate import Memory, activation_bytes, flops

@@ -20,7 +20,7 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import WEIGHTS, Source, recorded_sha256
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.adapt import Adaptation, adaptations
-from beit_jax.models.heads import param_shapes
+from beit_jax.models.build import param_shapes
 from beit_jax.terminal import Progress, no_progress
 from beit_jax.weights.native import NativeCheckpoint, check_replaceable, save_json
 from beit_jax.weights.tensors import LeafSpec, verify, write_tensors

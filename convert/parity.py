@@ -13,8 +13,8 @@ import numpy as np
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import Source
+from beit_jax.models.build import build_model
 from beit_jax.models.encoder import BeitOutput
-from beit_jax.models.heads import build_model
 from beit_jax.tree import unflatten
 
 from .importer import load

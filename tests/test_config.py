@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from beit_jax.config import BeitConfig, hf_notes
 from beit_jax.errors import BeitJaxError
 from beit_jax.json_file import read_json
-from beit_jax.models.heads import num_params
+from beit_jax.models.build import num_params
 from beit_jax.variants import VARIANTS
 
 # microsoft/unilm@768a3c8 beit/README.md and its models instantiated; the last rows are derived from these.

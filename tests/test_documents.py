@@ -18,7 +18,7 @@ from beit_jax.cli import training
 from beit_jax.cli.main import COMMANDS, RECIPE_COMMANDS, main
 from beit_jax.config import BeitConfig
 from beit_jax.convert.formats import rules, tables
-from beit_jax.models.heads import param_shapes
+from beit_jax.models.build import param_shapes
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

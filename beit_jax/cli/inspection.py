@@ -10,7 +10,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import printable
 from beit_jax.hub import Source
 from beit_jax.images.processor import ImageProcessor
-from beit_jax.models.heads import num_params
+from beit_jax.models.build import num_params
 from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, is_native_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:

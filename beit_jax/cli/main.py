@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from beit_jax.images.processor import ImageProcessor
     from beit_jax.inference.predictor import Predictor
     from beit_jax.inference.segmentation import Inference
-    from beit_jax.models.heads import Model
+    from beit_jax.models.build import Model
 
 _Images = Annotated[tuple[Path, ...], arg(metavar="IMAGE...", help="Image files.")]
 

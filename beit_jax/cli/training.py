@@ -21,7 +21,7 @@ from beit_jax.terminal import image_progress, print_json, print_lines, print_tab
 
 if TYPE_CHECKING:
     from beit_jax.images.processor import ImageProcessor
-    from beit_jax.models.heads import Model
+    from beit_jax.models.build import Model
     from beit_jax.train.distributed.peers import Peers
     from beit_jax.train.forecast.preview import Preview
     from beit_jax.train.loop.run import Outcome

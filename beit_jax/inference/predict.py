@@ -15,7 +15,7 @@ from beit_jax.images.files import ImageLike
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.inference.predictor import Guess, Pooling, Predictor, Wanted, parameters
 from beit_jax.inference.reading import read
-from beit_jax.models.heads import Model, build_model
+from beit_jax.models.build import Model, build_model
 from beit_jax.tree import unflatten
 from beit_jax.weights.native import NativeCheckpoint
 

@@ -118,10 +118,10 @@ def _key(config: BeitConfig, shape: tuple[int, ...], wanted: Wanted) -> str:
 
 def _traced(config: BeitConfig, params: Mapping[str, Array], shape: tuple[int, ...], wanted: Wanted) -> _Program:
     from beit_jax.inference import predict  # not at the top: they import Flax
-    from beit_jax.models import heads
+    from beit_jax.models import build
 
     def compute(params: Mapping[str, Array], pixel_values: Array) -> Array:
-        return predict.forward(heads.build_model(config, unflatten(params)), pixel_values, wanted)
+        return predict.forward(build.build_model(config, unflatten(params)), pixel_values, wanted)
 
     jitted = jax.jit(compute, keep_unused=True)  # features need no classifier, but are given one
     found = export.export(jitted)(params, jax.ShapeDtypeStruct(shape, jnp.float32))

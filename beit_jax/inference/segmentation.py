@@ -27,7 +27,7 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.files import MAX_PIXELS, ImageLike, load_image
 from beit_jax.images.label_maps import LabelMap
 from beit_jax.images.processor import ImageProcessor, Within
-from beit_jax.models.heads import Model
+from beit_jax.models.build import Model
 from beit_jax.models.segmenter import BeitForSemanticSegmentation
 from beit_jax.resize import linear_matrix
 

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Float64, UInt8
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.files import ImageLike
 from beit_jax.images.processor import ImageProcessor
+from beit_jax.models.build import Model
 from beit_jax.models.encoder import BeitModel, patch_grid
-from beit_jax.models.heads import Model
 from beit_jax.models.position import Grid
 
 

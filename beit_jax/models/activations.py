@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from beit_jax.config import Activation
 from beit_jax.models.partition import on_one_cpu
 
 
@@ -40,7 +39,7 @@ def _cdf(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
     return 0.5 + 0.5 * jax.lax.erf(x * sqrt(0.5))
 
 
-ACTIVATIONS: Mapping[Activation, Callable[[Array], Array]] = {
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),

@@ -1,9 +1,6 @@
-"""Heads on the encoder: masked image modelling and image classification; and the model class of a configuration."""
+"""Heads on the encoder: masked image modelling and image classification."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
-from math import prod
 from typing import Any
 
 import jax
@@ -13,13 +10,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from beit_jax.config import BeitConfig, Task
+from beit_jax.config import BeitConfig
 from beit_jax.models.encoder import REMAT, ArrayLike, BeitModel, BeitOutput, Remat, patch_grid
 from beit_jax.models.layers import Block, layer_norm
 from beit_jax.models.partition import constrain
 from beit_jax.models.position import Grid
-from beit_jax.models.segmenter import BeitBackbone, BeitForSemanticSegmentation, batch_statistics
-from beit_jax.tree import Nested, flatten
 
 
 def _head(config: BeitConfig, features: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
@@ -157,48 +152,3 @@ class BeitForImageClassification(nnx.Module):
         pooled = output.pooler_output
         assert pooled is not None  # a configuration for classification always pools
         return replace(output, logits=pooled if self.classifier is None else self.classifier(pooled))
-
-
-Model = BeitModel | BeitForMaskedImageModeling | BeitForImageClassification | BeitForSemanticSegmentation | BeitBackbone
-
-MODELS: Mapping[Task, type[Model]] = {
-    "features": BeitModel,
-    "masked_image_modeling": BeitForMaskedImageModeling,
-    "image_classification": BeitForImageClassification,
-    "semantic_segmentation": BeitForSemanticSegmentation,
-    "backbone": BeitBackbone,
-}
-
-
-def abstract_model(config: BeitConfig, *, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef[Model], Nested]:
-    """A model without memory: what `nnx.merge` needs besides the parameters, and the parameters' shapes, nested.
-
-    Running statistics of batch norm stand among the parameters; `statistics` names them.
-    """
-    model = nnx.eval_shape(lambda: MODELS[config.task](config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
-    return graph, nnx.to_pure_dict(state)
-
-
-@lru_cache(maxsize=8)
-def param_shapes(config: BeitConfig) -> Mapping[str, tuple[int, ...]]:
-    """Flat name to shape of every parameter of the model, and of every running statistic."""
-    return {name: leaf.shape for name, leaf in flatten(abstract_model(config)[1]).items()}
-
-
-@lru_cache(maxsize=8)
-def statistics(config: BeitConfig) -> frozenset[str]:
-    """Which names in `param_shapes` are running statistics: state of training that no gradient moves."""
-    model = nnx.eval_shape(lambda: MODELS[config.task](config, rngs=nnx.Rngs(0)))
-    return frozenset(flatten(batch_statistics(model)))
-
-
-def num_params(config: BeitConfig) -> int:
-    """How many numbers training learns: all parameters, without running statistics."""
-    learned = param_shapes(config).keys() - statistics(config)
-    return sum(prod(param_shapes(config)[name]) for name in learned)
-
-
-def build_model(config: BeitConfig, params: Nested, *, dtype: DTypeLike = jnp.float32) -> Model:
-    """The model with these (nested) parameters; works inside `jax.jit` as well."""
-    return nnx.merge(abstract_model(config, dtype=dtype)[0], params)

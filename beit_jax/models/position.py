@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from beit_jax.config import PositionResize
 from beit_jax.resize import bias_matrix, bicubic_matrix
 
 Grid = tuple[int, int]  # patches, (rows, columns)
@@ -37,7 +36,7 @@ def relative_position_index(grid: Grid) -> np.ndarray:
 
 
 def resize_bias_table(
-    table: Float[Array, "*layers m heads"], source: Grid, target: Grid, method: PositionResize
+    table: Float[Array, "*layers m heads"], source: Grid, target: Grid, method: str
 ) -> Float[Array, "*layers m2 heads"]:
     """A bias table of the grid `source` resampled for the grid `target`; the three class rows are kept as they are."""
     if source == target:

@@ -225,7 +225,7 @@ class Naming:
     foreign: re.Pattern[str] = re.compile(r"(?!)")
 
     def rules(self, config: BeitConfig, prefix: str) -> list[Rule]:
-        """The rules for a model: torch names with `prefix`, Flax paths as `beit_jax.models.heads.MODELS` lays them out."""
+        """The rules for a model: torch names with `prefix`, Flax paths as `beit_jax.models.build.MODELS` lays them out."""
         parent = "" if config.task == "features" else "beit/"
         backbone = [
             replace(rule, torch=tuple(prefix + name for name in rule.torch), flax=parent + rule.flax)

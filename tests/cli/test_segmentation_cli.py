@@ -13,7 +13,7 @@ from beit_jax.images import ImageProcessor, ade20k_processor
 from beit_jax.images.label_maps import write_label_map
 from beit_jax.inference.predict import from_pretrained
 from beit_jax.inference.segmentation import Inference, segment
-from beit_jax.models.heads import param_shapes
+from beit_jax.models.build import param_shapes
 from beit_jax.weights import NativeCheckpoint, save
 
 CONFIG = BeitConfig(

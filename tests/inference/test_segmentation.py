@@ -19,7 +19,7 @@ from beit_jax.images.label_maps import read_label_map, reduce_labels, resize_lab
 from beit_jax.inference import segmentation as inference
 from beit_jax.inference.segmentation import Inference, class_logits, class_probabilities, segment
 from beit_jax.looking.pictures import areas, overlay, palette
-from beit_jax.models.heads import build_model, param_shapes
+from beit_jax.models.build import build_model, param_shapes
 from beit_jax.tree import unflatten
 
 CONFIG = BeitConfig(

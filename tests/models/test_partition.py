@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from beit_jax.config import BeitConfig
-from beit_jax.models.heads import abstract_model, build_model, param_shapes
+from beit_jax.models.build import abstract_model, build_model, param_shapes
 from beit_jax.models.partition import BATCH_AXES, constrain, each_shard
 from beit_jax.tree import unflatten
 

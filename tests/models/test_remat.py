@@ -10,8 +10,8 @@ from flax import nnx
 from tolerances import GRADIENT
 
 from beit_jax.config import BeitConfig
+from beit_jax.models.build import abstract_model, param_shapes
 from beit_jax.models.encoder import REMAT, Remat
-from beit_jax.models.heads import abstract_model, param_shapes
 from beit_jax.train.recipe import ModelOptions
 from beit_jax.tree import flatten, unflatten
 

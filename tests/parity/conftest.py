@@ -10,7 +10,7 @@ import torch
 
 from beit_jax.convert import load
 from beit_jax.hub import resolve
-from beit_jax.models.heads import Model, build_model
+from beit_jax.models.build import Model, build_model
 from beit_jax.tree import unflatten
 
 

@@ -19,7 +19,7 @@ from beit_jax.convert.formats.tables import FLAX, HF, HF5, MMSEG, NAMINGS, UNILM
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.images import preset
-from beit_jax.models.heads import param_shapes
+from beit_jax.models.build import param_shapes
 from beit_jax.variants import VARIANTS
 from beit_jax.weights import NativeCheckpoint
 
@@ -78,7 +78,7 @@ def test_transformers_loads_an_exported_directory(tmp_path: Path, variant: str) 
     import jax
     import transformers
 
-    from beit_jax.models.heads import build_model
+    from beit_jax.models.build import build_model
     from beit_jax.tree import unflatten
 
     checkpoint = random_checkpoint(replace(tiny(VARIANTS[variant]), position_resize="bilinear"))

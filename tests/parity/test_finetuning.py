@@ -18,7 +18,7 @@ from flax import nnx
 from tolerances import TRAINING
 
 from beit_jax.convert import to_torch
-from beit_jax.models.heads import Model
+from beit_jax.models.build import Model
 from beit_jax.train.recipe import OptimOptions, Recipe
 from beit_jax.train.step.objective import classification
 from beit_jax.train.step.optim import optimizer

@@ -12,8 +12,8 @@ import torch
 from numpy.testing import assert_allclose
 from tolerances import MODEL
 
+from beit_jax.models.build import Model
 from beit_jax.models.encoder import BeitOutput
-from beit_jax.models.heads import Model
 
 Converted = Callable[[torch.nn.Module], Model]
 

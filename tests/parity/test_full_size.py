@@ -17,7 +17,7 @@ from tolerances import MODEL
 
 from beit_jax.convert import load
 from beit_jax.hub import resolve
-from beit_jax.models.heads import build_model
+from beit_jax.models.build import build_model
 from beit_jax.tree import unflatten
 from beit_jax.variants import VARIANTS
 

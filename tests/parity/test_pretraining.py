@@ -23,7 +23,7 @@ from tolerances import GRADIENT, MARGIN, TRAINING
 from beit_jax.config import BeitConfig
 from beit_jax.convert import to_torch, tokenizers
 from beit_jax.hub import resolve
-from beit_jax.models.heads import Model, abstract_model
+from beit_jax.models.build import Model, abstract_model
 from beit_jax.tokenizers.tokenizer import build_tokenizer
 from beit_jax.train.objectives.pretraining import data2vec, masked_tokens, standardised
 from beit_jax.train.recipe import (

@@ -18,7 +18,7 @@ from tolerances import GRADIENT, MODEL, SEGMENTATION, STATISTICS
 from beit_jax.convert import load, parity, to_torch
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
-from beit_jax.models.heads import Model, statistics
+from beit_jax.models.build import Model, statistics
 from beit_jax.train.objectives.segmentation_loss import segmentation_loss
 from beit_jax.tree import flatten
 

@@ -21,7 +21,7 @@ from beit_jax.convert.formats.tables import UNILM
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.models.adapt import resize_patch_kernel
-from beit_jax.models.heads import build_model, param_shapes
+from beit_jax.models.build import build_model, param_shapes
 from beit_jax.tree import unflatten
 
 timm = pytest.importorskip("timm", reason="timm is not installed; see pyproject.toml, extra timm")

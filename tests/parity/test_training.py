@@ -14,7 +14,7 @@ from flax import nnx
 from tolerances import GRADIENT, STEP
 
 from beit_jax.convert import to_torch
-from beit_jax.models.heads import Model
+from beit_jax.models.build import Model
 from beit_jax.tree import flatten, unflatten
 
 Converted = Callable[[torch.nn.Module], Model]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from beit_jax.config import BeitConfig
 from beit_jax.images import ImageProcessor
-from beit_jax.models.heads import param_shapes
+from beit_jax.models.build import param_shapes
 from beit_jax.tokenizers.dvae import DvaeEncoderConfig
 from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, save_tokenizer, tokenizer_shapes
 from beit_jax.train.data.prepare import prepare_ade20k, prepare_digits

@@ -15,7 +15,7 @@ import numpy as np
 
 from beit_jax.config import BeitConfig
 from beit_jax.images import ImageProcessor
-from beit_jax.models.heads import param_shapes
+from beit_jax.models.build import param_shapes
 from beit_jax.tokenizers.dvae import DvaeEncoderConfig
 from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, tokenizer_shapes
 from beit_jax.train.distributed.sharding import make_mesh, put_batch

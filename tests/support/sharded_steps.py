@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from beit_jax.config import BeitConfig
-from beit_jax.models.heads import abstract_model
+from beit_jax.models.build import abstract_model
 from beit_jax.train.distributed.sharding import init_sharded, make_mesh, place, put_batch, replicated, state_shardings
 from beit_jax.train.recipe import AugmentOptions, ModelOptions, OptimOptions, Recipe
 from beit_jax.train.step.objective import classification

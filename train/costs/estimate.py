@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from beit_jax.config import BeitConfig
+from beit_jax.models.build import abstract_model, param_shapes, statistics
 from beit_jax.models.encoder import Remat
-from beit_jax.models.heads import abstract_model, param_shapes, statistics
 from beit_jax.tree import Nested, first_match
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------

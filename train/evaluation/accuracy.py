@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy.sparse import coo_array, csr_array
 
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.models.heads import Model
+from beit_jax.models.build import Model
 from beit_jax.models.partition import BATCH_AXES
 from beit_jax.tree import Nested
 

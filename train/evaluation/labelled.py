@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.processor import ImageProcessor
-from beit_jax.models.heads import Model
+from beit_jax.models.build import Model
 from beit_jax.terminal import Progress, no_progress
 
 from ..data.batches import eval_batches, open_dataset

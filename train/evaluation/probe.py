@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
-from beit_jax.models.heads import Model
+from beit_jax.models.build import Model
 from beit_jax.tree import Nested
 
 from ..augmentation.mixing import normalise

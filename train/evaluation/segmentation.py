@@ -12,7 +12,7 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.label_maps import IGNORED, check_labels, read_label_map, reduce_labels
 from beit_jax.images.processor import ImageProcessor, open_image
 from beit_jax.inference.segmentation import DEFAULT, Inference, segment
-from beit_jax.models.heads import Model
+from beit_jax.models.build import Model
 from beit_jax.terminal import Progress, no_progress
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})

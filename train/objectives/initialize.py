@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.adapt import Adaptation, adaptations
-from beit_jax.models.heads import param_shapes
+from beit_jax.models.build import param_shapes
 from beit_jax.tree import Nested, first_match, unflatten
 from beit_jax.weights.native import NativeCheckpoint
 

@@ -19,7 +19,7 @@ from beit_jax.config import Task as Architecture
 from beit_jax.errors import BeitJaxError
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.inference.segmentation import Inference, segment
-from beit_jax.models.heads import Model, abstract_model
+from beit_jax.models.build import Model, abstract_model
 from beit_jax.terminal import Advance
 from beit_jax.tree import Nested
 

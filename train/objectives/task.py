@@ -15,7 +15,7 @@ from jaxtyping import Array, Key, UInt8
 from beit_jax.config import BeitConfig
 from beit_jax.config import Task as Architecture
 from beit_jax.images.processor import ImageProcessor
-from beit_jax.models.heads import Model, abstract_model, statistics
+from beit_jax.models.build import Model, abstract_model, statistics
 from beit_jax.terminal import Advance
 from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, TokenizerConfig
 from beit_jax.tree import Nested

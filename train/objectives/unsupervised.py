@@ -19,7 +19,7 @@ from beit_jax.config import Task as Architecture
 from beit_jax.errors import BeitJaxError
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.looking.reconstruct import grid_picture, reconstruct
-from beit_jax.models.heads import build_model
+from beit_jax.models.build import build_model
 from beit_jax.terminal import Advance
 from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoderConfig
 from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, TokenizerConfig, abstract_tokenizer, build_tokenizer

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from beit_jax.config import BeitConfig
-from beit_jax.models.heads import Model
+from beit_jax.models.build import Model
 from beit_jax.models.segmenter import BeitForSemanticSegmentation
 from beit_jax.tree import Nested
 

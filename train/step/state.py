@@ -43,7 +43,7 @@ def initial_state(
 
     Args:
         params: all that the model is merged from.
-        statistics: flat names of running statistics among them, `beit_jax.models.heads.statistics`.
+        statistics: flat names of running statistics among them, `beit_jax.models.build.statistics`.
         ema: whether to keep a moving average. It starts as a copy: donating the state must donate no buffer twice.
     """
     learned, stats = divided(params, statistics)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from beit_jax.errors import BeitJaxError
-from beit_jax.models.heads import Model
+from beit_jax.models.build import Model
 from beit_jax.models.segmenter import batch_statistics
 from beit_jax.tree import Nested
 

@@ -25,7 +25,7 @@ from beit_jax.convert.formats.rules import (
 )
 from beit_jax.convert.formats.tables import MMSEG, NAMINGS, recognise
 from beit_jax.errors import BeitJaxError
-from beit_jax.models.heads import param_shapes
+from beit_jax.models.build import param_shapes
 from beit_jax.variants import VARIANTS
 
 sides = st.integers(1, 300)

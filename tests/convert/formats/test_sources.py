@@ -18,7 +18,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.convert import Options, load, plan
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
-from beit_jax.models.heads import build_model
+from beit_jax.models.build import build_model
 from beit_jax.published import PUBLISHED
 from beit_jax.tree import unflatten
 from beit_jax.variants import VARIANTS

@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 from beit_jax.config import BeitConfig
+from beit_jax.models.build import abstract_model, num_params, param_shapes
 from beit_jax.models.encoder import Remat
-from beit_jax.models.heads import abstract_model, num_params, param_shapes
 from beit_jax.models.partition import traced_for_several_devices
 from beit_jax.tokenizers.dvae import DvaeEncoderConfig
 from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, tokenizer_shapes

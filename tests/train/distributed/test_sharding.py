@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
-from beit_jax.models.heads import MODELS, abstract_model, statistics
+from beit_jax.models.build import MODELS, abstract_model, statistics
 from beit_jax.train.distributed.sharding import (
     AXES,
     batch_sharding,

@@ -22,7 +22,7 @@ import beit_jax
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.images import ImageProcessor
-from beit_jax.models.heads import Model, abstract_model, build_model, param_shapes
+from beit_jax.models.build import Model, abstract_model, build_model, param_shapes
 from beit_jax.train.data.prepare import prepare_digits
 from beit_jax.train.distributed.sharding import make_mesh, place, state_shardings
 from beit_jax.train.evaluation import confusion as pictures

@@ -21,7 +21,7 @@ from beit_jax.convert import Options, load
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.images import ImageProcessor
-from beit_jax.models.heads import build_model, param_shapes, statistics
+from beit_jax.models.build import build_model, param_shapes, statistics
 from beit_jax.train.objectives.initialize import Scheme, from_checkpoint, initial_params
 from beit_jax.tree import flatten, unflatten
 from beit_jax.variants import VARIANTS

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beit_jax.config import BeitConfig
+from beit_jax.models.build import Model
 from beit_jax.models.encoder import BeitOutput
-from beit_jax.models.heads import BeitForImageClassification, BeitForSemanticSegmentation, Model
+from beit_jax.models.heads import BeitForImageClassification, BeitForSemanticSegmentation
 from beit_jax.models.segmenter import SegmenterOutput
 from beit_jax.train.augmentation.mixing import soft_targets
 from beit_jax.train.objectives.segmentation_loss import segmentation_loss

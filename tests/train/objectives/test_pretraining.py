@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tolerances import GRADIENT
 
 from beit_jax.config import BeitConfig
-from beit_jax.models.heads import abstract_model
+from beit_jax.models.build import abstract_model
 from beit_jax.tokenizers.dvae import DvaeEncoder, DvaeEncoderConfig
 from beit_jax.tokenizers.tokenizer import abstract_tokenizer, build_tokenizer
 from beit_jax.train.objectives.pretraining import (

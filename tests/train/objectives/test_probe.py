@@ -20,7 +20,7 @@ from tolerances import GRADIENT, MODEL
 import beit_jax
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
-from beit_jax.models.heads import Model, abstract_model, build_model, param_shapes
+from beit_jax.models.build import Model, abstract_model, build_model, param_shapes
 from beit_jax.train.distributed.sharding import make_mesh
 from beit_jax.train.evaluation import probe
 from beit_jax.train.evaluation.probe import (

@@ -16,7 +16,7 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.images.label_maps import IGNORED
 from beit_jax.inference import predict
 from beit_jax.inference.segmentation import segment
-from beit_jax.models.heads import param_shapes, statistics
+from beit_jax.models.build import param_shapes, statistics
 from beit_jax.train.data.batches import open_segmentation
 from beit_jax.train.data.prepare import prepare_ade20k, prepare_digits
 from beit_jax.train.evaluation.segmentation import Confusion, evaluate_folders

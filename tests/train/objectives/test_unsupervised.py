@@ -26,7 +26,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.images import ImageProcessor
 from beit_jax.inference import predict
-from beit_jax.models.heads import param_shapes
+from beit_jax.models.build import param_shapes
 from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoder
 from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, load_decoder, load_tokenizer, save_tokenizer
 from beit_jax.tokenizers.vqkd import VqkdTokenizer

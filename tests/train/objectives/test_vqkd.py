@@ -28,7 +28,7 @@ from beit_jax.convert import load
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.images import ImageProcessor
-from beit_jax.models.heads import build_model, param_shapes
+from beit_jax.models.build import build_model, param_shapes
 from beit_jax.tokenizers.tokenizer import abstract_tokenizer, build_tokenizer, tokenizer_shapes
 from beit_jax.tokenizers.vqkd import VqkdConfig, VqkdTokenizer, l2_normalised
 from beit_jax.train.distributed.sharding import AXES, state_shardings

@@ -10,7 +10,7 @@ import pytest
 
 from beit_jax.config import BeitConfig
 from beit_jax.images import ImageProcessor
-from beit_jax.models.heads import num_params, param_shapes
+from beit_jax.models.build import num_params, param_shapes
 from beit_jax.tokenizers.dvae import DvaeEncoderConfig
 from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, TokenizerConfig, tokenizer_shapes
 from beit_jax.tokenizers.vqkd import VqkdConfig

@@ -8,7 +8,7 @@ import pytest
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.images import Within
-from beit_jax.models.heads import abstract_model, num_params, statistics
+from beit_jax.models.build import abstract_model, num_params, statistics
 from beit_jax.train.distributed.sharding import _sizes
 from beit_jax.train.distributed.topology import parse_topology
 from beit_jax.train.objectives.model_config import image_processor, model_config

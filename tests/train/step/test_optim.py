@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError
-from beit_jax.models.heads import abstract_model, statistics
+from beit_jax.models.build import abstract_model, statistics
 from beit_jax.train.recipe import OptimOptions
 from beit_jax.train.step.optim import clip_by_global_norm, ema_update, layer_scales, optimizer, weight_decay_mask
 from beit_jax.tree import Nested, flatten, unflatten

@@ -14,7 +14,7 @@ from flax import nnx
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
-from beit_jax.models.heads import Model, abstract_model, statistics
+from beit_jax.models.build import Model, abstract_model, statistics
 from beit_jax.models.segmenter import batch_statistics
 from beit_jax.train.recipe import OptimOptions, Recipe
 from beit_jax.train.step.objective import Batch, Metrics, Objective, segmentation, soft_cross_entropy

@@ -1,0 +1,59 @@
+"""The model of a configuration: its class, the shapes of its parameters, and the model built from parameters."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from math import prod
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from beit_jax.config import BeitConfig, Task
+from beit_jax.models.encoder import BeitModel
+from beit_jax.models.heads import BeitForImageClassification, BeitForMaskedImageModeling
+from beit_jax.models.segmenter import BeitBackbone, BeitForSemanticSegmentation, batch_statistics
+from beit_jax.tree import Nested, flatten
+
+Model = BeitModel | BeitForMaskedImageModeling | BeitForImageClassification | BeitForSemanticSegmentation | BeitBackbone
+
+MODELS: Mapping[Task, type[Model]] = {
+    "features": BeitModel,
+    "masked_image_modeling": BeitForMaskedImageModeling,
+    "image_classification": BeitForImageClassification,
+    "semantic_segmentation": BeitForSemanticSegmentation,
+    "backbone": BeitBackbone,
+}
+
+
+def abstract_model(config: BeitConfig, *, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef[Model], Nested]:
+    """A model without memory: what `nnx.merge` needs besides the parameters, and the parameters' shapes, nested.
+
+    Running statistics of batch norm stand among the parameters; `statistics` names them.
+    """
+    model = nnx.eval_shape(lambda: MODELS[config.task](config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    return graph, nnx.to_pure_dict(state)
+
+
+@lru_cache(maxsize=8)
+def param_shapes(config: BeitConfig) -> Mapping[str, tuple[int, ...]]:
+    """Flat name to shape of every parameter of the model, and of every running statistic."""
+    return {name: leaf.shape for name, leaf in flatten(abstract_model(config)[1]).items()}
+
+
+@lru_cache(maxsize=8)
+def statistics(config: BeitConfig) -> frozenset[str]:
+    """Which names in `param_shapes` are running statistics: state of training that no gradient moves."""
+    model = nnx.eval_shape(lambda: MODELS[config.task](config, rngs=nnx.Rngs(0)))
+    return frozenset(flatten(batch_statistics(model)))
+
+
+def num_params(config: BeitConfig) -> int:
+    """How many numbers training learns: all parameters, without running statistics."""
+    learned = param_shapes(config).keys() - statistics(config)
+    return sum(prod(param_shapes(config)[name]) for name in learned)
+
+
+def build_model(config: BeitConfig, params: Nested, *, dtype: DTypeLike = jnp.float32) -> Model:
+    """The model with these (nested) parameters; works inside `jax.jit` as well."""
+    return nnx.merge(abstract_model(config, dtype=dtype)[0], params)
