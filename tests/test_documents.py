@@ -5,6 +5,7 @@ import glob
 import re
 import tomllib
 from collections.abc import Callable
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import yaml
 from documents import PAGES, ROOT, anchors, blocks, commands, links, mentions, offered
 
 import beit_jax
-import beit_jax.cli.main as command_line
 from beit_jax.cli import training
 from beit_jax.cli.main import COMMANDS, RECIPE_COMMANDS, main
 from beit_jax.config import BeitConfig
@@ -86,7 +86,9 @@ def idle(command: Callable[..., int]) -> Callable[..., int]:
 @pages
 def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """All in code blocks, with their names, values and recipes; nothing is carried out."""
-    monkeypatch.setattr(command_line, "COMMANDS", {name: idle(command) for name, command in COMMANDS.items()})
+    for command in COMMANDS.values():
+        module = import_module(f"beit_jax.cli.{command.module}")
+        monkeypatch.setattr(module, command.function, idle(getattr(module, command.function)))
     for name in ("_train", "_tokenize", "_aot"):
         monkeypatch.setattr(training, name, idle(getattr(training, name)))
     for block in blocks(page.read_text(encoding="utf-8")):
@@ -100,7 +102,7 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_options_that_are_named_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those of sentences too."""
     for name, options in mentions(page.read_text(encoding="utf-8")):
-        if options and name in COMMANDS | RECIPE_COMMANDS:
+        if options and name in {**COMMANDS, **RECIPE_COMMANDS}:
             recipe = ["digits_finetune"] if name in RECIPE_COMMANDS else []
             kinds = [[kind] for kind in ("attention", "rollout", "position-bias", "curves", "parity")]
             every = [offered(capsys, name, *rest) for rest in (kinds if name == "plot" else [recipe])]

@@ -1,4 +1,4 @@
-"""Commands on recipes and data: `prepare`, `train`, `tokenize`, `aot` and half of `evaluate`.
+"""Commands on recipes: `train`, `tokenize` and `aot`.
 
 As in `beit_jax.cli.main`, imports wait until a command runs.
 """
@@ -6,22 +6,20 @@ As in `beit_jax.cli.main`, imports wait until a command runs.
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
 from beit_jax.cli.arguments import Json
+from beit_jax.cli.extras import train_extra
 from beit_jax.errors import BeitJaxError
-from beit_jax.terminal import image_progress, print_json, print_lines, print_table
+from beit_jax.terminal import image_progress, print_json, print_lines
 
 if TYPE_CHECKING:
-    from beit_jax.images.processor import ImageProcessor
-    from beit_jax.models.build import Model
     from beit_jax.train.distributed.peers import Peers
     from beit_jax.train.forecast.preview import Preview
     from beit_jax.train.loop.run import Outcome
@@ -44,122 +42,6 @@ from beit_jax.train.recipe import (
     check,
 )
 from beit_jax.train.recipes.finetuning import RECIPES, recipe_named
-
-Kind = Literal["digits", "folder", "images", "imagenet", "imagenet22k", "ade20k"]
-
-
-def prepare(
-    kind: Positional[Annotated[Kind, arg(help="What SOURCE is.")]],
-    paths: Positional[Annotated[tuple[Path, ...], arg(metavar="[SOURCE] DEST")]],
-    *,
-    held_out: float | None = None,
-    skip_bad: bool = False,
-    overwrite: bool = False,
-    json: Json = False,
-) -> int:
-    """Write a data set as `beit-jax train` and `evaluate` read it: TFDS in ArrayRecord files, without TensorFlow.
-
-    digits needs no SOURCE (scikit-learn's handwritten digits); folder is a tree with a folder per class, below train/
-    and val/ or not; images is any tree of images, without labels, to pre-train on; imagenet is the folder of
-    ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and the development kit; imagenet22k a folder of a tar per class,
-    or a tar of these; ade20k is ADEChallengeData2016. Data that TFDS itself prepared as array_record need no
-    preparation.
-
-    Try:
-      beit-jax prepare digits ./digits
-      beit-jax prepare imagenet /downloads/imagenet ./imagenet
-
-    Args:
-        held_out: Share of the images that become the validation split: of each class of a folder without val/ (0.1 by
-            default), of images and of imagenet22k (none by default).
-        skip_bad: Leave out images that cannot be read, naming each; otherwise they are named and nothing is written.
-        overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
-    """
-    with _extra():
-        from beit_jax.train.data import prepare as preparing
-
-    wanted = 1 if kind == "digits" else 2
-    if len(paths) != wanted:
-        names = "DEST" if wanted == 1 else "SOURCE DEST"
-        raise BeitJaxError(f"prepare {kind}: expected {names}, found {len(paths)} names")
-    progress = partial(image_progress, description="preparing")
-    source, dest = paths[0], paths[-1]
-    if kind == "digits":
-        done = preparing.prepare_digits(dest, progress, overwrite=overwrite)
-    elif kind == "folder":
-        share = 0.1 if held_out is None else held_out
-        done = preparing.prepare_folder(source, dest, progress, held_out=share, overwrite=overwrite, skip_bad=skip_bad)
-    elif kind in ("images", "imagenet22k"):
-        unlabelled = preparing.prepare_images if kind == "images" else preparing.prepare_imagenet22k
-        done = unlabelled(source, dest, progress, held_out=held_out or 0.0, overwrite=overwrite, skip_bad=skip_bad)
-    elif kind == "imagenet":
-        done = preparing.prepare_imagenet(source, dest, progress, overwrite=overwrite, skip_bad=skip_bad)
-    else:
-        done = preparing.prepare_ade20k(source, dest, progress, overwrite=overwrite, skip_bad=skip_bad)
-    if json:
-        print_json(asdict(done) | {"directory": str(done.directory)})
-        return 0
-    splits = ", ".join(f"{name} {count:,}" for name, count in done.splits.items())
-    left_out = [f"left out     {line}" for line in done.left_out]
-    print_lines([*left_out, f"written      {done.directory}: {splits}; {len(done.labels):,} classes"])
-    return 0
-
-
-@dataclass(frozen=True)
-class Classifying:
-    """How a classifier is evaluated."""
-
-    split: str = "validation"
-    """Of prepared data; of folders, a folder of this name if there is one."""
-    preset: Literal["hf", "unilm_eval", "timm"] | None = None
-    """Prepare images as transformers, the original's evaluation or timm do, not as the checkpoint says."""
-    real: Path | None = None
-    """ImageNet's reassessed labels: real.json."""
-    confusion: Path | None = None
-    """PNG to write: which classes are taken for which."""
-    per_class: bool = False
-    """Print a line for every class."""
-    eval_batch_size: int = 64
-    """Images computed at once."""
-    workers: int | None = None
-    """Processes that prepare images; 0: threads of this one. By default half of the cores, at most 16."""
-
-
-def evaluate_classifier(
-    model: "Model", processor: "ImageProcessor", data: Path, options: Classifying, *, json: bool
-) -> int:
-    """`beit-jax evaluate` with ``--data``."""
-    from beit_jax.images.processor import HALF, preset
-
-    with _extra():
-        from beit_jax.train.evaluation import accuracy, labelled
-        from beit_jax.train.evaluation.confusion import confusion_picture
-
-    if options.confusion is not None and options.confusion.suffix.lower() != ".png":
-        raise BeitJaxError(f"{options.confusion}: expected a name ending in .png")
-    if options.preset is not None:
-        processor = preset(
-            options.preset, model.config.image_size, mean=processor.mean or HALF, std=processor.std or HALF
-        )
-    scores = labelled.evaluate_directory(
-        model,
-        processor,
-        data,
-        split=options.split,
-        real=options.real,
-        batch_size=options.eval_batch_size,
-        workers=options.workers,
-        progress=partial(image_progress, description="evaluating"),
-    )
-    if options.confusion is not None:
-        confusion_picture(scores, options.confusion)
-    if json:
-        print_json(scores.as_dict())
-        return 0
-    if options.per_class:
-        print_table(accuracy.TABLE, accuracy.class_table(scores))
-    print_lines(accuracy.describe(scores))
-    return 0
 
 
 @dataclass(frozen=True)
@@ -278,7 +160,7 @@ def _train(
     dry_run: bool,
     json: bool,
 ) -> int:
-    with _extra():
+    with train_extra():
         from beit_jax.train.distributed import cluster
         from beit_jax.train.forecast.preview import preview
         from beit_jax.train.loop import run as loop
@@ -344,7 +226,7 @@ _TOKENIZE_HELP = """Compute the visual tokens of pre-training once, for runs tha
 
 
 def _tokenize(recipe: Recipe, data: Path, tokenizer: Path, out: Path, *, overwrite: bool, json: bool) -> int:
-    with _extra():
+    with train_extra():
         from beit_jax.train.loop.plan import make_plan, store_tokens
 
     plan = make_plan(recipe, data, tokenizer=tokenizer)
@@ -394,7 +276,7 @@ _AOT_HELP = """Compile the step of a recipe for TPUs that are not here: does it 
 
 
 def _aot(recipe: Recipe, topology: str, classes: int | None, *, quick: bool, json: bool) -> int:
-    with _extra():
+    with train_extra():
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, if there is one, stays free
@@ -417,12 +299,3 @@ def _named(arguments: Sequence[str], command: str) -> Recipe:
 
 def _about(given: Recipe) -> str | None:
     return inspect.getdoc(RECIPES[given.name]) if given.name in RECIPES else _LIST
-
-
-@contextmanager
-def _extra() -> Iterator[None]:
-    """Around imports of what a plain installation does not have."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise BeitJaxError(f"{error.name} is not installed; pip install 'beit-jax[train]'") from None

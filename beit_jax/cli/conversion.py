@@ -1,0 +1,203 @@
+"""Commands on checkpoints: `demo`, `list`, `inspect`, `convert`, `export` and `parity`. Imports wait until one runs."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from beit_jax.cli.arguments import Hub, Json, SourceName
+from beit_jax.convert.options import Options
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.terminal import byte_progress, print_json, print_lines, print_table
+
+
+def demo(*, out: Path = Path("beit-jax-demo"), json: Json = False) -> int:
+    """Convert the embedded digits classifier, compare it with PyTorch, classify images. Needs no network and no torch.
+
+    The checkpoint was trained in PyTorch by transformers (tests/reference/make_digits.py).
+
+    Try:
+      beit-jax demo
+
+    Args:
+        out: Where the converted checkpoint is written; a result of an earlier demo there is replaced.
+    """
+    from beit_jax.cli import demo as demonstration
+
+    result = demonstration.run(out, progress=byte_progress)
+    if json:
+        print_json(result.as_dict())
+    else:
+        print_lines(demonstration.describe(result))
+    return 0 if result.passed else 1
+
+
+def list_published(*, json: Json = False) -> int:
+    """List the published checkpoints: name, size, accuracy and where they are.
+
+    Try:
+      beit-jax list
+      beit-jax list --json
+    """
+    from dataclasses import asdict
+
+    from beit_jax.published import PUBLISHED
+
+    if json:
+        print_json([asdict(row) for row in PUBLISHED])
+        return 0
+    print_table(
+        ["name", "variant", "format", "result", "where"],
+        [[row.name, row.variant or "-", row.format, row.result or "-", row.where] for row in PUBLISHED],
+    )
+    return 0
+
+
+def inspect(
+    source: Positional[SourceName],
+    *,
+    tensors: bool = False,
+    json: Json = False,
+    options: Annotated[Options, arg(name="")] = Options(),
+    hub: Annotated[Hub, arg(name="")] = Hub(),
+) -> int:
+    """Say what a checkpoint is and whether it can be converted, without reading its tensors.
+
+    Try:
+      beit-jax inspect microsoft/beit-base-patch16-224
+      beit-jax inspect ./native --tensors
+
+    Args:
+        tensors: List every tensor with its shape and dtype.
+    """
+    from beit_jax.cli import inspection
+
+    found = inspection.inspect(hub.resolve(source), options, tensors=tensors)
+    if json:
+        print_json(found.as_dict)
+    else:
+        print_lines(found.lines)
+    return 0
+
+
+def convert(
+    source: Positional[SourceName],
+    dest: Positional[Annotated[Path, arg(metavar="DEST", help="Directory to create: the native checkpoint.")]],
+    *,
+    overwrite: bool = False,
+    json: Json = False,
+    options: Annotated[Options, arg(name="")] = Options(),
+    hub: Annotated[Hub, arg(name="")] = Hub(),
+) -> int:
+    """Convert a PyTorch checkpoint into a native one: config.json, preprocessor_config.json, flax_model.safetensors.
+
+    Every tensor is used or known to be derived, every shape is checked before a byte is copied, and the result is
+    verified before it appears under its name; a failed or interrupted conversion leaves nothing.
+
+    Try:
+      beit-jax convert microsoft/beit-large-patch16-224-pt22k beit-large
+      beit-jax convert beit_base_patch16_224_pt22k.pth native --image-size 384 --position-bias per_layer
+      beit-jax convert encoder.pkl dvae-encoder
+
+    Args:
+        overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
+    """
+    from beit_jax.atomic import check_destination
+    from beit_jax.cli.inspection import describe_plan, describe_tokenizer, plan_as_dict
+    from beit_jax.convert import importer, tokenizers
+
+    check_destination(dest, overwrite=overwrite)  # before anything is downloaded
+    where = hub.resolve(source)
+    if tokenizers.is_tokenizer(where, prefer=options.weights):
+        tokenizer = tokenizers.convert(
+            where, dest, overwrite=overwrite, prefer=options.weights, allow_nonfinite=options.allow_nonfinite
+        )
+        found = describe_tokenizer(tokenizer)
+        if json:
+            print_json(found.as_dict | {"destination": str(dest)})
+        else:
+            print_lines([*found.lines, f"written      {dest}"])
+        return 0
+    plan = importer.convert(where, dest, options, overwrite=overwrite, progress=byte_progress)
+    if json:
+        print_json(plan_as_dict(plan) | {"destination": str(dest)})
+    else:
+        print_lines([*describe_plan(plan), f"written      {dest}"])
+    return 0
+
+
+def export(
+    native: Positional[Annotated[Path, arg(metavar="NATIVE", help="A native checkpoint.")]],
+    dest: Positional[Annotated[Path, arg(metavar="DEST", help="Directory to create.")]],
+    *,
+    to: Literal["hf", "original", "timm"] = "hf",
+    overwrite: bool = False,
+) -> int:
+    """Give a model back to PyTorch: the inverse of convert, through the same tables, bit for bit.
+
+    hf: for transformers' from_pretrained. timm: for timm.create_model("local-dir:DEST"). original: checkpoint.pth for
+    unilm's scripts (needs torch to write).
+
+    Try:
+      beit-jax export ./native ./for-transformers
+      beit-jax export ./native ./for-timm --to timm
+
+    Args:
+        to: The layout.
+        overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
+    """
+    from beit_jax import weights
+    from beit_jax.convert import exporter
+
+    if not weights.is_native(native):
+        raise BeitJaxError(f"{printable(native)}: not a native checkpoint (no {weights.WEIGHTS}); convert it first")
+    notes = exporter.export(weights.load(native), dest, to, overwrite=overwrite)
+    print_lines([f"{dest}: written for {to}", *(f"note: {note}" for note in notes)])
+    return 0
+
+
+def parity(
+    source: Positional[SourceName],
+    *,
+    image: tuple[Path, ...] = (),
+    batch: int = 2,
+    seed: int = 0,
+    json: Json = False,
+    hub: Annotated[Hub, arg(name="")] = Hub(),
+) -> int:
+    """Run transformers and the converted model on the same input and compare stage by stage.
+
+    Exit code 1 on a difference. Needs torch and transformers: pip install 'beit-jax[torch]'.
+
+    Try:
+      beit-jax parity microsoft/beit-base-patch16-224
+      beit-jax parity ./directory --image cat.jpg dog.jpg
+
+    Args:
+        image: Images to compare on; by default BATCH images of noise.
+        batch: How many images of noise.
+        seed: Of the noise and the masked patches.
+    """
+    from beit_jax import weights
+    from beit_jax.convert import parity as comparison
+    from beit_jax.images.processor import ImageProcessor
+
+    where = hub.resolve(source)
+    if where.path.is_dir() and weights.is_native(where.path):
+        raise BeitJaxError(f"{source}: a native checkpoint; give the Hugging Face directory it was converted from")
+    pixels = ImageProcessor.from_file(where.directory / weights.PROCESSOR)(list(image)) if image else None
+    stages = comparison.check(where, pixels, seed=seed, batch=batch)
+    if json:
+        print_json([stage.as_dict() for stage in stages])
+    else:
+        print_table(
+            ["stage", "max error", "mean error", "scale", "tolerance", "verdict"],
+            [
+                [s.name, f"{s.max_error:.1e}", f"{s.mean_error:.1e}", f"{s.scale:.3g}", f"{s.tolerance:.1e}",
+                 "equal" if s.passed else "DIFFERENT"]
+                for s in stages
+            ],
+        )  # fmt: skip
+        different = [stage.name for stage in stages if not stage.passed]
+        print_lines([f"first difference at {different[0]}" if different else "all stages agree with PyTorch"])
+    return 0 if all(stage.passed for stage in stages) else 1

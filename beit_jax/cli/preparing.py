@@ -1,0 +1,72 @@
+"""The command `prepare`: data sets as training and evaluation read them. Imports wait until it runs."""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from beit_jax.cli.arguments import Json
+from beit_jax.cli.extras import train_extra
+from beit_jax.errors import BeitJaxError
+from beit_jax.terminal import image_progress, print_json, print_lines
+
+Kind = Literal["digits", "folder", "images", "imagenet", "imagenet22k", "ade20k"]
+
+
+def prepare(
+    kind: Positional[Annotated[Kind, arg(help="What SOURCE is.")]],
+    paths: Positional[Annotated[tuple[Path, ...], arg(metavar="[SOURCE] DEST")]],
+    *,
+    held_out: float | None = None,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    json: Json = False,
+) -> int:
+    """Write a data set as `beit-jax train` and `evaluate` read it: TFDS in ArrayRecord files, without TensorFlow.
+
+    digits needs no SOURCE (scikit-learn's handwritten digits); folder is a tree with a folder per class, below train/
+    and val/ or not; images is any tree of images, without labels, to pre-train on; imagenet is the folder of
+    ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and the development kit; imagenet22k a folder of a tar per class,
+    or a tar of these; ade20k is ADEChallengeData2016. Data that TFDS itself prepared as array_record need no
+    preparation.
+
+    Try:
+      beit-jax prepare digits ./digits
+      beit-jax prepare imagenet /downloads/imagenet ./imagenet
+
+    Args:
+        held_out: Share of the images that become the validation split: of each class of a folder without val/ (0.1 by
+            default), of images and of imagenet22k (none by default).
+        skip_bad: Leave out images that cannot be read, naming each; otherwise they are named and nothing is written.
+        overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
+    """
+    with train_extra():
+        from beit_jax.train.data import prepare as preparing
+
+    wanted = 1 if kind == "digits" else 2
+    if len(paths) != wanted:
+        names = "DEST" if wanted == 1 else "SOURCE DEST"
+        raise BeitJaxError(f"prepare {kind}: expected {names}, found {len(paths)} names")
+    progress = partial(image_progress, description="preparing")
+    source, dest = paths[0], paths[-1]
+    if kind == "digits":
+        done = preparing.prepare_digits(dest, progress, overwrite=overwrite)
+    elif kind == "folder":
+        share = 0.1 if held_out is None else held_out
+        done = preparing.prepare_folder(source, dest, progress, held_out=share, overwrite=overwrite, skip_bad=skip_bad)
+    elif kind in ("images", "imagenet22k"):
+        unlabelled = preparing.prepare_images if kind == "images" else preparing.prepare_imagenet22k
+        done = unlabelled(source, dest, progress, held_out=held_out or 0.0, overwrite=overwrite, skip_bad=skip_bad)
+    elif kind == "imagenet":
+        done = preparing.prepare_imagenet(source, dest, progress, overwrite=overwrite, skip_bad=skip_bad)
+    else:
+        done = preparing.prepare_ade20k(source, dest, progress, overwrite=overwrite, skip_bad=skip_bad)
+    if json:
+        print_json(asdict(done) | {"directory": str(done.directory)})
+        return 0
+    splits = ", ".join(f"{name} {count:,}" for name, count in done.splits.items())
+    left_out = [f"left out     {line}" for line in done.left_out]
+    print_lines([*left_out, f"written      {done.directory}: {splits}; {len(done.labels):,} classes"])
+    return 0
