@@ -92,11 +92,11 @@ gallery([queries[:8]], [lines])
 #
 # The features are what the model pools for its classifier: the mean of its last patch tokens, normalised. For every
 # query the five images of largest cosine similarity; then all queries are classified by a weighted vote of their 20
-# nearest neighbours (`beit_jax.train.evaluation.probe.knn`, as DINO's evaluation does it). No weight is trained for this, and the
-# classes are those of your folders.
+# nearest neighbours (`beit_jax.train.evaluation.neighbours.knn`, as DINO's evaluation does it). No weight is trained
+# for this, and the classes are those of your folders.
 
 # %%
-from beit_jax.train.evaluation.probe import knn
+from beit_jax.train.evaluation.neighbours import knn
 
 keys = beit_jax.features(model, processor, memory, batch_size=64)
 values = beit_jax.features(model, processor, queries, batch_size=64)

@@ -166,7 +166,7 @@ print(f"the most frequent token        {np.bincount(tokens).max() / len(tokens):
 # %%
 import jax
 
-from beit_jax.train.evaluation.probe import knn
+from beit_jax.train.evaluation.neighbours import knn
 from beit_jax.train.objectives.initialize import initial_params
 
 

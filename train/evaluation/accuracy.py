@@ -22,7 +22,7 @@ from beit_jax.tree import Nested
 from ..augmentation.mixing import normalise
 from ..distributed.sharding import make_mesh, place, put_batch, replicated
 from ..recipe import Statistics
-from .segmentation import number
+from .shares import json_number, share
 
 TOP = 5
 HostBatch = Mapping[str, np.ndarray]
@@ -81,13 +81,17 @@ class Scores:
         real = None
         if self.real is not None:
             images, correct, correct5 = self.real
-            real = {"images": images, "top1": number(share(correct, images)), "top5": number(share(correct5, images))}
+            real = {
+                "images": images,
+                "top1": json_number(share(correct, images)),
+                "top5": json_number(share(correct5, images)),
+            }
         rows = zip(self.labels, self.images.tolist(), self.correct.tolist(), self.correct5.tolist(), strict=True)
         return {
             "images": self.count,
-            "top1": number(self.top1),
-            "top5": number(self.top5),
-            "mean_class_accuracy": number(self.mean_class_accuracy),
+            "top1": json_number(self.top1),
+            "top5": json_number(self.top5),
+            "mean_class_accuracy": json_number(self.mean_class_accuracy),
             "not_finite": self.not_finite,
             "real": real,
             "matched": self.matched,
@@ -97,11 +101,6 @@ class Scores:
             ],
             "confusion": nonzero(self.confusion).tolist(),
         }
-
-
-def share(part: int, whole: int) -> float:
-    """A part of a whole; NaN of nothing."""
-    return part / whole if whole else float("nan")
 
 
 def nonzero(confusion: csr_array) -> Int[np.ndarray, "pairs 3"]:

@@ -15,6 +15,8 @@ from beit_jax.inference.segmentation import DEFAULT, Inference, segment
 from beit_jax.models.build import Model
 from beit_jax.terminal import Progress, no_progress
 
+from .shares import json_number, share
+
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
 
@@ -44,11 +46,11 @@ class SegmentationScores:
     def as_dict(self) -> dict[str, Any]:
         """For programs: mIoU, mAcc and aAcc as shares, and the classes; null where a class does not occur."""
         classes = [
-            {"label": label, "iou": number(iou), "accuracy": number(accuracy)}
+            {"label": label, "iou": json_number(iou), "accuracy": json_number(accuracy)}
             for label, iou, accuracy in zip(self.labels, self.iou, self.accuracy, strict=True)
         ]
         means = {"mIoU": self.mean_iou, "mAcc": self.mean_accuracy, "aAcc": self.pixel_accuracy}
-        return {name: number(value) for name, value in means.items()} | {"pixels": self.pixels, "classes": classes}
+        return {name: json_number(value) for name, value in means.items()} | {"pixels": self.pixels, "classes": classes}
 
 
 @dataclass
@@ -89,8 +91,7 @@ class Confusion:
         total = int(self.counts.sum())
         with np.errstate(invalid="ignore"):
             iou, accuracy = hits / (truth + predicted - hits), hits / truth
-        share = float(hits.sum() / total) if total else float("nan")
-        return SegmentationScores(self.labels, iou, accuracy, share, total)
+        return SegmentationScores(self.labels, iou, accuracy, share(int(hits.sum()), total), total)
 
 
 def evaluate_folders(
@@ -161,11 +162,6 @@ def _files(folder: Path, suffixes: Sequence[str] | frozenset[str] | set[str], wh
 def _mean(values: np.ndarray) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
-
-
-def number(value: float) -> float | None:
-    """For JSON, which has no NaN: null."""
-    return None if np.isnan(value) else float(value)
 
 
 def describe(scores: SegmentationScores) -> list[str]:
