@@ -60,12 +60,13 @@ class Pod:
 
     def run(
         self, out: Path, *options: str, fault: str = "none", culprit: int = 1, step: int = 8, hosts: int = 2,
-        started: Sequence[int] | None = None,
+        started: Sequence[int] | None = None, private_jax: bool = True,
     ) -> list[Process]:  # fmt: skip
         """Starts `hosts` processes, or those of them that are named, and waits for their end.
 
         Args:
             fault: what happens to `culprit`, before its first step after `step`.
+            private_jax: False: the product cannot import ``jax._src``.
         """
         address = free_address()
         children = [
@@ -75,7 +76,8 @@ class Pod:
                     "--data", self.data, "--out", out, "--hosts.coordinator", address, "--hosts.processes", str(hosts),
                     "--hosts.process", str(index), *OPTIONS, *options,
                 ],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=self.environment | ({} if private_jax else {"NO_PRIVATE_JAX": "1"}),
             )
             for index in (range(hosts) if started is None else started)
         ]  # fmt: skip
@@ -236,6 +238,23 @@ def test_a_signal_to_one_stops_all_after_the_same_step(
     last = saved(out)[-1]
     assert 3 <= last < STEPS and f"step {last} of {STEPS}: stopped by a signal and saved" in ended[0].out
     assert [process.code for process in pod.run(out)] == [0, 0]
+    assert_same_bits(out, uninterrupted)
+
+
+def test_without_jaxs_store_processes_still_compare_and_still_stop_together(
+    pod: Pod, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Where JAX's private module is gone, one line says what is off; facts and the last step go by collectives."""
+    out = tmp_path / "run"
+    ended = pod.run(out, fault="code", private_jax=False)
+    assert [process.code for process in ended] == [2, 2]
+    assert all(f"process 1 on {socket.gethostname()}: code is edited, " in process.last_words for process in ended)
+    assert not out.exists()
+    ended = pod.run(out, fault="term", step=2, private_jax=False)
+    assert [process.code for process in ended] == [INTERRUPTED] * 2, ended
+    assert [process.err.count("key-value store") for process in ended] == [1, 0]
+    assert 3 <= saved(out)[-1] < STEPS
+    assert [process.code for process in pod.run(out, private_jax=False)] == [0, 0]
     assert_same_bits(out, uninterrupted)
 
 

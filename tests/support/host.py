@@ -2,9 +2,10 @@
 
 Run as a script: ``host.py FAULT PROCESS STEP arguments of beit-jax...``. The fault happens in this process, before its
 next step after STEP, and the time is printed when it does (``time.monotonic``, one clock for all processes of a
-machine).
+machine). With ``NO_PRIVATE_JAX`` in the environment, modules of beit_jax cannot import ``jax._src``.
 """
 
+import builtins
 import os
 import signal
 import sys
@@ -83,10 +84,24 @@ def with_fault(fault: str, step: int) -> None:
 
     loop._Run.__post_init__ = begin_with_fault  # type: ignore[method-assign]
     if fault == "code":
-        contract._code = lambda: "edited"
+        contract.source_digest = lambda: "edited"
+
+
+def refuse_private_jax() -> None:
+    """From now on, modules of beit_jax cannot import from ``jax._src``."""
+    found = builtins.__import__
+
+    def refusing(name: str, globals: Any = None, *arguments: Any, **named: Any) -> Any:
+        if name.startswith("jax._src") and str((globals or {}).get("__name__")).startswith("beit_jax"):
+            raise ImportError(f"{name} is not there")
+        return found(name, globals, *arguments, **named)
+
+    builtins.__import__ = refusing
 
 
 if __name__ == "__main__":
+    if "NO_PRIVATE_JAX" in os.environ:
+        refuse_private_jax()
     fault, process, step, *arguments = sys.argv[1:]
     if arguments[arguments.index("--hosts.process") + 1] == process:
         with_fault(fault, int(step))

@@ -1,11 +1,14 @@
-"""The processes of a run watching each other: who failed, who is lost, who stands still, and after which step all stop.
+"""The processes of a run watch each other: which one failed, was lost or hangs, and after which step all of them stop.
 
-JAX alone ends the others 100 s after a process was killed, five minutes after one raised an exception, and never when
-one stands still. Here every process says once a second that it lives and where it is, and reads what the others have to
-say, in the key-value store of JAX's coordination service. The store needs no devices and no collectives: it works while
-these wait for a process that will not come.
+JAX alone ends the other processes 100 s after one was killed and five minutes after one raised an exception; it never
+ends them when one hangs. Here every process writes once a second that it is alive and where it is, and reads what the
+other processes wrote. They write into the key-value store of JAX's coordination service. The store needs no devices and
+no collectives, so it still works while a collective waits for a process that will never arrive.
 
-Process 0 holds the store. When it is killed, JAX ends the others at once, with a text that names "the leader task".
+Process 0 holds the store. When process 0 is killed, JAX ends the others at once; its message names "the leader task".
+
+The store has no public name in JAX. It is looked up when a run of several processes begins. Where it cannot be found,
+nobody watches: JAX's own limits end the run, and a stop is agreed by a collective after every step.
 """
 
 import faulthandler
@@ -21,11 +24,12 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 import jax
-from jax._src import distributed  # the store has no public name; Orbax takes it from here as well
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.json_file import changes
 from beit_jax.terminal import say
+
+from .collectives import gather
 
 HUNG = 9
 """Exit code of a run in which a process stood still."""
@@ -39,14 +43,17 @@ class Store(Protocol):
     """Text under keys, the same for all processes."""
 
     def set(self, key: str, value: str) -> None:
-        """Writes, also over what is there."""
+        """Writes an entry, and replaces the one that is there."""
 
     def under(self, prefix: str) -> dict[str, str]:
-        """All entries whose keys begin with `prefix`, which ends in a slash; without it."""
+        """All entries whose keys begin with `prefix`, which ends in a slash; their keys come without the prefix."""
 
 
 class CoordinationStore:
     """The store of JAX's coordination service, which `jax.distributed.initialize` started.
+
+    Args:
+        client: the service's client, as `coordination_store` finds it.
 
     Raises:
         jax.errors.JaxRuntimeError: from every method: process 0 cannot be reached.
@@ -54,19 +61,31 @@ class CoordinationStore:
 
     _runs = itertools.count()
 
-    def __init__(self) -> None:
-        client = distributed.global_state.client
-        assert client is not None, "jax.distributed.initialize was not called"
-        self._client = client
-        # Of this run among those of the process: keys live as long as the service does.
+    def __init__(self, client: Any) -> None:
+        self._set, self._get = client.key_value_set, client.key_value_dir_get
+        # Keys live as long as the service does, so each run of this process has its own prefix.
         self._root = f"beit-jax/{next(self._runs)}/"
 
     def set(self, key: str, value: str) -> None:
-        self._client.key_value_set(self._root + key, value, allow_overwrite=True)
+        self._set(self._root + key, value, allow_overwrite=True)
 
     def under(self, prefix: str) -> dict[str, str]:
-        entries = self._client.key_value_dir_get(self._root + prefix)
-        return {key.removeprefix(self._root + prefix): value for key, value in entries}
+        return {key.removeprefix(self._root + prefix): value for key, value in self._get(self._root + prefix)}
+
+
+def coordination_store() -> Store | None:
+    """The store of this run; None, with one line that says what cannot be watched, where JAX does not offer it."""
+    try:
+        from jax._src import distributed  # the store has no public name; Orbax takes it from here as well
+
+        return CoordinationStore(distributed.global_state.client)
+    except (ImportError, AttributeError) as error:
+        if jax.process_index() == 0:
+            say(
+                f"warning: this version of JAX ({jax.__version__}) does not offer its key-value store "
+                f"({printable(error)}): lost and hanging processes are not named, and JAX itself ends the run"
+            )
+        return None
 
 
 @dataclass(frozen=True)
@@ -75,8 +94,8 @@ class Position:
 
     Attributes:
         step: steps done.
-        phase: what it is at, `log.PHASES` and "restore"; "start" before the loop.
-        beats: signs of progress so far, as the watchdog counts them: the same ones in every process.
+        phase: one of `timing.PHASES` or "restore"; "start" before the loop.
+        beats: signs of progress so far, as the watchdog counts them. Every process counts the same ones.
     """
 
     step: int = 0
@@ -89,8 +108,8 @@ class End:
     """Why a run ends.
 
     Attributes:
-        process, host: whose fault it is.
-        why: the rest of a line that begins with them.
+        process, host: the process at fault, and its host.
+        why: the rest of a line that begins with those two.
     """
 
     process: int
@@ -103,13 +122,14 @@ class End:
 
 
 class Peers:
-    """This process among those of its run, a context manager; alone, it only keeps the wish to stop.
+    """This process among those of its run, a context manager. A single process only remembers a request to stop.
 
     Args:
-        store: None: alone.
-        index, count: of this process, and how many there are.
+        store: where the processes write for each other; None for a single process, and where JAX offers no store:
+            then the methods that all processes call together use collectives, and nothing is watched.
+        index, count: the number of this process, and how many there are.
         silence: seconds without a sign of life after which a process counts as lost.
-        end: ends the process with an exit code, past everything that could wait for the others.
+        end: ends the process with an exit code, past everything that could wait for other processes.
     """
 
     def __init__(
@@ -124,9 +144,9 @@ class Peers:
     ) -> None:
         self.index, self.count, self.host = index, count, host or socket.gethostname()
         self.where: Callable[[], Position] = Position
-        """Asked once a second."""
+        """Called once a second."""
         self.saved: Callable[[], int | None] = lambda: None
-        """The last step that is saved, for people who read why the run ended."""
+        """Returns the last step that is saved. The line that says why the run ended names it."""
         self._store, self._silence, self._end_process = store, silence, end
         self._pause = min(1.0, silence / 10)
         self._lock = threading.Lock()
@@ -140,9 +160,9 @@ class Peers:
 
     @classmethod
     def of_run(cls, silence: float = 20.0) -> Self:
-        """Of this process, as JAX numbers them."""
+        """This process among those that JAX counts."""
         count = jax.process_count()
-        return cls(CoordinationStore() if count > 1 else None, jax.process_index(), count, silence=silence)
+        return cls(coordination_store() if count > 1 else None, jax.process_index(), count, silence=silence)
 
     def __enter__(self) -> Self:
         if self._store is not None:
@@ -154,16 +174,16 @@ class Peers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """An error is told to the others, which end; the caller should end this process without waiting for them."""
+        """Writes an error for the other processes, which then end. The caller should end this one without waiting."""
         if self._store is None:
             return
         if error is not None:
             if _may_be_of_others(error):
-                self._leaving.wait(self._silence + FAREWELL)  # if it is, the watch finds it and ends this process
+                self._leaving.wait(self._silence + FAREWELL)  # if one is, the watch finds out and ends this process
             self.fail(_described(error))
         self._leaving.set()
         self._thread.join()
-        if error is None:  # its silence is no loss from now on
+        if error is None:  # from now on, silence of this process is no loss
             self._say("done", True)
 
     # --- What the main thread says and asks ---
@@ -178,13 +198,13 @@ class Peers:
             self._step = step
 
     def agreed(self, step: int) -> bool:
-        """Whether to stop after `step`: all processes ask after every step and get the same answer."""
+        """True if the run stops after `step`. All processes ask after every step, and get the same answer."""
         if self._store is None:
-            return self._requested is not None
+            return any(gather(self._requested is not None))
         with self._lock:
             self._step = step
             undecided = self._reported and not self._last_step.is_set()
-        if undecided:  # this process said where it is: it must not go on before all did
+        if undecided:  # this process has written its step: it must not go on before all have
             self._last_step.wait()
         return self._last_step.is_set() and step >= self._stop_after
 
@@ -192,33 +212,36 @@ class Peers:
         """Compares facts with those of process 0.
 
         Args:
-            facts: what JSON can say.
-            patience: seconds to wait for those who have not said theirs.
+            facts: values that JSON has.
+            patience: seconds to wait for processes that have not written their facts.
 
         Raises:
-            BeitJaxError: here and in process 0: facts differ, naming process, host and the first of them; or a process
-                said nothing in time.
+            BeitJaxError: here and in process 0: facts differ, naming process, host and the first different fact; or a
+                process wrote nothing in time.
         """
+        own = {"host": self.host, "facts": json.loads(json.dumps(dict(facts)))}
+        compared: Iterable[int] = range(self.count)
         if self._store is None:
-            return
-        self._say("facts", {"host": self.host, "facts": dict(facts)})
-        # Process 0 waits for everyone: nothing is written before all agreed.
-        needed = range(self.count) if self.index == 0 else (0,)
-        told = self._told("facts", needed, patience)
-        told[self.index] = {"host": self.host, "facts": json.loads(json.dumps(dict(facts)))}
-        for index in range(self.count) if self.index == 0 else (self.index,):
-            for name, first, found in changes(told[0]["facts"], told[index]["facts"]):
+            answers = dict(enumerate(gather(own)))
+        else:
+            self._say("facts", own)
+            # Process 0 waits for everyone: nothing is written before all agreed.
+            needed = range(self.count) if self.index == 0 else (0,)
+            answers = self._answers("facts", needed, patience) | {self.index: own}
+            compared = range(self.count) if self.index == 0 else (self.index,)
+        for index in compared:
+            for name, first, found in changes(answers[0]["facts"], answers[index]["facts"]):
                 raise BeitJaxError(
-                    f"process {index} on {printable(told[index]['host'])}: {printable(name)} is {printable(found)}, "
+                    f"process {index} on {printable(answers[index]['host'])}: {printable(name)} is {printable(found)}, "
                     f"{printable(first)} in process 0; start the same command, code and data on every host"
                 )
 
     def hung(self, minutes: float) -> None:
-        """Tells the others that this process waited for so long, and for whom, as far as can be seen."""
+        """Tells the others how long this process waited, and for which process, as far as that can be seen."""
         if self._store is None:
             return
-        self._ended = True  # its own news shall not end it before it has printed its stacks
-        with _if_there_is_one():
+        self._ended = True  # what this process writes must not end it before its stacks are printed
+        with _while_the_store_lives():
             for culprit in self._behind():
                 culprit = replace(culprit, why=f"{culprit.why} for {minutes:.2g} minutes")
                 say(f"error: {culprit}")
@@ -229,11 +252,11 @@ class Peers:
         """Tells the others that this process ends.
 
         Args:
-            stay: until they know.
+            stay: wait until the others have read it.
         """
         if self._store is None:
             return
-        with _if_there_is_one():
+        with _while_the_store_lives():
             self._publish(End(self.index, self.host, "failed", f"failed: {why}"))
             if stay:
                 self._farewell()
@@ -249,7 +272,7 @@ class Peers:
                 self._leave(End(0, "the leading host", "lost", f"cannot be reached ({reason})"))
 
     def look(self) -> None:
-        """One round: says where this process is, and reads what the others say."""
+        """One round: writes where this process is, and reads what the others wrote."""
         store = self._store
         assert store is not None
         self._beat += 1
@@ -259,30 +282,33 @@ class Peers:
         for text in store.under("end/").values():
             self._leave(End(**json.loads(text)))
         if not self._last_step.is_set() and store.under("stop/"):
-            self._settle(store)
+            self._agree_on_last_step(store)
         if self.index == 0:
             for lost in self._lost(store):
                 self._publish(lost)
                 self._leave(lost)
 
-    def _settle(self, store: Store) -> None:
-        """Agrees on the last step: the one after the furthest that any process has done.
+    def _agree_on_last_step(self, store: Store) -> None:
+        """Agrees on the last step: the one after the largest step that any process has done.
 
-        Nobody gets beyond it: from the moment it says where it is, a process waits for the answer before its next step.
+        No process gets beyond that step: once a process has written its own step, it waits for the agreement before it
+        begins another.
         """
         if not self._reported:
             with self._lock:
                 self._reported = True
                 step = self._step
             self._say("at", step)
-        told = store.under("at/")
-        if len(told) == self.count:
-            self._stop_after = 1 + max(int(step) for step in told.values())
+        positions = store.under("at/")
+        if len(positions) == self.count:
+            self._stop_after = 1 + max(int(step) for step in positions.values())
             self._last_step.set()
 
     def _lost(self, store: Store) -> list[End]:
-        """Processes whose beat has not changed for too long, counted in rounds of this process: time in which the
-        whole machine slept does not count."""
+        """The processes whose beat has not changed for too long.
+
+        Time is counted in rounds of this process: while the whole machine sleeps, no time passes.
+        """
         done, lost = store.under("done/"), []
         for index, text in store.under("beat/").items():
             before, silent = self._silent.get(index, ("", 0.0))
@@ -294,7 +320,7 @@ class Peers:
         return lost
 
     def _behind(self) -> list[End]:
-        """Who keeps the others waiting: the furthest behind that is not itself in a phase of waiting."""
+        """The processes that the others wait for: those furthest behind, unless they are in a phase of waiting."""
         assert self._store is not None
         beats = {int(index): json.loads(text) for index, text in self._store.under("beat/").items()}
         order = {index: (at["step"], at["phase"] in WAITING, at["beats"]) for index, at in beats.items()}
@@ -316,19 +342,19 @@ class Peers:
     def _leave(self, end: End) -> None:
         """Says why the run ends, and ends this process."""
         if self._ended or (end.process == self.index and end.kind == "failed"):
-            return  # it is on its way out, and has said more
+            return  # this process is already ending, and has said more
         self._ended = True
         if end.kind == "hung":
             faulthandler.dump_traceback(2, all_threads=True)
         step = self.saved()
         saved = "nothing was saved" if step is None else f"step {step:,} is saved, the same command goes on from it"
         say(f"error: {end}; {saved}")
-        with _if_there_is_one():
+        with _while_the_store_lives():
             self._farewell(but=end.process)
         self._end_process(HUNG if end.kind == "hung" else LOST)
 
     def _farewell(self, but: int | None = None) -> None:
-        """Says goodbye; process 0, which holds the store, waits for that of all others `but` one, who may be dead."""
+        """Says goodbye. Process 0, which holds the store, waits for all others, `but` for one that may be dead."""
         assert self._store is not None
         self._say("bye", True)
         others = {str(index) for index in range(self.count) if index != but}
@@ -343,26 +369,26 @@ class Peers:
         assert self._store is not None
         self._store.set(f"{topic}/{self.index}", json.dumps(value))
 
-    def _told(self, topic: str, needed: Iterable[int], patience: float) -> dict[int, Any]:
+    def _answers(self, topic: str, needed: Iterable[int], patience: float) -> dict[int, Any]:
         assert self._store is not None
         for _ in range(max(1, round(patience / 0.1))):
-            told = {int(index): json.loads(text) for index, text in self._store.under(f"{topic}/").items()}
-            if all(index in told for index in needed):
-                return told
+            answers = {int(index): json.loads(text) for index, text in self._store.under(f"{topic}/").items()}
+            if all(index in answers for index in needed):
+                return answers
             self._leaving.wait(0.1)
-        absent = ", ".join(str(index) for index in needed if index not in told)
+        absent = ", ".join(str(index) for index in needed if index not in answers)
         raise BeitJaxError(f"process {absent}: nothing was heard for {patience:.0f} s; look at its output")
 
 
 @contextmanager
-def _if_there_is_one() -> Iterator[None]:
-    """Around telling why this process ends: where the store is gone, so is everyone who could read it."""
+def _while_the_store_lives() -> Iterator[None]:
+    """Ignores that the store is gone: then no process is left that could read why this one ends."""
     with suppress(jax.errors.JaxRuntimeError):
         yield
 
 
 def _may_be_of_others(error: BaseException) -> bool:
-    """Whether an error may only say that another process is gone."""
+    """True if the error may be only the consequence of another process being gone."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
 
 

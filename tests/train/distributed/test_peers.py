@@ -3,7 +3,9 @@
 import json
 import queue
 import random
+import sys
 import threading
+import types
 from typing import NoReturn
 
 import jax
@@ -11,7 +13,7 @@ import pytest
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.train.distributed import peers as module
-from beit_jax.train.distributed.peers import HUNG, LOST, Peers, Position
+from beit_jax.train.distributed.peers import HUNG, LOST, Peers, Position, coordination_store
 
 
 class Memory:
@@ -316,6 +318,27 @@ def test_who_says_nothing_is_named(store: Memory) -> None:
     Peers(store, 1, 3, host="host-1")._say("facts", {"host": "host-1", "facts": {}})
     with pytest.raises(BeitJaxError, match=r"^process 2: nothing was heard for 0 s; look at its output$"):
         first.agree({}, patience=0.3)
+
+
+# --- The store of JAX -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["jax._src.distributed", "global_state", "key_value_dir_get"])
+def test_where_jax_offers_no_store_one_line_says_so(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The module, its state or a method of its client is gone; each time the run goes on without a store."""
+    client = types.SimpleNamespace(key_value_set=None, key_value_dir_get=None)
+    private = types.SimpleNamespace(global_state=types.SimpleNamespace(client=client))
+    if missing == "jax._src.distributed":
+        monkeypatch.setitem(sys.modules, missing, None)
+        monkeypatch.delattr("jax._src.distributed")
+    else:
+        vars(client if missing in vars(client) else private).pop(missing)
+        monkeypatch.setattr("jax._src.distributed", private)
+    assert coordination_store() is None
+    (line,) = capfd.readouterr().err.splitlines()
+    assert jax.__version__ in line and missing.rpartition(".")[2] in line
 
 
 def test_the_watch_ends_with_the_block(store: Memory) -> None:
