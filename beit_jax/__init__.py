@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from beit_jax.inference.segmentation import segment
     from beit_jax.memory import keep_freed_memory
     from beit_jax.models.build import build_model
-    from beit_jax.models.encoder import BeitModel, BeitOutput
-    from beit_jax.models.heads import BeitForImageClassification, BeitForMaskedImageModeling
+    from beit_jax.models.classifier import BeitForImageClassification
+    from beit_jax.models.encoder import BeitModel
+    from beit_jax.models.interface import BeitOutput
+    from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
     from beit_jax.models.segmenter import BeitBackbone, BeitForSemanticSegmentation
     from beit_jax.variants import VARIANTS
     from beit_jax.weights.native import NativeCheckpoint, load, save
@@ -41,11 +43,11 @@ _HOME = {
     "VARIANTS": "variants",
     "BeitConfig": "config",
     "BeitModel": "models.encoder",
-    "BeitOutput": "models.encoder",
+    "BeitOutput": "models.interface",
     "BeitJaxError": "errors",
     "BeitBackbone": "models.segmenter",
-    "BeitForImageClassification": "models.heads",
-    "BeitForMaskedImageModeling": "models.heads",
+    "BeitForImageClassification": "models.classifier",
+    "BeitForMaskedImageModeling": "models.masked_image_modeling",
     "BeitForSemanticSegmentation": "models.segmenter",
     "build_model": "models.build",
     "keep_freed_memory": "memory",

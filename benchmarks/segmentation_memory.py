@@ -25,8 +25,8 @@ from flax import nnx
 from beit_jax.images import ImageProcessor
 from beit_jax.inference.segmentation import Inference, segment
 from beit_jax.models.build import abstract_model, build_model, param_shapes
-from beit_jax.models.encoder import Remat
-from beit_jax.train.objectives.segmentation_loss import segmentation_loss
+from beit_jax.models.interface import Remat
+from beit_jax.train.objectives.segmentation import segmentation_loss
 from beit_jax.tree import unflatten
 from beit_jax.variants import VARIANTS
 

@@ -14,7 +14,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import Source
 from beit_jax.models.build import build_model
-from beit_jax.models.encoder import BeitOutput
+from beit_jax.models.interface import BeitOutput
 from beit_jax.tree import unflatten
 
 from .importer import load

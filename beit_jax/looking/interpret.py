@@ -18,7 +18,8 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.files import ImageLike
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.build import Model
-from beit_jax.models.encoder import BeitModel, patch_grid
+from beit_jax.models.encoder import BeitModel
+from beit_jax.models.interface import patch_grid
 from beit_jax.models.position import Grid
 
 

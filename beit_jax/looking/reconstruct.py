@@ -20,8 +20,8 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.files import ImageLike, load_image, open_image
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.build import Model
-from beit_jax.models.encoder import patch_grid
-from beit_jax.models.heads import BeitForMaskedImageModeling
+from beit_jax.models.interface import patch_grid
+from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
 from beit_jax.models.position import Grid
 from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeEncoder
 from beit_jax.tokenizers.tokenizer import Tokenizer

@@ -1,42 +1,21 @@
-"""Activation functions by their names in configurations."""
+"""The activation functions, by their names in configurations (`beit_jax.config.Activation`)."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from math import pi, sqrt
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from beit_jax.models.partition import on_one_cpu
+from beit_jax.models.one_cpu import for_one_cpu, gelu_with_derivative
 
 
+@for_one_cpu(gelu_with_derivative)
 def gelu(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
-    """``x * cdf(x)``, cdf the standard normal distribution's, by erf as torch does it (arXiv:1606.08415); JAX's own
-    function defaults to tanh.
+    """``x * cdf(x)``, with cdf the distribution function of the standard normal distribution (arXiv:1606.08415).
 
-    One CPU has the derivative written out, which with what is computed again takes four passes through memory; left
-    to itself, XLA makes six. Accelerators merge them.
+    The cdf is exact, by erf, as in torch; JAX's own default approximates it by tanh.
     """
-    return _gelu(x) if on_one_cpu() else jax.nn.gelu(x, approximate=False)
-
-
-@jax.custom_jvp
-def _gelu(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
-    exact = x.astype(jnp.float32)
-    return (exact * _cdf(exact)).astype(x.dtype)
-
-
-@_gelu.defjvp
-def _derivative(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (tangent,) = primals, tangents
-    exact = x.astype(jnp.float32)
-    density = jnp.exp(-0.5 * exact * exact) / sqrt(2 * pi)
-    return _gelu(x), tangent * (_cdf(exact) + exact * density).astype(x.dtype)
-
-
-def _cdf(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
-    return 0.5 + 0.5 * jax.lax.erf(x * sqrt(0.5))
+    return jax.nn.gelu(x, approximate=False)
 
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {

@@ -1,91 +1,89 @@
-"""Every token attends to every token, with a bias on the scores that is the same for all samples."""
+"""BEiT's attention: scaled dot products (arXiv:1706.03762, section 3.2.1) with a learned relative position bias.
+
+    softmax(query @ key.T / sqrt(e) + bias) @ value
+
+One CPU computes other forms of the decorated functions (`beit_jax.models.one_cpu`).
+"""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from beit_jax.models.partition import on_one_cpu
-
-Drop = Callable[[Array], Array]
-CACHE = 16 * 2**20  # bytes of scores up to which a CPU computes them at once: about what its caches hold
+from beit_jax.models.one_cpu import attend_in_pieces, for_one_cpu, repeated_with_looped_sum, separated_by_a_split
+from beit_jax.models.position import Grid, num_relative_offsets
 
 
+@for_one_cpu(attend_in_pieces)
 def attend(
     qkv: Float[Array, "b n 3 heads e"],
     bias: Float[Array, "shards heads n n"] | None,
-    drop: Drop | None = None,
+    drop: Callable[[Array], Array] | None = None,
     *,
     output_attentions: bool = False,
 ) -> tuple[Float[Array, "b n heads e"], Float[Array, "b heads n n"] | None]:
-    """The values, averaged with weights ``softmax(query @ key / sqrt(e) + bias)``.
+    """Every token's average of all tokens' values, with the weights ``softmax(query @ key / sqrt(e) + bias)``.
 
-    Scores and their exponentials are float32; products read the dtype of `qkv` and accumulate in float32.
+    Scores and weights are float32. Products read the dtype of `qkv` and accumulate in float32.
 
     Args:
-        bias: what positions add to the scores; once for every shard of the batch (`partition.each_shard`).
+        bias: the position bias of `position_bias`, once for every shard of the batch (`partition.each_shard`).
         drop: dropout of the weights.
-        output_attentions: whether to return the weights too.
+        output_attentions: True to return the weights too.
 
     Returns:
-        The averages, in the dtype of `qkv`; and, on request, the weights, float32, after their dropout.
+        The averages, in the dtype of `qkv`; on request the weights, float32, after their dropout.
     """
-    batch, tokens, _, heads, _ = qkv.shape
-    if drop is not None or output_attentions or not on_one_cpu():
-        return _attend(qkv, bias, drop, output_attentions)
-    # What all samples' scores take is written and read several times. In pieces, they stay in a CPU's cache.
-    scores = 4 * heads * tokens**2
-    if batch * scores <= CACHE:
-        return _attend(qkv, bias)
-    if scores <= CACHE:
-        return jax.lax.map(lambda one: _attend(one[None], bias)[0][0], qkv), None
-    biases = jnp.zeros((heads, 1, 1)) if bias is None else bias[0]
-
-    def sample(qkv: Float[Array, "n 3 heads e"]) -> Float[Array, "n heads e"]:
-        def head(piece: tuple[Array, Array]) -> Array:
-            return _attend(piece[0][None, :, :, None], piece[1][None, None])[0][0, :, 0]
-
-        return jnp.moveaxis(jax.lax.map(head, (jnp.moveaxis(qkv, 2, 0), biases)), 0, 1)
-
-    return jax.lax.map(sample, qkv), None
-
-
-def _attend(
-    qkv: Float[Array, "b n 3 heads e"],
-    bias: Float[Array, "shards heads n n"] | None,
-    drop: Drop | None = None,
-    output_attentions: bool = False,
-) -> tuple[Float[Array, "b n heads e"], Float[Array, "b heads n n"] | None]:
-    stacked = jnp.einsum("bnkhe->kbhne", qkv)
-    # A split's gradient joins three pieces, an index's adds them up; TPUs fuse the sum and are faster with it.
-    query, key, value = (piece[0] for piece in jnp.split(stacked, 3)) if on_one_cpu() else stacked
+    query, key, value = separated(qkv)
     scores = jnp.einsum("bhqe,bhke->bhqk", query * query.shape[-1] ** -0.5, key, preferred_element_type=jnp.float32)
     if bias is not None:
-        scores = scores + _of_all_samples(bias, len(scores))
-    # The sums divide the averages, not the weights, of which there are many more.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    total = weights.sum(axis=-1, keepdims=True)
-    weights = weights if drop is None else drop(weights)
+        scores = scores + of_every_sample(bias, len(scores))
+    # softmax(scores) is exponentials / total. Dividing the averages instead of the many more weights is cheaper.
+    exponentials = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = exponentials.sum(axis=-1, keepdims=True)
+    weights = exponentials if drop is None else drop(exponentials)
     averages = jnp.einsum("bhqk,bhke->bhqe", weights.astype(qkv.dtype), value, preferred_element_type=jnp.float32)
     averages = jnp.moveaxis((averages / total).astype(qkv.dtype), 1, 2)
     return averages, weights / total if output_attentions else None
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _of_all_samples(bias: Float[Array, "shards heads n n"], batch: int) -> Float[Array, "b heads n n"]:
-    """The bias of each sample, which is that of its shard."""
-    repeated = jnp.broadcast_to(bias[:, None], (len(bias), batch // len(bias), *bias.shape[1:]))
-    return repeated.reshape(batch, *bias.shape[1:])
+@for_one_cpu(separated_by_a_split)
+def separated(
+    qkv: Float[Array, "b n 3 heads e"],
+) -> tuple[Float[Array, "b heads n e"], Float[Array, "b heads n e"], Float[Array, "b heads n e"]]:
+    """Query, key and value of every head."""
+    query, key, value = jnp.einsum("bnkhe->kbhne", qkv)
+    return query, key, value
 
 
-@_of_all_samples.defjvp
-def _derivative(batch: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """The same of the tangent, as it is linear; its transpose sums over samples."""
-    (bias,), (tangent,) = primals, tangents
-    if len(bias) == 1 and on_one_cpu():  # a loop sums thirty times as fast as XLA does over a CPU's outer axis
-        change = jax.lax.map(lambda _: tangent[0], jnp.arange(batch))
-    else:
-        change = _of_all_samples(tangent, batch)
-    return _of_all_samples(bias, batch), change
+@for_one_cpu(repeated_with_looped_sum)
+def of_every_sample(bias: Float[Array, "shards heads n n"], batch: int) -> Float[Array, "b heads n n"]:
+    """The bias of each sample's scores, which is the bias of the sample's shard."""
+    return jnp.repeat(bias, batch // len(bias), axis=0)
+
+
+@lru_cache(maxsize=16)
+def relative_position_index(grid: Grid) -> np.ndarray:
+    """The row of the bias table for each (query, key) pair, [1 + h*w, 1 + h*w] int32; token 0 is the class token.
+
+    Source: microsoft/unilm@768a3c8 beit/modeling_finetune.py, `Attention`. The index is never read from a checkpoint:
+    files exist whose stored index was corrupted by weight averaging.
+    """
+    rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    dy = rows[:, None] - rows[None, :] + grid[0] - 1
+    dx = columns[:, None] - columns[None, :] + grid[1] - 1
+    extra = num_relative_offsets(grid) - 3
+    index = np.empty((1 + dy.shape[0], 1 + dy.shape[1]), np.int32)
+    index[1:, 1:] = dy * (2 * grid[1] - 1) + dx
+    index[0, :] = extra
+    index[:, 0] = extra + 1
+    index[0, 0] = extra + 2
+    return index
+
+
+def position_bias(table: Float[Array, "m heads"], grid: Grid) -> Float[Array, "heads n n"]:
+    """The bias of every head for every (query, key) pair. Models compute it by `position.position_bias_by_slices`."""
+    return jnp.moveaxis(table[relative_position_index(grid)], -1, 0)

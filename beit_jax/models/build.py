@@ -9,8 +9,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from beit_jax.config import BeitConfig, Task
+from beit_jax.models.classifier import BeitForImageClassification
 from beit_jax.models.encoder import BeitModel
-from beit_jax.models.heads import BeitForImageClassification, BeitForMaskedImageModeling
+from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
 from beit_jax.models.segmenter import BeitBackbone, BeitForSemanticSegmentation, batch_statistics
 from beit_jax.tree import Nested, flatten
 

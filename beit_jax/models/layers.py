@@ -5,7 +5,6 @@ float32. LayerNorm, softmax, layer scale and the residual stream are float32 alw
 """
 
 from functools import partial
-from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,8 @@ from jaxtyping import Array, Float, Key
 from beit_jax.config import BeitConfig
 from beit_jax.models.activations import ACTIVATIONS
 from beit_jax.models.attention import attend
-from beit_jax.models.partition import each_shard, on_one_cpu
-from beit_jax.models.position import num_relative_offsets, position_bias, resize_bias_table
+from beit_jax.models.one_cpu import for_one_cpu, project_by_matrices
+from beit_jax.models.position import Grid, attention_bias, num_relative_offsets
 
 
 def layer_norm(config: BeitConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -27,10 +26,18 @@ def layer_norm(config: BeitConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
+def dense(
+    config: BeitConfig, inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs, result: DTypeLike | None = None
+) -> nnx.Linear:
+    """A linear layer that computes in `dtype` and returns the dtype `result` (by default `dtype`)."""
+    normal = nnx.initializers.normal(config.initializer_range)
+    return nnx.Linear(inputs, outputs, dtype=dtype, preferred_element_type=result, kernel_init=normal, rngs=rngs)
+
+
 def dropout(x: Array, rate: float | Array, key: Key[Array, ""] | None, *, per_sample: bool = False) -> Array:
     """Zeroes elements, or samples (stochastic depth, arXiv:1603.09382), with probability `rate`; scales the rest up.
 
-    `x` is of any shape, its first axis samples. `key` None means inference: nothing is dropped.
+    `x` has any shape; its first axis is the samples. `key` None means inference: nothing is dropped.
     """
     if key is None or (isinstance(rate, float) and rate == 0.0):
         return x
@@ -39,20 +46,15 @@ def dropout(x: Array, rate: float | Array, key: Key[Array, ""] | None, *, per_sa
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
-def _project(
+@for_one_cpu(project_by_matrices)
+def project(
     x: Float[Array, "b n *inputs"], kernel: Float[Array, "*both"], bias: Float[Array, "*outputs"]
 ) -> Float[Array, "b n *outputs"]:
-    """``x @ kernel + bias`` over all axes of the inputs, in the dtype of `bias`; a kernel has those of both sides.
+    """``x @ kernel + bias`` over all axes of the inputs, in the dtype of `bias`; kernel: [*inputs, *outputs].
 
-    One CPU multiplies matrices: of products over several axes XLA makes them by transposed copies of the kernel and of
-    gradients. Devices share out the heads, which must remain an axis for that.
+    The heads stay an axis, by which devices share them out.
     """
-    axes = x.ndim - 2
-    if not on_one_cpu():
-        return jnp.tensordot(x, kernel, axes, preferred_element_type=bias.dtype) + bias
-    width = prod(kernel.shape[:axes])
-    rows = jnp.dot(x.reshape(-1, width), kernel.reshape(width, -1), preferred_element_type=bias.dtype) + bias.ravel()
-    return rows.reshape(*x.shape[:2], *bias.shape)
+    return jnp.tensordot(x, kernel, x.ndim - 2, preferred_element_type=bias.dtype) + bias
 
 
 class Attention(nnx.Module):
@@ -73,7 +75,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        grid: tuple[int, int],
+        grid: Grid,
         shared_bias: Float[Array, "shards heads n n"] | None,
         key: Key[Array, ""] | None,
         *,
@@ -82,40 +84,26 @@ class Attention(nnx.Module):
         """The attended values; on request, the probabilities (float32, after their dropout as in the reference)."""
         cast, rate = partial(jnp.asarray, dtype=self.dtype), self.config.attention_probs_dropout_prob
         qkv_bias = jnp.stack([self.q_bias[...], jnp.zeros_like(self.q_bias[...]), self.v_bias[...]])
-        qkv = _project(cast(x), cast(self.qkv_kernel[...]), cast(qkv_bias))
+        qkv = project(cast(x), cast(self.qkv_kernel[...]), cast(qkv_bias))
         biases = [bias for bias in (self.layer_bias(grid, len(x)), shared_bias) if bias is not None]
-        attended, probabilities = attend(
-            qkv,
-            sum(biases[1:], biases[0]) if biases else None,
-            None if key is None or not rate else lambda weights: dropout(weights, rate, key),
-            output_attentions=output_attentions,
-        )
-        return _project(attended, cast(self.out_kernel[...]), self.out_bias[...]), probabilities
+        bias = sum(biases[1:], biases[0]) if biases else None
+        drop = None if key is None or not rate else lambda weights: dropout(weights, rate, key)
+        attended, probabilities = attend(qkv, bias, drop, output_attentions=output_attentions)
+        return project(attended, cast(self.out_kernel[...]), self.out_bias[...]), probabilities
 
-    def layer_bias(self, grid: tuple[int, int], batch: int) -> Float[Array, "shards heads n n"] | None:
-        """This layer's own position bias at the given patch grid, if the model has one per layer."""
+    def layer_bias(self, grid: Grid, batch: int) -> Float[Array, "shards heads n n"] | None:
+        """This layer's own position bias at the given patch grid; None if the model has none per layer."""
         if not self.config.has_layer_bias:
             return None
-        return attention_bias(self.bias_table[...], self.config, grid, batch)
-
-
-def attention_bias(
-    table: Float[Array, "m heads"], config: BeitConfig, grid: tuple[int, int], batch: int
-) -> Float[Array, "shards heads n n"]:
-    """What a table adds to the scores at the given patch grid, once for every shard of a batch of this size."""
-    resized = resize_bias_table(table, config.grid, grid, config.position_resize)
-    return jax.vmap(partial(position_bias, grid=grid))(each_shard(resized, batch))
+        return attention_bias(self.bias_table[...], self.config.grid, grid, self.config.position_resize, batch)
 
 
 class Mlp(nnx.Module):
     """Two dense layers with the activation between."""
 
     def __init__(self, config: BeitConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        dense = partial(
-            nnx.Linear, dtype=dtype, kernel_init=nnx.initializers.normal(config.initializer_range), rngs=rngs
-        )
-        self.fc1 = dense(config.hidden_size, config.intermediate_size)
-        self.fc2 = dense(config.intermediate_size, config.hidden_size, preferred_element_type=jnp.float32)
+        self.fc1 = dense(config, config.hidden_size, config.intermediate_size, dtype, rngs)
+        self.fc2 = dense(config, config.intermediate_size, config.hidden_size, dtype, rngs, jnp.float32)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -141,7 +129,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        grid: tuple[int, int],
+        grid: Grid,
         shared_bias: Float[Array, "shards heads n n"] | None = None,
         drop_path_rate: Float[Array, ""] | float = 0.0,
         key: Key[Array, ""] | None = None,
@@ -162,3 +150,9 @@ class Block(nnx.Module):
         x = x + branch(attended, "gamma_1", keys[1], keys[2])
         x = x + branch(self.mlp(self.norm2(x)), "gamma_2", keys[3], keys[4])
         return x, probabilities
+
+
+def stacked_blocks(config: BeitConfig, count: int, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:
+    """So many blocks as one: every leaf has a leading axis of this length, as `jax.lax.scan` takes it."""
+    keys = jax.random.split(rngs.params(), count)
+    return jax.vmap(lambda key: Block(config, dtype=dtype, rngs=nnx.Rngs(key)))(keys)

@@ -1,11 +1,11 @@
-"""Positions: the learned relative position bias of attention, and absolute position embeddings, at any input size."""
+"""Position tables at any input size: relative position bias of attention, and absolute position embeddings."""
 
-from functools import lru_cache
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from beit_jax.models.partition import each_shard
 from beit_jax.resize import bias_matrix, bicubic_matrix
 
 Grid = tuple[int, int]  # patches, (rows, columns)
@@ -16,29 +16,47 @@ def num_relative_offsets(grid: Grid) -> int:
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
 
 
-@lru_cache(maxsize=16)
-def relative_position_index(grid: Grid) -> np.ndarray:
-    """Which table row each (query, key) pair reads, [1 + h*w, 1 + h*w] int32; token 0 is the class token.
+def attention_bias(
+    table: Float[Array, "m heads"], source: Grid, target: Grid, method: str, batch: int
+) -> Float[Array, "shards heads n n"]:
+    """`attention.position_bias` for the grid `target`, once for every shard of a batch of this size.
 
-    Source: microsoft/unilm@768a3c8 beit/modeling_finetune.py, `Attention`. Never read from a checkpoint: files exist
-    whose stored index was corrupted by weight averaging.
+    Args:
+        table: the bias table, of the grid `source`.
+        method: how to resize the table, as in `resize_bias_table`.
     """
-    rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    dy = rows[:, None] - rows[None, :] + grid[0] - 1
-    dx = columns[:, None] - columns[None, :] + grid[1] - 1
-    extra = num_relative_offsets(grid) - 3
-    index = np.empty((1 + dy.shape[0], 1 + dy.shape[1]), np.int32)
-    index[1:, 1:] = dy * (2 * grid[1] - 1) + dx
-    index[0, :] = extra
-    index[:, 0] = extra + 1
-    index[0, 0] = extra + 2
-    return index
+    copies = each_shard(resize_bias_table(table, source, target, method), batch)
+    return jax.vmap(lambda table: position_bias_by_slices(table, target))(copies)
+
+
+def position_bias_by_slices(table: Float[Array, "m heads"], grid: Grid) -> Float[Array, "heads n n"]:
+    """The same values and gradients as `attention.position_bias`, by slices instead of a gather of single rows.
+
+    A row of the table is as short as the heads are few. Accelerators are slow at gathering short rows, and at
+    scattering the gradient back. All queries in one row of patches read the same part of the table, and the part moves
+    by one row of patches from one row of queries to the next. So the table is read once, and cut into long slices.
+    """
+    heads, (rows, columns) = table.shape[1], grid
+    tokens, row = 1 + rows * columns, np.arange(columns)
+    from_class, to_class, class_to_class = table[-3:, :, None, None]
+    # [heads, query column, (dy from the most rows above to the most below, key column)]
+    offsets = table[:-3].reshape(2 * rows - 1, 2 * columns - 1, heads)[::-1]
+    looked_up = jnp.moveaxis(offsets[:, row[:, None] - row + columns - 1], (-1, 1), (0, 1))
+    keys = jnp.pad(looked_up.reshape(heads, columns, -1), ((0, 0), (0, 0), (1, 0)))  # room for the class token
+    starts = [(rows - 1 - y) * columns for y in range(rows)]
+    patches = jnp.stack([keys[:, :, start : start + tokens] for start in starts], axis=1)
+    is_class = np.arange(tokens) == 0
+    below = jnp.where(is_class, to_class, patches.reshape(heads, -1, tokens))
+    return jnp.concatenate([jnp.where(is_class, class_to_class, from_class), below], axis=1)
 
 
 def resize_bias_table(
     table: Float[Array, "*layers m heads"], source: Grid, target: Grid, method: str
 ) -> Float[Array, "*layers m2 heads"]:
-    """A bias table of the grid `source` resampled for the grid `target`; the three class rows are kept as they are."""
+    """A bias table of the grid `source`, resampled for the grid `target`. The three class rows stay as they are.
+
+    `method` is one of `beit_jax.resize.BIAS_METHODS`.
+    """
     if source == target:
         return table
     old_y, old_x = 2 * source[0] - 1, 2 * source[1] - 1
@@ -52,29 +70,9 @@ def resize_bias_table(
     return jnp.concatenate([resized.reshape(*layers, new_y * new_x, heads), table[..., -3:, :]], axis=-2)
 
 
-def position_bias(table: Float[Array, "m heads"], grid: Grid) -> Float[Array, "heads n n"]:
-    """The bias of every head for every (query, key) pair, to be added to the scaled attention scores.
-
-    The same as ``table[relative_position_index(grid)]`` with the heads first. But a gather of rows as short as the
-    heads are many, and the scatter of its gradient, are what accelerators do worst. All queries of one row of patches
-    read the same table, for keys further up or down by as much as they are: long slices of what is looked up once.
-    """
-    heads, (rows, columns) = table.shape[1], grid
-    tokens, row = 1 + rows * columns, np.arange(columns)
-    from_class, to_class, class_to_class = table[-3:, :, None, None]
-    # Of a query in any column to keys in any column, from as many rows above as there can be to as many below.
-    offsets = table[:-3].reshape(2 * rows - 1, 2 * columns - 1, heads)[::-1]
-    looked_up = jnp.moveaxis(offsets[:, row[:, None] - row + columns - 1], (-1, 1), (0, 1))
-    keys = jnp.pad(looked_up.reshape(heads, columns, -1), ((0, 0), (0, 0), (1, 0)))  # room for the class token
-    starts = [(rows - 1 - y) * columns for y in range(rows)]
-    patches = jnp.stack([keys[:, :, start : start + tokens] for start in starts], axis=1)
-    is_class = np.arange(tokens) == 0
-    below = jnp.where(is_class, to_class, patches.reshape(heads, -1, tokens))
-    return jnp.concatenate([jnp.where(is_class, class_to_class, from_class), below], axis=1)
-
-
 def resize_position_embeddings(embeddings: Float[Array, "1 n d"], source: Grid, target: Grid) -> Float[Array, "1 n2 d"]:
-    """Absolute position embeddings (class token first) resampled as torch's bicubic does; the class position is kept.
+    """Absolute position embeddings (class token first), resampled by torch's bicubic method. The class token's
+    embedding stays as it is.
 
     Source: microsoft/unilm@768a3c8 beit/run_class_finetuning.py; transformers 5.23 `BeitEmbeddings`.
     """

@@ -26,7 +26,8 @@ from beit_jax.models.dense import (
     max_pool,
     resize_bilinear,
 )
-from beit_jax.models.encoder import ArrayLike, BeitModel, BeitOutput, patch_grid
+from beit_jax.models.encoder import BeitModel
+from beit_jax.models.interface import ArrayLike, BeitOutput, Remat, patch_grid
 from beit_jax.tree import Nested
 
 
@@ -147,10 +148,21 @@ class BeitBackbone(nnx.Module):
         bool_masked_pos: Shaped[ArrayLike, "b patches"] | None = None,
         *,
         train: bool = False,
-        **options: Any,
+        key: Key[Array, ""] | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        remat: Remat = "none",
     ) -> BackboneOutput:
         """As `BeitModel.__call__`; `train` as in `BeitForSemanticSegmentation.__call__`."""
-        output = self.beit(pixel_values, bool_masked_pos, taps=self.config.tapped_states, **options)
+        output = self.beit(
+            pixel_values,
+            bool_masked_pos,
+            key=key,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            taps=self.config.tapped_states,
+            remat=remat,
+        )
         assert output.taps is not None
         if not self.config.reshape_hidden_states:
             return _extended(BackboneOutput, output, feature_maps=tuple(output.taps))
@@ -181,7 +193,9 @@ class BeitForSemanticSegmentation(nnx.Module):
         *,
         train: bool = False,
         key: Key[Array, ""] | None = None,
-        **options: Any,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        remat: Remat = "none",
     ) -> SegmenterOutput:
         """As `BeitModel.__call__`, with the logits of both heads.
 
@@ -194,7 +208,15 @@ class BeitForSemanticSegmentation(nnx.Module):
             BeitJaxError: as `BeitModel.__call__`; fewer than 2 x 2 patches; training on a single image.
         """
         keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
-        output = self.beit(pixel_values, bool_masked_pos, key=keys[0], taps=self.config.tapped_states, **options)
+        output = self.beit(
+            pixel_values,
+            bool_masked_pos,
+            key=keys[0],
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            taps=self.config.tapped_states,
+            remat=remat,
+        )
         assert output.taps is not None
         maps = self.fpn(feature_maps(self.config, pixel_values.shape, output.taps), train)
         auxiliary = self.auxiliary_head(maps[2], train, keys[2]) if self.config.use_auxiliary_head else None

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG, WEIGHTS
 from beit_jax.json_file import Fields, read_json
-from beit_jax.models.encoder import ArrayLike
+from beit_jax.models.interface import ArrayLike
 from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoder, DvaeEncoderConfig
 from beit_jax.tokenizers.vqkd import VqkdConfig, VqkdTokenizer
 from beit_jax.tree import Nested, flatten, unflatten

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.models.encoder import ArrayLike, BeitModel, Remat, patch_grid
+from beit_jax.models.encoder import BeitModel
+from beit_jax.models.interface import ArrayLike, Remat, patch_grid
 
 _EXACT = jax.lax.Precision.HIGHEST  # the reference leaves mixed precision here: tokens hang on small differences
 
@@ -183,7 +184,7 @@ class VqkdTokenizer(nnx.Module):
             remat: as of `BeitModel.__call__`.
 
         Raises:
-            BeitJaxError: wrong shapes, see `beit_jax.models.encoder.patch_grid`.
+            BeitJaxError: wrong shapes, see `beit_jax.models.interface.patch_grid`.
         """
         patch_grid(self.config.encoder, pixel_values.shape)
         return self.encode_task(patch_features(self.encoder, 2.0 * jnp.asarray(pixel_values) - 1.0, remat))

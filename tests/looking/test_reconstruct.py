@@ -25,8 +25,9 @@ from beit_jax.looking.reconstruct import (
     reconstruct,
     reconstruct_files,
 )
-from beit_jax.models.encoder import BeitOutput
-from beit_jax.models.heads import BeitForImageClassification, BeitForMaskedImageModeling
+from beit_jax.models.classifier import BeitForImageClassification
+from beit_jax.models.interface import BeitOutput
+from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
 from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoder, DvaeEncoderConfig
 from beit_jax.tokenizers.vqkd import VqkdConfig, VqkdTokenizer
 

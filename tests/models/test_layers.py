@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_allclose
 from tracing import computed, traced
 
-from beit_jax.models.layers import _project
+from beit_jax.models.layers import project
 
 CASES = {
     "qkv": ("bnd,dkhe->bnkhe", (2, 5, 8), (8, 3, 2, 4)),
@@ -23,7 +23,7 @@ def drawn(case: str) -> tuple[str, list[np.ndarray]]:
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_projections_and_their_gradients(case: str, several: bool) -> None:
+def testprojections_and_their_gradients(case: str, several: bool) -> None:
     """In float64 by NumPy."""
     spec, arrays = drawn(case)
     x, kernel, bias = (array.astype(np.float64) for array in arrays)
@@ -35,9 +35,9 @@ def test_projections_and_their_gradients(case: str, several: bool) -> None:
         np.einsum(f"{inputs},{outputs}->{both}", x, weight),
         weight.astype(np.float64).sum(axis=(0, 1)),
     )
-    (value,) = computed(_project, *arrays, several=several)
+    (value,) = computed(project, *arrays, several=several)
     assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
-    backward = jax.grad(lambda *given: (weight * _project(*given)).sum(), argnums=(0, 1, 2))
+    backward = jax.grad(lambda *given: (weight * project(*given)).sum(), argnums=(0, 1, 2))
     for one, other in zip(computed(backward, *arrays, several=several), gradients, strict=True):
         assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
@@ -48,7 +48,7 @@ def test_devices_keep_the_heads_as_an_axis(case: str) -> None:
     _, arrays = drawn(case)
 
     def largest_rank(several: bool) -> int:
-        equations = traced(_project, *arrays, several=several).eqns
+        equations = traced(project, *arrays, several=several).eqns
         (product,) = (equation for equation in equations if equation.primitive.name == "dot_general")
         return max(variable.aval.ndim for variable in (*product.invars, *product.outvars))
 
@@ -62,7 +62,7 @@ def test_bfloat16_is_summed_in_float32(several: bool) -> None:
     _, (x, kernel, bias) = drawn("out")
     low = [jnp.asarray(array, jnp.bfloat16) for array in (x, kernel)]
     exact = np.einsum("bnhe,hed->bnd", *(np.asarray(array, np.float64) for array in low)) + bias
-    (wide,) = computed(_project, *low, jnp.asarray(bias), several=several)
+    (wide,) = computed(project, *low, jnp.asarray(bias), several=several)
     assert_allclose(wide, exact, rtol=1e-5, atol=1e-5)
-    (narrow,) = computed(_project, *low, jnp.asarray(bias, jnp.bfloat16), several=several)
+    (narrow,) = computed(project, *low, jnp.asarray(bias, jnp.bfloat16), several=several)
     assert narrow.dtype == jnp.bfloat16

@@ -14,8 +14,8 @@ from tolerances import GRADIENT
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.build import abstract_model, build_model, param_shapes
-from beit_jax.models.encoder import REMAT, BeitOutput, Remat
-from beit_jax.models.heads import Aggregation, BeitForMaskedImageModeling
+from beit_jax.models.interface import REMAT, BeitOutput, Remat
+from beit_jax.models.masked_image_modeling import Aggregation, BeitForMaskedImageModeling
 from beit_jax.tree import Nested, flatten, unflatten
 
 CONFIG = BeitConfig(

@@ -10,13 +10,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from tolerances import RESIZE
 
-from beit_jax.models.position import (
-    num_relative_offsets,
-    position_bias,
-    relative_position_index,
-    resize_bias_table,
-    resize_position_embeddings,
-)
+from beit_jax.models.attention import position_bias, relative_position_index
+from beit_jax.models.position import num_relative_offsets, resize_bias_table, resize_position_embeddings
 
 
 @pytest.mark.parametrize(

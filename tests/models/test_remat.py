@@ -11,7 +11,7 @@ from tolerances import GRADIENT
 
 from beit_jax.config import BeitConfig
 from beit_jax.models.build import abstract_model, param_shapes
-from beit_jax.models.encoder import REMAT, Remat
+from beit_jax.models.interface import REMAT, Remat
 from beit_jax.train.recipe import ModelOptions
 from beit_jax.tree import flatten, unflatten
 

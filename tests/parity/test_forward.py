@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose
 from tolerances import MODEL
 
 from beit_jax.models.build import Model
-from beit_jax.models.encoder import BeitOutput
+from beit_jax.models.interface import BeitOutput
 
 Converted = Callable[[torch.nn.Module], Model]
 

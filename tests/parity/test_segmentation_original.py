@@ -19,12 +19,12 @@ from tolerances import SEGMENTATION
 from torch import nn
 
 from beit_jax.convert import convert, load, to_torch
-from beit_jax.convert.formats.tables import MMSEG
+from beit_jax.convert.formats.mmseg import MMSEG
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
+from beit_jax.models.attention import relative_position_index
 from beit_jax.models.build import build_model
-from beit_jax.models.position import relative_position_index
-from beit_jax.train.objectives.segmentation_loss import segmentation_loss
+from beit_jax.train.objectives.segmentation import segmentation_loss
 from beit_jax.tree import unflatten
 from beit_jax.weights import load as read_native
 

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from beit_jax.config import BeitConfig
 from beit_jax.models.build import abstract_model, param_shapes, statistics
-from beit_jax.models.encoder import Remat
+from beit_jax.models.interface import Remat
 from beit_jax.tree import Nested, first_match
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
@@ -151,14 +151,14 @@ class Memory:
         return [f"{name:<12}{size / 2**30:8.2f} GiB" for name, size in (parts | {"total": self.total}).items() if size]
 
 
-def memory(learned: int, activations: int, *, beside: int = 0, accumulate: int = 1, shards: int = 1) -> Memory:
+def memory(learned: int, activations: int, *, others: int = 0, accumulate: int = 1, shards: int = 1) -> Memory:
     """An estimate for each device. What the compiler adds, copies of parameters in `dtype` among it, is not in it;
     `compiled_bytes` of the compiled step knows.
 
     Args:
         learned: bytes of the parameters that gradients move.
         activations: bytes of one part of the batch, on one device.
-        beside: bytes of what else the state holds: an average of the parameters, or a frozen model.
+        others: bytes of the other networks in the state: the average of the parameters, a frozen network.
         accumulate: parts of a batch; gradients are held twice if there are several.
         shards: devices that share one copy of parameters, optimizer and average: fsdp times tensor.
     """
@@ -166,7 +166,7 @@ def memory(learned: int, activations: int, *, beside: int = 0, accumulate: int =
     return Memory(
         params=numbers,
         optimizer=2 * numbers,
-        average=-(-beside // shards),
+        average=-(-others // shards),
         gradients=numbers * (2 if accumulate > 1 else 1),
         activations=activations,
     )

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.models.encoder import BeitModel, patch_grid
+from beit_jax.models.encoder import BeitModel
+from beit_jax.models.interface import patch_grid
 from beit_jax.models.layers import layer_norm
 from beit_jax.tree import Nested, flatten, unflatten
 from beit_jax.weights.native import NativeCheckpoint
@@ -73,7 +74,7 @@ class EncoderTeacher(nnx.Module):
         """As `Teacher.__call__`.
 
         Raises:
-            BeitJaxError: wrong shapes, see `beit_jax.models.encoder.patch_grid`.
+            BeitJaxError: wrong shapes, see `beit_jax.models.interface.patch_grid`.
         """
         rows, columns = patch_grid(self.config, pixel_values.shape)
         hidden = self.beit((pixel_values - jnp.asarray(self.mean)) / jnp.asarray(self.std)).last_hidden_state

@@ -14,15 +14,15 @@ from flax import nnx
 
 from beit_jax.config import BeitConfig
 from beit_jax.models.build import abstract_model, num_params, param_shapes
-from beit_jax.models.encoder import Remat
+from beit_jax.models.interface import Remat
 from beit_jax.models.partition import traced_for_several_devices
 from beit_jax.tokenizers.dvae import DvaeEncoderConfig
 from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, tokenizer_shapes
 from beit_jax.train.costs.estimate import Flops, Memory, activation_bytes, compiled_bytes, flops, memory, peak_flops
 from beit_jax.train.data.stored_tokens import StoredTokens
-from beit_jax.train.loop.plan import KINDS
-from beit_jax.train.objectives.task import Sources
-from beit_jax.train.recipes.finetuning import recipe_named
+from beit_jax.train.objectives import objective_of
+from beit_jax.train.objectives.objective import Sources
+from beit_jax.train.recipes import recipe_named
 from beit_jax.variants import VARIANTS
 
 # One block: the compiler counts a loop's body once, whatever its length.
@@ -127,8 +127,8 @@ def pretraining(name: str, sources: Sources, remat: Remat = "block") -> tuple[An
     """A task without labels as `make_plan` makes it."""
     recipe = recipe_named(name)
     recipe = replace(recipe, model=replace(recipe.model, remat=remat))
-    config = KINDS[recipe.objective].configure(recipe, (), sources)
-    return KINDS[recipe.objective](recipe, config, sources, 10), config
+    config = objective_of(recipe).configure(recipe, (), sources)
+    return objective_of(recipe)(recipe, config, sources, 10), config
 
 
 def weightless(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from beit_jax.config import BeitConfig
 from beit_jax.models.build import Model
-from beit_jax.models.encoder import BeitOutput
-from beit_jax.models.heads import BeitForImageClassification, BeitForSemanticSegmentation
-from beit_jax.models.segmenter import SegmenterOutput
+from beit_jax.models.classifier import BeitForImageClassification
+from beit_jax.models.interface import BeitOutput
+from beit_jax.models.segmenter import BeitForSemanticSegmentation, SegmenterOutput
 from beit_jax.train.augmentation.mixing import soft_targets
-from beit_jax.train.objectives.segmentation_loss import segmentation_loss
-from beit_jax.train.recipe import AugmentOptions, DataOptions, ModelOptions, Recipe
-from beit_jax.train.step.objective import Batch, classification, segmentation, soft_cross_entropy
+from beit_jax.train.objectives.classification import ClassificationRecipe, classification, soft_cross_entropy
+from beit_jax.train.objectives.segmentation import SegmentationRecipe, segmentation, segmentation_loss
+from beit_jax.train.recipe import AugmentOptions, DataOptions, ModelOptions
+from beit_jax.train.step.criterion import Batch
 
 CONFIG = BeitConfig(task="image_classification", image_size=(8, 8), patch_size=(4, 4), labels=tuple("abcd"))
 BARE = AugmentOptions(erasing=0.0, smoothing=0.0)
@@ -47,7 +48,7 @@ def raw_batch(size: int = 4) -> Batch:
 
 
 def prepared(augment: AugmentOptions, key: int = 0, size: int = 4, statistics: str = "half") -> Batch:
-    recipe = Recipe("test", augment=augment, data=DataOptions(statistics=statistics))
+    recipe = ClassificationRecipe("test", augment=augment, data=DataOptions(statistics=statistics))
     return jax.jit(classification(recipe, CONFIG).prepare)(raw_batch(size), jax.random.key(key))
 
 
@@ -96,7 +97,7 @@ def test_accuracy_counts_the_larger_share_of_mixed_images() -> None:
     logits = jnp.eye(4)
     targets = jnp.asarray([[0.9, 0.1, 0, 0], [0.6, 0.4, 0, 0], [0, 0, 1, 0], [0, 0, 0.6, 0.4]])
     model, calls = standing_in(BeitForImageClassification, BeitOutput(jnp.zeros((4, 5, 2)), logits=logits))
-    recipe, key = Recipe("test", model=ModelOptions(remat="dots")), jax.random.key(0)
+    recipe, key = ClassificationRecipe("test", model=ModelOptions(remat="dots")), jax.random.key(0)
     batch = {"image": jnp.zeros((4, 8, 8, 3)), "target": targets}
     loss, metrics = classification(recipe, CONFIG).loss(model, batch, key, None)
     assert metrics == {"accuracy": 0.5}
@@ -110,7 +111,10 @@ def test_segmentation_trains_both_heads_and_the_running_statistics() -> None:
     output = SegmenterOutput(jnp.zeros((2, 5, 2)), logits=logits, auxiliary_logits=auxiliary)
     labels = jnp.asarray(rng.integers(0, 4, (2, 8, 8)), jnp.int32).at[:, :3].set(255)
     model, calls = standing_in(BeitForSemanticSegmentation, output)
-    objective, key = segmentation(Recipe("test", model=ModelOptions(remat="block")), CONFIG), jax.random.key(0)
+    objective, key = (
+        segmentation(SegmentationRecipe("test", model=ModelOptions(remat="block")), CONFIG),
+        jax.random.key(0),
+    )
     batch = objective.prepare({"image": raw_batch(2)["image"], "label": labels}, key)
     loss, _ = objective.loss(model, batch, key, None)
     assert loss == pytest.approx(float(segmentation_loss(output, labels, CONFIG, average="all")))

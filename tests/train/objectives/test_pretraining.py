@@ -20,24 +20,22 @@ from tolerances import GRADIENT
 
 from beit_jax.config import BeitConfig
 from beit_jax.models.build import abstract_model
+from beit_jax.models.interface import Remat
 from beit_jax.tokenizers.dvae import DvaeEncoder, DvaeEncoderConfig
 from beit_jax.tokenizers.tokenizer import abstract_tokenizer, build_tokenizer
-from beit_jax.train.objectives.pretraining import (
-    COLLAPSED,
-    collapse,
-    data2vec,
-    deviation,
-    feature_targets,
-    hidden_patches,
+from beit_jax.train.objectives.data2vec import Data2vecOptions, Data2vecRecipe, data2vec, feature_targets, smooth_l1
+from beit_jax.train.objectives.hidden_patches import deviation, hidden_patches, weighted_mean
+from beit_jax.train.objectives.masked_tokens import (
+    MaskedTokensRecipe,
+    TokenOptions,
     masked_tokens,
     perplexities,
-    smooth_l1,
     token_loss,
     visual_tokens,
-    weighted_mean,
 )
-from beit_jax.train.recipe import Data2vecOptions, MaskOptions, OptimOptions, Recipe, TokenOptions
-from beit_jax.train.step.objective import Batch, Metrics, Objective
+from beit_jax.train.objectives.unlabelled import COLLAPSED, collapse
+from beit_jax.train.recipe import MaskOptions, OptimOptions
+from beit_jax.train.step.criterion import Batch, Criterion, Metrics
 from beit_jax.train.step.schedule import decay_table
 from beit_jax.train.step.state import State, initial_state
 from beit_jax.train.step.step import make_train_step
@@ -54,7 +52,8 @@ CONFIG = BeitConfig(
 AGGREGATING = replace(CONFIG, **AGGREGATION)
 STUDENT = replace(CONFIG, vocab_size=CONFIG.hidden_size)
 TOKENIZER = DvaeEncoderConfig(n_hid=8, vocab_size=VOCABULARY, group_count=3, n_blk_per_group=1, image_size=(16, 16))
-RECIPE = Recipe("test", mask=MaskOptions(patches=MOST), data2vec=Data2vecOptions(target_layers=2))
+RECIPE = MaskedTokensRecipe("test", mask=MaskOptions(patches=MOST))
+TEACHING = RECIPE.derive(Data2vecRecipe, data2vec=Data2vecOptions(target_layers=2))
 EXACT = 2e-6
 """Of losses of magnitude 1 to 5, where another program makes the same sums."""
 ROUNDINGS = 8
@@ -88,9 +87,11 @@ def batch(seed: int = 0) -> dict[str, jax.Array]:
     }
 
 
-def objective_of(config: BeitConfig, recipe: Recipe = RECIPE) -> Objective:
+def objective_of(config: BeitConfig, *, remat: Remat = RECIPE.model.remat) -> Criterion:
+    model = replace(RECIPE.model, remat=remat)
     if config.vocab_size == config.hidden_size:
-        return data2vec(recipe, abstract_model(config)[0])
+        return data2vec(replace(TEACHING, model=model), abstract_model(config)[0])
+    recipe = replace(RECIPE, model=model)
     if config.aggregation_layers:
         recipe = replace(recipe, tokens=TokenOptions(**AGGREGATION))
     return masked_tokens(recipe, None)
@@ -180,8 +181,8 @@ def written_out_targets(made: Batch, teacher: Nested, options: Data2vecOptions) 
 def test_data2vecs_loss_is_that_of_all_patches_selected_by_the_mask() -> None:
     made, teacher = batch(), parameters(STUDENT, seed=1)
     metrics, mask = evaluated(STUDENT, made, teacher=teacher), np.asarray(made["mask"])
-    difference = np.abs(logits_of_all(STUDENT, made).logits - written_out_targets(made, teacher, RECIPE.data2vec))
-    beta = RECIPE.data2vec.beta
+    difference = np.abs(logits_of_all(STUDENT, made).logits - written_out_targets(made, teacher, TEACHING.data2vec))
+    beta = TEACHING.data2vec.beta
     each = np.where(difference < beta, 0.5 * difference**2 / beta, difference - 0.5 * beta)
     assert (difference[mask] < beta).any() and (difference[mask] > beta).any()
     assert metrics["loss"] == pytest.approx(each[mask].mean(), rel=EXACT)
@@ -216,7 +217,7 @@ def test_accumulation_takes_the_mean_of_each_parts_mean(config: BeitConfig) -> N
     """Samples i, i + parts, ... are a part. What hides more patches counts no more, as among GPUs in the originals."""
     graph, made = abstract_model(config)[0], batch()
     ema = config is STUDENT
-    state = initial_state(parameters(config), optax.identity(), ema=ema)
+    state = initial_state(parameters(config), optax.identity(), average=ema)
     step = make_train_step(graph, objective_of(config), optax.identity(), np.zeros(1, np.float32), accumulate=3)
     _, metrics = jax.jit(step)(state, made)
     teacher = parameters(config) if ema else None
@@ -251,7 +252,7 @@ def teaching(options: OptimOptions, steps: int) -> Callable[[State, Batch], tupl
 def test_the_teacher_in_closed_form(options: OptimOptions, decays: list[float]) -> None:
     """Student k, after step k, has the weight ``(1 - d_k) d_{k+1} ... d_n``, the start ``d_1 ... d_n``."""
     step = teaching(options, len(decays))
-    state = initial_state(parameters(STUDENT), optax.identity(), ema=True)
+    state = initial_state(parameters(STUDENT), optax.identity(), average=True)
     students = [flatten(state.params)]
     for i in range(len(decays)):
         state, metrics = step(state, batch(i))
@@ -260,7 +261,7 @@ def test_the_teacher_in_closed_form(options: OptimOptions, decays: list[float]) 
     tails = np.cumprod([1.0, *decays[::-1]])[::-1]
     weights = [tails[0], *((1.0 - decay) * tail for decay, tail in zip(decays, tails[1:], strict=True))]
     assert sum(weights) == pytest.approx(1.0)
-    for name, found in flatten(state.ema).items():
+    for name, found in flatten(state.average).items():
         leaves = [np.asarray(student[name], np.float64) for student in students]
         assert np.abs(leaves[-1] - leaves[0]).max() > 1e-4, f"{name} hardly moved, so nothing is tested"
         expected = sum(weight * leaf for weight, leaf in zip(weights, leaves, strict=True))
@@ -386,11 +387,11 @@ def test_nothing_moves_the_tokenizer() -> None:
         return objective.loss(model, objective.prepare(views, jax.random.key(0)), None, teacher)[0]
 
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient(frozen)))
-    state = replace(initial_state(parameters(CONFIG), optax.identity()), ema=frozen)
+    state = initial_state(parameters(CONFIG), optax.identity(), frozen=frozen)
     step = make_train_step(student, objective, optax.identity(), np.ones(1, np.float32))
     after, metrics = jax.jit(step)(state, views)
     assert metrics["finite"] and metrics["grad_norm"] > 0.1 and "ema_distance" not in metrics
-    for name, leaf in flatten(after.ema).items():
+    for name, leaf in flatten(after.frozen).items():
         assert np.asarray(leaf).tobytes() == np.asarray(flatten(frozen)[name]).tobytes(), name
 
 
@@ -501,8 +502,7 @@ def test_remat_and_randomness_reach_the_model(config: BeitConfig) -> None:
     teacher = parameters(config, seed=1) if config.vocab_size == config.hidden_size else None
 
     def gradients(remat: Any, key: int) -> dict[str, jax.Array]:
-        recipe = replace(RECIPE, model=replace(RECIPE.model, remat=remat))
-        objective = objective_of(config, recipe)
+        objective = objective_of(config, remat=remat)
 
         @jax.jit
         @jax.grad

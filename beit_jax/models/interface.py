@@ -1,0 +1,120 @@
+"""What every model takes and returns: shapes of images and masks, hidden states on request, the output."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from beit_jax.config import BeitConfig
+from beit_jax.errors import BeitJaxError
+from beit_jax.models.position import Grid
+
+ArrayLike = Array | np.ndarray
+Remat = Literal["none", "block", "dots"]
+
+REMAT: Mapping[Remat, Callable[[Any], Any]] = {
+    "none": lambda step: step,
+    "block": partial(jax.checkpoint, prevent_cse=False),
+    "dots": partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+"""The rematerialisation of a scanned block: each value wraps the step of the scan.
+
+"block" computes the whole block again on the way back. "dots" keeps the products with parameters, and computes the rest
+again: attention scores too, which are quadratic in the tokens. The forward and the backward pass are two loops, so the
+compiler cannot merge the second computation with the first, and `jax.checkpoint` need not prevent it.
+"""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BeitOutput:
+    """The output of a model. Fields that transformers has too mean the same there.
+
+    Attributes:
+        last_hidden_state: [b, 1 + patches, d]; normalised if and only if the model pools the class token.
+        pooler_output: [b, d], or None for a model without pooling.
+        logits: the head's output, or None for a model without a head.
+        hidden_states: on request, [depth + 1, b, 1 + patches, d]: the embeddings, then after each block, un-normalised.
+        attentions: on request, [depth, b, heads, n, n] float32 probabilities.
+        taps: on request, chosen hidden states [taps, b, 1 + patches, d].
+        aggregated_logits: on request, the logits of the same head on the output of BEiT v2's aggregation layers.
+    """
+
+    last_hidden_state: Float[Array, "b n d"]
+    pooler_output: Float[Array, "b d"] | None = None
+    logits: Float[Array, "b *classes"] | None = None
+    hidden_states: Float[Array, "layers b n d"] | None = None
+    attentions: Float[Array, "depth b heads n n"] | None = None
+    taps: Float[Array, "taps b n d"] | None = None
+    aggregated_logits: Float[Array, "b k classes"] | None = None
+
+
+def patch_grid(config: BeitConfig, pixel_shape: tuple[int, ...]) -> Grid:
+    """(rows, columns) of patches in pixel_values of this shape.
+
+    Raises:
+        BeitJaxError: not [batch, height, width, channels], other channels than the model's, or sides that the patch
+            does not divide.
+    """
+    if len(pixel_shape) != 4 or pixel_shape[-1] != config.num_channels:
+        raise BeitJaxError(
+            f"pixel_values: expected [batch, height, width, {config.num_channels}], found {list(pixel_shape)}"
+        )
+    sides = pixel_shape[1:3]
+    if any(side % patch or not side for side, patch in zip(sides, config.patch_size, strict=True)):
+        raise BeitJaxError(f"pixel_values: height and width {sides} are not multiples of the patch {config.patch_size}")
+    return sides[0] // config.patch_size[0], sides[1] // config.patch_size[1]
+
+
+def checked_mask(config: BeitConfig, mask: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """`bool_masked_pos` as a boolean array.
+
+    Raises:
+        BeitJaxError: the model has no mask token, or the mask has not this shape (batch, patches).
+    """
+    if not config.use_mask_token:
+        raise BeitJaxError("bool_masked_pos was given, but this model has no mask token (use_mask_token is false)")
+    if mask.shape != shape:
+        raise BeitJaxError(f"bool_masked_pos: expected shape {shape} (batch, patches), found {mask.shape}")
+    return jnp.asarray(mask, bool)
+
+
+# --- Taps: hidden states on request, without a buffer for every layer -------------------------------------------------
+
+
+def tap_slots(taps: tuple[int, ...], depth: int) -> Array | None:
+    """The place of each block's output in a buffer of the tapped states, [depth] int32; None without taps.
+
+    Every block writes to the place of the next tap, so the next block overwrites a state that is not tapped. Blocks
+    after the last tap write to one more place. So the scan carries as many states as there are taps, and one.
+
+    Raises:
+        BeitJaxError: the taps are not growing indices of hidden states.
+    """
+    if not taps:
+        return None
+    if list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] <= depth:
+        raise BeitJaxError(f"taps: expected growing indices of the {depth + 1} hidden states, found {list(taps)}")
+    return jnp.asarray(np.searchsorted(np.asarray(taps), np.arange(1, depth + 1)), jnp.int32)
+
+
+def tap_buffer(taps: tuple[int, ...], embedded: Float[Array, "b n d"]) -> Float[Array, "places b n d"] | None:
+    """The buffer before the first block, which holds the embeddings (hidden state 0) everywhere; None without taps."""
+    return jnp.broadcast_to(embedded, (len(taps) + 1, *embedded.shape)) if taps else None
+
+
+def write_tap(
+    buffer: Float[Array, "places b n d"] | None, state: Float[Array, "b n d"], slot: Array | None
+) -> Float[Array, "places b n d"] | None:
+    """The buffer after a block wrote its output to its place."""
+    return None if buffer is None else jax.lax.dynamic_update_index_in_dim(buffer, state, slot, 0)
+
+
+def read_taps(taps: tuple[int, ...], buffer: Float[Array, "places b n d"] | None) -> Float[Array, "taps b n d"] | None:
+    """The tapped states after the last block; None without taps."""
+    return None if buffer is None else buffer[: len(taps)]

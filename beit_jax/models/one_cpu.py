@@ -1,0 +1,148 @@
+"""The forms that one CPU computes faster, and the one condition under which they are computed.
+
+The other modules hold the textbook form of each function, and name its one-CPU form where they define it:
+
+    @for_one_cpu(gelu_with_derivative)
+    def gelu(x): ...
+
+Both forms have the same values and gradients up to rounding (tests/models/test_one_cpu.py). A one-CPU form takes the
+textbook form first, to apply it to pieces, and then the arguments of the textbook form.
+"""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from math import pi, prod, sqrt
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+CACHE = 16 * 2**20
+"""Bytes of attention scores up to which one CPU computes them all at once: about as much as its caches hold."""
+
+
+def on_one_cpu() -> bool:
+    """Returns True if a function is traced for one CPU: its fast forms would move what several devices share out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
+
+
+def for_one_cpu(form: Callable[Concatenate[Callable[P, R], P], R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a textbook form: a function traced for one CPU computes `form` instead."""
+
+    def decorate(textbook: Callable[P, R]) -> Callable[P, R]:
+        @wraps(textbook)
+        def chosen(*arguments: P.args, **options: P.kwargs) -> R:
+            return form(textbook, *arguments, **options) if on_one_cpu() else textbook(*arguments, **options)
+
+        return chosen
+
+    return decorate
+
+
+# --- Attention (beit_jax.models.attention) ----------------------------------------------------------------------------
+
+
+def attend_in_pieces(
+    textbook: Callable[..., tuple[Array, Array | None]],
+    qkv: Float[Array, "b n 3 heads e"],
+    bias: Float[Array, "shards heads n n"] | None,
+    drop: Callable[[Array], Array] | None = None,
+    *,
+    output_attentions: bool = False,
+) -> tuple[Float[Array, "b n heads e"], Float[Array, "b heads n n"] | None]:
+    """`attention.attend` of the largest pieces whose scores fit into the cache: all samples, one sample, or one head.
+
+    The scores are written and read several times, which is slow in main memory. Dropout draws for all samples at once,
+    so attention with dropout is computed in one piece, and so are weights that are returned.
+    """
+    batch, tokens, _, heads, _ = qkv.shape
+    scores = jnp.dtype(jnp.float32).itemsize * heads * tokens**2  # of one sample
+    if drop is not None or output_attentions or batch * scores <= CACHE:
+        return textbook(qkv, bias, drop, output_attentions=output_attentions)
+    if scores <= CACHE:
+        return jax.lax.map(lambda one: textbook(one[None], bias)[0][0], qkv), None
+    biases = jnp.zeros((heads, 1, 1)) if bias is None else bias[0]
+
+    def sample(qkv: Float[Array, "n 3 heads e"]) -> Float[Array, "n heads e"]:
+        def head(piece: tuple[Array, Array]) -> Array:
+            return textbook(piece[0][None, :, :, None], piece[1][None, None])[0][0, :, 0]
+
+        return jnp.moveaxis(jax.lax.map(head, (jnp.moveaxis(qkv, 2, 0), biases)), 0, 1)
+
+    return jax.lax.map(sample, qkv), None
+
+
+def separated_by_a_split(
+    _: Callable[..., Any], qkv: Float[Array, "b n 3 heads e"]
+) -> tuple[Float[Array, "b heads n e"], Float[Array, "b heads n e"], Float[Array, "b heads n e"]]:
+    """`attention.separated`, by a split, whose gradient joins three pieces. The gradient of an index adds up three
+    arrays of the whole size; TPUs fuse that sum and are faster with it."""
+    query, key, value = jnp.split(jnp.einsum("bnkhe->kbhne", qkv), 3)
+    return query[0], key[0], value[0]
+
+
+def repeated_with_looped_sum(
+    textbook: Callable[..., Array], bias: Float[Array, "shards heads n n"], batch: int
+) -> Float[Array, "b heads n n"]:
+    """`attention.of_every_sample`, whose gradient sums over samples by a loop: thirty times as fast as XLA's sum over
+    the outermost axis on a CPU."""
+    return _repeated(textbook, bias, batch) if len(bias) == 1 else textbook(bias, batch)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 2))
+def _repeated(textbook: Callable[..., Array], bias: Array, batch: int) -> Array:
+    return textbook(bias, batch)
+
+
+@_repeated.defjvp
+def _repeated_derivative(
+    textbook: Callable[..., Array], batch: int, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    (bias,), (tangent,) = primals, tangents
+    return _repeated(textbook, bias, batch), jax.lax.map(lambda _: tangent[0], jnp.arange(batch))
+
+
+# --- Projections (beit_jax.models.layers) -----------------------------------------------------------------------------
+
+
+def project_by_matrices(
+    _: Callable[..., Any], x: Float[Array, "b n *inputs"], kernel: Float[Array, "*both"], bias: Float[Array, "*outputs"]
+) -> Float[Array, "b n *outputs"]:
+    """`layers.project` as a product of two matrices: for products over several axes, XLA copies the kernel and the
+    gradients into other layouts first."""
+    width = prod(kernel.shape[: x.ndim - 2])
+    rows = jnp.dot(x.reshape(-1, width), kernel.reshape(width, -1), preferred_element_type=bias.dtype) + bias.ravel()
+    return rows.reshape(*x.shape[:2], *bias.shape)
+
+
+# --- GELU (beit_jax.models.activations) -------------------------------------------------------------------------------
+
+
+def gelu_with_derivative(_: Callable[..., Any], x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    """`activations.gelu` with its derivative written out, which takes four passes through memory. The derivative that
+    JAX finds takes six; accelerators fuse them."""
+    return _gelu(x)
+
+
+@jax.custom_jvp
+def _gelu(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    exact = x.astype(jnp.float32)
+    return (exact * _cdf(exact)).astype(x.dtype)
+
+
+@_gelu.defjvp
+def _gelu_derivative(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (tangent,) = primals, tangents
+    exact = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * exact * exact) / sqrt(2 * pi)
+    return _gelu(x), tangent * (_cdf(exact) + exact * density).astype(x.dtype)
+
+
+def _cdf(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    """The distribution function of the standard normal distribution."""
+    return 0.5 + 0.5 * jax.lax.erf(x * sqrt(0.5))
