@@ -1,52 +1,80 @@
-"""Outputs appear whole or not at all: they are written beside their place, and renamed when complete."""
+"""Outputs that appear whole or not at all: each is written beside its destination, and renamed when it is complete."""
 
 import errno
-import fcntl
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.lock import exclusive
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A kind of output directory. A directory that holds anything else is never replaced.
+
+    Attributes:
+        name: what such a directory holds, for messages: "model".
+        files: names of files; a directory of this kind has at least one of them.
+    """
+
+    name: str
+    files: tuple[str, ...]
 
 
 @contextmanager
-def new_directory(destination: Path, *, overwrite: bool = False, need_bytes: int = 0) -> Iterator[Path]:
-    """A directory to write into, which becomes `destination` when the block ends without an exception.
+def new_directory(
+    destination: Path, *, overwrite: bool = False, contents: Contents | None = None, need_bytes: int = 0
+) -> Iterator[Path]:
+    """Yields a directory to write into. It becomes `destination` when the block ends without an exception.
 
-    Whatever ends the block otherwise (errors, Ctrl-C, SystemExit) leaves neither it nor anything under `destination`.
-    What a killed process left behind is put right by the next call for the same destination.
+    If the block ends with any exception (an error, Ctrl-C, SystemExit), the new directory is removed, and `destination`
+    is as it was. If the process is killed, the next call for the same destination removes what was left.
 
     Args:
         overwrite: replace an existing directory, which stays whole until the new one is complete.
-        need_bytes: refuse at once if the disk has less free.
+        contents: replace only an empty directory or one of this kind.
+        need_bytes: refuse at once if the disk has less free space.
 
     Raises:
-        BeitJaxError: the destination exists, its parent is missing or read-only, the disk is (or becomes) full, or
-            another process is writing to the same destination.
+        BeitJaxError: the destination exists or holds something else than `contents`; its parent is missing or
+            read-only; the disk is full, or becomes full; another process is writing to the same destination.
     """
-    _check_place(destination)
+    _check_parent(destination)
     partial, old = _beside(destination, "partial"), _beside(destination, "old")
-    with _full_disk_explained(destination), _locked(destination):
-        _settle(destination)
-        check_destination(destination, overwrite=overwrite)
+    lock = exclusive(_beside(destination, "lock"), destination, remove=True)
+    with _full_disk_explained(destination), lock:
+        _restore(destination)
+        check_destination(destination, overwrite=overwrite, contents=contents)
         _check_space(destination.parent, need_bytes)
         try:
             partial.mkdir()
             yield partial
-            check_destination(destination, overwrite=overwrite)  # anything may have appeared there meanwhile
+            # Again: another program may have made the destination meanwhile.
+            check_destination(destination, overwrite=overwrite, contents=contents)
             if destination.exists():
                 destination.rename(old)
             partial.rename(destination)
         finally:
-            _settle(destination)
+            _restore(destination)
 
 
-def check_destination(destination: Path, *, overwrite: bool) -> None:
-    """Refuses, before any work is done, what `new_directory` would refuse at its end."""
-    _check_place(destination)
+def check_destination(
+    destination: Path, *, overwrite: bool, contents: Contents | None = None, source: Path | None = None
+) -> None:
+    """Refuses a destination that `new_directory` would refuse, before any work is done.
+
+    Args:
+        contents: as in `new_directory`.
+        source: a file or directory that the work reads, and that must not be replaced by its result.
+
+    Raises:
+        BeitJaxError: as `new_directory`; or the destination holds the source.
+    """
+    _check_parent(destination)
     if not os.path.lexists(destination):
         return
     if not overwrite:
@@ -56,18 +84,34 @@ def check_destination(destination: Path, *, overwrite: bool) -> None:
             f"{destination}: expected a directory to replace, found a file, a link or a mount point; "
             "choose another name"
         )
+    if contents is not None:
+        check_contents(destination, contents, source)
+
+
+def check_contents(destination: Path, contents: Contents, source: Path | None = None) -> None:
+    """Refuses to replace a directory that is neither empty nor of this kind, or that holds the source.
+
+    Raises:
+        BeitJaxError: naming the directory.
+    """
+    if not destination.is_dir() or not any(destination.iterdir()):
+        return
+    if not any((destination / name).exists() for name in contents.files):
+        raise BeitJaxError(f"{printable(destination)}: holds no {contents.name}; --overwrite replaces nothing else")
+    if source is not None and source.resolve().is_relative_to(destination.resolve()):
+        raise BeitJaxError(f"{printable(destination)}: holds the source itself; choose another name")
 
 
 @contextmanager
 def new_file(destination: Path) -> Iterator[Path]:
-    """A file to write, renamed to `destination` (replacing what is there) when the block ends without an exception.
+    """Yields the path of a file to write. It replaces `destination` when the block ends without an exception.
 
     Raises:
         BeitJaxError: the destination is a directory, its parent is missing or read-only, or the disk becomes full.
     """
     if destination.is_dir():
         raise BeitJaxError(f"{destination}: expected a file name, found a directory")
-    _check_place(destination)
+    _check_parent(destination)
     partial = _beside(destination, f"partial-{os.getpid()}")
     with _full_disk_explained(destination):
         try:
@@ -77,7 +121,7 @@ def new_file(destination: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def _check_place(destination: Path) -> None:
+def _check_parent(destination: Path) -> None:
     if destination.name in ("", ".."):
         raise BeitJaxError(f"{destination}: expected the name of something to create, found an existing directory")
     parent = destination.parent
@@ -107,37 +151,8 @@ def _beside(destination: Path, suffix: str) -> Path:
     return destination.with_name(f".{destination.name}.{suffix}")
 
 
-@contextmanager
-def _locked(destination: Path) -> Iterator[None]:
-    """Keeps other processes away. The kernel drops the lock with its process: a killed one blocks nobody."""
-    path = _beside(destination, "lock")
-    try:
-        file = path.open("ab+", buffering=0)
-    except OSError as error:
-        raise BeitJaxError(f"{path}: cannot be created ({error.strerror}); choose another destination") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held it may have removed the file between our open and our lock: then it guards nothing.
-            held = os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            held = False
-        except OSError as error:
-            raise BeitJaxError(f"{path}: cannot be locked ({error.strerror}); choose another file system") from None
-        if not held:
-            file.seek(0)
-            owner = printable(file.read().decode(errors="replace")) or "another process"
-            raise BeitJaxError(f"{destination}: {owner} is writing it; wait for it")
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _settle(destination: Path) -> None:
-    """Puts back an old output that was moved away for nothing, and removes what is not the output."""
+def _restore(destination: Path) -> None:
+    """Moves an old output back if no new one took its place, and removes what is not the output."""
     partial, old = _beside(destination, "partial"), _beside(destination, "old")
     if old.exists() and not destination.exists():
         old.rename(destination)

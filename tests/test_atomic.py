@@ -271,13 +271,13 @@ KILLED_EVERYWHERE = """
 # Makes (or replaces) a directory once for every change of the file system that this takes, killed before that change.
 import os, signal, sys
 from pathlib import Path
-from beit_jax import output
+from beit_jax.atomic import new_directory
 
 overwrite, root = sys.argv[1] == "overwrite", Path(sys.argv[2])
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "fcntl.flock"}
 
 def write(destination, content):
-    with output.new_directory(destination, overwrite=overwrite) as partial:
+    with new_directory(destination, overwrite=overwrite) as partial:
         (partial / "config").write_text(content)
         (partial / "sub").mkdir()
         (partial / "sub" / "weights").write_text(content)
@@ -382,7 +382,7 @@ def holder(work: Path) -> Iterator[subprocess.Popen[str]]:
 def test_the_second_process_is_refused_and_the_first_finishes(work: Path, holder: subprocess.Popen[str]) -> None:
     before = tree(work)
     for overwrite in (False, True):
-        needles = (work / "out", f"process {holder.pid} on {socket.gethostname()} is writing it")
+        needles = (work / "out", f"in use by process {holder.pid} on {socket.gethostname()}")
         refusal(lambda overwrite=overwrite: make(work / "out", overwrite=overwrite), *needles)
     assert tree(work) == before
     make(work / "other")  # only the same destination is taken
@@ -404,7 +404,7 @@ def test_two_in_one_process(work: Path) -> None:
     (work / ".out.lock").write_text("process 1234567890 on a-host-with-a-long-name-that-was-killed")
     with new_directory(work / "out") as partial:
         owner = f"process {os.getpid()} on {socket.gethostname()}"
-        refusal(lambda: make(work / "out"), f"{work / 'out'}: {owner} is writing it")
+        refusal(lambda: make(work / "out"), f"{work / 'out'}: in use by {owner}")
         fill(partial, "new")
     assert tree(work) == NEW
 
@@ -428,7 +428,7 @@ def replace(content):
             assert {path.read_text() for path in partial.iterdir()} == {content}
         return True
     except BeitJaxError as error:
-        assert "is writing it" in str(error), error
+        assert "in use by" in str(error), error
         return False
 
 def child(number):

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from beit_jax.atomic import Contents, check_contents
 from beit_jax.config import BeitConfig
-from beit_jax.errors import BeitJaxError
 from beit_jax.hub import CONFIG, PROCESSOR, WEIGHTS
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.weights.tensors import LeafSpec, read_tensors, verify, write_tensors
+
+MODEL = Contents("model", (CONFIG, "checkpoint.pth"))
+"""Directories that a converted or exported model may replace; ``checkpoint.pth`` is an exported one."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,12 @@ def save_json(directory: Path, config: BeitConfig, processor: ImageProcessor) ->
 
 
 def check_replaceable(destination: Path, source: Path | None = None) -> None:
-    """Refuses to replace a directory that holds something else than a model, or the source of what will replace it."""
-    if not destination.is_dir() or not any(destination.iterdir()):
-        return
-    if not any((destination / name).exists() for name in (CONFIG, "checkpoint.pth")):
-        raise BeitJaxError(f"{destination}: holds no model; --overwrite replaces only model directories")
-    if source is not None and source.resolve().is_relative_to(destination.resolve()):
-        raise BeitJaxError(f"{destination}: holds the source itself; choose another name")
+    """Refuses to replace a directory that holds something else than a model, or that holds the source.
+
+    Raises:
+        BeitJaxError: naming the directory.
+    """
+    check_contents(destination, MODEL, source)
 
 
 def load(directory: Path) -> NativeCheckpoint:

@@ -1,4 +1,4 @@
-"""``flax_model.safetensors``: flat ``a/b/c`` names, and metadata with a digest of every tensor and where it came from."""
+"""``flax_model.safetensors``: flat ``a/b/c`` names, and metadata with a digest of every tensor and its provenance."""
 
 import json
 import os

@@ -377,8 +377,9 @@ def test_nothing_is_deleted_for_a_step_that_cannot_be_read_back(
 HOLD = """
 import sys, time
 from pathlib import Path
-from beit_jax.train.checkpoints.lock import directory_lock
-with directory_lock(Path(sys.argv[1])):
+from beit_jax.lock import exclusive
+directory = Path(sys.argv[1])
+with exclusive(directory / "lock", directory, remove=False):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -35,18 +35,19 @@ import orbax.checkpoint as orbax
 from orbax.checkpoint import v1 as ocp
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.lock import exclusive
 from beit_jax.tree import flatten, unflatten
 
 from ..distributed.collectives import from_first, gather, is_first
 from . import digests
 from .digests import ArrayRecord, Damaged, Manifest
-from .lock import LOCK, directory_lock
 from .snapshot import HostMemory, Snapshot, check_same, named, place
 from .step_files import StepFiles
 
 T = TypeVar("T")
 FAILURES = 3  # saves in a row that may fail before a run is told to stop
 SHARED_SOON = (0.0, 0.2, 0.8, 2.0, 2.0)  # seconds before each look for what another host wrote
+LOCK = "lock"
 _STATE = "state"  # Orbax's name for the tree of arrays, of which a checkpoint could hold several
 
 # Orbax logs the traceback of every error, several times, before it raises it. Where several arrays fail it raises the
@@ -237,7 +238,7 @@ class Checkpoints:
     def _open(self, stack: ExitStack) -> str:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            owner = stack.enter_context(directory_lock(self._directory))
+            owner = stack.enter_context(exclusive(self._directory / LOCK, self._directory, remove=False))
             for path, size in self._files.remove_leftovers():
                 self._warn(f"{path}: left behind by a killed process, removed ({size:,} bytes)")
         except OSError as error:
