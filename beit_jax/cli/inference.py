@@ -205,6 +205,6 @@ def reconstruct(
 
 def _predictor(checkpoint: str, hub: Hub) -> "Predictor":
     with imports():
-        from beit_jax.inference import program_cache as kept
+        from beit_jax.inference import program_cache
         from beit_jax.inference.reading import read
-    return kept.predictor(read(hub.resolve(checkpoint)))
+    return program_cache.predictor(read(hub.resolve(checkpoint)))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from beit_jax.hub import resolve
 from beit_jax.images.files import ImageLike
 from beit_jax.images.processor import ImageProcessor
-from beit_jax.inference.predictor import Guess, Pooling, Predictor, Wanted, parameters
+from beit_jax.inference.predictor import Guess, OutputName, Pooling, Predictor, float32_params
 from beit_jax.inference.reading import read
 from beit_jax.models.build import Model, build_model
 from beit_jax.tree import unflatten
@@ -46,7 +46,7 @@ def from_pretrained(
 
 def build(checkpoint: NativeCheckpoint, *, dtype: DTypeLike = jnp.float32) -> Model:
     """The model of a checkpoint that was read, with float32 parameters."""
-    return build_model(checkpoint.config, unflatten(parameters(checkpoint)), dtype=dtype)
+    return build_model(checkpoint.config, unflatten(float32_params(checkpoint)), dtype=dtype)
 
 
 def classify(
@@ -81,14 +81,16 @@ def features(
 
 
 def predictor(model: Model, processor: ImageProcessor) -> Predictor:
-    """Traces and compiles the model's forward pass when it is first asked."""
+    """The predictor of a model. The forward pass is traced and compiled when it is first called."""
     return Predictor(model.config, processor, partial(forward, model))
 
 
-@partial(jax.jit, static_argnames="wanted")
-def forward(model: Model, pixel_values: Float[Array, "b height width c"], wanted: Wanted) -> Float[Array, "b ..."]:
-    """The logits of a model, or a kind of its features."""
-    output = model(pixel_values)
-    tokens = output.last_hidden_state
-    found = {"logits": output.logits, "pooled": output.pooler_output, "cls": tokens[:, 0], "tokens": tokens}.get(wanted)
+@partial(jax.jit, static_argnames="output")
+def forward(model: Model, pixel_values: Float[Array, "b height width c"], output: OutputName) -> Float[Array, "b ..."]:
+    """The named output of a model: its logits, or one of its features."""
+    outputs = model(pixel_values)
+    tokens = outputs.last_hidden_state
+    found = {"logits": outputs.logits, "pooled": outputs.pooler_output, "cls": tokens[:, 0], "tokens": tokens}.get(
+        output
+    )
     return tokens[:, 1:].mean(axis=1) if found is None else found

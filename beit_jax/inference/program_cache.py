@@ -1,135 +1,145 @@
-"""Forward passes that outlive their process: the next one finds them traced, and imports neither Flax nor the models.
+"""A cache of traced forward passes: a second process computes without tracing, and imports neither Flax nor models.
 
-JAX's compilation cache saves a process the work of XLA; but to ask for a program, it has to trace it again. What that
-takes (Flax, a model, its tracing) is a third of a second start (benchmarks/RESULTS.md). So programs are kept beside
-those that JAX has compiled, as portable StableHLO: some ten kilobytes each, without weights.
+JAX's compilation cache saves a process the work of XLA. To look a program up there, JAX has to trace it first. Flax,
+building the model and tracing it take a third of a second start (benchmarks/RESULTS.md). This module therefore stores
+traced programs beside JAX's compiled ones, as portable StableHLO: some ten kilobytes each, without weights.
 """
 
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import xxhash
-from jax import export
-from jax.extend.core import Primitive
-from jax.extend.mlir.dialects import func, stablehlo
-from jax.interpreters import mlir
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from beit_jax.atomic import new_file
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
-from beit_jax.inference.predictor import Predictor, Wanted, parameters
+from beit_jax.inference.predictor import OutputName, Predictor, float32_params
 from beit_jax.tree import unflatten
 from beit_jax.version import source_digest
 from beit_jax.weights.native import NativeCheckpoint
 
 SUFFIX = ".stablehlo"
 
+Params = Mapping[str, Array]
+Program = Callable[[Params, ArrayLike], Array]
+
 
 @dataclass(frozen=True)
-class _Program:
-    """Of the leaves of parameters and pixel_values, by name, a float32 array of this shape."""
+class _Traced:
+    """A traced forward pass: its StableHLO, and the shape of its float32 result."""
 
     shape: tuple[int, ...]
     stablehlo: bytes
 
-    def __call__(self, params: Mapping[str, Array], pixel_values: ArrayLike) -> Array:
-        return _call.bind(*jax.tree.leaves((params, pixel_values)), program=self)
-
-
-_call = Primitive("kept_program")  # `jax.export` has a call, too, but it imports SciPy's linear algebra first: 0.1 s
-_call.def_abstract_eval(lambda *arguments, program: jax.core.ShapedArray(program.shape, jnp.float32))
-
-
-def _lower(context: mlir.LoweringRuleContext, *arguments: Any, program: _Program) -> Sequence[Any]:
-    module, symbols = context.module_context.module, context.module_context.symbol_table
-    parsed = stablehlo.deserialize_portable_artifact(module.context, program.stablehlo)
-    name = mlir.merge_mlir_modules(module, "kept", parsed, dst_symtab=symbols)
-    main: Any = symbols[name]
-    return func.CallOp(main.type.results, name, arguments).results
-
-
-mlir.register_lowering(_call, _lower)
-
 
 def predictor(checkpoint: NativeCheckpoint) -> Predictor:
-    """Of a checkpoint that was read, by a kept program where programs are kept (see `directory`)."""
-    place = directory()
-    if place is None:
+    """The predictor of a checkpoint; it uses the cache where `cache_directory` names one."""
+    directory = cache_directory()
+    if directory is None:
         from beit_jax.inference import predict  # not at the top: it imports Flax
 
         return predict.predictor(predict.build(checkpoint), checkpoint.processor)
-    # By default JAX keeps only what it compiles for more than a second, which is no forward pass of the smaller models.
+    # By default JAX stores only what takes more than a second to compile, which no small model's forward pass does.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return Predictor(checkpoint.config, checkpoint.processor, forward(checkpoint.config, parameters(checkpoint), place))
+    compute = forward(checkpoint.config, float32_params(checkpoint), directory)
+    return Predictor(checkpoint.config, checkpoint.processor, compute)
 
 
-def directory() -> Path | None:
-    """Where programs are kept: in JAX's compilation cache (JAX_COMPILATION_CACHE_DIR), if it is a local directory.
+def cache_directory() -> Path | None:
+    """The directory of the traced programs, inside JAX's compilation cache (JAX_COMPILATION_CACHE_DIR).
 
-    Only programs for one CPU are: models for several devices are told how to divide their work when they are traced,
-    and what starts a GPU or a TPU takes longer than what this saves.
+    Returns:
+        None if JAX has no such cache, or a remote one; and on anything but one CPU device. A program for several
+        devices depends on how they divide the work, and starting a GPU or a TPU takes longer than this cache saves.
     """
     settings = jax.config.values
-    place = settings["jax_compilation_cache_dir"]
-    if not place or "://" in place or not settings["jax_enable_compilation_cache"]:
+    directory = settings["jax_compilation_cache_dir"]
+    if not directory or "://" in directory or not settings["jax_enable_compilation_cache"]:
         return None
-    return Path(place) / "beit-jax" if jax.default_backend() == "cpu" and jax.device_count() == 1 else None
+    return Path(directory) / "beit-jax" if jax.default_backend() == "cpu" and jax.device_count() == 1 else None
 
 
-def forward(config: BeitConfig, params: Mapping[str, Array], place: Path) -> Callable[[ArrayLike, Wanted], Array]:
-    """What `beit_jax.inference.predict.forward` computes of the model with these (flat, float32) parameters.
+def forward(config: BeitConfig, params: Params, directory: Path) -> Callable[[ArrayLike, OutputName], Array]:
+    """The forward pass `beit_jax.inference.predict.forward` of a model, through the cache.
 
-    A damaged program is traced again. One that cannot be written is used all the same, with a warning, as JAX has it.
+    A damaged file is traced again. A file that cannot be written, or a JAX that cannot call a stored program, costs a
+    warning, and the result is computed all the same.
+
+    Args:
+        params: flat, float32.
     """
 
     @lru_cache
-    def program(shape: tuple[int, ...], wanted: Wanted) -> Callable[[Mapping[str, Array], ArrayLike], Array]:
-        path = place / (_key(config, shape, wanted) + SUFFIX)
-        found = _load(path)
-        if found is None:
-            found = _traced(config, params, shape, wanted)
-            _save(path, found)
-        return jax.jit(found)
+    def program(shape: tuple[int, ...], output: OutputName) -> Program:
+        path = directory / (_key(config, shape, output) + SUFFIX)
+        try:
+            traced = _load(path)
+            if traced is None:
+                traced = _trace(config, params, shape, output)
+                _save(path, traced)
+            return jax.jit(_callable(traced, params, shape))
+        except (ImportError, AttributeError, TypeError) as error:
+            warnings.warn(f"this JAX has no jax.export as expected ({error}); no program is stored", stacklevel=2)
+            return jax.jit(_model_forward(config, output))
 
-    return lambda pixel_values, wanted: program(np.shape(pixel_values), wanted)(params, pixel_values)
+    return lambda pixel_values, output: program(np.shape(pixel_values), output)(params, pixel_values)
 
 
-def _key(config: BeitConfig, shape: tuple[int, ...], wanted: Wanted) -> str:
-    """A digest of all that a traced program depends on: the question, the versions, JAX's settings, and our code."""
+def _key(config: BeitConfig, shape: tuple[int, ...], output: OutputName) -> str:
+    """A digest of all that a traced program depends on: the model, the shapes, JAX's settings, versions, our code."""
     versions = [version(name) for name in ("jax", "jaxlib", "flax")]
     settings = [(name, value) for name, value in sorted(jax.config.values.items()) if "_cache_" not in name]
-    digest = xxhash.xxh3_128(repr((config, shape, wanted, versions, settings)).encode())
+    digest = xxhash.xxh3_128(repr((config, shape, output, versions, settings)).encode())
     digest.update(source_digest().encode())
     return digest.hexdigest()
 
 
-def _traced(config: BeitConfig, params: Mapping[str, Array], shape: tuple[int, ...], wanted: Wanted) -> _Program:
+def _model_forward(config: BeitConfig, output: OutputName) -> Program:
     from beit_jax.inference import predict  # not at the top: they import Flax
     from beit_jax.models import build
 
-    def compute(params: Mapping[str, Array], pixel_values: Array) -> Array:
-        return predict.forward(build.build_model(config, unflatten(params)), pixel_values, wanted)
+    def compute(params: Params, pixel_values: ArrayLike) -> Array:
+        return predict.forward(build.build_model(config, unflatten(params)), pixel_values, output)
 
-    jitted = jax.jit(compute, keep_unused=True)  # features need no classifier, but are given one
-    found = export.export(jitted)(params, jax.ShapeDtypeStruct(shape, jnp.float32))
-    return _Program(found.out_avals[0].shape, found.mlir_module_serialized)
+    return compute
 
 
-def _load(path: Path) -> _Program | None:
-    """The program in a file; None if there is none, or if its digest, which stands in front, is not its own."""
+def _trace(config: BeitConfig, params: Params, shape: tuple[int, ...], output: OutputName) -> _Traced:
+    exported = _export(_model_forward(config, output), params, shape)
+    return _Traced(exported.out_avals[0].shape, exported.mlir_module_serialized)
+
+
+def _callable(traced: _Traced, params: Params, shape: tuple[int, ...]) -> Program:
+    """A function that computes a traced program.
+
+    jax.export reads files of its own only where the package flatbuffers is installed. This function exports a trivial
+    program with the same arguments and the same result instead, and replaces its StableHLO.
+    """
+    trivial = _export(lambda params, pixel_values: jnp.zeros(traced.shape, jnp.float32), params, shape)
+    return replace(trivial, mlir_module_serialized=traced.stablehlo).call
+
+
+def _export(function: Program, params: Params, shape: tuple[int, ...]) -> "jax.export.Exported":
+    import jax.export  # not at the top: only the cache needs it
+
+    jitted = jax.jit(function, keep_unused=True)  # so that every program takes all parameters; features need no head
+    return jax.export.export(jitted)(params, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def _load(path: Path) -> _Traced | None:
+    """Reads a program; None if there is no file, or if its content does not have the digest at its beginning."""
     if not os.access(path, os.R_OK):
         return None
     content = path.read_bytes()
@@ -137,14 +147,14 @@ def _load(path: Path) -> _Program | None:
     if xxhash.xxh3_128_digest(rest) != digest:
         return None
     shape, program = rest.split(b"\n", 1)
-    return _Program(tuple(json.loads(shape)), program)
+    return _Traced(tuple(json.loads(shape)), program)
 
 
-def _save(path: Path, program: _Program) -> None:
-    content = json.dumps(program.shape).encode() + b"\n" + program.stablehlo
+def _save(path: Path, traced: _Traced) -> None:
+    content = json.dumps(traced.shape).encode() + b"\n" + traced.stablehlo
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as partial:
             partial.write_bytes(xxhash.xxh3_128_digest(content) + content)
     except (BeitJaxError, OSError) as error:
-        warnings.warn(f"{path}: the program was not kept, the next start will trace it again ({error})", stacklevel=2)
+        warnings.warn(f"{path}: the program was not stored; the next start traces it again ({error})", stacklevel=2)

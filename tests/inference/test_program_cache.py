@@ -1,4 +1,4 @@
-"""Forward passes that are kept between processes: the same numbers, without Flax, and never those of another model."""
+"""The cache of traced forward passes: the same numbers, without Flax, and never those of another model."""
 
 import json
 import os
@@ -17,8 +17,7 @@ import pytest
 
 from beit_jax.convert import convert
 from beit_jax.hub import resolve
-from beit_jax.inference import predict
-from beit_jax.inference import program_cache as kept
+from beit_jax.inference import predict, program_cache
 from beit_jax.inference.predictor import Pooling
 from beit_jax.inference.reading import read
 from beit_jax.weights import NativeCheckpoint
@@ -58,29 +57,29 @@ def cache(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is traced from now on."""
-    heard, traced = [], kept._traced
+    heard, traced = [], program_cache._trace
 
-    def listening(config, params, shape, wanted):  # type: ignore[no-untyped-def]
-        heard.append(wanted)
-        return traced(config, params, shape, wanted)
+    def listening(config, params, shape, output):  # type: ignore[no-untyped-def]
+        heard.append(output)
+        return traced(config, params, shape, output)
 
-    monkeypatch.setattr(kept, "_traced", listening)
+    monkeypatch.setattr(program_cache, "_trace", listening)
     return heard
 
 
 def logits(checkpoint: NativeCheckpoint, place: Path, pixels: np.ndarray) -> np.ndarray:
     """By a forward pass of its own, as a new process has it."""
-    return np.asarray(kept.forward(checkpoint.config, checkpoint.params, place)(pixels, "logits"))
+    return np.asarray(program_cache.forward(checkpoint.config, checkpoint.params, place)(pixels, "logits"))
 
 
-@pytest.mark.parametrize("wanted", ["logits", *get_args(Pooling)])
-def test_a_kept_program_computes_what_the_model_does(
-    wanted: str, digits: NativeCheckpoint, pixels: np.ndarray, tmp_path: Path, traces: list[str]
+@pytest.mark.parametrize("output", ["logits", *get_args(Pooling)])
+def test_a_stored_program_computes_what_the_model_does(
+    output: str, digits: NativeCheckpoint, pixels: np.ndarray, tmp_path: Path, traces: list[str]
 ) -> None:
-    expected = np.asarray(predict.forward(predict.build(digits), pixels, wanted))
-    first = kept.forward(digits.config, digits.params, tmp_path)(pixels, wanted)
-    again = kept.forward(digits.config, digits.params, tmp_path)(pixels, wanted)
-    assert traces == [wanted]
+    expected = np.asarray(predict.forward(predict.build(digits), pixels, output))
+    first = program_cache.forward(digits.config, digits.params, tmp_path)(pixels, output)
+    again = program_cache.forward(digits.config, digits.params, tmp_path)(pixels, output)
+    assert traces == [output]
     assert np.array_equal(first, again)
     np.testing.assert_allclose(again, expected, rtol=0, atol=1e-6)
 
@@ -99,27 +98,27 @@ def test_it_computes_with_the_weights_that_it_is_given(
 def test_another_question_has_another_program(
     digits: NativeCheckpoint, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def key(*, epsilon: float = 1e-12, shape: tuple[int, ...] = pixels.shape, wanted: str = "logits") -> str:
-        return kept._key(replace(digits.config, layer_norm_eps=epsilon), shape, wanted)
+    def key(*, epsilon: float = 1e-12, shape: tuple[int, ...] = pixels.shape, output: str = "logits") -> str:
+        return program_cache._key(replace(digits.config, layer_norm_eps=epsilon), shape, output)
 
-    keys = [key(), key(epsilon=1e-6), key(shape=(2, *pixels.shape[1:])), key(wanted="pooled")]
+    keys = [key(), key(epsilon=1e-6), key(shape=(2, *pixels.shape[1:])), key(output="pooled")]
     with setting("jax_default_matmul_precision", "bfloat16"):
         keys.append(key())
-    monkeypatch.setattr(kept, "version", lambda name: "0.0.0" if name == "flax" else "1.0.0")
+    monkeypatch.setattr(program_cache, "version", lambda name: "0.0.0" if name == "flax" else "1.0.0")
     keys.append(key())
     for code in ("one", "another"):
-        monkeypatch.setattr(kept, "source_digest", lambda code=code: code)
+        monkeypatch.setattr(program_cache, "source_digest", lambda code=code: code)
         keys.append(key())
     assert len(set(keys)) == len(keys)
 
 
 def test_where_programs_lie_changes_nothing(digits: NativeCheckpoint, pixels: np.ndarray) -> None:
-    before = kept._key(digits.config, pixels.shape, "logits")
+    before = program_cache._key(digits.config, pixels.shape, "logits")
     with (
         setting("jax_compilation_cache_dir", "/elsewhere"),
         setting("jax_persistent_cache_min_compile_time_secs", 5.0),
     ):
-        assert kept._key(digits.config, pixels.shape, "logits") == before
+        assert program_cache._key(digits.config, pixels.shape, "logits") == before
 
 
 def flipped(content: bytes) -> bytes:
@@ -149,7 +148,7 @@ def test_a_place_that_cannot_be_written_costs_no_answer(
 ) -> None:
     expected = logits(digits, tmp_path / "good", pixels)
     (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match=r"file/beit-jax/\w+\.stablehlo: the program was not kept.*Not a directory"):
+    with pytest.warns(UserWarning, match=r"file/beit-jax/\w+\.stablehlo: the program was not stored.*Not a directory"):
         found = logits(digits, tmp_path / "file" / "beit-jax", pixels)
     assert np.array_equal(found, expected)
 
@@ -157,24 +156,24 @@ def test_a_place_that_cannot_be_written_costs_no_answer(
 def test_programs_lie_in_the_compilation_cache_of_one_cpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert kept.directory() == cache
+    assert program_cache.cache_directory() == cache
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert kept.directory() is None
+    assert program_cache.cache_directory() is None
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert kept.directory() is None
+    assert program_cache.cache_directory() is None
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     for place in (None, "gs://bucket/cache"):
         with setting("jax_compilation_cache_dir", place):
-            assert kept.directory() is None
+            assert program_cache.cache_directory() is None
     with setting("jax_enable_compilation_cache", False):
-        assert kept.directory() is None
+        assert program_cache.cache_directory() is None
 
 
 def test_without_a_cache_the_model_itself_computes(digits: NativeCheckpoint, cache: Path, traces: list[str]) -> None:
-    one = kept.predictor(digits).classify(IMAGES, top=3, batch_size=2)
+    one = program_cache.predictor(digits).classify(IMAGES, top=3, batch_size=2)
     with setting("jax_compilation_cache_dir", None):
-        other = kept.predictor(digits).classify(IMAGES, top=3, batch_size=2)
+        other = program_cache.predictor(digits).classify(IMAGES, top=3, batch_size=2)
     assert [[guess.index for guess in best] for best in one] == [[guess.index for guess in best] for best in other]
     assert len(traces) == (1 if jax.default_backend() == "cpu" and jax.device_count() == 1 else 0)
 
@@ -210,3 +209,17 @@ def test_a_second_start_imports_no_flax_and_answers_the_same(tmp_path: Path) -> 
     assert compiled
     start(**cache)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*-cache")} == compiled
+
+
+@pytest.mark.parametrize("error", [ImportError("gone"), AttributeError("moved"), TypeError("other arguments")])
+def test_a_jax_without_export_costs_no_answer(
+    error: Exception, digits: NativeCheckpoint, pixels: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(program_cache, "_export", failing)
+    with pytest.warns(UserWarning, match=str(error)):
+        found = logits(digits, tmp_path, pixels)
+    assert list(tmp_path.iterdir()) == []
+    np.testing.assert_allclose(found, np.asarray(predict.build(digits)(pixels).logits), rtol=0, atol=1e-6)
