@@ -35,9 +35,10 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, auto_augment, create_transform
 
-from beit_jax.train.augmentation.augment import train_transform
+from beit_jax.train.augmentation.classification import train_transform
 from beit_jax.train.augmentation.decode import decode
-from beit_jax.train.data.batches import open_dataset, train_batches
+from beit_jax.train.data.batches import train_batches
+from beit_jax.train.data.datasets import open_dataset
 from beit_jax.train.data.prepare import prepare_folder
 from beit_jax.train.recipe import STATISTICS, AugmentOptions, DataOptions
 

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 import beit_jax
-from beit_jax.train.data.batches import open_dataset
+from beit_jax.train.data.datasets import open_dataset
 from beit_jax.train.data.prepare import prepare_digits, prepare_folder
 
 if DATA is None:

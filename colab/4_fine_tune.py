@@ -64,7 +64,7 @@ from dataclasses import replace
 
 from beit_jax.convert import importer
 from beit_jax.hub import Source, resolve
-from beit_jax.train.recipes.finetuning import recipe_named
+from beit_jax.train.recipes import (recipe_named)
 
 if DATA is None:
     recipe = recipe_named("digits_finetune")
@@ -133,7 +133,7 @@ figure
 from matplotlib.figure import Figure
 
 import beit_jax
-from beit_jax.train.data.batches import open_dataset
+from beit_jax.train.data.datasets import open_dataset
 from beit_jax.train.evaluation import accuracy
 from beit_jax.train.evaluation.labelled import evaluate_directory
 

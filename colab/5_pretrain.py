@@ -41,10 +41,11 @@ from pathlib import Path
 
 from beit_jax.convert import tokenizers
 from beit_jax.hub import resolve
-from beit_jax.train.data.prepare import INFO, prepare_digits, prepare_images
+from beit_jax.train.data.prepare import prepare_digits, prepare_images
+from beit_jax.train.data.shards import INFO
 from beit_jax.train.loop.plan import make_plan
 from beit_jax.train.loop.run import train
-from beit_jax.train.recipes.finetuning import recipe_named
+from beit_jax.train.recipes import (recipe_named)
 
 
 def shortened(name, epochs, *, batch_size=None):
@@ -126,7 +127,7 @@ import beit_jax
 from beit_jax.looking.reconstruct import grid_picture, reconstruct
 from beit_jax.tokenizers.tokenizer import load_decoder, load_tokenizer
 from beit_jax.train.augmentation.masking import BlockMask
-from beit_jax.train.data.batches import open_dataset, splits
+from beit_jax.train.data.datasets import open_dataset, splits
 from beit_jax.train.recipe import MaskOptions
 
 model, processor = beit_jax.from_pretrained(Path("beit/model"))
@@ -167,7 +168,7 @@ print(f"the most frequent token        {np.bincount(tokens).max() / len(tokens):
 import jax
 
 from beit_jax.train.evaluation.neighbours import knn
-from beit_jax.train.objectives.initialize import initial_params
+from beit_jax.train.initial.parameters import (initial_params)
 
 
 def sample(split, limit=2000):

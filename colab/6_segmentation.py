@@ -96,7 +96,7 @@ from beit_jax.train.data.prepare import prepare_ade20k
 from beit_jax.train.loop.log import read_metrics
 from beit_jax.train.loop.plan import make_plan
 from beit_jax.train.loop.run import train
-from beit_jax.train.recipes.finetuning import recipe_named
+from beit_jax.train.recipes import (recipe_named)
 from beit_jax.train.step.optim import optimizer
 
 
@@ -124,7 +124,8 @@ def small_plan():
         auxiliary_channels=16,
         labels=tuple(names.get(number, label) for number, label in enumerate(plan.config.labels)),
     )
-    return replace(plan, config=config, task=replace(plan.task, config=config), tx=optimizer(recipe.optim, config))
+    objective, tx = plan.objective.replaced(config=config), optimizer(recipe.optim, config)
+    return replace(plan, config=config, objective=objective, tx=tx)
 
 
 if DATA is None:

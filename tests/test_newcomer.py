@@ -12,7 +12,7 @@ import torch
 import transformers
 from documents import ROOT, blocks
 
-from beit_jax.train.data.batches import open_dataset
+from beit_jax.train.data.datasets import open_dataset
 
 FIRST, PATH = "## Two commands", "## From a checkpoint to a trained model and back"
 PIP = re.compile(r"\.venv/bin/pip\b|python3 -m venv\b")

@@ -118,9 +118,10 @@ def _evaluate_segmentation(
     segmentation: SegmentationArguments,
     hub: Hub,
 ) -> int:
+    from beit_jax.train.data.listing import annotated_images
     from beit_jax.train.evaluation import segmentation as scoring
 
-    scoring.paired(images, annotations)  # before a checkpoint is fetched for nothing
+    annotated_images(images, annotations)  # before a checkpoint is fetched for nothing
     model, processor, options = segmentation.load(checkpoint, hub)
     scores = scoring.evaluate_folders(
         model, processor, images, annotations, options, reduce=not labels_from_zero, progress=image_progress

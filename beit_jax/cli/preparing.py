@@ -53,16 +53,10 @@ def prepare(
     source, dest = paths[0], paths[-1]
     if kind == "digits":
         done = preparing.prepare_digits(dest, progress, overwrite=overwrite)
-    elif kind == "folder":
-        share = 0.1 if held_out is None else held_out
-        done = preparing.prepare_folder(source, dest, progress, held_out=share, overwrite=overwrite, skip_bad=skip_bad)
-    elif kind in ("images", "imagenet22k"):
-        unlabelled = preparing.prepare_images if kind == "images" else preparing.prepare_imagenet22k
-        done = unlabelled(source, dest, progress, held_out=held_out or 0.0, overwrite=overwrite, skip_bad=skip_bad)
-    elif kind == "imagenet":
-        done = preparing.prepare_imagenet(source, dest, progress, overwrite=overwrite, skip_bad=skip_bad)
     else:
-        done = preparing.prepare_ade20k(source, dest, progress, overwrite=overwrite, skip_bad=skip_bad)
+        done = preparing.prepare(
+            kind, source, dest, progress, held_out=held_out, overwrite=overwrite, skip_bad=skip_bad
+        )
     if json:
         print_json(asdict(done) | {"directory": str(done.directory)})
         return 0

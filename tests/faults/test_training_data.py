@@ -19,11 +19,13 @@ import pytest
 from PIL import Image
 
 from beit_jax.errors import BeitJaxError
-from beit_jax.train.augmentation.augment import Transform
+from beit_jax.train.augmentation.classification import Transform
 from beit_jax.train.data import prepare
-from beit_jax.train.data.batches import open_dataset, train_batches
-from beit_jax.train.data.builders import Source, Split, classification_features
-from beit_jax.train.data.prepare import INFO, prepare_ade20k, prepare_folder, write
+from beit_jax.train.data.batches import train_batches
+from beit_jax.train.data.datasets import open_dataset
+from beit_jax.train.data.prepare import prepare_ade20k, prepare_folder, write
+from beit_jax.train.data.shards import INFO
+from beit_jax.train.data.sources import Source, Split, classification_features
 from beit_jax.train.recipe import DataOptions
 
 RECORDS, LABELS = 40, ("ant", "bee", "cat", "dog")
@@ -303,7 +305,8 @@ CHILD = """
 import sys
 from pathlib import Path
 import numpy as np
-from beit_jax.train.data.batches import open_dataset, train_batches
+from beit_jax.train.data.batches import train_batches
+from beit_jax.train.data.datasets import open_dataset
 from beit_jax.train.recipe import DataOptions
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from PIL import Image
 from scipy import stats
 
 from beit_jax.train.augmentation import mixing
-from beit_jax.train.augmentation.augment import Draws, draw_box, train_transform
+from beit_jax.train.augmentation.classification import Draws, draw_box, train_transform
 from beit_jax.train.augmentation.mixing import (
     Mixing,
     apply_mixing,

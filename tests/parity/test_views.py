@@ -11,7 +11,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 from scipy import stats
 
-from beit_jax.train.augmentation.augment import Draws
+from beit_jax.train.augmentation.classification import Draws
 from beit_jax.train.augmentation.views import ViewsTransform
 from beit_jax.train.recipe import AugmentOptions
 

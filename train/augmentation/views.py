@@ -9,8 +9,8 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
-from ..recipe import AugmentOptions
-from .augment import RESAMPLES, Draws, draw_box, draw_jitter
+from ..recipe import CropOptions
+from .classification import RESAMPLES, Draws, draw_box, draw_jitter
 from .decode import Pixels
 from .masking import BlockMask
 from .randaugment import perform
@@ -36,7 +36,7 @@ class ViewsTransform:
     on whether there are a second one and a mask.
     """
 
-    options: AugmentOptions
+    options: CropOptions
     size: tuple[int, int]
     token_size: tuple[int, int] | None
     token_interpolation: Literal["bicubic", "lanczos"]

@@ -8,27 +8,29 @@ training shuffles all of them.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Literal
 
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
-from beit_jax.atomic import check_destination, new_directory
+from beit_jax.atomic import Contents, check_destination, new_directory
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.terminal import Advance, Progress, no_progress
 
-from . import builders
-from .builders import Example, Source
+from .ade20k import ade20k
+from .digits import digits
+from .image_folders import folder, images
+from .imagenet import imagenet, imagenet22k
+from .shards import INFO, ShardWriter, check_shards
+from .sources import Example, Source
 
-INFO: Final = "dataset_info.json"
 VERSION: Final = "1.0.0"
-SHARD_BYTES: Final = 1 << 30
-_OPTIONS: Final = "group_size:1,uncompressed"  # a record at a time, at any place; pictures are compressed already
+CONTENTS: Final = Contents("data set", (INFO,))
 _AHEAD: Final = 64  # examples that are checked while others are written
 
 
@@ -48,62 +50,53 @@ class Prepared:
     left_out: tuple[str, ...] = ()
 
 
+Kind = Literal["folder", "images", "imagenet", "imagenet22k", "ade20k"]
+_WITH_SPLITS: Mapping[str, Callable[[Path], Source]] = {"imagenet": imagenet, "ade20k": ade20k}
+_WITHOUT_SPLITS: Mapping[str, Callable[..., Source]] = {
+    "folder": folder,
+    "images": images,
+    "imagenet22k": imagenet22k,
+}
+"""By kind, the function that finds the data set. Here it also takes the share to hold out for validation."""
+
+
 def prepare_digits(dest: Path, progress: Progress = no_progress, *, overwrite: bool = False) -> Prepared:
-    """Writes scikit-learn's handwritten digits (`builders.digits`); raises as `write` does."""
-    return write(builders.digits(), dest, progress, overwrite=overwrite)
+    """Writes scikit-learn's handwritten digits (`digits.digits`); raises as `write` does."""
+    return write(digits(), dest, progress, overwrite=overwrite)
 
 
-def prepare_folder(
+def prepare(
+    kind: Kind,
     source: Path,
     dest: Path,
     progress: Progress = no_progress,
     *,
-    held_out: float = 0.1,
+    held_out: float | None = None,
     overwrite: bool = False,
     skip_bad: bool = False,
 ) -> Prepared:
-    """Writes a tree with a folder per class (`builders.folder`); raises as it and `write` do."""
-    return write(builders.folder(source, held_out), dest, progress, overwrite=overwrite, skip_bad=skip_bad)
+    """Writes the data set of a kind that lies at `source`.
+
+    Args:
+        kind: "folder" and "images" (`image_folders`), "imagenet" and "imagenet22k" (`imagenet`), "ade20k" (`ade20k`).
+        held_out: the share of images that becomes the validation split; None: the default of the kind. ImageNet-1k and
+            ADE20K have a validation split, and do not use it.
+
+    Raises:
+        BeitJaxError: as the function of the kind and `write` do.
+    """
+    if kind in _WITH_SPLITS:
+        found = _WITH_SPLITS[kind](source)
+    elif held_out is None:
+        found = _WITHOUT_SPLITS[kind](source)
+    else:
+        found = _WITHOUT_SPLITS[kind](source, held_out)
+    return write(found, dest, progress, overwrite=overwrite, skip_bad=skip_bad)
 
 
-def prepare_images(
-    source: Path,
-    dest: Path,
-    progress: Progress = no_progress,
-    *,
-    held_out: float = 0.0,
-    overwrite: bool = False,
-    skip_bad: bool = False,
-) -> Prepared:
-    """Writes all images of a folder, without labels (`builders.images`); raises as it and `write` do."""
-    return write(builders.images(source, held_out), dest, progress, overwrite=overwrite, skip_bad=skip_bad)
-
-
-def prepare_imagenet(
-    source: Path, dest: Path, progress: Progress = no_progress, *, overwrite: bool = False, skip_bad: bool = False
-) -> Prepared:
-    """Writes ImageNet-1k from image-net.org's archives (`builders.imagenet`); raises as it and `write` do."""
-    return write(builders.imagenet(source), dest, progress, overwrite=overwrite, skip_bad=skip_bad)
-
-
-def prepare_imagenet22k(
-    source: Path,
-    dest: Path,
-    progress: Progress = no_progress,
-    *,
-    held_out: float = 0.0,
-    overwrite: bool = False,
-    skip_bad: bool = False,
-) -> Prepared:
-    """Writes ImageNet-22k from image-net.org's archives (`builders.imagenet22k`); raises as it and `write` do."""
-    return write(builders.imagenet22k(source, held_out), dest, progress, overwrite=overwrite, skip_bad=skip_bad)
-
-
-def prepare_ade20k(
-    source: Path, dest: Path, progress: Progress = no_progress, *, overwrite: bool = False, skip_bad: bool = False
-) -> Prepared:
-    """Writes ADE20K's images with their segmentations (`builders.ade20k`); raises as it and `write` do."""
-    return write(builders.ade20k(source), dest, progress, overwrite=overwrite, skip_bad=skip_bad)
+prepare_folder = partial(prepare, "folder")
+prepare_images = partial(prepare, "images")
+prepare_ade20k = partial(prepare, "ade20k")
 
 
 def write(
@@ -123,11 +116,9 @@ def write(
         BeitJaxError: `dest` exists and is not to be replaced, or holds something else than a data set; examples that
             cannot be used; a split without examples; the disk is full; what was written reads back otherwise.
     """
-    check_destination(dest, overwrite=overwrite)
-    if dest.is_dir() and any(dest.iterdir()) and not (dest / INFO).is_file():
-        raise BeitJaxError(f"{printable(dest)}: holds no data set; --overwrite replaces only data sets")
+    check_destination(dest, overwrite=overwrite, contents=CONTENTS)
     left_out: list[str] = []
-    with new_directory(dest, overwrite=overwrite, need_bytes=source.nbytes) as partial:
+    with new_directory(dest, overwrite=overwrite, contents=CONTENTS, need_bytes=source.nbytes) as partial:
         with progress(sum(split.count for split in source.splits.values())) as advance:
             infos = [
                 _write_split(source, split, partial, _usable(source, content.examples, left_out, advance))
@@ -145,39 +136,6 @@ def write(
         _write_info(source, partial, infos)
         _verify(partial, counts)
     return Prepared(dest, counts, source.labels, tuple(left_out))
-
-
-def check_shards(instructions: Sequence[Any]) -> None:
-    """Compares the number of records in every file with the number it was written with.
-
-    The reader itself finds zero records, and no fault, in a file that is cut off or that is something else.
-
-    Args:
-        instructions: TFDS' FileInstructions: filename, examples_in_shard.
-
-    Raises:
-        BeitJaxError: naming the first file that is missing, cut off or another one.
-    """
-    with ThreadPoolExecutor(max_workers=16) as pool:  # for file systems far away
-        found = list(pool.map(lambda instruction: _records_in(Path(instruction.filename)), instructions))
-    for instruction, count in zip(instructions, found, strict=True):
-        if count != instruction.examples_in_shard:
-            raise BeitJaxError(
-                f"{printable(instruction.filename)}: expected {instruction.examples_in_shard} records, found "
-                f"{count or 'none: cut off, or no ArrayRecord file'}; copy or prepare it again"
-            )
-
-
-def _records_in(path: Path) -> int:
-    if not path.is_file():
-        raise BeitJaxError(f"{printable(path)}: no such file, a part of the data set; copy or prepare it again")
-    reader = ArrayRecordReader(str(path))
-    try:
-        count = int(reader.num_records())
-        reader.close()
-    except RuntimeError:  # closing is when it admits that it could not read the file
-        return 0
-    return count
 
 
 def _usable(source: Source, examples: Iterable[Example], left_out: list[str], advance: Advance) -> Iterator[Example]:
@@ -210,46 +168,11 @@ def _usable(source: Source, examples: Iterable[Example], left_out: list[str], ad
             yield from next_usable()
 
 
-class _Shards:
-    """ArrayRecord files of about SHARD_BYTES; they get their names when their number is known."""
-
-    def __init__(self, template: tfds.core.ShardedFileTemplate):
-        self.template = template
-        self.lengths: list[int] = []
-        self.nbytes = 0
-        self._writer: Any = None
-        self._room = 0
-
-    def add(self, record: bytes) -> None:
-        if self._writer is None:
-            self._writer = ArrayRecordWriter(str(self._partial(len(self.lengths))), _OPTIONS)
-            self.lengths.append(0)
-            self._room = SHARD_BYTES
-        self._writer.write(record)
-        self.lengths[-1] += 1
-        self.nbytes += len(record)
-        self._room -= len(record)
-        if self._room <= 0:
-            self.close()
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def name(self) -> None:
-        for index in range(len(self.lengths)):
-            self._partial(index).rename(self.template.sharded_filepath(shard_index=index, num_shards=len(self.lengths)))
-
-    def _partial(self, index: int) -> Path:
-        return Path(self.template.data_dir) / f"{self.template.split}-{index}.partial"
-
-
 def _write_split(source: Source, split: str, directory: Path, examples: Iterator[Example]) -> tfds.core.SplitInfo:
     template = tfds.core.ShardedFileTemplate(
         data_dir=directory, dataset_name=source.name, split=split, filetype_suffix="array_record"
     )
-    shards = _Shards(template)
+    shards = ShardWriter(template)
     for example in examples:
         record = source.features.serialize_example(example)
         try:

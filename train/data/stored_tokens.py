@@ -13,24 +13,24 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tokenize import TokenError
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import xxhash
 from jaxtyping import Int, Int32
 
-from beit_jax.atomic import check_destination, new_directory
+from beit_jax.atomic import Contents, check_destination, new_directory
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.json_file import Fields, read_json
 from beit_jax.terminal import Progress, no_progress
-from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint
 from beit_jax.tree import flatten
 
 from ..augmentation.views import ViewsTransform
 from ..checkpoints.digests import synchronise, synchronise_entry
-from .batches import Batch
+from .workers import Batch
 
 TOKENS, DESCRIPTION = "tokens.npy", "tokens.json"
+CONTENTS: Final = Contents("stored tokens", (DESCRIPTION,))
 FORMAT: Final = "beit-jax stored tokens 1"
 _ABSENT = "absent"
 _AGAIN = "copy it again, or compute the tokens again"
@@ -104,23 +104,34 @@ class StoredTokens:
         return tokens.astype(np.int32)
 
 
+@runtime_checkable
+class Tokenizer(Protocol):
+    """A tokenizer's checkpoint: the configuration, a dataclass with a ``model_type``, and parameters by flat name."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def params(self) -> Mapping[str, np.ndarray]: ...
+
+
 def token_contract(
-    data: Mapping[str, Any], seed: int, views: ViewsTransform, tokenizer: TokenizerCheckpoint, dtype: str
+    data: Mapping[str, Any], seed: int, views: ViewsTransform, tokenizer: Tokenizer, dtype: str
 ) -> dict[str, Any]:
-    """All that decides the tokens of a position, for JSON. Nothing else: masks, batches and hosts may change.
+    """Everything that decides the tokens of a position, for JSON. Masks, batches and hosts are not in it.
 
     Args:
-        data: the contract of the data set, `data.Records.contract`.
-        dtype: what the tokenizer computes in.
+        data: the contract of the data set, `datasets.Records.contract`.
+        dtype: the type that the tokenizer computes in.
     """
     options = views.options
-    alone = views.token_size is None  # the tokenizer then sees the student's view
+    shared = views.token_size is None  # the tokenizer then sees the student's view
     return {
         "data": dict(data),
         "seed": seed,
         "view": {
             "size": views.size if views.token_size is None else views.token_size,
-            "interpolation": options.interpolation if alone else views.token_interpolation,
+            "interpolation": options.interpolation if shared else views.token_interpolation,
             "crop_scale": options.crop_scale,
             "crop_ratio": options.crop_ratio,
             "flip": options.flip,
@@ -160,11 +171,10 @@ def write_tokens(
     """
     if min(positions, patches) < 1:
         raise BeitJaxError(f"{directory}: expected tokens of at least one image, found {positions} images to store")
-    check_destination(directory, overwrite=overwrite)
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / DESCRIPTION).is_file():
-        raise BeitJaxError(f"{printable(directory)}: holds no stored tokens; --overwrite replaces only such")
+    check_destination(directory, overwrite=overwrite, contents=CONTENTS)
     dtype = _dtype(vocab_size)
-    with new_directory(directory, overwrite=overwrite, need_bytes=positions * patches * dtype.itemsize) as partial:
+    need_bytes = positions * patches * dtype.itemsize
+    with new_directory(directory, overwrite=overwrite, contents=CONTENTS, need_bytes=need_bytes) as partial:
         with (partial / TOKENS).open("wb") as file, progress(positions) as advance:
             out = _Digesting(file)
             header = {"descr": dtype.str, "fortran_order": False, "shape": (positions, patches)}

@@ -17,10 +17,11 @@ from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.build import Model
 from beit_jax.terminal import Progress, no_progress
 
-from ..data.batches import eval_batches, open_dataset
-from ..data.prepare import INFO
+from ..data.datasets import open_dataset
+from ..data.evaluation_batches import eval_batches
+from ..data.listing import SPLIT_FOLDERS, class_folders, class_images
+from ..data.shards import INFO
 from .accuracy import HostBatch, Scores, evaluate_classification
-from .segmentation import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -45,35 +46,23 @@ class ImageFolder:
         return {"image": path.read_bytes(), "label": self.classes[index], "file_name": str(path)}
 
 
-SPLIT_FOLDERS = {"validation": ("validation", "valid", "val"), "train": ("train", "training"), "test": ("test",)}
-
-
 def open_folder(directory: Path, split: str = "validation") -> ImageFolder:
-    """A tree with a folder per class, below a folder named as the split ("val" and such count) if there is one.
+    """A tree with a folder per class, as `listing.class_images` lists it.
+
+    The tree is the folder of the split below `directory` ("val" and the like count, see `listing.SPLIT_FOLDERS`), or
+    `directory` itself where there is no such folder.
 
     Raises:
-        BeitJaxError: no such folder, none in it, or one without an image.
+        BeitJaxError: no such folder, no folder of a class in it, or one without an image.
     """
     inner = [directory / name for name in SPLIT_FOLDERS.get(split, (split,)) if (directory / name).is_dir()]
     root = inner[0] if inner else directory
-    if not root.is_dir():
-        raise BeitJaxError(f"{printable(root)}: expected a folder, found {'a file' if root.exists() else 'nothing'}")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
+    if not class_folders(root):
         raise BeitJaxError(f"{printable(root)}: expected prepared data, or a folder of images per class; found neither")
-    images = [
-        (path, number)
-        for number, folder in enumerate(folders)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    ]
-    empty = sorted(set(range(len(folders))) - {number for _, number in images})
-    if empty:
-        raise BeitJaxError(
-            f"{printable(folders[empty[0]])}: no images in this folder, expected those of a class; remove it or fill it"
-        )
-    paths, classes = zip(*images, strict=True)
-    return ImageFolder(root, tuple(folder.name for folder in folders), paths, classes)
+    classes = class_images(root)
+    images = [(path, number) for number, paths in enumerate(classes.values()) for path in paths]
+    paths, numbers = zip(*images, strict=True)
+    return ImageFolder(root, tuple(classes), paths, numbers)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """How well a model segments: one confusion matrix, streamed over images, and the scores that follow from it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from beit_jax.inference.segmentation import DEFAULT, Inference, segment
 from beit_jax.models.build import Model
 from beit_jax.terminal import Progress, no_progress
 
+from ..data.listing import annotated_images
 from .shares import json_number, share
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def evaluate_folders(
         BeitJaxError: no images, images without annotation, annotations of another size than their image or with class
             numbers that the model does not have.
     """
-    pairs = paired(images, annotations)
+    pairs = annotated_images(images, annotations)
     confusion = Confusion(model.config.labels)
     with progress(len(pairs)) as advance:
         for image, annotation in pairs:
@@ -129,34 +127,6 @@ def evaluate_folders(
             confusion.add(segment(model, processor, picture, how), truth, printable(annotation))
             advance(1)
     return confusion.scores()
-
-
-def paired(images: Path, annotations: Path) -> list[tuple[Path, Path]]:
-    """Every image with its annotation, sorted by name.
-
-    Raises:
-        BeitJaxError: a folder is missing, holds nothing of use, or an image has no annotation.
-    """
-    pictures = _files(images, IMAGE_SUFFIXES, "images")
-    maps = {path.stem: path for path in _files(annotations, {".png"}, "annotations (.png)")}
-    alone = [path for path in pictures if path.stem not in maps]
-    if alone:
-        raise BeitJaxError(
-            f"{printable(annotations / (alone[0].stem + '.png'))}: no such file, the annotation of "
-            f"{printable(alone[0].name)}; {len(alone)} of {len(pictures)} images have none"
-        )
-    return [(path, maps[path.stem]) for path in pictures]
-
-
-def _files(folder: Path, suffixes: Sequence[str] | frozenset[str] | set[str], what: str) -> list[Path]:
-    if not folder.is_dir():
-        raise BeitJaxError(
-            f"{printable(folder)}: expected a folder of {what}, found {'a file' if folder.exists() else 'nothing'}"
-        )
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
-    if not found:
-        raise BeitJaxError(f"{printable(folder)}: no {what} in this folder")
-    return found
 
 
 def _mean(values: np.ndarray) -> float:

@@ -16,7 +16,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 from scipy import stats
 
 from beit_jax.errors import BeitJaxError
-from beit_jax.train.augmentation.augment import TrainTransform, draw_box, draw_jitter, train_transform
+from beit_jax.train.augmentation.classification import TrainTransform, draw_box, draw_jitter, train_transform
 from beit_jax.train.augmentation.randaugment import OPERATIONS, Operation, RandAugment, argument, perform
 from beit_jax.train.augmentation.smooth import smooth
 from beit_jax.train.recipe import AugmentOptions
@@ -53,7 +53,7 @@ def test_result_is_a_function_of_the_generator_alone(interpolation: str, randaug
 
 
 def test_workers_do_not_import_jax() -> None:
-    check = "import sys, beit_jax.train.augmentation.augment; sys.exit('jax' in sys.modules)"
+    check = "import sys, beit_jax.train.augmentation.classification; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 

@@ -148,7 +148,7 @@ def test_another_pillow_is_not_replaced(which: str, monkeypatch: pytest.MonkeyPa
 
 def test_small_images_do_not_load_numba() -> None:
     check = (
-        "import sys, numpy as np; from beit_jax.train.augmentation.augment import train_transform;"
+        "import sys, numpy as np; from beit_jax.train.augmentation.classification import train_transform;"
         "from beit_jax.train.recipe import AugmentOptions;"
         "transform = train_transform(AugmentOptions(), (64, 64), (0.5, 0.5, 0.5));"
         "[transform(np.zeros((80, 90, 3), np.uint8), np.random.default_rng(i)) for i in range(20)];"

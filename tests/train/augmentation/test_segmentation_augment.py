@@ -31,7 +31,7 @@ from beit_jax.train.augmentation.segmentation import (
     segmentation_transform,
     to_hsv,
 )
-from beit_jax.train.recipe import SegmentationOptions
+from beit_jax.train.objectives.segmentation import SegmentationOptions
 
 # What is 32 pixels high stays so.
 PLAIN = SegmentationOptions(scale=(64, 32), ratio=(1.0, 1.0), max_class_share=1.0, flip=0.0, photometric=False)

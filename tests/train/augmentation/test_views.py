@@ -11,7 +11,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 from scipy import stats
 
-from beit_jax.train.augmentation.augment import Draws
+from beit_jax.train.augmentation.classification import Draws
 from beit_jax.train.augmentation.masking import BlockMask
 from beit_jax.train.augmentation.randaugment import Operation
 from beit_jax.train.augmentation.views import ViewsTransform

@@ -19,23 +19,17 @@ from PIL import Image
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.images import ImageProcessor, Within
-from beit_jax.train.augmentation.augment import Transform, train_transform
+from beit_jax.train.augmentation.classification import Transform, train_transform
 from beit_jax.train.augmentation.segmentation import segmentation_transform
 from beit_jax.train.data import prepare
-from beit_jax.train.data.batches import (
-    Batch,
-    Batches,
-    Dataset,
-    Images,
-    SegmentationDataset,
-    eval_batches,
-    open_dataset,
-    open_segmentation,
-    train_batches,
-)
-from beit_jax.train.data.builders import Source, Split, classification_features
+from beit_jax.train.data.batches import Batches, train_batches
+from beit_jax.train.data.datasets import Dataset, SegmentationDataset, open_dataset, open_segmentation
+from beit_jax.train.data.evaluation_batches import Images, eval_batches
 from beit_jax.train.data.prepare import prepare_ade20k, write
-from beit_jax.train.recipe import AugmentOptions, DataOptions, SegmentationOptions
+from beit_jax.train.data.sources import Source, Split, classification_features
+from beit_jax.train.data.workers import Batch
+from beit_jax.train.objectives.segmentation import SegmentationOptions
+from beit_jax.train.recipe import AugmentOptions, DataOptions
 
 RECORDS, BATCH = 23, 8  # a batch divides no epoch
 LABELS = ("ant", "bee", "cat")

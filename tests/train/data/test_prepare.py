@@ -19,17 +19,17 @@ from scipy import stats
 from scipy.io import savemat
 
 from beit_jax.errors import BeitJaxError
-from beit_jax.train.data import prepare as module
-from beit_jax.train.data.builders import DEVKIT, META, TRAIN_TAR, TRUTH, VALIDATION_TAR, WHOLE_TAR
+from beit_jax.train.data import imagenet, shards
+from beit_jax.train.data.imagenet import DEVKIT, META, TRAIN_TAR, TRUTH, VALIDATION_TAR, WHOLE_TAR
 from beit_jax.train.data.prepare import (
     Prepared,
+    prepare,
     prepare_ade20k,
     prepare_digits,
     prepare_folder,
-    prepare_imagenet,
-    prepare_imagenet22k,
     prepare_images,
 )
+from beit_jax.train.data.shards import ShardWriter
 
 AS_STORED = {"image": tfds.decode.SkipDecoding()}
 
@@ -142,7 +142,7 @@ def test_held_out_share_follows_from_names_alone(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"readme.txt": b""}, "expected a folder per class, found none"),
-        ({"cat/a.png": b"", "dog/readme.txt": b""}, r"dog: a class without images"),
+        ({"cat/a.png": b"", "dog/readme.txt": b""}, r"dog: the folder of a class without images"),
         ({"train/cat/a.png": b"", "val/dog/a.png": b""}, r"val/dog: a class that training does not have"),
         ({"train/cat/a.png": b"", "val/cat/a.png": b"", "validation/cat/a.png": b""}, "found both"),
         ({"a\nb/a.png": b""}, r"a\\nb: a class needs a printable name"),
@@ -264,7 +264,7 @@ def archives(tmp_path: Path) -> Path:
 
 
 def test_imagenet(archives: Path, tmp_path: Path) -> None:
-    done = prepare_imagenet(archives, tmp_path / "data")
+    done = prepare("imagenet", archives, tmp_path / "data")
     assert done.labels == ("n01000000", "n02000000", "n03000000")
     assert done.splits == {"train": 12, "validation": 5}
     assert named(done.directory, "train") == {
@@ -282,14 +282,14 @@ def test_imagenet(archives: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("absent", "splits"), [(TRAIN_TAR, {"validation": 5}), (VALIDATION_TAR, {"train": 12})])
 def test_one_archive_of_imagenet_is_enough(absent: str, splits: dict[str, int], archives: Path, tmp_path: Path) -> None:
     (archives / absent).unlink()
-    assert prepare_imagenet(archives, tmp_path / "data").splits == splits
+    assert prepare("imagenet", archives, tmp_path / "data").splits == splits
 
 
 @pytest.mark.parametrize("place", ["", f"{DEVKIT}/data"])
 def test_the_devkit_may_be_unpacked(place: str, archives: Path, tmp_path: Path) -> None:
     (archives / f"{DEVKIT}.tar.gz").unlink()
     tree(archives / place, devkit())
-    assert prepare_imagenet(archives, tmp_path / "data").splits == {"train": 12, "validation": 5}
+    assert prepare("imagenet", archives, tmp_path / "data").splits == {"train": 12, "validation": 5}
 
 
 def without(names: Mapping[str, bytes], *absent: str) -> dict[str, bytes]:
@@ -341,7 +341,7 @@ def test_damaged_archives_leave_nothing(
 ) -> None:
     damage(archives)
     with pytest.raises(BeitJaxError, match=message) as caught:
-        prepare_imagenet(archives, tmp_path / "data")
+        prepare("imagenet", archives, tmp_path / "data")
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["archives"]
 
@@ -390,7 +390,7 @@ def test_imagenet22k(form: str, tmp_path: Path) -> None:
         source = whole_in(tmp_path, "other.tar") / "other.tar"
     else:
         source = whole_in(tmp_path, "winter21_whole.tar.gz", "w:gz") / "winter21_whole.tar.gz"
-    done = prepare_imagenet22k(source, tmp_path / "data")
+    done = prepare("imagenet22k", source, tmp_path / "data")
     assert done == Prepared(tmp_path / "data", {"train": 150}, SYNSETS)
     assert named(done.directory, "train") == expected_images()
     if form == "tars":
@@ -402,19 +402,19 @@ def test_imagenet22k(form: str, tmp_path: Path) -> None:
 def test_the_held_out_share_of_imagenet22k_follows_from_names_alone(tmp_path: Path) -> None:
     found = []
     for number, source in enumerate((tree(tmp_path / "tars", class_tars()), whole_in(tmp_path))):
-        done = prepare_imagenet22k(source, tmp_path / f"{number}", held_out=0.3)
+        done = prepare("imagenet22k", source, tmp_path / f"{number}", held_out=0.3)
         found.append([named(done.directory, split) for split in ("train", "validation")])
     assert found[0] == found[1]
     train, validation = found[0]
     assert not set(train) & set(validation) and train | validation == expected_images()
     assert stats.binomtest(len(validation), 150, 0.3).pvalue > 1e-3
     assert {label for _, label in validation.values()} == {0, 1, 2}
-    more = prepare_imagenet22k(tmp_path / "tars", tmp_path / "2", held_out=0.6)
+    more = prepare("imagenet22k", tmp_path / "tars", tmp_path / "2", held_out=0.6)
     assert set(named(more.directory, "validation")) > set(validation)
 
 
 def test_the_number_of_images_of_imagenet22k_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.builders, "BYTES_PER_IMAGE", 500)
+    monkeypatch.setattr(imagenet, "BYTES_PER_IMAGE", 500)
     totals: list[int] = []
 
     @contextmanager
@@ -424,7 +424,7 @@ def test_the_number_of_images_of_imagenet22k_is_estimated(tmp_path: Path, monkey
 
     sources = [tree(tmp_path / "tars", class_tars()), whole_in(tmp_path)]
     for number, source in enumerate(sources):
-        prepare_imagenet22k(source, tmp_path / f"{number}", progress, held_out=0.25)
+        prepare("imagenet22k", source, tmp_path / f"{number}", progress, held_out=0.25)
     nbytes = [sum(path.stat().st_size for path in sources[0].iterdir()), (tmp_path / WHOLE_TAR).stat().st_size]
     assert min(totals) > 400 and totals == pytest.approx([count / 500 for count in nbytes], abs=2)
 
@@ -459,16 +459,16 @@ def test_damaged_archives_of_imagenet22k_leave_nothing(
 ) -> None:
     (tmp_path / "source").mkdir()
     with pytest.raises(BeitJaxError, match=message) as caught:
-        prepare_imagenet22k(tree(tmp_path / "source", content), tmp_path / "data")
+        prepare("imagenet22k", tree(tmp_path / "source", content), tmp_path / "data")
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 def test_imagenet22k_arguments(tmp_path: Path) -> None:
     with pytest.raises(BeitJaxError, match=r"none: expected a tar per class .*, found neither"):
-        prepare_imagenet22k(tmp_path / "none", tmp_path / "data")
+        prepare("imagenet22k", tmp_path / "none", tmp_path / "data")
     with pytest.raises(BeitJaxError, match=r"held-out share: expected a number in \[0, 1\), found -0.1"):
-        prepare_imagenet22k(tree(tmp_path / "tars", class_tars()), tmp_path / "data", held_out=-0.1)
+        prepare("imagenet22k", tree(tmp_path / "tars", class_tars()), tmp_path / "data", held_out=-0.1)
 
 
 # ADE20K
@@ -518,7 +518,7 @@ def test_segmentations_that_cannot_be(values: np.ndarray, message: str, scenes: 
 
 def test_ade20k_needs_every_annotation(scenes: Path, tmp_path: Path) -> None:
     (scenes / "annotations/training/ADE_1.png").unlink()
-    with pytest.raises(BeitJaxError, match=r"training: .* found none for ADE_1.jpg"):
+    with pytest.raises(BeitJaxError, match=r"annotations/training/ADE_1.png: no such file.* ADE_1.jpg"):
         prepare_ade20k(scenes, tmp_path / "data")
     with pytest.raises(BeitJaxError, match="images/training: no such folder"):
         prepare_ade20k(tmp_path, tmp_path / "data")
@@ -535,11 +535,11 @@ def pets(tmp_path: Path) -> Path:
 def test_shards_are_numbered_and_hold_the_records_in_order(
     pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2000)
     done = prepare_folder(pets, tmp_path / "data", held_out=0)
-    shards = sorted(path.name for path in done.directory.glob("*array_record*"))
-    assert len(shards) > 3
-    assert shards == [f"image_folder-train.array_record-{i:05d}-of-{len(shards):05d}" for i in range(len(shards))]
+    names = sorted(path.name for path in done.directory.glob("*array_record*"))
+    assert len(names) > 3
+    assert names == [f"image_folder-train.array_record-{i:05d}-of-{len(names):05d}" for i in range(len(names))]
     expected = sorted(path.relative_to(pets).as_posix() for path in pets.rglob("*.png"))
     assert list(named(done.directory, "train")) == expected
 
@@ -588,7 +588,7 @@ def test_only_data_sets_are_replaced(pets: Path, tmp_path: Path) -> None:
 
 
 def test_what_reads_back_otherwise_is_not_kept(pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module._Shards, "name", lose_the_end_of_a_shard(module._Shards.name))
+    monkeypatch.setattr(ShardWriter, "name", lose_the_end_of_a_shard(ShardWriter.name))
     with pytest.raises(BeitJaxError, match="expected 100 records, found none: cut off"):
         prepare_folder(pets, tmp_path / "data", held_out=0)
     assert not (tmp_path / "data").exists()

@@ -22,9 +22,11 @@ from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint
 from beit_jax.train.augmentation.masking import BlockMask
 from beit_jax.train.augmentation.views import ViewsTransform
 from beit_jax.train.data import stored_tokens
-from beit_jax.train.data.batches import Batch, Dataset, open_dataset, train_batches
+from beit_jax.train.data.batches import train_batches
+from beit_jax.train.data.datasets import Dataset, open_dataset
 from beit_jax.train.data.prepare import prepare_digits
 from beit_jax.train.data.stored_tokens import DESCRIPTION, TOKENS, StoredTokens, token_contract, write_tokens
+from beit_jax.train.data.workers import Batch
 from beit_jax.train.recipe import AugmentOptions, DataOptions, MaskOptions
 from beit_jax.tree import flatten
 

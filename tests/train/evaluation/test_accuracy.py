@@ -490,7 +490,7 @@ def test_folders_that_are_no_data_are_named(digits: Any, tmp_path: Path) -> None
         open_folder(tmp_path)
     (tmp_path / "b").mkdir(), (tmp_path / "a" / "deep").mkdir(parents=True), (tmp_path / ".git").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "a" / "deep" / "1.JPG", "JPEG")
-    with pytest.raises(BeitJaxError, match="b: no images in this folder"):
+    with pytest.raises(BeitJaxError, match="b: the folder of a class without images"):
         open_folder(tmp_path)
     Image.new("RGB", (2, 2)).save(tmp_path / "b" / "1.png")
     folder = open_folder(tmp_path)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from beit_jax.errors import BeitJaxError
-from beit_jax.train.evaluation.segmentation import Confusion, SegmentationScores, paired
+from beit_jax.train.data.listing import annotated_images
+from beit_jax.train.evaluation.segmentation import Confusion, SegmentationScores
 
 LABELS = ("a", "b", "c", "d", "e", "f")
 
@@ -70,17 +71,18 @@ def test_wrong_maps_are_named() -> None:
 def test_images_are_paired_by_name(tmp_path: Path) -> None:
     images, annotations = tmp_path / "images", tmp_path / "annotations"
     with pytest.raises(BeitJaxError, match="images: expected a folder of images, found nothing"):
-        paired(images, annotations)
+        annotated_images(images, annotations)
     images.mkdir(), annotations.mkdir()
     with pytest.raises(BeitJaxError, match="images: no images in this folder"):
-        paired(images, annotations)
+        annotated_images(images, annotations)
     for name in ("b.jpg", "a.jpg"):
         Image.new("RGB", (2, 2)).save(images / name)
     (images / "notes.txt").write_text("not an image")
     with pytest.raises(BeitJaxError, match=r"annotations: no annotations \(.png\) in this folder"):
-        paired(images, annotations)
+        annotated_images(images, annotations)
     Image.new("L", (2, 2)).save(annotations / "a.png")
     with pytest.raises(BeitJaxError, match=r"b.png: no such file, the annotation of b.jpg; 1 of 2 images have none"):
-        paired(images, annotations)
+        annotated_images(images, annotations)
     Image.new("L", (2, 2)).save(annotations / "b.png")
-    assert [(a.name, b.name) for a, b in paired(images, annotations)] == [("a.jpg", "a.png"), ("b.jpg", "b.png")]
+    pairs = [(image.name, annotation.name) for image, annotation in annotated_images(images, annotations)]
+    assert pairs == [("a.jpg", "a.png"), ("b.jpg", "b.png")]

@@ -17,8 +17,10 @@ from scipy.integrate import quad
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, load_decoder, load_tokenizer, save_tokenizer
-from beit_jax.train.data.builders import digits
+from beit_jax.train.data.digits import digits
 from beit_jax.train.objectives.dvae import (
+    DvaeOptions,
+    DvaeRecipe,
     abstract_dvae,
     code_noise,
     configs,
@@ -30,8 +32,8 @@ from beit_jax.train.objectives.dvae import (
     negative_log_likelihood,
     relaxed_codes,
 )
-from beit_jax.train.recipe import DvaeOptions, OptimOptions, Recipe
-from beit_jax.train.step.objective import Objective
+from beit_jax.train.recipe import OptimOptions
+from beit_jax.train.step.criterion import Criterion
 from beit_jax.train.step.schedule import schedule_table
 from beit_jax.train.step.state import initial_state
 from beit_jax.train.step.step import make_train_step
@@ -41,15 +43,15 @@ TINY = DvaeOptions(vocab_size=12, width=8, groups=2, blocks=1, embedding=6)
 SIZE = (8, 12)
 
 
-def objective(options: DvaeOptions = TINY, steps: int = 100) -> Objective:
-    return dvae(Recipe(name="", objective="dvae", dvae=options), steps)
+def objective(options: DvaeOptions = TINY, steps: int = 100) -> Criterion:
+    return dvae(DvaeRecipe(dvae=options), steps)
 
 
 def images(count: int = 2) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).integers(0, 256, (count, *SIZE, 3)), jnp.uint8)
 
 
-def jitted(task: Objective, graph: nnx.GraphDef[Any]) -> Any:
+def jitted(task: Criterion, graph: nnx.GraphDef[Any]) -> Any:
     """Loss and metrics, from parameters, a batch and a key or None."""
     return jax.jit(lambda params, batch, key: task.loss(nnx.merge(graph, params), batch, key, None))
 

@@ -17,16 +17,16 @@ from beit_jax.images.label_maps import IGNORED
 from beit_jax.inference import predict
 from beit_jax.inference.segmentation import segment
 from beit_jax.models.build import param_shapes, statistics
-from beit_jax.train.data.batches import open_segmentation
+from beit_jax.train.data.datasets import open_segmentation
 from beit_jax.train.data.prepare import prepare_ade20k, prepare_digits
 from beit_jax.train.evaluation.segmentation import Confusion, evaluate_folders
 from beit_jax.train.forecast.preview import preview
+from beit_jax.train.initial import model_config as resolve
 from beit_jax.train.loop.plan import Plan, make_plan
 from beit_jax.train.loop.run import train
-from beit_jax.train.objectives import model_config as resolve
-from beit_jax.train.objectives.supervised import Segmentation
-from beit_jax.train.recipe import AugmentOptions, Recipe, SegmentationOptions, check
-from beit_jax.train.recipes.finetuning import recipe_named
+from beit_jax.train.objectives.segmentation import Segmentation, SegmentationOptions
+from beit_jax.train.recipe import AugmentOptions, Recipe
+from beit_jax.train.recipes import recipe_named
 from beit_jax.train.step.optim import layer_scales, weight_decay_mask
 from beit_jax.train.step.schedule import poly_table
 from beit_jax.tree import flatten
@@ -103,7 +103,7 @@ def recipe() -> Recipe:
 
 @pytest.fixture(scope="module")
 def plan(recipe: Recipe, data: Path) -> Plan:
-    check(recipe)
+    recipe.check()
     plan = make_plan(recipe, data, None)
     assert plan.steps == STEPS
     return plan
@@ -148,7 +148,7 @@ def test_running_statistics_move_and_no_gradient_moves_them(plan: Plan, run: Pat
     assert names and set(flatten(first.stats)) == names
     assert not names & set(flatten(first.params))
     assert set(flatten(first.params)) | names == set(param_shapes(plan.config))
-    assert set(flatten(first.ema)) == set(flatten(first.params))
+    assert set(flatten(first.average)) == set(flatten(first.params))
     trained = params(run / "model")
     for name, before in flatten(first.stats).items():
         assert not np.array_equal(trained[name], before), f"{name} stands still"
@@ -216,11 +216,11 @@ def test_a_new_head_on_a_checkpoint(recipe: Recipe, run: Path, data: Path) -> No
     leaves = flatten(first.params) | flatten(first.stats)
     assert np.array_equal(leaves["beit/blocks/mlp/fc1/kernel"], before["beit/blocks/mlp/fc1/kernel"])
     assert leaves["beit/blocks/attention/bias_table"].shape != before["beit/blocks/attention/bias_table"].shape
-    assert not any(leaf is other for leaf in jax.tree.leaves(first.ema) for other in jax.tree.leaves(first.params))
+    assert not any(leaf is other for leaf in jax.tree.leaves(first.average) for other in jax.tree.leaves(first.params))
 
 
 def test_all_but_the_encoder_learns_at_the_full_rate(plan: Plan) -> None:
-    learned = plan.task.shapes().params
+    learned = plan.objective.shapes().params
     scales = flatten(layer_scales(learned, plan.config, 0.5))
     outside = {name for name in scales if not name.startswith("beit/")}
     assert {name.partition("/")[0] for name in outside} == {"fpn", "decode_head", "auxiliary_head"}
@@ -233,7 +233,7 @@ def test_what_decays(plan: Plan) -> None:
     """In the original's segmentation the class token does, too: its exception is spelled otherwise."""
     optim = plan.recipe.optim
     assert optim.decay_class_token
-    decays = flatten(weight_decay_mask(plan.task.shapes().params, class_token=True))
+    decays = flatten(weight_decay_mask(plan.objective.shapes().params, class_token=True))
     vectors = {name for name in decays if name.endswith(("bias", "scale", "gamma_1", "gamma_2"))}
     assert {name for name, decay in decays.items() if not decay} == vectors
     assert decays["beit/embeddings/cls_token"]
@@ -241,8 +241,8 @@ def test_what_decays(plan: Plan) -> None:
 
 def test_padding_has_the_mean_colour_and_no_label(plan: Plan) -> None:
     """Images of at most 128 pixels in a crop of 256: normalised, the rest is 0 as in mmseg."""
-    assert isinstance(plan.task, Segmentation)
-    task = replace(plan.task, config=replace(plan.config, image_size=(256, 256)))
+    assert isinstance(plan.objective, Segmentation)
+    task = replace(plan.objective, config=replace(plan.config, image_size=(256, 256)))
     image, labels = task.transform(Image.new("RGB", (60, 60)), np.zeros((60, 60), np.uint8), np.random.default_rng(0))
     assert image[-1, -1].tolist() == [124, 116, 104]
     assert labels[-1, -1] == IGNORED and labels[0, 0] == 0
@@ -272,4 +272,4 @@ def test_data_of_another_kind_is_refused(recipe: Recipe, data: Path, tmp_path: P
 )
 def test_options_that_cannot_be(recipe: Recipe, change: dict[str, Any], message: str) -> None:
     with pytest.raises(BeitJaxError, match=message):
-        check(replace(recipe, **change))
+        replace(recipe, **change).check()

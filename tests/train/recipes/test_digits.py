@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from beit_jax.train.data.batches import open_dataset
+from beit_jax.train.data.datasets import open_dataset
 
 
 def beit_jax(*arguments: object) -> dict[str, object]:

@@ -1,0 +1,283 @@
+"""Prepared data sets: a split is opened once, and records are read from it by index."""
+
+import hashlib
+import itertools
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, TypedDict, TypeVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
+from tensorflow_datasets.proto import tf_example_pb2
+
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.label_maps import LabelMap, check_labels, decode_label_map, reduce_labels
+
+from ..augmentation.decode import Pixels, decode
+from .shards import INFO, check_shards
+
+PIPELINE: Final = 1
+"""Part of a run's contract; goes up when the same data and seed would give other batches."""
+ADE20K_CLASSES: Final = 150
+
+
+class Record(TypedDict):
+    """An image file, the number of its class, and the name it came with."""
+
+    image: bytes
+    label: int
+    file_name: str
+
+
+class SegmentationRecord(TypedDict):
+    """An image file, the PNG file of its label map (0 for none, classes from 1), and the name they came with."""
+
+    image: bytes
+    segmentation: bytes
+    file_name: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file: its name, the records of the split in it (from `skip` on `take`), and its size."""
+
+    name: str
+    skip: int
+    take: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Records:
+    """A split of a prepared data set, whatever its records hold.
+
+    Attributes:
+        name: TFDS' name and version.
+        labels: names of the classes, by number.
+    """
+
+    directory: Path
+    name: str
+    split: str
+    labels: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    _source: Any = field(repr=False, compare=False)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return list(itertools.accumulate((shard.take for shard in self.shards), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def where(self, index: int) -> str:
+        """A record for people: its shard, and its place there."""
+        place = bisect_right(self._starts, index) - 1
+        shard = self.shards[place]
+        return f"{printable(shard.name)}: record {index - self._starts[place] + shard.skip}"
+
+    def contract(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed with this data, for JSON."""
+        files = "\n".join(f"{shard.name} {shard.skip} {shard.take} {shard.nbytes}" for shard in self.shards)
+        return {
+            "dataset": self.name,
+            "split": self.split,
+            "records": len(self),
+            "files": f"{len(self.shards)} with sizes {_digest(files)}",
+            "classes": f"{len(self.labels)} with names {_digest(chr(10).join(self.labels))}",
+            "pipeline": PIPELINE,
+        }
+
+    def _values(self, index: int, kind: str, **lists: str) -> dict[str, Any]:
+        """The first value of each of these features, by name, and the file name.
+
+        Args:
+            kind: what a record should be, for errors.
+            lists: feature to the list of ``tf.train.Feature`` that holds it.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            data = self._source[index]
+        except RuntimeError as error:
+            if "Corrupted" not in str(error):  # of the file, as Riegeli finds it; all else is the storage's failure
+                raise
+            raise BeitJaxError(f"{self.where(index)}: damaged ({printable(error)}); copy it again") from error
+        try:
+            # Not TFDS' own parser, which takes as long as decoding a small image.
+            found = tf_example_pb2.Example.FromString(data).features.feature
+            values = {name: getattr(found[name], held).value[0] for name, held in lists.items()}
+        except (DecodeError, IndexError) as error:
+            raise BeitJaxError(f"{self.where(index)}: no {kind} ({printable(error)})") from error
+        name = b"".join(found["file_name"].bytes_list.value).decode("utf-8", "replace")
+        return values | {"file_name": name or self.where(index)}
+
+    def _called(self, index: int, file_name: str) -> str:
+        return f"{self.where(index)} ({printable(file_name)})"
+
+
+class Dataset(Records):
+    """A split of classified images. Indexing reads one record."""
+
+    def __getitem__(self, index: int) -> Record:
+        """The record at `index`.
+
+        Raises:
+            BeitJaxError: it is damaged, is no classified image, or its label is out of range.
+            RuntimeError: the storage failed.
+            IndexError: there is no such record.
+        """
+        values = self._values(index, "classified image", image="bytes_list", label="int64_list")
+        image, label, file_name = values["image"], values["label"], values["file_name"]
+        if not 0 <= label < len(self.labels):
+            raise BeitJaxError(f"{self.where(index)}: label {label}, expected 0 to {len(self.labels) - 1}")
+        return Record(image=image, label=label, file_name=file_name)
+
+    def load(self, index: int) -> tuple[Pixels, int]:
+        """The decoded image, uint8 [h, w, 3], and its label; raises as indexing and `decode` do, naming the record."""
+        record = self[index]
+        return decode(record["image"], self._called(index, record["file_name"])), record["label"]
+
+
+class SegmentationDataset(Records):
+    """A split of images with label maps. Indexing reads one record."""
+
+    def __getitem__(self, index: int) -> SegmentationRecord:
+        """The record at `index`.
+
+        Raises:
+            BeitJaxError: it is damaged, or is no image with a segmentation.
+            RuntimeError: the storage failed.
+            IndexError: there is no such record.
+        """
+        values = self._values(index, "image with a segmentation", image="bytes_list", segmentation="bytes_list")
+        image, segmentation, file_name = values["image"], values["segmentation"], values["file_name"]
+        return SegmentationRecord(image=image, segmentation=segmentation, file_name=file_name)
+
+    def load(self, index: int) -> tuple[Pixels, LabelMap]:
+        """The decoded image, uint8 [h, w, 3], and its labels, uint8 [h, w]: classes from 0, 255 where there is none.
+
+        Raises:
+            BeitJaxError: as indexing, `decode` and `decode_label_map` do, or sizes that differ, or a class out of
+                range; naming the record.
+        """
+        record = self[index]
+        name = self._called(index, record["file_name"])
+        image, labels = decode(record["image"], name), decode_label_map(record["segmentation"], f"{name}: segmentation")
+        if labels.shape != image.shape[:2]:
+            found, expected = (f"{width}x{height}" for height, width in (labels.shape, image.shape[:2]))
+            raise BeitJaxError(f"{name}: segmentation of {found} pixels, expected {expected} as its image")
+        labels = reduce_labels(labels)
+        check_labels(labels, self.labels, f"{name}: reduced segmentation")
+        return image, labels.astype(np.uint8)
+
+
+_Kind = TypeVar("_Kind", bound=Records)
+
+
+def open_dataset(directory: Path, split: str) -> Dataset:
+    """A split of a data set that `beit-jax prepare`, or TFDS with ``--file_format=array_record``, has written.
+
+    Args:
+        directory: the one that holds dataset_info.json.
+        split: "train", "validation" ..., or part of one as TFDS writes it: "train[:1%]".
+
+    Raises:
+        BeitJaxError: no data set there, another format, no such split, no images with labels; a file of the split is
+            missing, cut off or another one.
+    """
+    return _open(Dataset, directory, split, _class_names)
+
+
+def open_segmentation(directory: Path, split: str) -> SegmentationDataset:
+    """A split of ADE20K that ``beit-jax prepare ade20k`` has written; its 150 classes are called as its models' are.
+
+    Args:
+        directory: the one that holds dataset_info.json.
+        split: as of `open_dataset`.
+
+    Raises:
+        BeitJaxError: as `open_dataset`; no images with segmentations.
+    """
+    return _open(SegmentationDataset, directory, split, _map_names)
+
+
+def _open(
+    kind: type[_Kind], directory: Path, split: str, class_names: Callable[[Path, Mapping[str, Any]], tuple[str, ...]]
+) -> _Kind:
+    builder = _builder(directory)
+    labels = class_names(directory, builder.info.features)
+    instructions = _instructions(directory, builder.info.splits, split)
+    check_shards(instructions)
+    shards = (
+        Shard(Path(part.filename).name, part.skip, part.take, os.stat(part.filename).st_size) for part in instructions
+    )
+    name = f"{builder.info.name} {builder.info.version}"
+    source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    return kind(directory, name, split, labels, tuple(shards), source)
+
+
+def splits(directory: Path) -> tuple[str, ...]:
+    """Names of the splits of prepared data.
+
+    Raises:
+        BeitJaxError: no data set there, or another format.
+    """
+    return tuple(sorted(_builder(directory).info.splits))
+
+
+def _builder(directory: Path) -> Any:
+    if not (directory / INFO).is_file():
+        below = sorted(path.parent for depth in ("*", "*/*") for path in directory.glob(f"{depth}/{INFO}"))
+        hint = f"did you mean {printable(below[0])}?" if below else "write one: beit-jax prepare --help"
+        raise BeitJaxError(f"{printable(directory)}: no data set here (no {INFO}); {hint}")
+    try:
+        builder = tfds.builder_from_directory(directory)
+        file_format = builder.info.file_format
+    except Exception as error:  # TFDS lets out whatever its parsing of the JSON hits
+        found = printable(f"{type(error).__name__}: {error}")
+        raise BeitJaxError(f"{printable(directory / INFO)}: damaged ({found}); prepare the data again") from error
+    if file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        found = file_format.value if file_format else "none"
+        raise BeitJaxError(
+            f"{printable(directory)}: expected array_record files, found {found}; convert them: tfds convert_format"
+        )
+    return builder
+
+
+def _class_names(directory: Path, features: Mapping[str, Any]) -> tuple[str, ...]:
+    _check_features(directory, features, {"image": tfds.features.Image, "label": tfds.features.ClassLabel})
+    return tuple(features["label"].names)
+
+
+def _map_names(directory: Path, features: Mapping[str, Any]) -> tuple[str, ...]:
+    _check_features(directory, features, {"image": tfds.features.Image, "segmentation": tfds.features.Image})
+    return tuple(f"LABEL_{number}" for number in range(ADE20K_CLASSES))
+
+
+def _check_features(directory: Path, features: Mapping[str, Any], wanted: Mapping[str, type]) -> None:
+    if not all(name in features and isinstance(features[name], kind) for name, kind in wanted.items()):
+        expected = " and ".join(f"{name} ({kind.__name__})" for name, kind in wanted.items())
+        found = printable(", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items()))
+        raise BeitJaxError(f"{printable(directory)}: expected {expected}, found {found}")
+
+
+def _instructions(directory: Path, splits: Mapping[str, Any], split: str) -> list[Any]:
+    if split.partition("[")[0] not in splits:
+        raise BeitJaxError(f"{printable(directory)}: no split {printable(split)}, found {', '.join(sorted(splits))}")
+    try:
+        instructions = list(splits[split].file_instructions)
+    except Exception as error:  # TFDS' parser of "train[:1%]" asserts, and raises ValueError and KeyError
+        raise BeitJaxError(f"{printable(directory)}: split {printable(split)}: {printable(error)}") from error
+    if not sum(part.take for part in instructions):
+        raise BeitJaxError(f"{printable(directory)}: the split {printable(split)} has no records")
+    return instructions
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

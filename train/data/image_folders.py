@@ -1,0 +1,115 @@
+"""Folders of images as data sets to prepare: a folder per class, or images without labels."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from beit_jax.errors import BeitJaxError, printable
+
+from .listing import SPLIT_FOLDERS, SUFFIXES, check_folder, class_folders, class_images, image_files
+from .sources import Example, Source, Split, check_share, classification_features, name_hash, read_bytes, utf8
+
+Labelled = Sequence[tuple[Path, int]]
+
+UNLABELLED: Final = "unlabelled"
+
+
+def folder(source: Path, held_out: float = 0.1) -> Source:
+    """A tree with a folder per class, in one of two forms.
+
+    The tree is ``train/CLASS/...``, with ``val`` or ``validation`` and perhaps ``test`` beside ``train`` (`listing.
+    SPLIT_FOLDERS` has all names), or it is ``CLASS/...``. `listing.class_images` says which files are images. Classes
+    are numbered in the order of their sorted names, as torchvision's ImageFolder numbers them.
+
+    Args:
+        held_out: the share of each class that becomes the validation split, where the tree has none. The files are
+            chosen by their names: the same ones every time. 0: none.
+
+    Raises:
+        BeitJaxError: no such folder, no classes, a class without images, or a class that only validation has.
+    """
+    check_folder(source)
+    check_share(held_out)
+    roots = _split_roots(source)
+    labels = tuple(class_images(roots["train"]))
+    for name in labels:
+        if not name.isprintable():
+            raise BeitJaxError(f"{printable(roots['train'] / name)}: a class needs a printable name; rename it")
+    files = {split: _numbered(root, labels) for split, root in roots.items()}
+    if "validation" not in files and held_out > 0:
+        files["train"], files["validation"] = _hold_out(files["train"], source, held_out)
+    return _of_files("image_folder", f"Images of {len(labels)} folders.", labels, files, source)
+
+
+def images(source: Path, held_out: float = 0.0) -> Source:
+    """All images of a folder, at any depth, as one class, "unlabelled".
+
+    Args:
+        held_out: as for `folder`.
+
+    Raises:
+        BeitJaxError: no such folder, or no images in it.
+    """
+    check_folder(source)
+    check_share(held_out)
+    found = [(path, 0) for path in image_files(source)]
+    if not found:
+        raise BeitJaxError(f"{printable(source)}: expected images ({', '.join(sorted(SUFFIXES))}), found none")
+    files = {"train": found}
+    if held_out > 0:
+        files["train"], files["validation"] = _hold_out(found, source, held_out)
+    return _of_files("images", "Images without labels.", (UNLABELLED,), files, source)
+
+
+def _of_files(
+    name: str, description: str, labels: tuple[str, ...], files: Mapping[str, Labelled], root: Path
+) -> Source:
+    def example(path: Path, label: int) -> Example:
+        return {"image": read_bytes(path), "label": label, "file_name": utf8(path.relative_to(root).as_posix())}
+
+    splits = {split: Split(len(found), (example(*pair) for pair in found)) for split, found in files.items()}
+    nbytes = sum(path.stat().st_size for found in files.values() for path, _ in found)
+    return Source(name, description, labels, classification_features(labels), splits, nbytes)
+
+
+def _split_roots(source: Path) -> dict[str, Path]:
+    """The folders of the splits; the whole tree is "train" unless it has a training folder and nothing but splits."""
+    split_of = {name: split for split, names in SPLIT_FOLDERS.items() for name in names}
+    folders = class_folders(source)
+    if not any(split_of.get(path.name) == "train" for path in folders) or any(
+        path.name not in split_of for path in folders
+    ):
+        return {"train": source}
+    roots: dict[str, Path] = {}
+    for path in folders:
+        first = roots.setdefault(split_of[path.name], path)
+        if first != path:
+            raise BeitJaxError(f"{printable(source)}: expected {first.name} or {path.name}, found both; remove one")
+    return roots
+
+
+def _numbered(root: Path, labels: tuple[str, ...]) -> list[tuple[Path, int]]:
+    """The images of a tree with a folder per class, with the numbers of their classes."""
+    numbers = {name: number for number, name in enumerate(labels)}
+    files: list[tuple[Path, int]] = []
+    for name, images in class_images(root).items():
+        if name not in numbers:
+            raise BeitJaxError(
+                f"{printable(root / name)}: a class that training does not have; remove it, or add it there"
+            )
+        files += [(image, numbers[name]) for image in images]
+    return files
+
+
+def _hold_out(files: Labelled, source: Path, share: float) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
+    by_class: dict[int, list[Path]] = {}
+    for path, label in files:
+        by_class.setdefault(label, []).append(path)
+    held: set[Path] = set()
+    for paths in by_class.values():
+        count = min(max(1, round(share * len(paths))), len(paths) - 1)  # a class stays in training whatever its size
+        by_hash = sorted(paths, key=lambda path: name_hash(path.relative_to(source)))
+        held.update(by_hash[:count])
+    if not held:
+        raise BeitJaxError(f"{printable(source)}: every class has one image only, none can be held out; pass 0")
+    return [pair for pair in files if pair[0] not in held], [pair for pair in files if pair[0] in held]

@@ -1,0 +1,91 @@
+"""Lists the images below a folder, or those of a tree with a folder per class; for `prepare` and for `evaluate`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from beit_jax.errors import BeitJaxError, printable
+
+SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+SPLIT_FOLDERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val"),
+    "test": ("test",),
+}
+"""The names that the folder of a split may have."""
+
+
+def image_files(root: Path) -> list[Path]:
+    """The images at any depth below a folder, sorted by path.
+
+    A file is an image if its suffix is one of `SUFFIXES`. Hidden files, and files in hidden folders, are left out.
+    """
+    found = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and not _is_hidden(path, root))
+    return sorted(path for path in found if path.is_file())
+
+
+def class_folders(root: Path) -> list[Path]:
+    """The folders of a tree with a folder per class, sorted by name. Hidden folders are left out.
+
+    Raises:
+        BeitJaxError: `root` is no folder.
+    """
+    check_folder(root)
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def class_images(root: Path) -> dict[str, list[Path]]:
+    """The images of every class, by the name of its folder: classes sorted by name, images by path.
+
+    Raises:
+        BeitJaxError: `root` is no folder, has no folder for a class, or the folder of a class has no image.
+    """
+    classes = {folder: image_files(folder) for folder in class_folders(root)}
+    if not classes:
+        raise BeitJaxError(f"{printable(root)}: expected a folder per class, found none")
+    for folder, images in classes.items():
+        if not images:
+            suffixes = ", ".join(sorted(SUFFIXES))
+            raise BeitJaxError(
+                f"{printable(folder)}: the folder of a class without images; expected {suffixes}; fill or remove it"
+            )
+    return {folder.name: images for folder, images in classes.items()}
+
+
+def annotated_images(images: Path, annotations: Path) -> list[tuple[Path, Path]]:
+    """Every image of a folder with its annotation, the PNG of the same name in another folder; sorted by path.
+
+    Raises:
+        BeitJaxError: a folder is missing or has no files of its kind, or an image has no annotation.
+    """
+    pictures = image_files(images)
+    maps = {path.stem: path for path in image_files(annotations) if path.suffix.lower() == ".png"}
+    for folder, kind, found in ((images, "images", pictures), (annotations, "annotations (.png)", maps)):
+        check_folder(folder, kind)
+        if not found:
+            raise BeitJaxError(f"{printable(folder)}: no {kind} in this folder")
+    alone = [path for path in pictures if path.stem not in maps]
+    if alone:
+        raise BeitJaxError(
+            f"{printable(annotations / (alone[0].stem + '.png'))}: no such file, the annotation of "
+            f"{printable(alone[0].name)}; {len(alone)} of {len(pictures)} images have none"
+        )
+    return [(path, maps[path.stem]) for path in pictures]
+
+
+def check_folder(root: Path, kind: str = "") -> None:
+    """Refuses a path that is no folder.
+
+    Args:
+        kind: what the folder should hold, for the error.
+
+    Raises:
+        BeitJaxError: `root` is a file, or does not exist.
+    """
+    if not root.is_dir():
+        expected, found = f"a folder of {kind}" if kind else "a folder", "a file" if root.exists() else "nothing"
+        raise BeitJaxError(f"{printable(root)}: expected {expected}, found {found}")
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)

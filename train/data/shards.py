@@ -1,0 +1,87 @@
+"""The ArrayRecord files of a prepared data set: written one after the other, and checked before they are read."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from beit_jax.errors import BeitJaxError, printable
+
+INFO: Final = "dataset_info.json"
+"""The file that makes a directory a prepared data set."""
+SHARD_BYTES: Final = 1 << 30
+_OPTIONS: Final = "group_size:1,uncompressed"  # a record at a time, at any place; pictures are compressed already
+
+
+class ShardWriter:
+    """Writes records to files of about SHARD_BYTES. The files get their names once their number is known."""
+
+    def __init__(self, template: tfds.core.ShardedFileTemplate):
+        self.template = template
+        self.lengths: list[int] = []
+        self.nbytes = 0
+        self._writer: Any = None
+        self._room = 0
+
+    def add(self, record: bytes) -> None:
+        """Appends a record to the file that is open, or to a new one."""
+        if self._writer is None:
+            self._writer = ArrayRecordWriter(str(self._partial(len(self.lengths))), _OPTIONS)
+            self.lengths.append(0)
+            self._room = SHARD_BYTES
+        self._writer.write(record)
+        self.lengths[-1] += 1
+        self.nbytes += len(record)
+        self._room -= len(record)
+        if self._room <= 0:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the file that is open."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def name(self) -> None:
+        """Gives all files the names by which TFDS finds them."""
+        for index in range(len(self.lengths)):
+            self._partial(index).rename(self.template.sharded_filepath(shard_index=index, num_shards=len(self.lengths)))
+
+    def _partial(self, index: int) -> Path:
+        return Path(self.template.data_dir) / f"{self.template.split}-{index}.partial"
+
+
+def check_shards(instructions: Sequence[Any]) -> None:
+    """Compares the number of records in every file with the number it was written with.
+
+    The reader itself finds zero records, and no fault, in a file that is cut off or that is something else.
+
+    Args:
+        instructions: TFDS' FileInstructions: filename, examples_in_shard.
+
+    Raises:
+        BeitJaxError: naming the first file that is missing, cut off or another one.
+    """
+    with ThreadPoolExecutor(max_workers=16) as pool:  # for file systems far away
+        found = list(pool.map(lambda instruction: _records_in(Path(instruction.filename)), instructions))
+    for instruction, count in zip(instructions, found, strict=True):
+        if count != instruction.examples_in_shard:
+            raise BeitJaxError(
+                f"{printable(instruction.filename)}: expected {instruction.examples_in_shard} records, found "
+                f"{count or 'none: cut off, or no ArrayRecord file'}; copy or prepare it again"
+            )
+
+
+def _records_in(path: Path) -> int:
+    if not path.is_file():
+        raise BeitJaxError(f"{printable(path)}: no such file, a part of the data set; copy or prepare it again")
+    reader = ArrayRecordReader(str(path))
+    try:
+        count = int(reader.num_records())
+        reader.close()
+    except RuntimeError:  # closing is when it admits that it could not read the file
+        return 0
+    return count

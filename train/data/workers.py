@@ -1,0 +1,77 @@
+"""Batches made ahead of time, by a thread of this process or by worker processes."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any, Final
+
+import grain
+import numpy as np
+from absl import flags
+
+from beit_jax.errors import BeitJaxError, printable
+
+Batch = dict[str, np.ndarray]
+
+_AHEAD: Final = 4  # batches that a thread of this process is ahead
+
+
+def default_workers() -> int:
+    """Half of the cores this process may use, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, cores // 2)
+
+
+class BatchStream(Iterator[Batch]):
+    """Grain's batches, made ahead by a thread or by worker processes; every failure is one line and the end."""
+
+    def __init__(self, batches: Any, workers: int | None, directory: Path):
+        self._directory = directory
+        self._batches = iter(_ahead(batches, default_workers() if workers is None else workers))
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            raise BeitJaxError(f"{printable(self._directory)}: reading has ended; open the batches anew")
+        try:
+            return dict(next(self._batches))
+        except BeitJaxError:
+            self.close()
+            raise
+        except RuntimeError as error:
+            self.close()
+            hint = "check the storage, the memory, /dev/shm and `ulimit -n`, then run again"
+            raise BeitJaxError(f"{printable(self._directory)}: {printable(error)}; {hint}") from error
+
+    def close(self) -> None:
+        """Ends the workers. Grain complains at the interpreter's exit about iterators that then still exist."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+
+def _ahead(batches: Any, workers: int) -> Any:
+    if workers == 0:
+        return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD))
+    if not flags.FLAGS.is_parsed():  # Grain reads its flags, which only absl's own programs parse
+        flags.FLAGS.mark_as_parsed()
+    in_order = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    # One finished batch a worker: Grain holds another in the parent, and those of ImageNet recipes have 150 MB.
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+    return in_order.mp_prefetch(options, worker_init_fn=_start_worker)
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Leaves signals to the parent, which finishes its step and saves; ends when the parent does, however it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
