@@ -46,7 +46,7 @@ import jax
 import beit_jax
 from beit_jax.images import HALF, preset
 from beit_jax.train.data.prepare import prepare_digits
-from beit_jax.train.initial.parameters import (initial_params)
+from beit_jax.train.initial.parameters import initial_params
 
 if DATA is None:
     from dataclasses import replace

@@ -64,7 +64,7 @@ from dataclasses import replace
 
 from beit_jax.convert import importer
 from beit_jax.hub import Source, resolve
-from beit_jax.train.recipes import (recipe_named)
+from beit_jax.train.recipes import recipe_named
 
 if DATA is None:
     recipe = recipe_named("digits_finetune")
@@ -113,7 +113,7 @@ if DATA is None:
 
 # %%
 from beit_jax.looking import visualize
-from beit_jax.train.loop.log import read_metrics
+from beit_jax.train.loop.metrics_file import read_metrics
 
 figure = visualize.training_curves(
     {name: read_metrics(Path(name) / "metrics.jsonl") for name in runs}, metrics=["loss", "accuracy"]

@@ -45,7 +45,7 @@ from beit_jax.train.data.prepare import prepare_digits, prepare_images
 from beit_jax.train.data.shards import INFO
 from beit_jax.train.loop.plan import make_plan
 from beit_jax.train.loop.run import train
-from beit_jax.train.recipes import (recipe_named)
+from beit_jax.train.recipes import recipe_named
 
 
 def shortened(name, epochs, *, batch_size=None):
@@ -104,7 +104,7 @@ print({name: round(value, 3) for name, value in data2vec_run.scores.items()})
 
 # %%
 from beit_jax.looking import visualize
-from beit_jax.train.loop.log import read_metrics
+from beit_jax.train.loop.metrics_file import read_metrics
 
 runs = {name: read_metrics(Path(name) / "metrics.jsonl") for name in ("beit", "data2vec")}
 figure = visualize.training_curves(runs, metrics=["loss", "masked_accuracy", "target_deviation"])
@@ -168,7 +168,7 @@ print(f"the most frequent token        {np.bincount(tokens).max() / len(tokens):
 import jax
 
 from beit_jax.train.evaluation.neighbours import knn
-from beit_jax.train.initial.parameters import (initial_params)
+from beit_jax.train.initial.parameters import initial_params
 
 
 def sample(split, limit=2000):

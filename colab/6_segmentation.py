@@ -93,10 +93,10 @@ import beit_jax
 from beit_jax.images import ade20k_processor
 from beit_jax.looking import visualize
 from beit_jax.train.data.prepare import prepare_ade20k
-from beit_jax.train.loop.log import read_metrics
+from beit_jax.train.loop.metrics_file import read_metrics
 from beit_jax.train.loop.plan import make_plan
 from beit_jax.train.loop.run import train
-from beit_jax.train.recipes import (recipe_named)
+from beit_jax.train.recipes import recipe_named
 from beit_jax.train.step.optim import optimizer
 
 

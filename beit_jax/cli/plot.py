@@ -145,7 +145,7 @@ class CurvesPlot:
 
     def draw(self) -> int:
         from beit_jax.looking import visualize
-        from beit_jax.train.loop.log import METRICS, read_metrics
+        from beit_jax.train.loop.metrics_file import METRICS, read_metrics
 
         visualize.check_output(self.output)
         labels = _labels(self.runs)

@@ -1,8 +1,8 @@
 """Pictures of what goes on inside a model and in training, as matplotlib figures.
 
-What they show comes from `beit_jax.looking.interpret`, `beit_jax.train.loop.log.read_metrics` and `beit_jax.convert.parity`. Label
-maps over images are drawn by `beit_jax.looking.pictures`, masked patches and what is predicted for them by
-`beit_jax.looking.reconstruct`, confusion matrices by `beit_jax.train.evaluation.confusion`.
+The numbers come from `beit_jax.looking.interpret`, `beit_jax.train.loop.metrics_file.read_metrics` and
+`beit_jax.convert.parity`. Other modules draw label maps over images (`beit_jax.looking.pictures`), masked patches and
+their predictions (`beit_jax.looking.reconstruct`) and confusion matrices (`beit_jax.train.evaluation.confusion`).
 
 No figure belongs to pyplot: nothing has to be closed, and no window opens. Text from files is escaped.
 """
@@ -199,7 +199,7 @@ def training_curves(runs: Mapping[str, Records], *, metrics: Sequence[str] = (),
     Values that were not finite are gaps.
 
     Args:
-        runs: label to records, as `beit_jax.train.loop.log.read_metrics` gives them.
+        runs: label to records, as `beit_jax.train.loop.metrics_file.read_metrics` gives them.
         metrics: what to draw, "loss" with "validation_loss"; by default what there is of `USUAL`, and all whose names
             begin with "validation_".
         log: metrics to draw on a logarithmic axis.

@@ -32,7 +32,8 @@ from beit_jax.inference.predict import from_pretrained
 from beit_jax.looking import interpret, visualize
 from beit_jax.looking.interpret import ImageAttention, PositionBias, image_attention, rollout
 from beit_jax.models.build import Model, build_model, param_shapes
-from beit_jax.train.loop.log import Log, read_metrics
+from beit_jax.train.loop.log import Log
+from beit_jax.train.loop.metrics_file import read_metrics
 from beit_jax.tree import unflatten
 from beit_jax.weights import NativeCheckpoint, save
 

@@ -16,7 +16,9 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from beit_jax.errors import BeitJaxError
-from beit_jax.train.loop.log import BOARD, METRICS, PHASES, Clock, Log, Timing, describe, duration, keep_until
+from beit_jax.train.loop.log import BOARD, Log, describe
+from beit_jax.train.loop.metrics_file import METRICS, keep_until
+from beit_jax.train.loop.timing import PHASES, Clock, Timing, duration
 
 
 class Time:
