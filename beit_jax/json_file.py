@@ -1,6 +1,8 @@
-"""JSON from files that are not to be trusted: every complaint names the file and the key."""
+"""JSON files that may be damaged, hostile or simply something else: every error names the file and the key."""
 
 import json
+import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,14 +10,42 @@ from typing import Any
 
 from beit_jax.errors import BeitJaxError, printable
 
+MAX_BYTES = 1 << 28
+"""Larger files are refused: the index of the largest sharded checkpoint has less than a hundredth of this."""
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+
+def read_json(path: Path, *, advice: str = "a model directory needs it") -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Args:
+        advice: the end of an error, which says what the file is for or what to do.
 
     Raises:
-        BeitJaxError: the file is missing or unreadable, is no JSON, holds a key twice, or is no object.
+        BeitJaxError: the file is missing, unreadable, no regular file or too large; it is no JSON, has a key twice, or
+            is no object.
     """
+    content = _parse(path, advice, regular=True)
+    if not isinstance(content, dict):
+        raise BeitJaxError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    return content
 
+
+def read_json_array(path: Path, *, advice: str) -> list[Any]:
+    """Reads a JSON array from a file or a pipe that the user named.
+
+    Args:
+        advice: the end of an error.
+
+    Raises:
+        BeitJaxError: as `read_json`; or it is no array.
+    """
+    content = _parse(path, advice, regular=False)
+    if not isinstance(content, list):
+        raise BeitJaxError(f"{printable(path)}: expected a JSON array, found a {type(content).__name__}; {advice}")
+    return content
+
+
+def _parse(path: Path, advice: str, *, regular: bool) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -24,32 +54,46 @@ def read_json(path: Path) -> dict[str, Any]:
         return result
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        return json.loads(_read(path, regular=regular).decode("utf-8"), object_pairs_hook=unique)
     except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
-        raise BeitJaxError(f"{path}: {reason}; a model directory needs it") from None
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise BeitJaxError(f"{printable(path)}: {reason}; {advice}") from None
     except BeitJaxError:
         raise
     except (ValueError, RecursionError) as error:  # a number of five thousand digits is a ValueError
-        raise BeitJaxError(f"{path}: not JSON ({printable(error)})") from None
-    if not isinstance(content, dict):
-        raise BeitJaxError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+        raise BeitJaxError(f"{printable(path)}: not JSON ({printable(error)}); {advice}") from None
+
+
+def _read(path: Path, *, regular: bool) -> bytes:
+    # Without O_NONBLOCK, opening a FIFO in somebody's model directory would wait for ever.
+    flag = os.O_NONBLOCK if regular else 0
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | flag)) as file:
+        if regular and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise BeitJaxError(f"{printable(path)}: expected a regular file, found a device or a pipe")
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise BeitJaxError(f"{printable(path)}: expected at most {MAX_BYTES:,} bytes of JSON, found more")
     return content
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object for people to read: indented, with a newline at the end."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 class Fields:
-    """Typed look-ups in a parsed JSON object.
+    """Looks up values of a parsed JSON object and checks their types.
 
     Args:
         content: the object.
-        file: what begins every complaint.
+        file: the name with which every error begins.
     """
 
     def __init__(self, content: Mapping[str, Any], file: str):
         self.content, self.file = content, file
 
     def error(self, key: str, expected: str) -> BeitJaxError:
-        """The one line that says what `key` should have been and what it is."""
+        """The error for a key: what was expected, and what was found."""
         found = printable(json.dumps(self.content[key])) if key in self.content else "nothing"
         return BeitJaxError(f"{self.file}: {key}: expected {expected}, found {found}")
 
@@ -63,7 +107,7 @@ class Fields:
         return kind(value)
 
     def choice(self, key: str, accepted: tuple[str, ...], default: str | None) -> Any:
-        """The value, which must be one of `accepted`."""
+        """The value; refuses one that is not among `accepted`."""
         value = self.content.get(key, default)
         if value not in accepted:
             raise self.error(key, " or ".join(accepted))
@@ -88,7 +132,7 @@ class Fields:
 
 
 def changes(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, old, new) of every value in which what came from JSON differs."""
+    """Yields (dotted name, old, new) for every value in which two parsed JSON documents differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted(old.keys() | new.keys()):
             yield from changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)

@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from beit_jax import json_file
 from beit_jax.config import BeitConfig, hf_notes
 from beit_jax.errors import BeitJaxError
-from beit_jax.json_file import read_json
+from beit_jax.json_file import read_json, read_json_array
 from beit_jax.models.build import num_params
 from beit_jax.variants import VARIANTS
 
@@ -187,3 +189,32 @@ def test_bad_json_is_named(tmp_path: Path, content: bytes | None, message: str) 
         path.write_bytes(content)
     with pytest.raises(BeitJaxError, match="config.json: " + message.replace("(", r"\(")):
         read_json(path)
+
+
+def test_json_of_another_kind_of_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A FIFO in a model directory must not hang, nor a huge file fill the memory."""
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(BeitJaxError, match=r"pipe\.json: expected a regular file"):
+        read_json(tmp_path / "pipe.json")
+    with pytest.raises(BeitJaxError, match=f"{tmp_path}: cannot be read"):
+        read_json(tmp_path)
+    (tmp_path / "large.json").write_bytes(b'{"a": 1000}')
+    monkeypatch.setattr(json_file, "MAX_BYTES", 11)
+    assert read_json(tmp_path / "large.json") == {"a": 1000}
+    monkeypatch.setattr(json_file, "MAX_BYTES", 10)
+    with pytest.raises(BeitJaxError, match=r"large\.json: .*at most 10 bytes"):
+        read_json(tmp_path / "large.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no such file"), ("{", "not JSON"), ("{}", "found a dict"), ("[1]", None)]
+)
+def test_arrays(tmp_path: Path, content: str | None, message: str | None) -> None:
+    path = tmp_path / "array.json"
+    if content is not None:
+        path.write_text(content)
+    if message is None:
+        assert read_json_array(path, advice="ask again") == [1]
+        return
+    with pytest.raises(BeitJaxError, match=rf"array\.json: .*{message}.*; ask again"):
+        read_json_array(path, advice="ask again")

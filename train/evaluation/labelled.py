@@ -1,6 +1,5 @@
 """Labelled images for evaluation: prepared data or a folder per class, and which class of the model each label is."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from jaxtyping import Int
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.processor import ImageProcessor
+from beit_jax.json_file import read_json_array
 from beit_jax.models.build import Model
 from beit_jax.terminal import Progress, no_progress
 
@@ -162,15 +162,8 @@ def real_labels(path: Path, file_names: Sequence[str], classes: int) -> Int[np.n
 
 
 def _read_lists(path: Path, classes: int) -> list[list[int]]:
-    try:
-        lists = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BeitJaxError(
-            f"{printable(path)}: cannot be read ({error.strerror}); give the path of real.json"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise BeitJaxError(f"{printable(path)}: not JSON ({printable(error)}); fetch real.json again") from None
-    if not isinstance(lists, list) or not all(isinstance(entry, list) for entry in lists):
+    lists = read_json_array(path, advice="give the path of real.json")
+    if not all(isinstance(entry, list) for entry in lists):
         raise BeitJaxError(f"{printable(path)}: expected a list of lists of classes; give the path of real.json")
     for number, entry in enumerate(lists, start=1):
         for label in entry:
