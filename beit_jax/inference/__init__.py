@@ -1,6 +1,7 @@
-"""From a checkpoint and images to labels, features and label maps.
+"""Inference: from a checkpoint and images to labels, features and label maps.
 
-`reading` takes a checkpoint of any format, `predict` and `segmentation` are the public functions, `predictor` what they do
-with any forward pass, `program_cache` keeps traced programs for the next process. May import: the ground, images, weights,
-models, and `beit_jax.convert` when a checkpoint is not a native one.
+`predict` holds the public functions for labels and features, `segmentation` those for label maps. `reading` loads a
+checkpoint of any format, `predictor` turns images into labels and features by a given forward pass, `program_cache`
+stores traced programs for the next process. May import: the ground, `images`, `weights`, `models`, and
+`beit_jax.convert` for a checkpoint that is not native.
 """

@@ -1,4 +1,4 @@
-"""From a checkpoint and images to labels and features."""
+"""Labels and features of images, by a model or from a checkpoint."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -32,20 +32,20 @@ def from_pretrained(
     Args:
         source: a native checkpoint, a directory in Hugging Face format (converted in memory), or a hub name.
         revision, cache_dir: of a hub name, as huggingface_hub has them.
-        dtype: what matrix products compute in, float32 or bfloat16.
+        dtype: of the matrix products, float32 or bfloat16.
 
     Returns:
         The model, a pytree that works under `jax.jit`, `jax.grad` and `jax.vmap`; and its `ImageProcessor`.
 
     Raises:
-        BeitJaxError: no such source, or one that cannot be read completely; one line that says which file or tensor.
+        BeitJaxError: the source does not exist or cannot be read completely; names the file or the tensor.
     """
     checkpoint = read(resolve(source, revision=revision, cache_dir=cache_dir))
     return build(checkpoint, dtype=dtype), checkpoint.processor
 
 
 def build(checkpoint: NativeCheckpoint, *, dtype: DTypeLike = jnp.float32) -> Model:
-    """The model of a checkpoint that was read, with float32 parameters."""
+    """Builds the model of a loaded checkpoint, with float32 parameters."""
     return build_model(checkpoint.config, unflatten(float32_params(checkpoint)), dtype=dtype)
 
 
@@ -71,8 +71,8 @@ def features(
     """Features of every image, float32.
 
     Args:
-        pooling: "pooled": what the model itself pools, or the mean of the patch tokens where it pools nothing;
-            "mean" of the patch tokens, "cls" token, or all "tokens", class token first.
+        pooling: "mean" of the patch tokens; the "cls" token; all "tokens", class token first; or "pooled": the model's
+            own pooled output, and the mean of the patch tokens if the model pools nothing.
 
     Raises:
         BeitJaxError: an image that cannot be read.

@@ -66,7 +66,7 @@ class Predictor:
         return np.stack(list(self._run(images, batch_size, pooling)))
 
     def _run(self, images: Sequence[ImageLike], batch_size: int, output: OutputName) -> Iterator[np.ndarray]:
-        """Yields the output of one image after the other. The last batch is padded, so that one compilation serves all."""
+        """Yields the output of one image after the other. The last batch is padded: one program serves all."""
         size = max(1, min(batch_size, len(images)))
         for start in range(0, len(images), size):
             batch = list(images[start : start + size])

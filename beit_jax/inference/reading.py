@@ -1,14 +1,14 @@
-"""A checkpoint in any format to a native one in memory."""
+"""Reads a checkpoint of any format into memory as a native one."""
 
 from beit_jax.hub import Source
 from beit_jax.weights.native import NativeCheckpoint, is_native, load
 
 
 def read(source: Source) -> NativeCheckpoint:
-    """A native checkpoint as it is; any other source through the converter, in memory.
+    """Loads a native checkpoint, or converts any other source in memory.
 
     Raises:
-        BeitJaxError: it cannot be read completely; one line that says which file or tensor.
+        BeitJaxError: the checkpoint cannot be read completely; names the file or the tensor.
     """
     if source.path.is_dir() and is_native(source.path):
         return load(source.path)

@@ -1,10 +1,10 @@
-"""Images of any size to label maps: in one piece or by overlapping windows, at several scales, averaged with flips.
+"""Images of any size to label maps: whole or by overlapping windows, averaged over scales and mirrored images.
 
-Windows are padded to one size and run in batches of one size (or of all windows, where those are fewer), so that the
-model is compiled for few shapes whatever the images' sizes. A window's logits are kept at the resolution the model has
-them in. What follows is linear and separable (upsampling to the window, averaging where windows overlap, resizing to
-the image), so it is one matrix per axis, applied to some rows of the image at a time: full-size logits of all classes
-never exist at once.
+Windows are padded to one size and run in batches of one size (or of all windows, if there are fewer). So the model is
+compiled for few shapes, whatever the sizes of the images. The logits of a window stay at the model's own resolution.
+Three steps follow: upsampling to the window, averaging where windows overlap, resizing to the image. Together they are
+linear and separable, so one matrix per axis does all three, for `BAND` rows of the image at a time. Full-size logits
+of all classes never exist at once.
 
 Source: microsoft/unilm@768a3c8 beit/semantic_segmentation, whose mmseg 0.11 slides windows, resizes logits, and
 averages the probabilities of scales and flips.
@@ -32,23 +32,24 @@ from beit_jax.models.segmenter import BeitForSemanticSegmentation
 from beit_jax.resize import linear_matrix
 
 Mode: TypeAlias = Literal["slide", "whole"]
-Wanted: TypeAlias = Literal["labels", "logits", "probabilities"]
+MapKind: TypeAlias = Literal["labels", "logits", "probabilities"]
 
 BAND = 64  # rows of the image whose logits exist at a time
-WIDTH_STEP = 128  # widths are padded to its multiples, so that images of similar widths share a compiled program
-WHOLE_STEP = 4  # patches to whose multiples an image is padded when it is run in one piece, for the same reason
+WIDTH_STEP = 128  # pixels: widths are padded to a multiple, so that images of similar widths share a program
+WHOLE_STEP = 4  # patches: a whole image is padded to a multiple of them, for the same reason
 
 
 @dataclass(frozen=True)
 class Inference:
-    """How an image is run.
+    """How an image goes through the model.
 
     Attributes:
-        mode: "slide" windows of the model's native size over it, or run it "whole"; by default whole where the
-            processor makes images of the native size, and windows otherwise.
-        stride: of the windows, (rows, columns); by default two thirds of the window (426 of 640, 341 of 512).
-        scales: sizes to average over, as shares of the processor's size. Beyond the size itself, the short edge is at
-            least the window's and the long one unbounded, as in the published multi-scale evaluation.
+        mode: "slide" (windows of the model's native size) or "whole" (the image at once). By default "whole" if the
+            processor makes images of the native size, "slide" otherwise.
+        stride: pixels from one window to the next, (rows, columns); by default two thirds of the window (426 of 640,
+            341 of 512).
+        scales: sizes to average over, as multiples of the processor's size. At any other scale than 1, the short edge
+            is at least the window's, and the long edge has no limit, as in the published multi-scale evaluation.
         flip: average over the mirrored image too.
         batch_size: windows run at once.
     """
@@ -79,20 +80,20 @@ def segment(model: Model, processor: ImageProcessor, image: ImageLike, how: Infe
     """
     if len(how.scales) * (1 + how.flip) > 1:
         return class_probabilities(model, processor, image, how).argmax(axis=-1).astype(np.int32)
-    return _assembled(model, processor, image, how, "labels")
+    return _map(model, processor, image, how, "labels")
 
 
 def class_logits(
     model: Model, processor: ImageProcessor, image: ImageLike, how: Inference = DEFAULT
 ) -> Float32[np.ndarray, "h w classes"]:
-    """The logits of every pixel of the image; of one scale, without flip. Large: 600 bytes a pixel for 150 classes.
+    """The logits of every pixel of the image, at one scale and without flip. 150 classes take 600 bytes a pixel.
 
     Raises:
-        BeitJaxError: as `segment`; several scales or flips, whose logits have no average.
+        BeitJaxError: as `segment`; several scales or flips were asked for, and logits are not averaged.
     """
     if len(how.scales) * (1 + how.flip) > 1:
         raise BeitJaxError("logits of several scales or flips are not averaged: ask for probabilities")
-    return _assembled(model, processor, image, how, "logits")
+    return _map(model, processor, image, how, "logits")
 
 
 def class_probabilities(
@@ -103,11 +104,11 @@ def class_probabilities(
     Raises:
         BeitJaxError: as `segment`.
     """
-    return _assembled(model, processor, image, how, "probabilities")
+    return _map(model, processor, image, how, "probabilities")
 
 
-def _assembled(model: Model, processor: ImageProcessor, image: ImageLike, how: Inference, wanted: Wanted) -> np.ndarray:
-    """What is wanted for the whole image, the mean over its views."""
+def _map(model: Model, processor: ImageProcessor, image: ImageLike, how: Inference, kind: MapKind) -> np.ndarray:
+    """The map of one kind for the whole image: the mean over its views."""
     if not isinstance(model, BeitForSemanticSegmentation):
         raise BeitJaxError(f"this model does not segment (its task is {model.config.task})")
     if processor.crop is not None:
@@ -118,19 +119,19 @@ def _assembled(model: Model, processor: ImageProcessor, image: ImageLike, how: I
     name = "image" if isinstance(image, Image.Image | np.ndarray) else printable(image)
     picture = load_image(image, "RGB" if processor.num_channels == 3 else "L", name)
     size, views = (picture.height, picture.width), list(_views(processor, how, config))
-    shape = size if wanted == "labels" else (*size, config.num_labels)
-    total = np.zeros(shape, np.int32 if wanted == "labels" else np.float32)
+    shape = size if kind == "labels" else (*size, config.num_labels)
+    total = np.zeros(shape, np.int32 if kind == "labels" else np.float32)
     for view, flip in views:
         pixels = view(picture)[0]
         axes = _axes(config, how, view, (pixels.shape[0], pixels.shape[1]))
         mosaic = _mosaic(model, pixels[:, ::-1] if flip else pixels, axes, how.batch_size)
-        for start, band in _bands(mosaic, axes, size, flip, wanted):
+        for start, band in _bands(mosaic, axes, size, flip, kind):
             total[start : start + len(band)] += band
     return total if len(views) == 1 else total / np.float32(len(views))
 
 
 def _views(processor: ImageProcessor, how: Inference, config: BeitConfig) -> Iterator[tuple[ImageProcessor, bool]]:
-    """A processor, and whether to mirror, for everything that is averaged."""
+    """Yields (processor, flip) for every view of the image that is averaged."""
     for scale, flip in product(how.scales, (False, True) if how.flip else (False,)):
         yield (processor if how.scales == (1.0,) else _scaled(processor, scale, config.image_size)), flip
 
@@ -164,10 +165,10 @@ class Axis:
     outputs: int
 
     def matrix(self, length: int) -> Float[np.ndarray, "length positions"]:
-        """From the logits of all windows, side by side, to `length` pixels of the original image.
+        """The matrix from the logits of all windows, side by side, to `length` pixels of the original image.
 
-        Every window is upsampled to its pixels, padding left out; pixels in several windows take the mean; the whole is
-        resized. All bilinear as torch's.
+        It upsamples every window to its pixels (padding left out), takes the mean where windows overlap, and resizes
+        the result. Both interpolations are bilinear, as torch's.
         """
         upsample = linear_matrix(self.outputs, self.window)[: self.size]
         whole = np.zeros((self.size, len(self.starts), self.outputs))
@@ -205,14 +206,14 @@ def _axes(config: BeitConfig, how: Inference, view: ImageProcessor, size: tuple[
 @jax.jit
 def _forward(model: BeitForSemanticSegmentation, pixel_values: Array) -> Array:
     logits = model(pixel_values).logits
-    assert logits is not None  # a segmenter has them
+    assert logits is not None  # a segmentation model always has logits
     return logits
 
 
 def _mosaic(
     model: BeitForSemanticSegmentation, pixels: Float32[np.ndarray, "h w c"], axes: tuple[Axis, Axis], batch_size: int
 ) -> Float32[np.ndarray, "rows columns classes"]:
-    """The logits of all windows, side by side. Memory: 1/16 of the windows' pixels times classes, and one batch."""
+    """The logits of all windows, side by side. Memory: the windows' pixels / 16 times the classes, and one batch."""
     rows, columns = axes
     spare = [(0, max(axis.window - axis.size, 0)) for axis in axes]
     padded = np.pad(pixels, [*spare, (0, 0)])  # with zeros: the mean colour, as in training
@@ -234,18 +235,18 @@ def _mosaic(
     return mosaic
 
 
-@partial(jax.jit, static_argnames="wanted")
-def _composed(mosaic: Array, rows: Array, columns: Array, wanted: Wanted) -> Array:
+@partial(jax.jit, static_argnames="kind")
+def _band(mosaic: Array, rows: Array, columns: Array, kind: MapKind) -> Array:
     logits = jnp.einsum("ym,mnk,xn->yxk", rows, mosaic, columns, precision="highest")
-    if wanted == "labels":
+    if kind == "labels":
         return logits.argmax(axis=-1).astype(jnp.int32)
-    return jax.nn.softmax(logits) if wanted == "probabilities" else logits
+    return jax.nn.softmax(logits) if kind == "probabilities" else logits
 
 
 def _bands(
-    mosaic: np.ndarray, axes: tuple[Axis, Axis], size: tuple[int, int], flip: bool, wanted: Wanted
+    mosaic: np.ndarray, axes: tuple[Axis, Axis], size: tuple[int, int], flip: bool, kind: MapKind
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The first row and what is wanted of every `BAND` rows of the image."""
+    """Yields the map in bands of `BAND` rows: the first row of the band, and the band."""
     (height, width), device = size, jnp.asarray(mosaic)
     rows, columns = (axis.matrix(length) for axis, length in zip(axes, size, strict=True))
     columns = columns[::-1] if flip else columns
@@ -253,4 +254,4 @@ def _bands(
     for start in range(0, height, BAND):
         band = rows[start : start + BAND]
         down = jnp.asarray(np.pad(band, [(0, BAND - len(band)), (0, 0)]), jnp.float32)
-        yield start, np.asarray(_composed(device, down, across, wanted))[: len(band), :width]
+        yield start, np.asarray(_band(device, down, across, kind))[: len(band), :width]
