@@ -10,18 +10,18 @@ Describing BeitConfig, VARIANTS
 Loading    from_pretrained, build_model, NativeCheckpoint, load, save
 Images     ImageProcessor, preset, open_image
 Using      classify, features, segment
-Looking    beit_jax.interpret: attention, rollout, position bias as arrays; beit_jax.visualize: pictures, by matplotlib
+Looking    interpret: attention, rollout, position bias as arrays; visualize: pictures of them, by matplotlib
 Errors     BeitJaxError
 Speed      keep_freed_memory
 
-`beit_jax.convert` holds the converter and the parity check. Names are imported when first used: the command line
-answers ``--help`` before JAX could be loaded.
+`beit_jax.convert` is the converter and the parity check, `beit_jax.train` trains. A name is imported when it is first
+used, because importing JAX takes longer than ``beit-jax --help`` may. No other module imports this one's names.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from beit_jax.version import __version__
+from beit_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from beit_jax.config import BeitConfig
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from beit_jax.images.processor import ImageProcessor, open_image, preset
     from beit_jax.inference.predict import classify, features, from_pretrained
     from beit_jax.inference.segmentation import segment
+    from beit_jax.looking import interpret as interpret
+    from beit_jax.looking import visualize as visualize
     from beit_jax.memory import keep_freed_memory
     from beit_jax.models.build import build_model
     from beit_jax.models.classifier import BeitForImageClassification
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from beit_jax.variants import VARIANTS
     from beit_jax.weights.native import NativeCheckpoint, load, save
 
+# Name to the module that defines it.
 _HOME = {
     "VARIANTS": "variants",
     "BeitConfig": "config",
@@ -62,6 +65,9 @@ _HOME = {
     "save": "weights.native",
     "segment": "inference.segmentation",
 }
+
+# Name to the module that it is.
+_MODULES = {"interpret": "looking.interpret", "visualize": "looking.visualize"}
 
 __all__ = [
     "VARIANTS",
@@ -89,12 +95,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name in _MODULES:
+        value: Any = import_module(f"{__name__}.{_MODULES[name]}")
+    elif name in _HOME:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from beit_jax import weights
 from beit_jax.errors import BeitJaxError
-from beit_jax.hub import Source
+from beit_jax.hub import WEIGHTS, Source
 from beit_jax.inference import predict
 from beit_jax.terminal import Progress, no_progress
+from beit_jax.weights.native import is_native
+from beit_jax.weights.tensors import read_metadata
 
 DIGITS = "embedded digits classifier"
 TOLERANCE = 1e-5
@@ -95,10 +96,10 @@ def describe(result: Demonstration) -> list[str]:
 
 
 def _is_earlier_result(destination: Path) -> bool:
-    if not destination.is_dir() or not weights.is_native(destination):
+    if not destination.is_dir() or not is_native(destination):
         return False
     try:
-        metadata = weights.read_metadata(destination / weights.WEIGHTS)
+        metadata = read_metadata(destination / WEIGHTS)
     except BeitJaxError:
         return False
     return bool(json.loads(metadata["provenance"]).get("source") == DIGITS)

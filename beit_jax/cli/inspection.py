@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from beit_jax import weights
 from beit_jax.config import BeitConfig
 from beit_jax.errors import printable
-from beit_jax.hub import Source
+from beit_jax.hub import CONFIG, PROCESSOR, WEIGHTS, Source
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.build import num_params
 from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, is_native_tokenizer, read_tokenizer
+from beit_jax.weights.native import is_native
+from beit_jax.weights.tensors import FORMAT, read_metadata, read_specs
 
 if TYPE_CHECKING:
     from beit_jax.convert import Options, Plan
@@ -35,7 +36,7 @@ def inspect(source: Source, options: "Options | None" = None, *, tensors: bool =
     Raises:
         BeitJaxError: whatever would stop it from being loaded or converted.
     """
-    if source.path.is_dir() and weights.is_native(source.path):
+    if source.path.is_dir() and is_native(source.path):
         if is_native_tokenizer(source.path):
             return describe_tokenizer(read_tokenizer(source.path))
         return _native(source, tensors)
@@ -89,17 +90,17 @@ def plan_as_dict(plan: "Plan") -> dict[str, Any]:
 
 
 def _native(source: Source, tensors: bool) -> Inspection:
-    config = BeitConfig.from_file(source.path / weights.CONFIG)
-    processor = ImageProcessor.from_file(source.path / weights.PROCESSOR)
-    provenance = json.loads(weights.read_metadata(source.path / weights.WEIGHTS)["provenance"])
-    listed = weights.read_specs(source.path / weights.WEIGHTS)
+    config = BeitConfig.from_file(source.path / CONFIG)
+    processor = ImageProcessor.from_file(source.path / PROCESSOR)
+    provenance = json.loads(read_metadata(source.path / WEIGHTS)["provenance"])
+    listed = read_specs(source.path / WEIGHTS)
     dtypes = {dtype for _, dtype in listed.values()}
     lines = [
         f"source       {printable(source.name)} (native checkpoint)",
         *_describe_provenance(provenance),
         *_describe_model(config, processor, dtypes),
     ]
-    found = {"format": weights.FORMAT, "provenance": provenance, **_model_as_dict(config, processor)}
+    found = {"format": FORMAT, "provenance": provenance, **_model_as_dict(config, processor)}
     if tensors:
         return Inspection([*lines, *_tensor_lines(listed)], found | {"tensors": _tensors_as_dict(listed)})
     return Inspection(lines, found)

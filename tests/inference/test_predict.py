@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -83,3 +85,13 @@ def test_public_names_are_all_there() -> None:
         assert name == "VARIANTS" or getattr(beit_jax, name).__doc__
     with pytest.raises(AttributeError):
         beit_jax.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["interpret", "visualize"])
+def test_public_modules_are_attributes_and_can_be_imported(name: str) -> None:
+    """In a new process, because an earlier import would leave the attribute behind."""
+    for code in (f"import beit_jax; module = beit_jax.{name}", f"from beit_jax import {name} as module"):
+        command = [sys.executable, "-c", f"{code}; print(module.__name__)"]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        assert run.stdout.strip() == f"beit_jax.looking.{name}"
+    assert name in dir(beit_jax)
