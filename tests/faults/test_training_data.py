@@ -20,7 +20,7 @@ from PIL import Image
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.train.augmentation.classification import Transform
-from beit_jax.train.data import prepare
+from beit_jax.train.data import shards
 from beit_jax.train.data.batches import train_batches
 from beit_jax.train.data.datasets import open_dataset
 from beit_jax.train.data.prepare import prepare_ade20k, prepare_folder, write
@@ -47,7 +47,7 @@ def examples() -> Sequence[dict[str, Any]]:
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Four shards of ten records."""
-    monkeypatch.setattr(prepare, "SHARD_BYTES", 45_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 45_000)
     splits = {"train": Split(RECORDS, examples())}
     source = Source("tiny", "", LABELS, classification_features(LABELS), splits, 0)
     directory = write(source, tmp_path / "data").directory
@@ -170,7 +170,7 @@ def test_preparation_that_is_killed_leaves_nothing_under_the_name(tmp_path: Path
     for i in range(5):
         (tmp_path / f"tree/ant/{i}.png").write_bytes(picture(i))
     code = (
-        "import os, sys; from pathlib import Path; from beit_jax.train import prepare\n"
+        "import os, sys; from pathlib import Path; from beit_jax.train.data import prepare\n"
         "prepare._verify = lambda *_: os.kill(os.getpid(), 9)\n"
         "prepare.prepare_folder(Path(sys.argv[1]), Path(sys.argv[2]))\n"
     )

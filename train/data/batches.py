@@ -36,12 +36,12 @@ AnyTransform = Union[Transform, ViewsTransform, "SegmentationTransform"]
 
 @dataclass
 class BadRecords:
-    """What could not be read so far.
+    """The records that could not be read so far.
 
     Attributes:
-        limit: records that may be unreadable.
-        reasons: for each record that is, by its index, one line that names it; in the order they were met.
-        replaced: images that others stood in for: a record is met once an epoch.
+        limit: the number of records that may be unreadable.
+        reasons: by index of an unreadable record, one line that names it; in the order in which they were found.
+        replaced: how many images were replaced by others; an unreadable record counts once an epoch.
     """
 
     limit: int
@@ -50,9 +50,9 @@ class BadRecords:
 
 
 class Batches(Iterator[Batch]):
-    """Training batches of this host, without end. `bad` counts what had to be replaced in them.
+    """Training batches of this host, without end. `bad` lists the records that had to be replaced.
 
-    Whatever ends it with an error ends it for good: going on would silently shift every later batch.
+    After an error the iterator stays ended: going on would silently shift every later batch.
     """
 
     def __init__(self, stream: BatchStream, dataset: Dataset | SegmentationDataset, max_bad: float):
@@ -60,7 +60,11 @@ class Batches(Iterator[Batch]):
         self._stream, self._dataset, self._max_bad = stream, dataset, max_bad
 
     def __next__(self) -> Batch:
-        """Raises BeitJaxError when more records are unreadable than allowed, and when reading fails."""
+        """The next batch.
+
+        Raises:
+            BeitJaxError: more records are unreadable than allowed, or reading failed.
+        """
         batch = next(self._stream)
         indices, failures = batch.pop("index"), batch.pop("failures")
         for slot in np.flatnonzero(failures):
@@ -87,8 +91,8 @@ class Batches(Iterator[Batch]):
             return str(error)
         self._stream.close()
         raise BeitJaxError(
-            f"{self._dataset.where(record)}: could not be read, and then could: no run would be repeatable; check the "
-            "storage and the memory"
+            f"{self._dataset.where(record)}: could not be read at first, and can be read now, so no run would be "
+            "repeatable; check the storage and the memory"
         )
 
 
@@ -126,29 +130,30 @@ def train_batches(
     start_step: int,
     rows: Int[np.ndarray, " local"] | None = None,
 ) -> Iterator[Batches]:
-    """Batches from `start_step` on: of each, the rows that this host reads.
+    """Yields the batches of this host from `start_step` on: the rows of every global batch that this host reads.
 
-    Every epoch is a new permutation of the records, and every image of it is transformed with randomness of its own.
-    A batch may reach into the next epoch. A record that cannot be read is replaced by another one, which follows from
-    its index alone; `Batches.bad` says which.
+    Every epoch is a new permutation of the records. Every image of an epoch is transformed with its own random numbers.
+    A batch may reach into the next epoch. A record that cannot be read is replaced by another record, which is a
+    function of its index alone; `Batches.bad` names it.
 
     Args:
-        rows: places in a batch, `sharding.batch_rows`; by default all of them.
+        rows: row numbers in a global batch, from `sharding.batch_rows`; by default all rows.
 
     Yields:
-        "image" uint8 [local, h, w, 3] as `transform` makes it, "label" int32 [local], or [local, h, w] of label maps,
-        or instead of it the other views that the transform makes; local = len(rows).
+        "image" uint8 [local, h, w, 3] as `transform` makes it, and "label": int32 [local], or [local, h, w] for label
+        maps. A `ViewsTransform` makes other views instead of the label. local = len(rows).
 
     Raises:
         BeitJaxError: a seed out of range; from iterating, more unreadable records than `options.max_bad` or
-            REPLACEMENTS of them in a row, or failing storage or workers.
+            REPLACEMENTS in a row, or storage or workers that fail.
     """
     rows = np.arange(options.batch_size) if rows is None else rows
     if not 0 <= seed < 2**32:
         raise BeitJaxError(f"--run.seed: expected 0 to {2**32 - 1}, found {seed}")
-    # Randomness is drawn by the place in the whole sequence, before it is divided: after that, hosts would repeat it.
+    # Random numbers follow from the position in the whole sequence. If the sequence were divided among hosts before
+    # that, hosts would repeat each other's numbers.
     images = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat(None)
-    images = images.random_map(_Train(dataset, _of_both(dataset, transform)))
+    images = images.random_map(_LoadAndTransform(dataset, _paired_transform(dataset, transform)))
     mine = _Rows(images, start_step, options.batch_size, rows)
     stream = BatchStream(mine.batch(len(rows), drop_remainder=True), options.workers, dataset.directory)
     try:
@@ -158,7 +163,7 @@ def train_batches(
 
 
 class _Rows(grain.MapDataset[Any]):  # type: ignore[misc]  # Grain has no types
-    """Of a sequence without end, cut into batches, the same rows of every batch from a step on."""
+    """An endless sequence of images, cut into batches, of which only some rows are kept, from a step on."""
 
     def __init__(self, images: Any, start_step: int, batch_size: int, rows: Int[np.ndarray, " local"]):
         super().__init__(images)
@@ -175,19 +180,19 @@ class _Rows(grain.MapDataset[Any]):  # type: ignore[misc]  # Grain has no types
 
 
 def _candidates(index: int, count: int) -> Iterator[int]:
-    """A record and those that stand in for it, in turn."""
+    """A record, and then the records that replace it, in the order in which they are tried."""
     yield index
     for attempt in itertools.count(1):
         yield xxhash.xxh3_64_intdigest(f"{index} {attempt}".encode()) % count
 
 
-# Of an image and its label or label map, what stands in the batch, by name.
-_OfBoth = Callable[[Pixels, Any, np.random.Generator], dict[str, Any]]
+# (image, its class or label map, generator) -> the arrays of the batch, by name
+_PairedTransform = Callable[[Pixels, Any, np.random.Generator], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class _OfImage:
-    """A transform of the image, beside which its class stays as it is."""
+class _ImageOnly:
+    """Transforms the image and keeps its class."""
 
     transform: Transform
 
@@ -196,8 +201,8 @@ class _OfImage:
 
 
 @dataclass(frozen=True)
-class _OfMap:
-    """A transform of the image and its label map together."""
+class _ImageAndMap:
+    """Transforms the image and its label map together."""
 
     transform: "SegmentationTransform"
 
@@ -207,8 +212,8 @@ class _OfMap:
 
 
 @dataclass(frozen=True)
-class _OfViews:
-    """Views of the image alone; its class, if it has one, is left behind."""
+class _Views:
+    """Makes views of the image, and drops its class."""
 
     transform: ViewsTransform
 
@@ -216,18 +221,20 @@ class _OfViews:
         return dict(self.transform(image, rng))
 
 
-def _of_both(dataset: Dataset | SegmentationDataset, transform: AnyTransform) -> _OfBoth:
+def _paired_transform(dataset: Dataset | SegmentationDataset, transform: AnyTransform) -> _PairedTransform:
     if isinstance(dataset, SegmentationDataset):
-        return _OfMap(cast("SegmentationTransform", transform))
+        return _ImageAndMap(cast("SegmentationTransform", transform))
     if isinstance(transform, ViewsTransform):
-        return _OfViews(transform)
-    return _OfImage(cast(Transform, transform))
+        return _Views(transform)
+    return _ImageOnly(cast(Transform, transform))
 
 
 @dataclass(frozen=True)
-class _Train:
+class _LoadAndTransform:
+    """Loads the record of an index, or the first of its replacements that can be read, and transforms it."""
+
     dataset: Dataset | SegmentationDataset
-    transform: _OfBoth
+    transform: _PairedTransform
 
     def __call__(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
         index, reason = int(element), ""

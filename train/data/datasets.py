@@ -27,7 +27,7 @@ ADE20K_CLASSES: Final = 150
 
 
 class Record(TypedDict):
-    """An image file, the number of its class, and the name it came with."""
+    """An image file, the number of its class, and the file's original name."""
 
     image: bytes
     label: int
@@ -35,7 +35,7 @@ class Record(TypedDict):
 
 
 class SegmentationRecord(TypedDict):
-    """An image file, the PNG file of its label map (0 for none, classes from 1), and the name they came with."""
+    """An image file, the PNG file of its label map (0 for none, classes from 1), and the image file's original name."""
 
     image: bytes
     segmentation: bytes
@@ -44,7 +44,7 @@ class SegmentationRecord(TypedDict):
 
 @dataclass(frozen=True)
 class Shard:
-    """A file: its name, the records of the split in it (from `skip` on `take`), and its size."""
+    """A file of a split: its name, its size, and which of its records belong to the split: `take` after `skip`."""
 
     name: str
     skip: int
@@ -54,11 +54,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Records:
-    """A split of a prepared data set, whatever its records hold.
+    """A split of a prepared data set. Subclasses say what a record holds.
 
     Attributes:
-        name: TFDS' name and version.
-        labels: names of the classes, by number.
+        name: the name and version in TFDS.
+        labels: the names of the classes, by number.
     """
 
     directory: Path
@@ -76,13 +76,13 @@ class Records:
         return self._starts[-1]
 
     def where(self, index: int) -> str:
-        """A record for people: its shard, and its place there."""
+        """The shard of a record and its number there, for messages."""
         place = bisect_right(self._starts, index) - 1
         shard = self.shards[place]
         return f"{printable(shard.name)}: record {index - self._starts[place] + shard.skip}"
 
     def contract(self) -> dict[str, Any]:
-        """What must be the same for a run to be resumed with this data, for JSON."""
+        """The facts, for JSON, that must be the same when a run is resumed with this data."""
         files = "\n".join(f"{shard.name} {shard.skip} {shard.take} {shard.nbytes}" for shard in self.shards)
         return {
             "dataset": self.name,
@@ -98,18 +98,18 @@ class Records:
 
         Args:
             kind: what a record should be, for errors.
-            lists: feature to the list of ``tf.train.Feature`` that holds it.
+            lists: by name of a feature, the list of ``tf.train.Feature`` that holds its values.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
             data = self._source[index]
         except RuntimeError as error:
-            if "Corrupted" not in str(error):  # of the file, as Riegeli finds it; all else is the storage's failure
+            if "Corrupted" not in str(error):  # Riegeli's word for a damaged file; all else is a failure of the storage
                 raise
             raise BeitJaxError(f"{self.where(index)}: damaged ({printable(error)}); copy it again") from error
         try:
-            # Not TFDS' own parser, which takes as long as decoding a small image.
+            # TFDS' own parser would take as long as decoding a small image.
             found = tf_example_pb2.Example.FromString(data).features.feature
             values = {name: getattr(found[name], held).value[0] for name, held in lists.items()}
         except (DecodeError, IndexError) as error:
@@ -122,15 +122,15 @@ class Records:
 
 
 class Dataset(Records):
-    """A split of classified images. Indexing reads one record."""
+    """A split of classified images. Indexing reads a record."""
 
     def __getitem__(self, index: int) -> Record:
         """The record at `index`.
 
         Raises:
-            BeitJaxError: it is damaged, is no classified image, or its label is out of range.
+            BeitJaxError: the record is damaged, is no classified image, or its label is out of range.
             RuntimeError: the storage failed.
-            IndexError: there is no such record.
+            IndexError: no record has this index.
         """
         values = self._values(index, "classified image", image="bytes_list", label="int64_list")
         image, label, file_name = values["image"], values["label"], values["file_name"]
@@ -139,32 +139,36 @@ class Dataset(Records):
         return Record(image=image, label=label, file_name=file_name)
 
     def load(self, index: int) -> tuple[Pixels, int]:
-        """The decoded image, uint8 [h, w, 3], and its label; raises as indexing and `decode` do, naming the record."""
+        """The decoded image, uint8 [h, w, 3], and its label.
+
+        Raises:
+            BeitJaxError: as indexing and `decode` do, naming the record.
+        """
         record = self[index]
         return decode(record["image"], self._called(index, record["file_name"])), record["label"]
 
 
 class SegmentationDataset(Records):
-    """A split of images with label maps. Indexing reads one record."""
+    """A split of images with label maps. Indexing reads a record."""
 
     def __getitem__(self, index: int) -> SegmentationRecord:
         """The record at `index`.
 
         Raises:
-            BeitJaxError: it is damaged, or is no image with a segmentation.
+            BeitJaxError: the record is damaged, or is no image with a segmentation.
             RuntimeError: the storage failed.
-            IndexError: there is no such record.
+            IndexError: no record has this index.
         """
         values = self._values(index, "image with a segmentation", image="bytes_list", segmentation="bytes_list")
         image, segmentation, file_name = values["image"], values["segmentation"], values["file_name"]
         return SegmentationRecord(image=image, segmentation=segmentation, file_name=file_name)
 
     def load(self, index: int) -> tuple[Pixels, LabelMap]:
-        """The decoded image, uint8 [h, w, 3], and its labels, uint8 [h, w]: classes from 0, 255 where there is none.
+        """The decoded image, uint8 [h, w, 3], and its labels, uint8 [h, w]: classes from 0, and 255 for none.
 
         Raises:
-            BeitJaxError: as indexing, `decode` and `decode_label_map` do, or sizes that differ, or a class out of
-                range; naming the record.
+            BeitJaxError: as indexing, `decode` and `decode_label_map` do; the sizes differ, or a class is out of range.
+                The error names the record.
         """
         record = self[index]
         name = self._called(index, record["file_name"])
@@ -181,25 +185,24 @@ _Kind = TypeVar("_Kind", bound=Records)
 
 
 def open_dataset(directory: Path, split: str) -> Dataset:
-    """A split of a data set that `beit-jax prepare`, or TFDS with ``--file_format=array_record``, has written.
+    """Opens a split of a data set that `beit-jax prepare`, or TFDS with ``--file_format=array_record``, has written.
 
     Args:
-        directory: the one that holds dataset_info.json.
-        split: "train", "validation" ..., or part of one as TFDS writes it: "train[:1%]".
+        directory: the directory that holds dataset_info.json.
+        split: "train", "validation" ..., or a part of one in TFDS' notation: "train[:1%]".
 
     Raises:
         BeitJaxError: no data set there, another format, no such split, no images with labels; a file of the split is
-            missing, cut off or another one.
+            missing, cut off or not the one that was written.
     """
     return _open(Dataset, directory, split, _class_names)
 
 
 def open_segmentation(directory: Path, split: str) -> SegmentationDataset:
-    """A split of ADE20K that ``beit-jax prepare ade20k`` has written; its 150 classes are called as its models' are.
+    """Opens a split of ADE20K that ``beit-jax prepare ade20k`` has written. Its 150 classes have the models' names.
 
     Args:
-        directory: the one that holds dataset_info.json.
-        split: as of `open_dataset`.
+        directory, split: as for `open_dataset`.
 
     Raises:
         BeitJaxError: as `open_dataset`; no images with segmentations.
@@ -223,7 +226,7 @@ def _open(
 
 
 def splits(directory: Path) -> tuple[str, ...]:
-    """Names of the splits of prepared data.
+    """The names of the splits of a prepared data set.
 
     Raises:
         BeitJaxError: no data set there, or another format.
@@ -239,7 +242,7 @@ def _builder(directory: Path) -> Any:
     try:
         builder = tfds.builder_from_directory(directory)
         file_format = builder.info.file_format
-    except Exception as error:  # TFDS lets out whatever its parsing of the JSON hits
+    except Exception as error:  # TFDS raises whatever its parsing of the JSON meets
         found = printable(f"{type(error).__name__}: {error}")
         raise BeitJaxError(f"{printable(directory / INFO)}: damaged ({found}); prepare the data again") from error
     if file_format != tfds.core.FileFormat.ARRAY_RECORD:

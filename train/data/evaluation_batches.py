@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # imports SciPy: a third of the time in which a worker proces
 
 
 class Images(Protocol):
-    """What can be evaluated: a `Dataset`, or anything else that gives records by index."""
+    """Images to evaluate: a `datasets.Dataset`, or anything else that gives records by index."""
 
     @property
     def directory(self) -> Path: ...
@@ -37,19 +37,19 @@ def eval_batches(
     process_count: int = 1,
     workers: int | None = None,
 ) -> Iterator[Batch]:
-    """Every record once, in order, in equally many batches on every host; the last one is filled up.
+    """Batches with every record once, in order. Every host gets equally many; the last batch is filled up.
 
     Args:
         batch_size: images of a step over all hosts.
         workers: as `DataOptions.workers`.
 
     Yields:
-        "image" float32 [local, h, w, c], "label" int32 [local], "index" int32 [local] (of the record; -1 where filled
-        up), "valid" bool [local]; local = batch size / hosts.
+        "image" float32 [local, h, w, c], "label" int32 [local], "index" int32 [local] (the record's; -1 in a row that
+        only fills up), "valid" bool [local] (False in such a row); local = batch size / hosts.
 
     Raises:
-        BeitJaxError: a batch size that the hosts cannot share, or a processor whose images differ in size; from
-            iterating, a record that cannot be read: a score must not leave one out.
+        BeitJaxError: the hosts cannot share the batch size, or the processor gives images of different sizes; from
+            iterating, a record cannot be read: a score must not leave one out.
     """
     local = _share(batch_size, process_index, process_count)
     if processor.crop is None and not isinstance(processor.resize, tuple):

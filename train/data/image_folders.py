@@ -17,9 +17,9 @@ UNLABELLED: Final = "unlabelled"
 def folder(source: Path, held_out: float = 0.1) -> Source:
     """A tree with a folder per class, in one of two forms.
 
-    The tree is ``train/CLASS/...``, with ``val`` or ``validation`` and perhaps ``test`` beside ``train`` (`listing.
-    SPLIT_FOLDERS` has all names), or it is ``CLASS/...``. `listing.class_images` says which files are images. Classes
-    are numbered in the order of their sorted names, as torchvision's ImageFolder numbers them.
+    Either ``train/CLASS/...`` with ``val`` or ``validation``, and perhaps ``test``, beside ``train``; all names are in
+    `listing.SPLIT_FOLDERS`. Or ``CLASS/...``. `listing.class_images` says which files are images. Classes are numbered
+    in the order of their sorted names, as torchvision's ImageFolder numbers them.
 
     Args:
         held_out: the share of each class that becomes the validation split, where the tree has none. The files are
@@ -31,14 +31,15 @@ def folder(source: Path, held_out: float = 0.1) -> Source:
     check_folder(source)
     check_share(held_out)
     roots = _split_roots(source)
-    labels = tuple(class_images(roots["train"]))
+    listed = {split: class_images(root) for split, root in roots.items()}
+    labels = tuple(listed["train"])
     for name in labels:
         if not name.isprintable():
             raise BeitJaxError(f"{printable(roots['train'] / name)}: a class needs a printable name; rename it")
-    files = {split: _numbered(root, labels) for split, root in roots.items()}
+    files = {split: _numbered(images, labels, roots[split]) for split, images in listed.items()}
     if "validation" not in files and held_out > 0:
         files["train"], files["validation"] = _hold_out(files["train"], source, held_out)
-    return _of_files("image_folder", f"Images of {len(labels)} folders.", labels, files, source)
+    return _source("image_folder", f"Images of {len(labels)} folders.", labels, files, source)
 
 
 def images(source: Path, held_out: float = 0.0) -> Source:
@@ -58,12 +59,10 @@ def images(source: Path, held_out: float = 0.0) -> Source:
     files = {"train": found}
     if held_out > 0:
         files["train"], files["validation"] = _hold_out(found, source, held_out)
-    return _of_files("images", "Images without labels.", (UNLABELLED,), files, source)
+    return _source("images", "Images without labels.", (UNLABELLED,), files, source)
 
 
-def _of_files(
-    name: str, description: str, labels: tuple[str, ...], files: Mapping[str, Labelled], root: Path
-) -> Source:
+def _source(name: str, description: str, labels: tuple[str, ...], files: Mapping[str, Labelled], root: Path) -> Source:
     def example(path: Path, label: int) -> Example:
         return {"image": read_bytes(path), "label": label, "file_name": utf8(path.relative_to(root).as_posix())}
 
@@ -73,7 +72,7 @@ def _of_files(
 
 
 def _split_roots(source: Path) -> dict[str, Path]:
-    """The folders of the splits; the whole tree is "train" unless it has a training folder and nothing but splits."""
+    """The folder of each split. Without a training folder, or with folders that are no splits, all of it is "train"."""
     split_of = {name: split for split, names in SPLIT_FOLDERS.items() for name in names}
     folders = class_folders(source)
     if not any(split_of.get(path.name) == "train" for path in folders) or any(
@@ -88,11 +87,11 @@ def _split_roots(source: Path) -> dict[str, Path]:
     return roots
 
 
-def _numbered(root: Path, labels: tuple[str, ...]) -> list[tuple[Path, int]]:
-    """The images of a tree with a folder per class, with the numbers of their classes."""
+def _numbered(classes: Mapping[str, list[Path]], labels: tuple[str, ...], root: Path) -> list[tuple[Path, int]]:
+    """All images of the classes below `root`, with the numbers of their classes."""
     numbers = {name: number for number, name in enumerate(labels)}
     files: list[tuple[Path, int]] = []
-    for name, images in class_images(root).items():
+    for name, images in classes.items():
         if name not in numbers:
             raise BeitJaxError(
                 f"{printable(root / name)}: a class that training does not have; remove it, or add it there"
@@ -102,6 +101,7 @@ def _numbered(root: Path, labels: tuple[str, ...]) -> list[tuple[Path, int]]:
 
 
 def _hold_out(files: Labelled, source: Path, share: float) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
+    """Divides files into training and validation: of each class the share whose names have the smallest hashes."""
     by_class: dict[int, list[Path]] = {}
     for path, label in files:
         by_class.setdefault(label, []).append(path)

@@ -22,18 +22,18 @@ _CLASS_TAR: Final = re.compile(r"n\d{8}\.tar")
 
 
 def imagenet(source: Path) -> Source:
-    """ImageNet-1k (ILSVRC 2012) from the archives of image-net.org, which are read where they lie, not unpacked.
+    """ImageNet-1k (ILSVRC 2012) from the archives of image-net.org, which are read in place and not unpacked.
 
-    - ILSVRC2012_img_train.tar, of a tar per class, becomes "train"; ILSVRC2012_img_val.tar becomes "validation". One
-      of them is enough.
-    - ILSVRC2012_devkit_t12.tar.gz is always needed, packed or unpacked: its ``data/meta.mat`` says which classes there
-      are, and ``data/ILSVRC2012_validation_ground_truth.txt`` those of the validation images. The text alone does not
-      do: it counts classes as meta.mat does, in another order than models.
+    - ILSVRC2012_img_train.tar holds a tar per class and becomes "train"; ILSVRC2012_img_val.tar becomes "validation".
+      One of the two is enough.
+    - ILSVRC2012_devkit_t12.tar.gz is always needed, packed or unpacked. Its ``data/meta.mat`` lists the classes, and
+      its ``data/ILSVRC2012_validation_ground_truth.txt`` has the class of every validation image. The text alone is not
+      enough: it numbers classes as meta.mat does, and models number them in another order.
 
     Labels are the 1000 WordNet ids ("n01440764" ...) in sorted order, which is the order of every model's logits.
 
     Raises:
-        BeitJaxError: a file is missing, no archive, or does not fit the others.
+        BeitJaxError: a file is missing, is no archive, or does not fit the others.
     """
     devkit = _read_devkit(source)
     sizes = {tar: (source / tar).stat().st_size for tar in (TRAIN_TAR, VALIDATION_TAR) if (source / tar).is_file()}
@@ -50,20 +50,20 @@ def imagenet(source: Path) -> Source:
 
 
 def imagenet22k(source: Path, held_out: float = 0.0) -> Source:
-    """ImageNet-22k, the whole of ImageNet, from image-net.org's archives, which are read where they lie, not unpacked.
+    """ImageNet-22k, the whole of ImageNet, from image-net.org's archives, which are read in place and not unpacked.
 
-    `source` is a folder of a tar per class (n00004475.tar ...), or one that holds fall11_whole.tar, a tar of such tars,
-    or a tar of such tars itself. Other files of the folder do not matter. Labels are the WordNet ids in sorted order;
+    `source` is a folder with a tar per class (n00004475.tar ...), a folder with fall11_whole.tar, which is a tar of
+    such tars, or a tar of such tars. Other files in a folder are ignored. Labels are the WordNet ids in sorted order;
     images are named n00004475/n00004475_6590.JPEG.
 
-    How many there are is an estimate, and which are held out follows from the name of each alone: archives are not
-    listed before they are read, which takes hours. They are read once for each split.
+    Reading the archives takes hours, so they are not listed first. The number of images is therefore an estimate, and
+    whether an image is held out follows from its name alone. The archives are read once for each split.
 
     Args:
-        held_out: about the share of images that becomes the split "validation". 0: there is none.
+        held_out: the share of images that becomes the split "validation", about. 0: there is no such split.
 
     Raises:
-        BeitJaxError: no such file or folder, no archives, or one that is damaged or that holds something else.
+        BeitJaxError: no such file or folder, no archives, or an archive that is damaged or holds something else.
     """
     check_share(held_out)
     whole = source / WHOLE_TAR if source.is_dir() else source
@@ -92,7 +92,12 @@ def imagenet22k(source: Path, held_out: float = 0.0) -> Source:
 
 @dataclass(frozen=True)
 class _Devkit:
-    """labels: sorted WordNet ids. truth: of validation image i + 1, the place of its class among `labels`."""
+    """The development kit.
+
+    Attributes:
+        labels: WordNet ids, sorted.
+        truth: at i, the class of validation image i + 1 as an index into `labels`.
+    """
 
     labels: tuple[str, ...]
     truth: tuple[int, ...]
@@ -108,7 +113,7 @@ def _read_devkit(source: Path) -> _Devkit:
         leaves = synsets[synsets["num_children"] == 0]
         classes = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
         total = int(sum(leaves["num_train_images"]))
-    except Exception as error:  # SciPy's reader lets out whatever its parsing hits
+    except Exception as error:  # SciPy's reader raises whatever its parsing meets
         found = printable(f"{type(error).__name__}: {error}")
         raise BeitJaxError(f"{where}: {META} is not that of ILSVRC 2012 ({found}); fetch it again") from error
     labels = tuple(sorted(classes.values()))
@@ -151,7 +156,7 @@ def _training(path: Path, labels: tuple[str, ...]) -> Iterator[Example]:
 
 
 def _nested(path: Path, labels: tuple[str, ...], wanted: Callable[[str], bool]) -> Iterator[tuple[int, str, bytes]]:
-    """Of an archive of a tar per class: number of the class, name and content of each wanted file."""
+    """Reads an archive of a tar per class: the number of the class, the name and the content of each wanted file."""
     numbers = {name: number for number, name in enumerate(labels)}
     missing = set(labels)
     with _archive(path) as outer:
@@ -176,7 +181,7 @@ def _nested(path: Path, labels: tuple[str, ...], wanted: Callable[[str], bool]) 
 def _separate(
     tars: Mapping[str, Path], labels: tuple[str, ...], wanted: Callable[[str], bool]
 ) -> Iterator[tuple[int, str, bytes]]:
-    """The same of a tar per class that lie beside each other."""
+    """Reads separate tars, one per class; yields the same as `_nested`."""
     for number, name in enumerate(labels):
         with _archive(tars[name]) as tar:
             for file_name, data in _files(tar, wanted):
@@ -212,13 +217,19 @@ def _files(tar: tarfile.TarFile, wanted: Callable[[str], bool]) -> Iterator[tupl
     for member in _members(tar):
         name = Path(member.name).name
         file = tar.extractfile(member) if wanted(name) else None
-        if file is not None:  # a folder
+        if file is not None:  # None for a folder
             yield name, file.read()
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """All of them. tarfile stops without a word at a damaged header and at the end of a file that is cut off there;
-    archives end with two blocks of zeros, of which it has read one."""
+    """All members of an archive, with a check that the archive is complete.
+
+    tarfile stops silently at a damaged header, and where a file is cut off between members. A complete archive ends
+    with two blocks of zeros. tarfile has read the first of them.
+
+    Raises:
+        tarfile.ReadError: the second block of zeros is missing.
+    """
     yield from tar
     if tar.fileobj is None or tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("damaged header, or cut off")

@@ -1,10 +1,10 @@
-"""Writes data sets for training: TFDS datasets in ArrayRecord files, made without TensorFlow.
+"""Writes data sets for training: TFDS data sets in ArrayRecord files, made without TensorFlow.
 
-TFDS reads them (``tfds.builder_from_directory(directory).as_data_source()``), and what TFDS itself prepared with
-``--file_format=array_record`` needs no preparation. Its own writer is not used: beyond 1 GB it sorts through
-temporary files that it opens with TensorFlow, its parquet format loses records, and its ArrayRecords are compressed,
-which multiplies the time to read a JPEG by seven and saves nothing. Records stand in the order they are read in;
-training shuffles all of them.
+TFDS reads these data sets (``tfds.builder_from_directory(directory).as_data_source()``). A data set that TFDS itself
+prepared with ``--file_format=array_record`` needs no preparation. TFDS' writer is not used, for three reasons: beyond
+1 GB it sorts by temporary files that it opens with TensorFlow; its parquet format loses records; its ArrayRecords are
+compressed, which makes reading a JPEG take seven times as long and saves nothing. Records are written in the order in
+which they are read. Training shuffles all of them.
 """
 
 from collections import deque
@@ -36,11 +36,11 @@ _AHEAD: Final = 64  # examples that are checked while others are written
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was written.
+    """A data set that was written.
 
     Attributes:
-        splits: name to number of records.
-        labels: names of the classes; empty for segmentation.
+        splits: the number of records by name of the split.
+        labels: the names of the classes; empty for segmentation.
         left_out: one line for each example that could not be used.
     """
 
@@ -57,7 +57,7 @@ _WITHOUT_SPLITS: Mapping[str, Callable[..., Source]] = {
     "images": images,
     "imagenet22k": imagenet22k,
 }
-"""By kind, the function that finds the data set. Here it also takes the share to hold out for validation."""
+"""The functions that find a data set, by kind; these also take the share to hold out for validation."""
 
 
 def prepare_digits(dest: Path, progress: Progress = no_progress, *, overwrite: bool = False) -> Prepared:
@@ -107,14 +107,14 @@ def write(
     overwrite: bool = False,
     skip_bad: bool = False,
 ) -> Prepared:
-    """Writes a data set beside `dest`, checks it and renames it.
+    """Writes a data set beside `dest`, checks it and renames it to `dest`.
 
-    Every example is decoded before it is written. One that cannot be used is left out if `skip_bad`; otherwise all are
-    still looked at, and then nothing is kept.
+    Every example is decoded before it is written. With `skip_bad`, an example that cannot be used is left out. Without
+    it, the other examples are still checked, and then nothing is kept.
 
     Raises:
-        BeitJaxError: `dest` exists and is not to be replaced, or holds something else than a data set; examples that
-            cannot be used; a split without examples; the disk is full; what was written reads back otherwise.
+        BeitJaxError: `dest` exists and is not to be replaced, or holds something else than a data set; examples cannot
+            be used; a split has no examples; the disk is full; what was written reads back differently.
     """
     check_destination(dest, overwrite=overwrite, contents=CONTENTS)
     left_out: list[str] = []
@@ -139,7 +139,7 @@ def write(
 
 
 def _usable(source: Source, examples: Iterable[Example], left_out: list[str], advance: Advance) -> Iterator[Example]:
-    """The examples that pass the source's check, in order; complaints about the others go to `left_out`."""
+    """The examples that pass the source's check, in order. For every other example a line is added to `left_out`."""
 
     def complaint(example: Example) -> str | None:
         try:

@@ -57,15 +57,15 @@ class ShardWriter:
 def check_shards(instructions: Sequence[Any]) -> None:
     """Compares the number of records in every file with the number it was written with.
 
-    The reader itself finds zero records, and no fault, in a file that is cut off or that is something else.
+    The reader itself reports no fault, and zero records, for a file that is cut off or is something else.
 
     Args:
-        instructions: TFDS' FileInstructions: filename, examples_in_shard.
+        instructions: TFDS' FileInstructions, with filename and examples_in_shard.
 
     Raises:
-        BeitJaxError: naming the first file that is missing, cut off or another one.
+        BeitJaxError: a file is missing, cut off or not the one that was written; the error names the first such file.
     """
-    with ThreadPoolExecutor(max_workers=16) as pool:  # for file systems far away
+    with ThreadPoolExecutor(max_workers=16) as pool:  # on a network file system, requests take long
         found = list(pool.map(lambda instruction: _records_in(Path(instruction.filename)), instructions))
     for instruction, count in zip(instructions, found, strict=True):
         if count != instruction.examples_in_shard:
@@ -82,6 +82,6 @@ def _records_in(path: Path) -> int:
     try:
         count = int(reader.num_records())
         reader.close()
-    except RuntimeError:  # closing is when it admits that it could not read the file
+    except RuntimeError:  # the reader says only at closing that it could not read the file
         return 0
     return count

@@ -1,9 +1,9 @@
-"""Visual tokens computed once, and read instead of computed in every run that sees the same images.
+"""Visual tokens that are computed once, and read in every run that sees the same images.
 
-The position of an image in the endless sequence that follows from the seed (`data.train_batches`) decides its record
-and its augmentation, and so its tokens. Image i of the batch of step s, of size b, has the position s * b + i on any
-number of hosts. A directory holds tokens in order of position: ``tokens.npy``, uint16 or uint32 [positions, patches],
-and ``tokens.json``, which says what they were computed from.
+The seed gives an endless sequence of images (`batches.train_batches`). The position of an image in it decides the
+image's record and its augmentation, and so its tokens. On any number of hosts, image i of the batch of step s with b
+images has the position s * b + i. A directory holds tokens in the order of positions: ``tokens.npy``, uint16 or uint32
+[positions, patches], and ``tokens.json``, which says what they were computed from.
 """
 
 import dataclasses
@@ -38,13 +38,14 @@ _AGAIN = "copy it again, or compute the tokens again"
 
 @dataclass(frozen=True)
 class StoredTokens:
-    """Tokens of the images at positions [0, positions), opened for reading by one process: sent to another one, all
-    of the file would be.
+    """Tokens of the images at positions [0, positions), opened for reading.
+
+    One process opens them for itself: sending this object to another process would send the whole file.
 
     Attributes:
         vocab_size: tokens are in [0, vocab_size).
-        positions: how many images' tokens there are.
-        epochs: the same, in epochs of the data set.
+        positions: the number of images.
+        epochs: the number of images, in epochs of the data set.
     """
 
     directory: Path
@@ -55,7 +56,7 @@ class StoredTokens:
 
     @property
     def patches(self) -> int:
-        """Tokens of an image."""
+        """The number of tokens of an image."""
         return self._tokens.shape[1]
 
     @classmethod
@@ -63,11 +64,12 @@ class StoredTokens:
         """Opens what `write_tokens` wrote.
 
         Args:
-            contract: what the tokens must have been computed from, as `token_contract` gives it.
-            digest: also read all of the file and compare it with its recorded digest; sizes are compared always.
+            contract: what the tokens must have been computed from, from `token_contract`.
+            digest: also read the whole file and compare its digest. Sizes are always compared.
 
         Raises:
-            BeitJaxError: there are none, they were computed from something else (naming it), or a file is damaged.
+            BeitJaxError: there are no tokens; they were computed from something else, which the error names; or a file
+                is damaged.
         """
         path = directory / TOKENS
         read = _description(directory)
@@ -85,8 +87,8 @@ class StoredTokens:
         """The tokens of the images at these positions, int32.
 
         Raises:
-            BeitJaxError: a position beyond the stored ones, or a damaged file.
-        IndexError: a negative position.
+            BeitJaxError: a position is beyond the stored ones, or the file is damaged.
+            IndexError: a position is negative.
         """
         if positions.min(initial=0) < 0:
             raise IndexError(positions)
@@ -161,13 +163,13 @@ def write_tokens(
     """Computes and writes the tokens of positions [0, positions); `directory` appears once they are whole.
 
     Args:
-        batches: all images in order of position, that is of one host from step 0 on; read as far as needed.
+        batches: all images in the order of positions: those of a single host from step 0 on; read as far as needed.
         tokens_of: computes the tokens of a batch.
         contract: `token_contract`.
 
     Raises:
         BeitJaxError: the directory exists and is not to be replaced, or holds something else; the disk is full; batches
-            or tokens that are not what was announced; what was written reads back otherwise.
+            or tokens are not as announced; what was written reads back differently.
     """
     if min(positions, patches) < 1:
         raise BeitJaxError(f"{directory}: expected tokens of at least one image, found {positions} images to store")
@@ -205,7 +207,7 @@ def write_tokens(
 
 
 class _Digesting:
-    """A file for writing that knows the digest of what was meant to go into it."""
+    """A file for writing, with a digest of everything that was to be written."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file
@@ -217,7 +219,7 @@ class _Digesting:
 
 
 def _dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smaller of the two that hold every token, little-endian on every machine."""
+    """The smallest type of the two that holds every token, little-endian on every machine."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -238,7 +240,7 @@ def _description(directory: Path) -> Fields:
 
 
 def _as_stored(contract: Mapping[str, Any]) -> dict[str, Any]:
-    """As it comes back from JSON, where tuples are lists."""
+    """The contract as JSON returns it: tuples become lists."""
     return json.loads(json.dumps(contract))
 
 
@@ -255,11 +257,11 @@ def _check_contract(directory: Path, stored: Mapping[str, Any], expected: Mappin
 
 
 def _mapped(path: Path, shape: tuple[int, int], dtype: np.dtype[Any]) -> np.ndarray:
-    """The array in a file, which must hold nothing else."""
+    """The array in a file. The file must hold nothing else."""
     try:
         size = path.stat().st_size
         array = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, TokenError) as error:  # what NumPy's parser of headers lets out
+    except (OSError, ValueError, TokenError) as error:  # NumPy's parser of headers raises all three
         raise _damaged(path, shape, printable(error)) from error
     if (array.shape, array.dtype, array.flags.c_contiguous) != (shape, dtype, True):
         raise _damaged(path, shape, f"{array.dtype} {list(array.shape)}")

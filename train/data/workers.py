@@ -20,13 +20,21 @@ _AHEAD: Final = 4  # batches that a thread of this process is ahead
 
 
 def default_workers() -> int:
-    """Half of the cores this process may use, at most 16."""
+    """The number of worker processes by default: half of the cores that this process may use, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16, cores // 2)
 
 
 class BatchStream(Iterator[Batch]):
-    """Grain's batches, made ahead by a thread or by worker processes; every failure is one line and the end."""
+    """Grain's batches, made ahead of time by a thread or by worker processes.
+
+    Every failure becomes one line and ends the stream.
+
+    Args:
+        batches: Grain's data set of batches.
+        workers: as `DataOptions.workers`.
+        directory: of the data set, for errors.
+    """
 
     def __init__(self, batches: Any, workers: int | None, directory: Path):
         self._directory = directory
@@ -46,7 +54,7 @@ class BatchStream(Iterator[Batch]):
             raise BeitJaxError(f"{printable(self._directory)}: {printable(error)}; {hint}") from error
 
     def close(self) -> None:
-        """Ends the workers. Grain complains at the interpreter's exit about iterators that then still exist."""
+        """Ends the workers. Grain complains about iterators that still exist when the interpreter exits."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -55,16 +63,16 @@ class BatchStream(Iterator[Batch]):
 def _ahead(batches: Any, workers: int) -> Any:
     if workers == 0:
         return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD))
-    if not flags.FLAGS.is_parsed():  # Grain reads its flags, which only absl's own programs parse
+    if not flags.FLAGS.is_parsed():  # Grain reads its flags, but only programs of absl parse them
         flags.FLAGS.mark_as_parsed()
     in_order = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    # One finished batch a worker: Grain holds another in the parent, and those of ImageNet recipes have 150 MB.
+    # One finished batch per worker: Grain holds another one in the parent, and an ImageNet batch takes 150 MB.
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
     return in_order.mp_prefetch(options, worker_init_fn=_start_worker)
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Leaves signals to the parent, which finishes its step and saves; ends when the parent does, however it does."""
+    """Ignores signals, because the parent finishes its step and saves; ends as soon as the parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
