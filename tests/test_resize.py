@@ -1,3 +1,5 @@
+from typing import get_args
+
 import numpy as np
 import original_bias
 import pytest
@@ -8,9 +10,14 @@ from numpy.testing import assert_allclose
 from scipy.interpolate import RectBivariateSpline
 from tolerances import RESIZE, SPLINE
 
-from beit_jax.resize import _geometric_ratio, bias_matrix, bicubic_matrix, linear_matrix
+from beit_jax.config import PositionResize
+from beit_jax.resize import BIAS_METHODS, _geometric_ratio, bias_matrix, bicubic_matrix, linear_matrix
 
 sizes = st.integers(1, 40)
+
+
+def test_every_method_of_configurations_exists() -> None:
+    assert set(BIAS_METHODS) == set(get_args(PositionResize))
 
 
 @given(sizes, sizes, st.sampled_from(["bilinear", "bicubic"]))

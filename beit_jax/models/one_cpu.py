@@ -66,11 +66,12 @@ def attend_in_pieces(
         return textbook(qkv, bias, drop, output_attentions=output_attentions)
     if scores <= CACHE:
         return jax.lax.map(lambda one: textbook(one[None], bias)[0][0], qkv), None
-    biases = jnp.zeros((heads, 1, 1)) if bias is None else bias[0]
+    biases = None if bias is None else bias[0]
 
     def sample(qkv: Float[Array, "n 3 heads e"]) -> Float[Array, "n heads e"]:
-        def head(piece: tuple[Array, Array]) -> Array:
-            return textbook(piece[0][None, :, :, None], piece[1][None, None])[0][0, :, 0]
+        def head(piece: tuple[Array, Array | None]) -> Array:
+            qkv, bias = piece
+            return textbook(qkv[None, :, :, None], None if bias is None else bias[None, None])[0][0, :, 0]
 
         return jnp.moveaxis(jax.lax.map(head, (jnp.moveaxis(qkv, 2, 0), biases)), 0, 1)
 

@@ -1,4 +1,4 @@
-"""Where activations lie on a mesh of devices, and whether there is but one. Without a mesh, nothing is moved."""
+"""The placement of activations on a mesh of devices. Without a mesh, nothing is moved."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,30 +10,31 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 BATCH_AXES = ("data", "fsdp")
-"""The mesh axes that a batch is split over; parameters are split over the second of them too."""
+"""The mesh axes that a batch is split over. The second axis splits parameters too."""
 
 
 def spec(*axes: str | tuple[str, ...] | None) -> PartitionSpec:
-    """`PartitionSpec`, which has no types: for every dimension the mesh axes that split it."""
+    """`PartitionSpec` with types: for every dimension the mesh axes that split it."""
     return PartitionSpec(*axes)
 
 
 def constrain(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
     """`x`, split along its first axis over `BATCH_AXES` and whole along the others.
 
-    The partitioner sees only that parameters and batch share an axis. Told where activations lie, it gathers the
-    parameters of one block at a time; left to itself it also moves activations, which are larger.
+    With this constraint, XLA's partitioner gathers the parameters of one block at a time. Without it, the partitioner
+    sees only that parameters and batch share a mesh axis, and also moves activations, which are larger.
 
-    Does nothing unless `jax.set_mesh` is in force with both axes in Auto mode and the batch divides among them.
+    The constraint is set only inside `jax.set_mesh`, with both axes in Auto mode and a batch that they divide.
     """
     return x if _shards(x.shape[0]) is None else jax.lax.with_sharding_constraint(x, spec(BATCH_AXES))
 
 
 def each_shard(x: Float[Array, "*dims"], batch: int) -> Float[Array, "shards *dims"]:
-    """`x` once for every shard of a batch of this size, each where that shard lies; once where nothing is split.
+    """A copy of `x` for every shard of a batch of this size, on the shard's own devices; one copy without a mesh.
 
-    What is made of a parameter and then added to activations has a gradient on every device, which the partitioner
-    sums at once, however large. Made of this instead, it is summed only as the small parameter's own gradient.
+    An array that is computed from a parameter and added to activations has a gradient on every device. The partitioner
+    sums these gradients at once, however large the array is. An array that is computed from these copies keeps its
+    gradients apart; only the gradient of the small parameter is summed.
     """
     shards = _shards(batch)
     copies = jnp.broadcast_to(x, (shards or 1, *x.shape))
@@ -43,21 +44,15 @@ def each_shard(x: Float[Array, "*dims"], batch: int) -> Float[Array, "shards *di
     return jax.lax.with_sharding_constraint(copies, PartitionSpec(BATCH_AXES, *free))
 
 
-def on_one_cpu() -> bool:
-    """Whether this is traced for one CPU. What is fast there would move around what several devices share out."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
-
-
 @contextmanager
 def traced_for_several_devices() -> Iterator[None]:
-    """What is traced within is not for one CPU, even if there is but that: a pod's programs are described on it."""
+    """Functions traced within are traced for several devices, on one CPU too, where a pod's programs are described."""
     with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("devices",), (AxisType.Auto,))):
         yield
 
 
 def _shards(batch: int) -> int | None:
-    """Into how many parts `constrain` splits a batch; None where it does nothing."""
+    """The number of parts that `constrain` splits a batch into; None if it sets no constraint."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if any(types.get(axis) != AxisType.Auto for axis in BATCH_AXES):

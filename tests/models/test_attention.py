@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from numpy.testing import assert_allclose
 
-from beit_jax.models import attention
+from beit_jax.models import one_cpu
 from beit_jax.models.attention import attend
 
 BATCH, TOKENS, HEADS, WIDTH = 3, 5, 2, 4
@@ -67,9 +67,9 @@ def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch, cache: int, loops
     def gradients() -> Any:
         return jax.grad(lambda *both: (run(*both) * upstream).sum(), argnums=(0, 1))(qkv, bias)
 
-    monkeypatch.setattr(attention, "CACHE", 2**40)
+    monkeypatch.setattr(one_cpu, "CACHE", 2**40)
     whole, expected = run(qkv, bias), gradients()
-    monkeypatch.setattr(attention, "CACHE", cache)
+    monkeypatch.setattr(one_cpu, "CACHE", cache)
     assert str(jax.make_jaxpr(run)(qkv, bias)).count("scan[") == loops
     assert_allclose(run(qkv, bias), whole, rtol=0, atol=ROUNDING)
     for found, wanted in zip(gradients(), expected, strict=True):
@@ -77,7 +77,7 @@ def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch, cache: int, loops
 
 
 def test_where_devices_share_a_batch_nothing_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "CACHE", 0)
+    monkeypatch.setattr(one_cpu, "CACHE", 0)
     two = jax.sharding.AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
     with jax.sharding.use_abstract_mesh(two):
         assert "scan[" not in str(jax.make_jaxpr(lambda *both: attend(*both)[0])(*inputs()))

@@ -7,11 +7,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.typing import DTypeLike
 from numpy.testing import assert_allclose
 from tolerances import RESIZE
 
 from beit_jax.models.attention import position_bias, relative_position_index
-from beit_jax.models.position import num_relative_offsets, resize_bias_table, resize_position_embeddings
+from beit_jax.models.position import (
+    attention_bias,
+    num_relative_offsets,
+    position_bias_by_slices,
+    resize_bias_table,
+    resize_position_embeddings,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,9 +44,11 @@ def test_index_by_hand() -> None:
 
 
 grids = st.tuples(st.integers(2, 6), st.integers(2, 6))
-bias_of = jax.jit(position_bias, static_argnums=1)  # compiled once for a grid, not once for each of its operations
+bias_of = jax.jit(
+    position_bias_by_slices, static_argnums=1
+)  # compiled once for a grid, not once for each of its operations
 gradient_of = jax.jit(
-    lambda upstream, table, grid: jax.vjp(lambda table: position_bias(table, grid), table)[1](upstream)[0],
+    lambda upstream, table, grid: jax.vjp(lambda table: position_bias_by_slices(table, grid), table)[1](upstream)[0],
     static_argnums=2,
 )
 
@@ -62,6 +71,19 @@ def test_bias_and_its_gradient_are_those_of_the_index(grid: tuple[int, int]) -> 
     expected = np.zeros_like(table)
     np.add.at(expected, index, np.moveaxis(upstream, 0, -1))
     assert np.array_equal(gradient_of(jnp.asarray(upstream), table, grid), expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("grid", [(1, 1), (1, 4), (3, 2), (5, 5)])
+def test_slices_are_the_textbook_form(grid: tuple[int, int], dtype: DTypeLike) -> None:
+    """The values are the same bits. Gradients are sums of small integers, which are exact in any order and dtype."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.standard_normal((num_relative_offsets(grid), 3)), dtype)
+    textbook, back = jax.vjp(lambda table: position_bias(table, grid), table)
+    assert np.array_equal(bias_of(table, grid), textbook)
+    assert np.array_equal(attention_bias(table, grid, grid, "bilinear", 4), textbook[None])
+    upstream = jnp.asarray(rng.integers(-2, 3, textbook.shape), dtype)
+    assert np.array_equal(gradient_of(upstream, table, grid), back(upstream)[0])
 
 
 @given(grids, grids)
