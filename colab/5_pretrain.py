@@ -125,7 +125,7 @@ from PIL import Image
 
 import beit_jax
 from beit_jax.looking.reconstruct import grid_picture, reconstruct
-from beit_jax.tokenizers.tokenizer import load_decoder, load_tokenizer
+from beit_jax.tokenizers.checkpoint import load_decoder, load_tokenizer
 from beit_jax.train.augmentation.masking import BlockMask
 from beit_jax.train.data.datasets import open_dataset, splits
 from beit_jax.train.recipe import MaskOptions

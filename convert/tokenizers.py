@@ -17,13 +17,15 @@ import numpy as np
 from beit_jax.atomic import check_destination, new_directory
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import Source, recorded_sha256
+from beit_jax.tokenizers.build import TokenizerConfig, tokenizer_shapes
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, save_tokenizer
 from beit_jax.tokenizers.dvae import DvaeDecoderConfig, DvaeEncoderConfig
-from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, TokenizerConfig, save_tokenizer, tokenizer_shapes
 from beit_jax.tokenizers.vqkd import VqkdConfig
+from beit_jax.weights.native import MODEL
 
 from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .formats.rules import CONV, LINEAR, Rule, Step, export, steps
-from .formats.tables import UNILM
+from .formats.unilm import BACKBONE
 from .validation import FLOATS
 
 _HEAD_DIM = 64  # of every published model; no tensor's shape tells it
@@ -110,7 +112,7 @@ _VQKD_RULES = (
     *(
         replace(rule, torch=tuple(f"{part}.{name}" for name in rule.torch), flax=f"{part}/{rule.flax}")
         for part in ("encoder", "decoder")
-        for rule in UNILM.backbone
+        for rule in BACKBONE
     ),
     *(
         rule
@@ -244,12 +246,13 @@ def convert(
         overwrite: replace an existing destination, which stays whole until the new one is complete.
 
     Raises:
-        BeitJaxError: as `load`; a destination that cannot be written. Nothing is left behind.
+        BeitJaxError: as `load`; a destination that cannot be written, that holds no model, or that holds the source.
+            Nothing is left behind.
     """
-    check_destination(destination, overwrite=overwrite)
+    check_destination(destination, overwrite=overwrite, contents=MODEL, source=source.path)
     checkpoint = load(source, prefer=prefer, allow_nonfinite=allow_nonfinite)
     need_bytes = sum(leaf.nbytes for leaf in checkpoint.params.values())
-    with new_directory(destination, overwrite=overwrite, need_bytes=need_bytes) as directory:
+    with new_directory(destination, overwrite=overwrite, contents=MODEL, need_bytes=need_bytes) as directory:
         save_tokenizer(directory, checkpoint)
     return checkpoint
 

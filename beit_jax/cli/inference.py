@@ -171,7 +171,7 @@ def reconstruct(
         seed: Of the hidden patches.
     """
     from beit_jax.looking import reconstruct as reconstructing
-    from beit_jax.tokenizers.tokenizer import load_decoder, load_tokenizer
+    from beit_jax.tokenizers.checkpoint import load_decoder, load_tokenizer
     from beit_jax.train.augmentation.masking import BlockMask
     from beit_jax.train.recipe import MaskOptions
 

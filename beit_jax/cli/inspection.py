@@ -10,7 +10,7 @@ from beit_jax.errors import printable
 from beit_jax.hub import CONFIG, PROCESSOR, WEIGHTS, Source
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.build import num_params
-from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, is_native_tokenizer, read_tokenizer
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, is_native_tokenizer, read_tokenizer
 from beit_jax.weights.native import is_native
 from beit_jax.weights.tensors import FORMAT, read_metadata, read_specs
 

@@ -24,7 +24,7 @@ from beit_jax.models.interface import patch_grid
 from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
 from beit_jax.models.position import Grid
 from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeEncoder
-from beit_jax.tokenizers.tokenizer import Tokenizer
+from beit_jax.tokenizers.interface import Tokenizer
 
 BATCH: Final = 8  # images computed at once
 GREY: Final = 128  # of hidden patches

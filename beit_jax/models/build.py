@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from beit_jax.config import BeitConfig, Task
 from beit_jax.models.classifier import BeitForImageClassification
 from beit_jax.models.encoder import BeitModel
+from beit_jax.models.interface import abstract_module
 from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
 from beit_jax.models.segmenter import BeitBackbone, BeitForSemanticSegmentation, batch_statistics
 from beit_jax.tree import Nested, flatten
@@ -27,30 +28,28 @@ MODELS: Mapping[Task, type[Model]] = {
 
 
 def abstract_model(config: BeitConfig, *, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef[Model], Nested]:
-    """A model without memory: what `nnx.merge` needs besides the parameters, and the parameters' shapes, nested.
+    """The model of a configuration without arrays, see `beit_jax.models.interface.abstract_module`.
 
     Running statistics of batch norm stand among the parameters; `statistics` names them.
     """
-    model = nnx.eval_shape(lambda: MODELS[config.task](config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
-    return graph, nnx.to_pure_dict(state)
+    return abstract_module(lambda: MODELS[config.task](config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 @lru_cache(maxsize=8)
 def param_shapes(config: BeitConfig) -> Mapping[str, tuple[int, ...]]:
-    """Flat name to shape of every parameter of the model, and of every running statistic."""
+    """The shape of every parameter of the model, and of every running statistic, by its flat name."""
     return {name: leaf.shape for name, leaf in flatten(abstract_model(config)[1]).items()}
 
 
 @lru_cache(maxsize=8)
 def statistics(config: BeitConfig) -> frozenset[str]:
-    """Which names in `param_shapes` are running statistics: state of training that no gradient moves."""
+    """The names in `param_shapes` that are running statistics: state of training that no gradient moves."""
     model = nnx.eval_shape(lambda: MODELS[config.task](config, rngs=nnx.Rngs(0)))
     return frozenset(flatten(batch_statistics(model)))
 
 
 def num_params(config: BeitConfig) -> int:
-    """How many numbers training learns: all parameters, without running statistics."""
+    """The count of all numbers that training learns: the parameters, without running statistics."""
     learned = param_shapes(config).keys() - statistics(config)
     return sum(prod(param_shapes(config)[name]) for name in learned)
 

@@ -1,21 +1,28 @@
-"""What every model takes and returns: shapes of images and masks, hidden states on request, the output."""
+"""The interface that all models share.
+
+Input: shapes of images and masks. Output: `BeitOutput`, and hidden states on request. Description: a model without
+arrays, and what gradients compute again.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.position import Grid
+from beit_jax.tree import Nested
 
 ArrayLike = Array | np.ndarray
 Remat = Literal["none", "block", "dots"]
+M = TypeVar("M", bound=nnx.Module)
 
 REMAT: Mapping[Remat, Callable[[Any], Any]] = {
     "none": lambda step: step,
@@ -52,6 +59,20 @@ class BeitOutput:
     attentions: Float[Array, "depth b heads n n"] | None = None
     taps: Float[Array, "taps b n d"] | None = None
     aggregated_logits: Float[Array, "b k classes"] | None = None
+
+
+def abstract_module(make: Callable[[], M]) -> tuple[nnx.GraphDef[M], Nested]:
+    """A Flax module without arrays.
+
+    Args:
+        make: makes the module. It is traced, so no parameter is drawn and no memory is taken.
+
+    Returns:
+        The graph that `nnx.merge` needs beside the parameters; and, nested, the shape and dtype of every parameter and
+        of every running statistic.
+    """
+    graph, state = nnx.split(nnx.eval_shape(make))
+    return graph, nnx.to_pure_dict(state)
 
 
 def patch_grid(config: BeitConfig, pixel_shape: tuple[int, ...]) -> Grid:

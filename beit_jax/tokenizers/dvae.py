@@ -162,7 +162,7 @@ def _doubled(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
 
 
 class DvaeEncoder(nnx.Module):
-    """Images to the logits of visual tokens. A `Tokenizer` (see `beit_jax.tokenizers.tokenizer`).
+    """Images to the logits of visual tokens. A `Tokenizer` (see `beit_jax.tokenizers.interface`).
 
     Args:
         dtype: what convolutions compute in but the last.

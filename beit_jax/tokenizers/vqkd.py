@@ -143,7 +143,7 @@ def patch_features(
 
 
 class VqkdTokenizer(nnx.Module):
-    """Images to tokens, and tokens to the teacher's features. A `Tokenizer` (see `beit_jax.tokenizers.tokenizer`).
+    """Images to tokens, and tokens to the teacher's features. A `Tokenizer` (see `beit_jax.tokenizers.interface`).
 
     Args:
         dtype: what the two transformers' matrix products compute in; everything about codes is float32.

@@ -216,8 +216,8 @@ def test_models_that_keep_their_size_need_no_splines() -> None:
 
 def test_tokenizers_convert_and_inspect_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from beit_jax.convert import tokenizers
+    from beit_jax.tokenizers.build import tokenizer_shapes
     from beit_jax.tokenizers.dvae import DvaeEncoderConfig
-    from beit_jax.tokenizers.tokenizer import tokenizer_shapes
 
     config = DvaeEncoderConfig(n_hid=8, vocab_size=16, n_blk_per_group=1)
     rng = np.random.default_rng(0)

@@ -12,9 +12,9 @@ from flax import nnx
 from PIL import Image
 
 from beit_jax.cli.main import main
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, read_tokenizer, save_tokenizer
 from beit_jax.tokenizers.dvae import DvaeEncoder, DvaeEncoderConfig
-from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, read_tokenizer, save_tokenizer
-from beit_jax.train.recipes.finetuning import RECIPES, recipe_named
+from beit_jax.train.recipes import RECIPES, recipe_named
 from beit_jax.tree import flatten
 
 RUN = ["train", "digits_finetune", "--data", "DATA", "--out", "OUT"]
@@ -244,3 +244,31 @@ def test_without_the_extra_a_line_says_what_to_install(digits: Path, tmp_path: P
     command = [sys.executable, "-c", hidden, "train", "digits_finetune", "--data", str(digits), "--out", "x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stderr) == (2, "error: grain is not installed; pip install 'beit-jax[train]'\n")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option"),
+    [
+        ("digits_pretrain", "--augment.randaugment"),
+        ("digits_pretrain", "--augment.erasing"),
+        ("digits_pretrain", "--augment.mixup"),
+        ("digits_pretrain", "--data2vec.beta"),
+        ("digits_pretrain", "--vqkd.decay"),
+        ("digits_data2vec", "--tokens.interpolation"),
+        ("vqkd_base", "--mask.patches"),
+        ("dvae", "--mask.exact"),
+        ("digits_finetune", "--mask.patches"),
+        ("digits_finetune", "--dvae.width"),
+        ("digits_finetune", "--segment.flip"),
+        ("digits_probe", "--segment.flip"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "tokenize", "aot"])
+def test_options_of_another_objective_are_refused(
+    command: str, recipe: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the value apart or behind an equals sign."""
+    objective = recipe_named(recipe).objective
+    for arguments in ([option, "1"], [f"{option}=1"]):
+        message = refused([command, recipe, *arguments], capsys)
+        assert option in message and objective in message

@@ -23,9 +23,18 @@ from beit_jax.convert import tokenizers
 from beit_jax.convert.files.checkpoint import open_checkpoint
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
-from beit_jax.tokenizers import tokenizer
+from beit_jax.tokenizers.build import TokenizerConfig, build_tokenizer, tokenizer_shapes
+from beit_jax.tokenizers.checkpoint import (
+    TokenizerCheckpoint,
+    load_decoder,
+    load_tokenizer,
+    read_tokenizer,
+    save_tokenizer,
+)
 from beit_jax.tokenizers.dvae import DvaeDecoderConfig, DvaeEncoderConfig
+from beit_jax.tokenizers.interface import Tokenizer
 from beit_jax.tokenizers.vqkd import VqkdConfig
+from beit_jax.tree import unflatten
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 CONTAINERS = pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"])
@@ -77,7 +86,7 @@ def encoder(classes: Classes, *, width: int = 8, vocab_size: int = 24) -> nn.Mod
     return model.eval()
 
 
-def assert_holds(path: Path, expected: dict[str, torch.Tensor]) -> tokenizer.TokenizerCheckpoint:
+def assert_holds(path: Path, expected: dict[str, torch.Tensor]) -> TokenizerCheckpoint:
     """Converting the file and going back gives these tensors, bit for bit."""
     checkpoint = tokenizers.load(resolve(path))
     exported = tokenizers.to_torch(checkpoint.config, checkpoint.params)
@@ -285,8 +294,8 @@ def test_nonfinite_values_on_request(classes: Classes, tmp_path: Path) -> None:
     ],
     ids=["encoder", "decoder", "3x768x12_clip", "1x768x12_dino"],
 )
-def test_published_models_have_their_tensors(config: tokenizer.TokenizerConfig, tensors: int, parameters: int) -> None:
-    zeros = {name: np.broadcast_to(np.float32(), shape) for name, shape in tokenizer.tokenizer_shapes(config).items()}
+def test_published_models_have_their_tensors(config: TokenizerConfig, tensors: int, parameters: int) -> None:
+    zeros = {name: np.broadcast_to(np.float32(), shape) for name, shape in tokenizer_shapes(config).items()}
     [naming] = (naming for naming in tokenizers.NAMINGS if type(config) in naming.kinds and naming != tokenizers.FLAVA)
     planned = tokenizers.steps(naming.rules(config), {name: leaf.shape for name, leaf in zeros.items()})
     shapes = dict(pair for step in planned.values() for pair in step.torch_shapes())
@@ -314,10 +323,10 @@ CONFIGS = st.one_of(
 
 
 @given(CONFIGS)
-def test_round_trip(config: tokenizer.TokenizerConfig) -> None:
+def test_round_trip(config: TokenizerConfig) -> None:
     """The rules cover a model's tree exactly, its shapes say which model it is, and export and import are inverse."""
     rng = np.random.default_rng(0)
-    shapes = tokenizer.tokenizer_shapes(config)
+    shapes = tokenizer_shapes(config)
     params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     for naming in tokenizers.NAMINGS:
         if type(config) not in naming.kinds:
@@ -352,7 +361,7 @@ def test_native_directory(native: Path) -> None:
     source = resolve(native.parent / "encoder.pth")
     assert sorted(path.name for path in native.iterdir()) == ["config.json", "flax_model.safetensors"]
     assert json.loads((native / "config.json").read_text())["model_type"] == "dalle-dvae-encoder"
-    stored, converted = tokenizer.read_tokenizer(native), tokenizers.load(source)
+    stored, converted = read_tokenizer(native), tokenizers.load(source)
     assert stored.config == converted.config and stored.provenance == converted.provenance
     assert stored.params.keys() == converted.params.keys()
     assert all(np.array_equal(stored.params[name], converted.params[name]) for name in converted.params)
@@ -362,17 +371,17 @@ def test_native_directory(native: Path) -> None:
 
 
 def test_the_interface(native: Path) -> None:
-    loaded = tokenizer.load_tokenizer(native)
-    assert isinstance(loaded, tokenizer.Tokenizer)
+    loaded = load_tokenizer(native)
+    assert isinstance(loaded, Tokenizer)
     assert (loaded.vocab_size, loaded.patch_size, loaded.image_size) == (24, (8, 8), (112, 112))
     assert loaded.value_range == (0.0, 1.0)
     images = np.random.default_rng(0).random((2, 16, 24, 3), dtype=np.float32)
     tokens = jax.jit(lambda model, pixels: model.tokens(pixels))(loaded, images)
     assert tokens.shape == (2, 2, 3) and tokens.dtype == np.int32
-    logits = tokenizer.build_tokenizer(loaded.config, tokenizer.unflatten(tokenizer.read_tokenizer(native).params))
+    logits = build_tokenizer(loaded.config, unflatten(read_tokenizer(native).params))
     assert np.array_equal(tokens, jax.jit(lambda model, pixels: model(pixels))(logits, images).argmax(-1))
     with pytest.raises(BeitJaxError, match="expected dalle-dvae-decoder, found dalle-dvae-encoder"):
-        tokenizer.load_decoder(native)
+        load_decoder(native)
 
 
 @pytest.mark.parametrize("config", [DvaeDecoderConfig(4, 4, 6, 2, 1), VqkdConfig(
@@ -380,20 +389,20 @@ def test_the_interface(native: Path) -> None:
     intermediate_size=8, decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
     decoder_intermediate_size=8, vocab_size=6, codebook_dim=2, target_size=3,
 )], ids=["decoder", "vqkd"])  # fmt: skip
-def test_other_models_are_stored_alike(tmp_path: Path, config: tokenizer.TokenizerConfig) -> None:
+def test_other_models_are_stored_alike(tmp_path: Path, config: TokenizerConfig) -> None:
     rng = np.random.default_rng(0)
     params = {name: rng.standard_normal(shape).astype(np.float32)
-              for name, shape in tokenizer.tokenizer_shapes(config).items()}  # fmt: skip
-    tokenizer.save_tokenizer(tmp_path, tokenizer.TokenizerCheckpoint(config, params, {"source": "here"}))
-    stored = tokenizer.read_tokenizer(tmp_path)
+              for name, shape in tokenizer_shapes(config).items()}  # fmt: skip
+    save_tokenizer(tmp_path, TokenizerCheckpoint(config, params, {"source": "here"}))
+    stored = read_tokenizer(tmp_path)
     assert stored.config == config and stored.provenance == {"source": "here"}
     assert all(np.array_equal(stored.params[name], leaf) for name, leaf in params.items())
     if isinstance(config, DvaeDecoderConfig):
-        assert tokenizer.load_decoder(tmp_path).config == config
+        assert load_decoder(tmp_path).config == config
         with pytest.raises(BeitJaxError, match="expected a tokenizer, found dalle-dvae-decoder"):
-            tokenizer.load_tokenizer(tmp_path)
+            load_tokenizer(tmp_path)
     else:
-        assert isinstance(tokenizer.load_tokenizer(tmp_path), tokenizer.Tokenizer)
+        assert isinstance(load_tokenizer(tmp_path), Tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +423,7 @@ def test_a_wrong_config(native: Path, changes: dict[str, object], needle: str) -
     content = json.loads((native / "config.json").read_text()) | changes
     (native / "config.json").write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
     with pytest.raises(BeitJaxError, match=needle) as caught:
-        tokenizer.load_tokenizer(native)
+        load_tokenizer(native)
     assert str(native) in str(caught.value)
 
 
@@ -424,4 +433,4 @@ def test_a_damaged_byte_is_found(native: Path) -> None:
     content[-100] ^= 1
     path.write_bytes(content)
     with pytest.raises(BeitJaxError, match="digest"):
-        tokenizer.load_tokenizer(native)
+        load_tokenizer(native)

@@ -16,8 +16,8 @@ from tolerances import HALF, MARGIN, MODEL
 from beit_jax.convert import tokenizers
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
+from beit_jax.tokenizers.build import build_tokenizer, tokenizer_shapes
 from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeEncoder, DvaeEncoderConfig, map_pixels, unmap_pixels
-from beit_jax.tokenizers.tokenizer import build_tokenizer, tokenizer_shapes
 from beit_jax.tree import unflatten
 
 SMALL = {"n_hid": 16, "vocab_size": 96, "n_blk_per_group": 1}

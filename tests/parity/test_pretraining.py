@@ -24,18 +24,11 @@ from beit_jax.config import BeitConfig
 from beit_jax.convert import to_torch, tokenizers
 from beit_jax.hub import resolve
 from beit_jax.models.build import Model, abstract_model
-from beit_jax.tokenizers.tokenizer import build_tokenizer
-from beit_jax.train.objectives.pretraining import data2vec, masked_tokens, standardised
-from beit_jax.train.recipe import (
-    STATISTICS,
-    Data2vecOptions,
-    DataOptions,
-    MaskOptions,
-    OptimOptions,
-    Recipe,
-    TokenOptions,
-)
-from beit_jax.train.step.objective import Objective
+from beit_jax.tokenizers.build import build_tokenizer
+from beit_jax.train.objectives.data2vec import Data2vecOptions, Data2vecRecipe, data2vec, standardised
+from beit_jax.train.objectives.masked_tokens import MaskedTokensRecipe, TokenOptions, masked_tokens
+from beit_jax.train.recipe import STATISTICS, DataOptions, MaskOptions, OptimOptions
+from beit_jax.train.step.criterion import Criterion
 from beit_jax.train.step.optim import optimizer
 from beit_jax.train.step.schedule import decay_table, schedule_table
 from beit_jax.train.step.state import initial_state
@@ -53,7 +46,9 @@ CONFIG = reference.TINY | reference.BIAS["shared"] | {
 OPTIM = OptimOptions(
     lr=2e-2, min_lr=1e-3, epochs=1.0, warmup_epochs=0.4, warmup_lr=5e-3, weight_decay=0.3, epsilon=2e-3, clip=0.5
 )
-RECIPE = Recipe("test", data=DataOptions(statistics="imagenet"), mask=MaskOptions(patches=max(HIDDEN)), optim=OPTIM)
+RECIPE = MaskedTokensRecipe(
+    "test", data=DataOptions(statistics="imagenet"), mask=MaskOptions(patches=max(HIDDEN)), optim=OPTIM
+)
 
 
 # --- The originals ----------------------------------------------------------------------------------------------------
@@ -156,13 +151,17 @@ class Case:
 
     loss: Callable[[torch.nn.Module, torch.nn.Module, Arrays], Metrics]
     config: dict[str, Any]
-    recipe: Recipe = RECIPE
+    recipe: MaskedTokensRecipe | Data2vecRecipe = RECIPE
     layers: int = 0
     optim: OptimOptions = OPTIM
 
-    def objective(self, model: Model) -> Objective:
+    def objective(self, model: Model) -> Criterion:
         graph = nnx.split(model)[0]
-        return masked_tokens(self.recipe, None) if self.optim.ema is None else data2vec(self.recipe, graph)
+        return (
+            data2vec(self.recipe, graph)
+            if isinstance(self.recipe, Data2vecRecipe)
+            else masked_tokens(self.recipe, None)
+        )
 
     def names(self, config: BeitConfig, params: Nested) -> Arrays:
         """Our parameters under the names of the torch model's."""
@@ -189,7 +188,12 @@ class Case:
 
 def data2vec_case(options: Data2vecOptions, **optim: Any) -> Case:
     ema = {"ema": 0.9} | optim
-    return Case(data2vec_loss(options), CONFIG | WIDE, replace(RECIPE, data2vec=options), optim=replace(OPTIM, **ema))
+    return Case(
+        data2vec_loss(options),
+        CONFIG | WIDE,
+        RECIPE.derive(Data2vecRecipe, data2vec=options),
+        optim=replace(OPTIM, **ema),
+    )
 
 
 CASES = {
@@ -242,7 +246,7 @@ def numpy(tensors: dict[str, torch.Tensor]) -> Arrays:
 
 
 def metrics_and_gradients(
-    model: Model, objective: Objective, batch: Arrays, teacher: Nested | None
+    model: Model, objective: Criterion, batch: Arrays, teacher: Nested | None
 ) -> tuple[dict[str, float], Nested]:
     graph, params = nnx.split(model)
 
@@ -339,13 +343,13 @@ def train_ours(case: Case, model: Model, data: list[Arrays], rates: np.ndarray) 
         graph, case.objective(model), tx, rates, accumulate=options.accumulate, decays=decay_table(options, len(rates))
     )
     compiled = jax.jit(step, donate_argnums=0)
-    state = initial_state(nnx.to_pure_dict(params), tx, ema=options.ema is not None)
+    state = initial_state(nnx.to_pure_dict(params), tx, average=options.ema is not None)
     history = []
     for batch in data:
         state, metrics = compiled(state, batch)
         assert metrics["finite"]
         history.append({name: float(value) for name, value in metrics.items()})
-    return history, state.params, state.ema
+    return history, state.params, state.average
 
 
 def assert_went_the_same_way(start: Arrays, found: Arrays, expected: Arrays) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from beit_jax.convert import tokenizers
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
-from beit_jax.tokenizers.tokenizer import build_tokenizer
+from beit_jax.tokenizers.build import build_tokenizer
 from beit_jax.tokenizers.vqkd import VqkdConfig, VqkdTokenizer
 from beit_jax.tree import unflatten
 

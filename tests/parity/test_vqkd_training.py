@@ -16,10 +16,10 @@ from flax import nnx
 from tolerances import GRADIENT, TRAINING
 from torch.nn import functional as F
 
-from beit_jax.tokenizers.tokenizer import abstract_tokenizer, build_tokenizer
+from beit_jax.tokenizers.build import abstract_tokenizer, build_tokenizer
 from beit_jax.tokenizers.vqkd import VqkdConfig
-from beit_jax.train.objectives.vqkd import tokenizer_statistics, vqkd
-from beit_jax.train.recipe import ModelOptions, OptimOptions, Recipe, VqkdOptions
+from beit_jax.train.objectives.vqkd import VqkdOptions, VqkdRecipe, tokenizer_statistics, vqkd
+from beit_jax.train.recipe import ModelOptions, OptimOptions, Recipe
 from beit_jax.train.step.optim import optimizer
 from beit_jax.train.step.state import State, initial_state, variables
 from beit_jax.train.step.step import make_train_step
@@ -41,9 +41,8 @@ TINY = VqkdConfig(
     codebook_dim=6,
     target_size=10,
 )
-RECIPE = Recipe(
+RECIPE = VqkdRecipe(
     "parity",
-    objective="vqkd",
     model=ModelOptions(dtype="float32", drop_path=0.0),
     vqkd=VqkdOptions(decay=0.9, commitment=0.7, kmeans=False),
     optim=OptimOptions(beta2=0.99, weight_decay=0.3, epsilon=1e-3),
@@ -231,7 +230,7 @@ def case() -> Case:
 def train_ours(case: Case, data: list[np.ndarray], recipe: Recipe) -> tuple[list[dict[str, float]], State]:
     names = tokenizer_statistics(TINY)
     tx, objective = optimizer(recipe.optim, TINY.encoder), vqkd(recipe, case.graph)
-    state = replace(initial_state(case.nested(), tx, statistics=names), ema=jax.tree.map(jnp.copy, case.teacher))
+    state = replace(initial_state(case.nested(), tx, statistics=names), average=jax.tree.map(jnp.copy, case.teacher))
     graph, logs = abstract_tokenizer(TINY)[0], []
     step = jax.jit(make_train_step(graph, objective, tx, RATES, accumulate=recipe.optim.accumulate), donate_argnums=0)
     for images in data:
@@ -296,7 +295,7 @@ def test_five_steps(case: Case, accumulate: int) -> None:
     for name in ("cluster_size", "embedding_average", "initialised"):
         assert np.array_equal(book[name], case.params[f"codebook/{name}"])
     for name, leaf in flatten(case.teacher).items():
-        assert np.array_equal(flatten(state.ema)[name], leaf)
+        assert np.array_equal(flatten(state.frozen)[name], leaf)
 
 
 def test_clusters_of_the_first_batch(case: Case) -> None:

@@ -16,15 +16,16 @@ from PIL import Image
 from beit_jax.config import BeitConfig
 from beit_jax.images import ImageProcessor
 from beit_jax.models.build import param_shapes
+from beit_jax.tokenizers.build import tokenizer_shapes
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, save_tokenizer
 from beit_jax.tokenizers.dvae import DvaeEncoderConfig
-from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, save_tokenizer, tokenizer_shapes
 from beit_jax.train.data.prepare import prepare_ade20k, prepare_digits
 from beit_jax.train.distributed.cluster import joined
+from beit_jax.train.initial import model_config as resolve
 from beit_jax.train.loop.plan import make_plan
 from beit_jax.train.loop.run import train
-from beit_jax.train.objectives import model_config as resolve
-from beit_jax.train.recipe import HostOptions, Recipe, check
-from beit_jax.train.recipes.finetuning import recipe_named
+from beit_jax.train.recipe import HostOptions, Recipe
+from beit_jax.train.recipes import recipe_named
 from beit_jax.weights import NativeCheckpoint, save
 
 STEPS, BATCH, EPOCH, SCENES = 3, 32, 1347 // 32, 18
@@ -92,7 +93,7 @@ def recipe_with(name: str, options: Mapping[str, Any]) -> Recipe:
     for spelled, value in options.items():
         group, option = spelled.replace("-", "_").split(".")
         recipe = replace(recipe, **{group: replace(getattr(recipe, group), **{option: value})})
-    check(recipe)
+    recipe.check()
     return recipe
 
 

@@ -16,21 +16,16 @@ import numpy as np
 from beit_jax.config import BeitConfig
 from beit_jax.images import ImageProcessor
 from beit_jax.models.build import param_shapes
+from beit_jax.tokenizers.build import tokenizer_shapes
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
 from beit_jax.tokenizers.dvae import DvaeEncoderConfig
-from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, tokenizer_shapes
 from beit_jax.train.distributed.sharding import make_mesh, put_batch
 from beit_jax.train.loop.plan import Plan
-from beit_jax.train.objectives.task import Sources
-from beit_jax.train.objectives.unsupervised import Data2vec, MaskedTokens, Vqkd
-from beit_jax.train.recipe import (
-    Data2vecOptions,
-    MaskOptions,
-    ModelOptions,
-    OptimOptions,
-    Recipe,
-    TokenOptions,
-    VqkdOptions,
-)
+from beit_jax.train.objectives.data2vec import Data2vec, Data2vecOptions, Data2vecRecipe
+from beit_jax.train.objectives.masked_tokens import MaskedTokens, MaskedTokensRecipe, TokenOptions
+from beit_jax.train.objectives.objective import Sources
+from beit_jax.train.objectives.vqkd import Vqkd, VqkdOptions, VqkdRecipe
+from beit_jax.train.recipe import MaskOptions, ModelOptions, OptimOptions
 from beit_jax.train.step.optim import optimizer
 from beit_jax.train.step.state import State
 from beit_jax.tree import flatten
@@ -59,7 +54,7 @@ ENCODER = replace(
     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
 )  # fmt: skip
 DVAE = DvaeEncoderConfig(n_hid=128, vocab_size=VOCABULARY, group_count=2, n_blk_per_group=1, image_size=(8, 8))
-RECIPE = Recipe(
+RECIPE = MaskedTokensRecipe(
     name="sharded",
     model=ModelOptions(dtype="float32"),
     mask=MaskOptions(patches=MOST, min_block=1),
@@ -88,25 +83,25 @@ def masked_tokens() -> MaskedTokens:
 
     tokenizer = TokenizerCheckpoint(DVAE, {name: values(shape) for name, shape in tokenizer_shapes(DVAE).items()})
     tokens, optim = TokenOptions(aggregate_from=1, aggregation_layers=1), replace(RECIPE.optim, accumulate=2)
-    recipe = replace(RECIPE, objective="masked_tokens", tokens=tokens, optim=optim)
+    recipe = replace(RECIPE, tokens=tokens, optim=optim)
     return MaskedTokens(recipe, config, Sources(tokenizer=tokenizer), STEPS)
 
 
 def data2vec() -> Data2vec:
     config = replace(STUDENT, vocab_size=STUDENT.hidden_size)
     options = replace(RECIPE.optim, ema=0.9)
-    recipe = replace(RECIPE, objective="data2vec", data2vec=Data2vecOptions(target_layers=2), optim=options)
+    recipe = RECIPE.derive(Data2vecRecipe, data2vec=Data2vecOptions(target_layers=2), optim=options)
     return Data2vec(recipe, config, Sources(start=checkpoint(config, 2)), STEPS)
 
 
 def vqkd() -> Vqkd:
     options = VqkdOptions(vocab_size=32, codebook_dim=8, decoder_layers=1)
     model = replace(RECIPE.model, drop_path=0.0)
-    recipe = replace(RECIPE, objective="vqkd", model=model, vqkd=options)
+    recipe = RECIPE.derive(VqkdRecipe, model=model, vqkd=options)
     return Vqkd(recipe, ENCODER, Sources(teacher=checkpoint(ENCODER, 3)), STEPS)
 
 
-TASKS: dict[str, Callable[[], Any]] = {"masked_tokens": masked_tokens, "data2vec": data2vec, "vqkd": vqkd}
+OBJECTIVES: dict[str, Callable[[], Any]] = {"masked_tokens": masked_tokens, "data2vec": data2vec, "vqkd": vqkd}
 
 
 def batches() -> list[dict[str, np.ndarray]]:
@@ -129,17 +124,17 @@ def batches() -> list[dict[str, np.ndarray]]:
 
 def planned(name: str, shape: tuple[int, int, int]) -> Plan:
     """A run as `make_plan` makes it, of data that nobody reads."""
-    task, data = TASKS[name](), range(BATCH)
+    objective, data = OBJECTIVES[name](), range(BATCH)
     return Plan(
-        recipe=task.recipe,
-        config=task.config,
+        recipe=objective.recipe,
+        config=objective.config,
         processor=ImageProcessor(),
-        sources=task.sources,
+        sources=objective.sources,
         training=data,  # type: ignore[arg-type]
         validation=None,
         mesh=make_mesh(shape, jax.devices()[: int(np.prod(shape))]),
-        task=task,
-        tx=optimizer(task.recipe.optim, task.config),
+        objective=objective,
+        tx=optimizer(objective.recipe.optim, objective.config),
         rates=np.full(STEPS, RATE, np.float32),
     )
 
@@ -154,7 +149,7 @@ def steps(name: str, shape: tuple[int, int, int]) -> tuple[list[float], tuple[St
         state, losses = plan.first_state(), []
         before = jax.tree.map(np.array, state), placement(state)
         for batch in batches():
-            wanted = {part: batch[part] for part in plan.task.batch(BATCH)}
+            wanted = {part: batch[part] for part in plan.objective.batch(BATCH)}
             state, metrics = plan.step(state, put_batch(wanted, plan.mesh))
             losses.append(float(metrics["loss"]))
     return losses, before, state
@@ -165,7 +160,7 @@ def on_one_device(name: str) -> tuple[dict[str, Any], State]:
     losses, (before, _), state = steps(name, (1, 1, 1))
     return {
         "losses": losses,
-        "moved": {part: difference(getattr(state, part), getattr(before, part)) for part in ("params", "ema", "stats")},
+        "moved": {name: difference(part, parts(before)[name]) for name, part in parts(state).items()},
         "steps": int(state.step),
         "skipped": int(state.skipped),
     }, jax.tree.map(np.array, state)
@@ -175,11 +170,16 @@ def on_mesh(name: str, shape: tuple[int, int, int], expected: State) -> dict[str
     losses, (_, first), state = steps(name, shape)
     return {
         "losses": losses,
-        **{part: difference(getattr(state, part), getattr(expected, part)) for part in ("params", "ema", "stats")},
+        **{name: difference(part, parts(expected)[name]) for name, part in parts(state).items()},
         "held": placement(state),
         "held at first": first,
-        "sizes": {path: leaf.shape for path, leaf in flatten(state.ema).items()},
+        "sizes": {path: leaf.shape for path, leaf in flatten(state.average or state.frozen).items()},
     }
+
+
+def parts(state: State) -> dict[str, Any]:
+    """The parameters, the second network (the frozen one, or the average), and running statistics."""
+    return {"params": state.params, "second": state.frozen or state.average, "stats": state.stats}
 
 
 def difference(a: Any, b: Any) -> float:
@@ -189,8 +189,8 @@ def difference(a: Any, b: Any) -> float:
 
 
 def placement(state: State) -> Held:
-    """Of the parameters and of what is beside them."""
-    return {part: held(getattr(state, part)) for part in ("params", "ema")}
+    """Bytes of the parameters and of the second network."""
+    return {name: held(part) for name, part in parts(state).items() if name != "stats"}
 
 
 def held(tree: Any) -> list[int]:
@@ -204,7 +204,7 @@ def held(tree: Any) -> list[int]:
 
 def main() -> None:
     found = {}
-    for name in TASKS:
+    for name in OBJECTIVES:
         one, expected = on_one_device(name)
         meshes = {"x".join(map(str, shape)): on_mesh(name, shape, expected) for shape in MESHES}
         found[name] = {"one": one, "meshes": meshes}

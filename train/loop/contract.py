@@ -3,21 +3,24 @@
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from beit_jax.atomic import new_file
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.json_file import changes, read_json
-from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint
+from beit_jax.json_file import Fields, changes, read_json
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
 from beit_jax.version import source_digest
 from beit_jax.weights.native import NativeCheckpoint
 
 from ..distributed.collectives import from_first
 from ..distributed.peers import Peers
-from ..recipe import Resume
-from .plan import Plan
+from ..recipe import Recipe, Resume
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 RUN = "run.json"
 
@@ -41,7 +44,7 @@ PATIENCE = 600.0
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "pillow")
 
 
-def begin(plan: Plan, out: Path, resume: Resume, peers: Peers) -> list[str]:
+def begin(plan: "Plan", out: Path, resume: Resume, peers: Peers) -> list[str]:
     """Makes the directory of a new run, or checks that of an earlier one, once all processes agree on what they do.
 
     Returns:
@@ -62,16 +65,16 @@ def begin(plan: Plan, out: Path, resume: Resume, peers: Peers) -> list[str]:
         "out": str(out.absolute()),
     }
     peers.agree(here | {"mesh": dict(plan.mesh.shape)} | record, patience=PATIENCE)
-    notes: list[str] = from_first(lambda: _begin(out, resume, record))
+    notes: list[str] = from_first(lambda: _begin(out, resume, record, plan.recipe))
     return notes
 
 
-def _begin(out: Path, resume: Resume, record: Mapping[str, Any]) -> list[str]:
+def _begin(out: Path, resume: Resume, record: Mapping[str, Any], recipe: Recipe) -> list[str]:
     path = out / RUN
     if path.exists():
         if resume == "never":
             raise BeitJaxError(f"{out}: holds a run already; choose another --out, or continue it with --resume auto")
-        return _compare(path, read_json(path), record)
+        return _compare(path, read_json(path), record, recipe)
     if resume == "must":
         raise BeitJaxError(f"{out}: holds no run to continue ({RUN} is missing); check --out, or use --resume auto")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -84,7 +87,27 @@ def _begin(out: Path, resume: Resume, record: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _record(plan: Plan) -> dict[str, Any]:
+def _as_read(earlier: Mapping[str, Any], recipe: Recipe, path: Path) -> dict[str, Any]:
+    """The options of an earlier recipe that the objective of `recipe` reads.
+
+    An option that is absent, because an older version wrote the file, counts as its default. An option that the
+    objective does not read decides nothing, and is left out.
+    """
+    fields = Fields(earlier, f"{path}: recipe")
+    found = {name: value for name, value in earlier.items() if not isinstance(value, Mapping)}
+    for name, group in recipe.group_types().items():
+        defaults = _as_json(asdict(group()))
+        given = fields.typed(name, dict, {})
+        found[name] = defaults | {option: given[option] for option in defaults.keys() & given.keys()}
+    return found
+
+
+def _as_json(content: Any) -> Any:
+    """The content as it comes back from JSON: tuples are lists there."""
+    return json.loads(json.dumps(content))
+
+
+def _record(plan: "Plan") -> dict[str, Any]:
     return {
         "recipe": plan.recipe.as_dict(),
         "data": {
@@ -102,9 +125,9 @@ def _origin(checkpoint: NativeCheckpoint | TokenizerCheckpoint | None) -> dict[s
     return None if checkpoint is None else checkpoint.provenance
 
 
-def _compare(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    # Through JSON, as the earlier one came: tuples are lists there.
-    found = list(changes(earlier, json.loads(json.dumps(now))))
+def _compare(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    then = {**earlier, "recipe": _as_read(Fields(earlier, str(path)).typed("recipe", dict, {}), recipe, path)}
+    found = list(changes(then, _as_json(now)))
     fatal = [change for change in found if change[0] not in FREE and not change[0].startswith("versions.")]
     if fatal:
         name, old, new = fatal[0]

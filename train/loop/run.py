@@ -16,14 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from beit_jax import weights
 from beit_jax.atomic import new_directory
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.json_file import changes
-from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, save_tokenizer
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, save_tokenizer
 from beit_jax.tree import flatten
-from beit_jax.weights.native import NativeCheckpoint
+from beit_jax.weights.native import NativeCheckpoint, save
 
 from ..checkpoints.checkpointer import Checkpoints, SaveFailed
 from ..costs.estimate import peak_flops
@@ -31,12 +30,13 @@ from ..data.batches import train_batches
 from ..distributed.collectives import gather, on_host
 from ..distributed.peers import Peers, Position
 from ..distributed.sharding import batch_rows, put_batch
-from ..objectives.task import Result
+from ..objectives.objective import Result
 from ..recipe import Resume
-from ..step.state import State
+from ..step.state import State, from_saved, to_saved
 from .contract import begin
-from .log import Clock, Log, Phase, Timing, straggler
+from .log import Log
 from .plan import Plan
+from .timing import Clock, Phase, Timing, straggler
 from .watch import INTERRUPTED, Interruption, Watchdog
 
 PROFILED_FROM = 10  # steps after the start, when compilation and the first evaluations are over
@@ -132,8 +132,10 @@ class _Run:
         peers.where = lambda: Position(self.step, self.watchdog.phase_name, self.watchdog.beats)
         peers.saved = self.checkpoints.committed
         with self.watchdog.phase("restore"), self.clock.measure("checkpoint"):
-            restored = self.checkpoints.restore(plan.abstract_state)
-            self.state: State = plan.first_state() if restored is None else restored.state
+            restored = self.checkpoints.restore(to_saved(plan.abstract_state))
+            self.state: State = (
+                plan.first_state() if restored is None else from_saved(restored.state, plan.abstract_state)
+            )
         self.first = self.step = self.saved = int(self.state.step)
         peers.begin(self.step)
         self.bad = int(self.state.bad)
@@ -154,17 +156,17 @@ class _Run:
             train_batches(
                 plan.training,
                 plan.recipe.data,
-                plan.task.transform,
+                plan.objective.transform,
                 seed=run.seed,
                 start_step=self.step,
                 rows=self.rows,
             )
         )
-        self.expected = _described(plan.task.batch(len(self.rows)))
+        self.expected = _described(plan.objective.batch(len(self.rows)))
         self.named = 0  # unreadable records
         self.told: set[str] = set()  # of the task's warnings
         self.settled = max(round(plan.recipe.optim.warmup_epochs * plan.steps_per_epoch), plan.steps // 10)
-        self.operations, devices = plan.task.flops, plan.mesh.devices
+        self.operations, devices = plan.objective.flops, plan.mesh.devices
         peak = peak_flops(devices.flat[0].device_kind)
         self.peak = None if peak is None else peak * devices.size
         self.pending: list[Mapping[str, jax.Array]] = []
@@ -212,7 +214,7 @@ class _Run:
             self._evaluate()
         written = []
         with self.clock.measure("checkpoint"):
-            for name, result in self.plan.task.results(self.state).items():
+            for name, result in self.plan.objective.results(self.state).items():
                 leaves = {path: on_host(leaf) for path, leaf in flatten(result.params).items()}
                 if jax.process_index() == 0:
                     self._write(self.out / name, result, leaves)
@@ -229,9 +231,8 @@ class _Run:
         Raises:
             BeitJaxError: it is not what was compiled for. Without this check other hosts would go on with it.
         """
-        batch, stored = next(self.batches), self.plan.sources.tokens
-        if stored is not None:
-            batch |= {"tokens": stored.at(self.step * self.plan.recipe.data.batch_size + self.rows)}
+        positions = self.step * self.plan.recipe.data.batch_size + self.rows
+        batch = self.plan.objective.extend(next(self.batches), positions)
         for name, expected, found in changes(self.expected, _described(batch)):
             raise BeitJaxError(
                 f"batch of step {self.step + 1}: expected {name} {expected}, found {found}; look at the data"
@@ -269,7 +270,7 @@ class _Run:
         self.log.write(self.step, means | interval.rates(self.operations, self.peak) | {"skipped": skipped})
         if (slow := straggler(hosts)) is not None:
             self._once("hosts", slow)
-        for warning in self.plan.task.warnings(means) if self.step > self.settled else ():
+        for warning in self.plan.objective.warnings(means) if self.step > self.settled else ():
             self._once(warning.partition(" ")[0], warning)
 
     def _once(self, name: str, warning: str) -> None:
@@ -282,7 +283,7 @@ class _Run:
         """Begins a checkpoint of this step, unless there is one."""
         while self.saved != self.step:
             with self.watchdog.phase("checkpoint"), self.clock.measure("checkpoint"), self._forgiving():
-                self.checkpoints.save(self.step, self.state, {"recipe": self.plan.recipe.name})
+                self.checkpoints.save(self.step, to_saved(self.state), {"recipe": self.plan.recipe.name})
                 self.saved = self.step
 
     def _poll(self) -> None:
@@ -315,10 +316,10 @@ class _Run:
         if plan.validation is None:
             return
         with self.watchdog.phase("evaluation"), self.clock.measure("evaluation"):
-            self.scores = plan.task.scores(
+            self.scores = plan.objective.scores(
                 self.state, plan.validation, plan.processor, plan.mesh, lambda images: self.watchdog.beat()
             )
-            pictures = plan.task.pictures(self.state, plan.validation)
+            pictures = plan.objective.pictures(self.state, plan.validation)
         self.log.write(self.step, self.scores)
         for name, picture in pictures.items():
             self.log.picture(self.step, name, picture)
@@ -334,7 +335,7 @@ class _Run:
         }
         with new_directory(directory, overwrite=True) as partial:
             if isinstance(result.config, BeitConfig):
-                weights.save(partial, NativeCheckpoint(result.config, plan.processor, leaves, provenance))
+                save(partial, NativeCheckpoint(result.config, plan.processor, leaves, provenance))
             else:
                 save_tokenizer(partial, TokenizerCheckpoint(result.config, leaves, provenance))
 

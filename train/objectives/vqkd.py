@@ -4,29 +4,132 @@ Its tokens must be enough for a shallow decoder to rebuild a teacher's features.
 beit2/modeling_vqkd.py, norm_ema_quantizer.py and run_vqkd_training.py.
 """
 
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Annotated, Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.segmenter import batch_statistics
+from beit_jax.tokenizers.build import abstract_tokenizer
 from beit_jax.tokenizers.vqkd import Codebook, TaskLayer, VqkdConfig, VqkdTokenizer, l2_normalised
 from beit_jax.tree import Nested, flatten
+from beit_jax.weights.native import NativeCheckpoint
 
-from ..recipe import Recipe, VqkdOptions
-from ..step.objective import Batch, Metrics, Objective
+from ..initial.model_config import model_config
+from ..initial.parameters import initial_params
+from ..recipe import COUNT, NOT_NEGATIVE, RATE, Recipe
+from ..step.criterion import Batch, Criterion, Metrics
+from ..step.state import State, divided, variables
 from .codebook import averaged, counts, kmeans, perplexity
-from .initialize import initial_params
-from .teachers import Teacher
+from .objective import Initial, Parts, Result, Sources
+from .teachers import Teacher, abstract_teacher, teacher_params
+from .unlabelled import UnlabelledImages, UnlabelledRecipe
 
 _ABSENT = ("drop_path", "dropout", "attention_dropout", "layer_scale")
 
 
-def tokenizer_config(recipe: Recipe, variant: BeitConfig, target_size: int) -> VqkdConfig:
+@dataclass(frozen=True)
+class VqkdOptions:
+    """Training of BEiT v2's tokenizer. Source: unilm beit2/modeling_vqkd.py and norm_ema_quantizer.py."""
+
+    vocab_size: Annotated[int, COUNT] = 8192
+    codebook_dim: Annotated[int, COUNT] = 32
+    decoder_layers: Annotated[int, COUNT] = 3
+    decay: Annotated[float, RATE] = 0.99
+    """Of the moving averages that are the codes."""
+    commitment: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Weight of the distance between features and their codes."""
+    kmeans: bool = True
+    """Whether the codes start as clusters of the first batch's features; at random otherwise."""
+
+
+@dataclass(frozen=True)
+class VqkdRecipe(UnlabelledRecipe):
+    """A run that trains a tokenizer of BEiT v2's kind."""
+
+    objective: ClassVar[str] = "vqkd"
+    vqkd: VqkdOptions = field(default_factory=VqkdOptions)
+
+    def check(self) -> None:
+        super().check()
+        self.check_without_average()
+        self.check_without_layers()
+
+
+@dataclass(frozen=True)
+class Vqkd(UnlabelledImages[VqkdRecipe]):
+    """BEiT v2's tokenizer learns to rebuild a teacher's features. The teacher is the state's frozen network."""
+
+    reads = frozenset({"teacher"})
+
+    @classmethod
+    def configure(cls, recipe: Recipe, labels: tuple[str, ...], sources: Sources) -> BeitConfig:
+        assert isinstance(recipe, VqkdRecipe)
+        if sources.teacher is None:
+            raise BeitJaxError("vqkd needs a teacher: give --teacher CHECKPOINT")
+        config = model_config(recipe.model, (), task="features")
+        grid = sources.teacher.config.grid
+        if grid != config.grid:
+            raise BeitJaxError(
+                f"--teacher: its grid of patches is {grid}, the tokenizer's {config.grid}; "
+                "choose another --model.variant"
+            )
+        tokenizer_config(recipe, config, sources.teacher.config.hidden_size)  # refuses what it cannot be
+        return config
+
+    @classmethod
+    def abstract_sources(cls, recipe: Recipe, labels: tuple[str, ...]) -> Sources:
+        """A teacher of the tokenizer's own size."""
+        config = model_config(recipe.model, (), task="features")
+        return Sources(teacher=NativeCheckpoint(config, cls.processor(recipe, config), {}))
+
+    @cached_property
+    def tokenizer(self) -> VqkdConfig:
+        teacher = self.sources.teacher
+        assert teacher is not None
+        return tokenizer_config(self.recipe, self.config, teacher.config.hidden_size)
+
+    @property
+    def graph(self) -> nnx.GraphDef[VqkdTokenizer]:
+        graph = abstract_tokenizer(self.tokenizer, dtype=jnp.dtype(self.recipe.model.dtype))[0]
+        return cast("nnx.GraphDef[VqkdTokenizer]", graph)
+
+    @property
+    def criterion(self) -> Criterion:
+        return vqkd(self.recipe, self._teacher(jnp.dtype(self.recipe.model.dtype))[0])
+
+    def shapes(self) -> Parts:
+        params, stats = self._split(abstract_tokenizer(self.tokenizer)[1])
+        return Parts(params, stats, self._teacher(jnp.dtype(jnp.float32))[1])
+
+    def initial(self, key: Key[Array, ""]) -> Initial:
+        assert self.sources.teacher is not None
+
+        def part(index: int) -> Nested:
+            return self._split(initial_tokenizer(self.tokenizer, key))[index]
+
+        return Initial(partial(part, 0), partial(part, 1), teacher_params(self.sources.teacher))
+
+    def results(self, state: State) -> dict[str, Result]:
+        return {"tokenizer": Result(self.tokenizer, variables(state.params, state.stats))}
+
+    def _split(self, tree: Nested) -> tuple[Nested, Nested]:
+        return divided(tree, tokenizer_statistics(self.tokenizer))
+
+    def _teacher(self, dtype: np.dtype[Any]) -> tuple[nnx.GraphDef[Any], Nested]:
+        teacher = self.sources.teacher
+        assert teacher is not None
+        return abstract_teacher(teacher.config, teacher.processor.mean, teacher.processor.std, dtype=dtype)
+
+
+def tokenizer_config(recipe: VqkdRecipe, variant: BeitConfig, target_size: int) -> VqkdConfig:
     """The tokenizer of a recipe: an encoder of the variant's size, and a decoder as wide, of fewer blocks.
 
     Args:
@@ -84,7 +187,7 @@ def initial_tokenizer(config: VqkdConfig, key: Key[Array, ""]) -> Nested:
     }
 
 
-def vqkd(recipe: Recipe, teacher_graph: nnx.GraphDef[Any]) -> Objective:
+def vqkd(recipe: VqkdRecipe, teacher_graph: nnx.GraphDef[Any]) -> Criterion:
     """A teacher's features from tokens: ``image`` uint8 [b, h, w, 3].
 
     Its model is a `VqkdTokenizer`. The loss is one minus the cosine of predicted and true features, and the distance
@@ -131,7 +234,7 @@ def vqkd(recipe: Recipe, teacher_graph: nnx.GraphDef[Any]) -> Objective:
             "perplexity": perplexity(sizes),
         }
 
-    return Objective(prepare, loss)
+    return Criterion(prepare, loss)
 
 
 def straight_through(features: Float[Array, "*b d"], codes: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

@@ -16,8 +16,9 @@ from beit_jax.config import BeitConfig
 from beit_jax.models.build import abstract_model, num_params, param_shapes
 from beit_jax.models.interface import Remat
 from beit_jax.models.partition import traced_for_several_devices
+from beit_jax.tokenizers.build import tokenizer_shapes
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
 from beit_jax.tokenizers.dvae import DvaeEncoderConfig
-from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, tokenizer_shapes
 from beit_jax.train.costs.estimate import Flops, Memory, activation_bytes, compiled_bytes, flops, memory, peak_flops
 from beit_jax.train.data.stored_tokens import StoredTokens
 from beit_jax.train.objectives import objective_of

@@ -17,8 +17,8 @@ from flax import nnx
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.terminal import Advance
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
 from beit_jax.tokenizers.dvae import DvaeEncoder, DvaeEncoderConfig
-from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint
 from beit_jax.train.augmentation.masking import BlockMask
 from beit_jax.train.augmentation.views import ViewsTransform
 from beit_jax.train.data import stored_tokens

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.integrate import quad
 
 from beit_jax.errors import BeitJaxError
-from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, load_decoder, load_tokenizer, save_tokenizer
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, load_decoder, load_tokenizer, save_tokenizer
 from beit_jax.train.data.digits import digits
 from beit_jax.train.objectives.dvae import (
     DvaeOptions,

@@ -21,8 +21,8 @@ from tolerances import GRADIENT
 from beit_jax.config import BeitConfig
 from beit_jax.models.build import abstract_model
 from beit_jax.models.interface import Remat
+from beit_jax.tokenizers.build import abstract_tokenizer, build_tokenizer
 from beit_jax.tokenizers.dvae import DvaeEncoder, DvaeEncoderConfig
-from beit_jax.tokenizers.tokenizer import abstract_tokenizer, build_tokenizer
 from beit_jax.train.objectives.data2vec import Data2vecOptions, Data2vecRecipe, data2vec, feature_targets, smooth_l1
 from beit_jax.train.objectives.hidden_patches import deviation, hidden_patches, weighted_mean
 from beit_jax.train.objectives.masked_tokens import (

@@ -27,15 +27,15 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.images import ImageProcessor
 from beit_jax.inference import predict
 from beit_jax.models.build import param_shapes
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, load_decoder, load_tokenizer, save_tokenizer
 from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoder
-from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, load_decoder, load_tokenizer, save_tokenizer
 from beit_jax.tokenizers.vqkd import VqkdTokenizer
 from beit_jax.train.checkpoints.checkpointer import Checkpoints
 from beit_jax.train.data.prepare import prepare_digits, prepare_images
-from beit_jax.train.loop.plan import Plan, make_plan, store_tokens
+from beit_jax.train.loop.plan import Plan, make_plan
 from beit_jax.train.loop.run import Outcome, train
-from beit_jax.train.recipes.finetuning import recipe_named
-from beit_jax.train.step.state import State
+from beit_jax.train.recipes import recipe_named
+from beit_jax.train.step.state import State, from_saved, to_saved
 from beit_jax.tree import flatten
 from beit_jax.weights import NativeCheckpoint, load, save
 
@@ -167,14 +167,14 @@ class Done:
     def state(self) -> State:
         """Of the last checkpoint."""
         with Checkpoints(self.out / "checkpoints", keep=2) as checkpoints:
-            restored = checkpoints.restore(self.plan.abstract_state)
+            restored = checkpoints.restore(to_saved(self.plan.abstract_state))
         assert restored is not None
-        return restored.state
+        return from_saved(restored.state, self.plan.abstract_state)
 
 
 def sha256(state: State) -> dict[str, str]:
     digests = {}
-    for name in ("step", "params", "stats", "opt", "ema"):
+    for name in ("step", "params", "stats", "opt", "average", "frozen"):
         digest = hashlib.sha256()
         for leaf in jax.tree.leaves(getattr(state, name)):
             digest.update(np.ascontiguousarray(leaf).tobytes())
@@ -238,7 +238,7 @@ def test_visual_tokens(masked: Done) -> None:
 
 
 def test_the_tokenizer_lies_beside_the_model_and_nothing_moves_it(masked: Done) -> None:
-    before, after = flatten(masked.plan.first_state().ema), flatten(masked.state().ema)
+    before, after = flatten(masked.plan.first_state().frozen), flatten(masked.state().frozen)
     assert before.keys() == masked.plan.sources.tokenizer.params.keys() == after.keys()
     for name, leaf in masked.plan.sources.tokenizer.params.items():
         assert np.array_equal(leaf, before[name]) and np.array_equal(leaf, after[name])
@@ -260,10 +260,10 @@ def test_data2vec_makes_three_models(data2vec: Done) -> None:
     assert data2vec.outcome.models == (out / "model", out / "model-ema", out / "student")
     pixels = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype(np.float32)
     outputs = {}
-    for name, params in (("model", state.params), ("model-ema", state.ema)):
+    for name, params in (("model", state.params), ("model-ema", state.average)):
         model, _ = predict.from_pretrained(out / name)
         outputs[name] = np.asarray(model(pixels).last_hidden_state)
-        whole = nnx.merge(data2vec.plan.task.graph, params)
+        whole = nnx.merge(data2vec.plan.objective.graph, params)
         expected = whole.norm(whole.beit(pixels).last_hidden_state)
         np.testing.assert_allclose(outputs[name], expected, rtol=0, atol=1e-5)
     assert np.abs(outputs["model"] - outputs["model-ema"]).max() > 1e-2
@@ -304,7 +304,7 @@ def scored(done: Done, state: State) -> tuple[dict[str, float], int]:
     plan, images = done.plan, []
     with jax.set_mesh(plan.mesh):
         assert plan.validation is not None
-        scores = plan.task.scores(state, plan.validation, plan.processor, plan.mesh, images.append)
+        scores = plan.objective.scores(state, plan.validation, plan.processor, plan.mesh, images.append)
     return scores, sum(images)
 
 
@@ -331,15 +331,15 @@ def test_validation_is_of_the_state_and_as_often_as_asked(masked: Done) -> None:
 
 def test_stored_tokens_are_those_computed_on_the_way(masked: Done, places: Places, tmp_path: Path) -> None:
     """Same losses, parameters and scores, bit for bit; the tokenizer is not on the devices."""
-    assert store_tokens(masked.plan, tmp_path / "tokens") == STEPS * BATCH
+    assert masked.plan.objective.store_tokens(masked.plan.training, tmp_path / "tokens") == STEPS * BATCH
     plan = make_plan(masked.plan.recipe, places.digits, tokenizer=places.tokenizer, stored_tokens=tmp_path / "tokens")
-    assert "token_image" in masked.plan.task.batch(4) and "token_image" not in plan.task.batch(4)
+    assert "token_image" in masked.plan.objective.batch(4) and "token_image" not in plan.objective.batch(4)
     stored = run(plan, tmp_path / "run")
     assert stored.training == masked.training
     assert stored.scores == masked.scores
     state, expected = stored.state(), masked.state()
-    assert not state.ema
-    assert {**sha256(state), "ema": ""} == {**sha256(expected), "ema": ""}
+    assert not state.frozen
+    assert {**sha256(state), "frozen": ""} == {**sha256(expected), "frozen": ""}
     other = replace(masked.plan.recipe, run=replace(masked.plan.recipe.run, seed=1))
     with pytest.raises(BeitJaxError, match=r"tokens: computed with seed 0, now it is 1"):
         make_plan(other, places.digits, tokenizer=places.tokenizer, stored_tokens=tmp_path / "tokens")
@@ -357,7 +357,7 @@ def test_a_second_stage_goes_on_from_the_student_without_validation(
     recipe = recipe_with("digits_data2vec", DATA2VEC | {"optim.epochs": 1, "optim.warmup-epochs": 0.5})
     plan = make_plan(recipe, places.images, data2vec.out / "student")
     first, student = plan.first_state(), load(data2vec.out / "student").params
-    for tree in (first.params, first.ema):
+    for tree in (first.params, first.average):
         flat = flatten(tree)
         assert flat.keys() == student.keys() and "lm_head/kernel" in flat
         assert all(np.array_equal(flat[name], student[name]) for name in flat)
@@ -365,7 +365,7 @@ def test_a_second_stage_goes_on_from_the_student_without_validation(
     second = run(plan, tmp_path / "run")
     assert second.outcome.scores == {} == second.scores
     after = second.state()
-    assert not np.array_equal(after.params["lm_head"]["kernel"], after.ema["lm_head"]["kernel"])
+    assert not np.array_equal(after.params["lm_head"]["kernel"], after.average["lm_head"]["kernel"])
 
 
 @pytest.mark.parametrize("name", ["digits_probe", "digits_finetune"])
@@ -375,7 +375,7 @@ def test_encoders_are_starting_points(name: str, source: str, places: Places, re
     directory = request.getfixturevalue(run_name).out / model
     plan = make_plan(recipe_with(name, {"model.image-size": 16}), places.digits, directory)
     state = plan.first_state()
-    encoder = flatten(state.ema if name == "digits_probe" else state.params)
+    encoder = flatten(state.frozen if name == "digits_probe" else state.params)
     taken = {path.removeprefix("beit/"): leaf for path, leaf in load(directory).params.items()}
     for path in ("blocks/attention/qkv_kernel", "blocks/mlp/fc2/kernel", "embeddings/cls_token"):
         assert np.array_equal(encoder[f"beit/{path}"], taken[path]), path
@@ -388,7 +388,7 @@ def test_vqkds_tokens_are_predicted(vqkd: Done, places: Places, tmp_path: Path) 
     options = SMALL | MASK | SHORT | {"augment.interpolation": "bicubic"}
     recipe, tokenizer = recipe_with("digits_pretrain", options), vqkd.out / "tokenizer"
     plan = make_plan(recipe, places.digits, tokenizer=tokenizer)
-    assert plan.task.batch(4).keys() == {"image", "mask"} and plan.config.vocab_size == 32
+    assert plan.objective.batch(4).keys() == {"image", "mask"} and plan.config.vocab_size == 32
     done = run(plan, tmp_path / "run")
     assert done.scores[2]["validation_target_perplexity"] > 2
     assert load(done.out / "model").config.vocab_size == 32
@@ -520,7 +520,7 @@ def test_stopped_and_continued_data2vec_ends_in_the_same_bits(
     assert train(plan, tmp_path / "run", resume="must", quiet=True).step == STEPS
     continued = Done(plan, tmp_path / "run", data2vec.outcome)
     digests = sha256(continued.state())
-    assert digests == sha256(data2vec.state()) and digests["ema"] != digests["params"]
+    assert digests == sha256(data2vec.state()) and digests["average"] != digests["params"]
     assert continued.training == data2vec.training
 
 
@@ -639,4 +639,4 @@ def test_data_that_labels_need_is_refused_without_them(places: Places) -> None:
 
 def test_tokens_of_a_run_that_predicts_none(data2vec: Done, tmp_path: Path) -> None:
     with pytest.raises(BeitJaxError, match=r"^digits_data2vec: data2vec predicts no tokens; choose another recipe$"):
-        store_tokens(data2vec.plan, tmp_path / "tokens")
+        data2vec.plan.objective.store_tokens(data2vec.plan.training, tmp_path / "tokens")

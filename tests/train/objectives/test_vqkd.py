@@ -29,11 +29,13 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.images import ImageProcessor
 from beit_jax.models.build import build_model, param_shapes
-from beit_jax.tokenizers.tokenizer import abstract_tokenizer, build_tokenizer, tokenizer_shapes
+from beit_jax.tokenizers.build import abstract_tokenizer, build_tokenizer, tokenizer_shapes
 from beit_jax.tokenizers.vqkd import VqkdConfig, VqkdTokenizer, l2_normalised
 from beit_jax.train.distributed.sharding import AXES, state_shardings
 from beit_jax.train.objectives.teachers import Teacher, abstract_teacher, teacher_params
 from beit_jax.train.objectives.vqkd import (
+    VqkdOptions,
+    VqkdRecipe,
     cosine_distance,
     initial_tokenizer,
     straight_through,
@@ -41,7 +43,7 @@ from beit_jax.train.objectives.vqkd import (
     tokenizer_statistics,
     vqkd,
 )
-from beit_jax.train.recipe import ModelOptions, OptimOptions, Recipe, VqkdOptions
+from beit_jax.train.recipe import ModelOptions, OptimOptions, Recipe
 from beit_jax.train.step.optim import optimizer, weight_decay_mask
 from beit_jax.train.step.state import State, initial_state, variables
 from beit_jax.train.step.step import make_train_step
@@ -65,9 +67,8 @@ TINY = VqkdConfig(
     codebook_dim=4,
     target_size=SIZE,
 )
-RECIPE = Recipe(
+RECIPE = VqkdRecipe(
     "vqkd",
-    objective="vqkd",
     model=ModelOptions(dtype="float32", drop_path=0.0),
     vqkd=VqkdOptions(vocab_size=12, codebook_dim=4, decoder_layers=1, commitment=0.5),
 )
@@ -268,7 +269,7 @@ def test_codes_are_used_before_they_move() -> None:
 
 def test_configuration() -> None:
     """BEiT v2's published tokenizer is that of the defaults and the base variant."""
-    recipe = Recipe("vqkd", objective="vqkd", model=ModelOptions(drop_path=0.0))
+    recipe = VqkdRecipe("vqkd", model=ModelOptions(drop_path=0.0))
     assert tokenizer_config(recipe, VARIANTS["beit_base_patch16_224"], 512) == VqkdConfig()
     assert tokenizer_config(RECIPE, VARIANTS["beit_large_patch16_384"], 768) == VqkdConfig(
         (384, 384), (16, 16), 1024, 24, 16, 4096, 1024, 1, 16, 4096, 12, 4, 768
@@ -470,9 +471,8 @@ def test_digits() -> None:
     """The tokens tell more of a classifier's features than positions do, and at least two thirds of them are used."""
     source = load(resolve(Path(str(files("beit_jax") / "digits"))))
     graph, _ = abstract_teacher(source.config, source.processor.mean, source.processor.std)
-    recipe = Recipe(
+    recipe = VqkdRecipe(
         "digits",
-        objective="vqkd",
         model=ModelOptions(dtype="float32", drop_path=0.0),
         vqkd=VqkdOptions(vocab_size=CODES, codebook_dim=16, decoder_layers=1),
         optim=OptimOptions(weight_decay=1e-4, beta2=0.99),
@@ -488,7 +488,7 @@ def test_digits() -> None:
 
     params = jax.jit(partial(initial_tokenizer, config))(jax.random.key(0))
     state = initial_state(params, tx, statistics=tokenizer_statistics(config))
-    state = replace(state, ema=jax.tree.map(jnp.asarray, teacher_params(source)))
+    state = replace(state, frozen=jax.tree.map(jnp.asarray, teacher_params(source)))
     train, held_out = digits()
     rng, logs = np.random.default_rng(0), []
     for _ in range(STEPS):
@@ -508,9 +508,9 @@ def test_digits() -> None:
     @jax.jit
     def evaluate(state: State) -> tuple[dict[str, jax.Array], jax.Array]:
         model = build_tokenizer(config, variables(state.params, state.stats))
-        target = l2_normalised(nnx.merge(graph, state.ema)(batch["image"]))
+        target = l2_normalised(nnx.merge(graph, state.frozen)(batch["image"]))
         by_position = jnp.broadcast_to(target.mean(axis=0), target.shape)
-        return objective.loss(model, batch, None, state.ema)[1], cosine_distance(by_position, target)
+        return objective.loss(model, batch, None, state.frozen)[1], cosine_distance(by_position, target)
 
     scores, of_positions = evaluate(state)
     assert scores["rec_loss"] < of_positions - 0.1
@@ -521,7 +521,7 @@ def test_digits() -> None:
 
 def check_failed_step(step: Any, state: State, batch: np.ndarray, before: Nested) -> None:
     """A loss that is no number leaves the codebook as it is."""
-    broken = replace(state, ema=jax.tree.map(lambda leaf: leaf * jnp.nan, state.ema))
+    broken = replace(state, frozen=jax.tree.map(lambda leaf: leaf * jnp.nan, state.frozen))
     after, metrics = step(broken, {"image": batch})
     assert not metrics["finite"] and after.bad == 1
     for name, leaf in before.items():

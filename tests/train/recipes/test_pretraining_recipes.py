@@ -11,24 +11,31 @@ import pytest
 from beit_jax.config import BeitConfig
 from beit_jax.images import ImageProcessor
 from beit_jax.models.build import num_params, param_shapes
+from beit_jax.tokenizers.build import TokenizerConfig, tokenizer_shapes
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
 from beit_jax.tokenizers.dvae import DvaeEncoderConfig
-from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint, TokenizerConfig, tokenizer_shapes
 from beit_jax.tokenizers.vqkd import VqkdConfig
 from beit_jax.train.distributed.sharding import make_mesh
-from beit_jax.train.loop.plan import KINDS, Plan
+from beit_jax.train.initial.model_config import image_processor, model_config
+from beit_jax.train.loop.plan import Plan
+from beit_jax.train.objectives import objective_of
 from beit_jax.train.objectives.dvae import configs
-from beit_jax.train.objectives.model_config import image_processor, model_config
-from beit_jax.train.objectives.task import Sources
-from beit_jax.train.recipe import Recipe, check
-from beit_jax.train.recipes.finetuning import RECIPES, recipe_named
+from beit_jax.train.objectives.objective import Sources
+from beit_jax.train.recipe import Recipe
+from beit_jax.train.recipes import RECIPES, recipe_named
 from beit_jax.train.recipes.pretraining import PRETRAINING
+from beit_jax.train.recipes.tokenizers import TOKENIZERS
 from beit_jax.train.step.optim import optimizer
 from beit_jax.train.step.schedule import decay_table, schedule_table
 from beit_jax.variants import VARIANTS
 from beit_jax.weights import NativeCheckpoint
 
 IMAGENET, IMAGENET22K = 1_281_167, 14_197_122
-NAMES = [make.__name__ for make in PRETRAINING]
+NAMES = [make.__name__ for make in (*PRETRAINING, *TOKENIZERS)] + [
+    "digits_tokenizer",
+    "digits_pretrain",
+    "digits_data2vec",
+]
 
 
 def nothing(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -53,7 +60,7 @@ def sources_of(recipe: Recipe) -> Sources:
 
 def planned(recipe: Recipe, images: int = IMAGENET) -> Plan:
     """As `make_plan`, of data that nobody reads."""
-    sources, kind = sources_of(recipe), KINDS[recipe.objective]
+    sources, kind = sources_of(recipe), objective_of(recipe)
     config = kind.configure(recipe, (), sources)
     rates = schedule_table(recipe.optim, images // recipe.data.batch_size)
     data: Any = range(images)
@@ -65,7 +72,7 @@ def planned(recipe: Recipe, images: int = IMAGENET) -> Plan:
         training=data,
         validation=None,
         mesh=make_mesh((1, 1, 1), jax.devices()[:1]),
-        task=kind(recipe, config, sources, len(rates)),
+        objective=kind(recipe, config, sources, len(rates)),
         tx=optimizer(recipe.optim, config),
         rates=rates,
     )
@@ -80,17 +87,17 @@ def test_all_of_them_are_recipes() -> None:
 def test_every_recipe_traces(name: str) -> None:
     """Shapes of one whole step at the recipe's own sizes, tokenizer and teacher included: nothing is computed."""
     recipe = recipe_named(name)
-    check(recipe)
+    recipe.check()
     plan = planned(recipe)
     state = plan.abstract_state
     with jax.set_mesh(plan.mesh):
-        after, metrics = jax.eval_shape(plan.step, state, plan.task.batch(recipe.data.batch_size))
+        after, metrics = jax.eval_shape(plan.step, state, plan.objective.batch(recipe.data.batch_size))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )
     assert metrics["loss"].shape == () and metrics["loss"].dtype == np.float32
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(after.params))
-    beside = sum(leaf.size for leaf in jax.tree.leaves(state.ema))
+    beside = sum(leaf.size for leaf in jax.tree.leaves((state.average, state.frozen)))
     learned = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     if recipe.objective == "dvae":
         assert beside == 0

@@ -1,6 +1,6 @@
-"""Visual tokenizers: the one interface that pre-training needs, and their native checkpoints.
+"""Native checkpoints of tokenizers.
 
-A native tokenizer is a directory of ``config.json`` and ``flax_model.safetensors``, with digests and provenance as
+A native tokenizer is a directory of ``config.json`` and ``flax_model.safetensors``. It has digests and provenance, as
 native models have them (`beit_jax.weights.native`).
 """
 
@@ -8,77 +8,33 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
 from safetensors.numpy import load_file
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG, WEIGHTS
 from beit_jax.json_file import Fields, read_json
-from beit_jax.models.interface import ArrayLike
-from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoder, DvaeEncoderConfig
-from beit_jax.tokenizers.vqkd import VqkdConfig, VqkdTokenizer
-from beit_jax.tree import Nested, flatten, unflatten
+from beit_jax.tokenizers.build import MODELS, TokenizerConfig, TokenizerModel, build_tokenizer, tokenizer_shapes
+from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoder
+from beit_jax.tokenizers.vqkd import VqkdTokenizer
+from beit_jax.tree import unflatten
 from beit_jax.weights.tensors import LeafSpec, read_metadata, verify, write_tensors
 
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """Images to visual tokens.
-
-    Attributes:
-        vocab_size: tokens are in [0, vocab_size).
-        patch_size: pixels of one token, (height, width): a student with a grid of (rows, columns) patches wants its
-            tokens from images of (rows, columns) * patch_size.
-        image_size: (height, width) it was made for.
-        value_range: of the pixels it wants, which are otherwise as they come from the file.
-    """
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def patch_size(self) -> tuple[int, int]: ...
-
-    @property
-    def image_size(self) -> tuple[int, int]: ...
-
-    @property
-    def value_range(self) -> tuple[float, float]: ...
-
-    def tokens(self, pixel_values: Float[ArrayLike, "b height width c"]) -> Int[Array, "b h w"]:
-        """One token per patch, int32, rows from the top. May be traced.
-
-        Raises:
-            BeitJaxError: images of a shape that it cannot read.
-        """
-
-
-TokenizerConfig = DvaeEncoderConfig | DvaeDecoderConfig | VqkdConfig
-TokenizerModel = DvaeEncoder | DvaeDecoder | VqkdTokenizer
-
-MODELS: Mapping[type, type[TokenizerModel]] = {
-    DvaeEncoderConfig: DvaeEncoder,
-    DvaeDecoderConfig: DvaeDecoder,
-    VqkdConfig: VqkdTokenizer,
-}
 _CONFIGS: Mapping[str, type[TokenizerConfig]] = {kind.model_type: kind for kind in MODELS}  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
 class TokenizerCheckpoint:
-    """A tokenizer, or a decoder of tokens, at rest.
+    """The content of a native directory: a tokenizer, or a decoder of tokens.
 
     Attributes:
         params: flat name to float32 array.
-        provenance: where the weights came from, as the converter recorded it.
+        provenance: the origin of the weights, as the converter recorded it.
     """
 
     config: TokenizerConfig
@@ -86,29 +42,9 @@ class TokenizerCheckpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def abstract_tokenizer(
-    config: TokenizerConfig, *, dtype: DTypeLike = jnp.float32
-) -> tuple[nnx.GraphDef[TokenizerModel], Nested]:
-    """A model without memory: what `nnx.merge` needs besides the parameters, and the parameters' shapes, nested."""
-    model = nnx.eval_shape(lambda: MODELS[type(config)](config, dtype=dtype, rngs=nnx.Rngs(0)))  # type: ignore[arg-type]
-    graph, state = nnx.split(model)
-    return graph, nnx.to_pure_dict(state)
-
-
-@lru_cache(maxsize=8)
-def tokenizer_shapes(config: TokenizerConfig) -> Mapping[str, tuple[int, ...]]:
-    """Flat name to shape of every parameter."""
-    return {name: leaf.shape for name, leaf in flatten(abstract_tokenizer(config)[1]).items()}
-
-
 def is_native_tokenizer(directory: Path) -> bool:
-    """Whether a native checkpoint holds a tokenizer, by its ``config.json``."""
+    """Returns True if a native checkpoint holds a tokenizer or a decoder, by its ``config.json``."""
     return read_json(directory / CONFIG).get("model_type") in _CONFIGS
-
-
-def build_tokenizer(config: TokenizerConfig, params: Nested, *, dtype: DTypeLike = jnp.float32) -> TokenizerModel:
-    """The model with these (nested) parameters; works inside `jax.jit` as well."""
-    return nnx.merge(abstract_tokenizer(config, dtype=dtype)[0], params)
 
 
 def save_tokenizer(directory: Path, checkpoint: TokenizerCheckpoint) -> None:

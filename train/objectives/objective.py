@@ -1,0 +1,299 @@
+"""The interface of an objective, with what most objectives have in common."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Key, UInt8
+
+from beit_jax.config import BeitConfig
+from beit_jax.config import Task as Architecture
+from beit_jax.errors import BeitJaxError
+from beit_jax.images.processor import ImageProcessor
+from beit_jax.models.build import Model, abstract_model, statistics
+from beit_jax.terminal import Advance, Progress, no_progress
+from beit_jax.tree import Nested
+from beit_jax.weights.native import NativeCheckpoint
+
+from ..costs.estimate import activation_bytes, flops
+from ..initial.model_config import image_processor, model_config
+from ..initial.parameters import Scheme, from_checkpoint, initial_params
+from ..recipe import Recipe
+from ..step.criterion import Criterion
+from ..step.state import State, divided, variables
+
+if TYPE_CHECKING:
+    from beit_jax.tokenizers.build import TokenizerConfig
+    from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
+
+    from ..data.datasets import Dataset, SegmentationDataset
+    from ..data.stored_tokens import StoredTokens
+
+    Images = Dataset | SegmentationDataset
+
+RecipeT = TypeVar("RecipeT", bound=Recipe, covariant=True)
+Shapes = dict[str, jax.ShapeDtypeStruct]
+Draw = Callable[[], Nested]
+"""Draws parameters; traceable."""
+SourceName = Literal["init", "tokenizer", "decoder", "stored_tokens", "teacher"]
+"""What a run may read besides its data: the options that name it."""
+IMAGENET = 1_281_167
+"""Training images of ImageNet-1k, by which schedules are as long as they are where there is no data."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a run reads besides its data.
+
+    Attributes:
+        start: the checkpoint that training starts from; None: parameters are drawn at random.
+        tokenizer: computes the tokens that are predicted.
+        decoder: turns tokens into pictures to look at.
+        teacher: computes the features that a tokenizer learns from.
+        tokens: the tokens that are predicted, computed before.
+    """
+
+    start: NativeCheckpoint | None = None
+    tokenizer: "TokenizerCheckpoint | None" = None
+    decoder: "TokenizerCheckpoint | None" = None
+    teacher: NativeCheckpoint | None = None
+    tokens: "StoredTokens | None" = None
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The values that a state begins with: arrays of the host, or functions that draw them on the devices.
+
+    Attributes:
+        params: what gradients move.
+        stats: running statistics; empty for models without.
+        frozen: a second network, which nothing moves (a tokenizer, a teacher, a backbone); empty for most objectives.
+    """
+
+    params: Nested | Draw
+    stats: Nested | Draw
+    frozen: Nested | Draw
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a state that come from an objective, as arrays or as shapes; the fields are those of `Initial`."""
+
+    params: Nested
+    stats: Nested
+    frozen: Nested
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model that a run makes: a native checkpoint of a model, or of a tokenizer."""
+
+    config: "BeitConfig | TokenizerConfig"
+    params: Nested
+
+
+@dataclass(frozen=True)
+class Objective(Generic[RecipeT]):
+    """What a run learns: its input, its loss, what it keeps beside the parameters, its evaluation and its results.
+
+    A subclass implements what raises `NotImplementedError` here. `WholeModel` does so for a model of this library that
+    learns as a whole, `labelled.LabelledImages` and `unlabelled.UnlabelledImages` do so for two kinds of input.
+
+    Attributes:
+        config: the model of the run; for a tokenizer that is trained, the images and patches it is for.
+        steps: optimizer steps of the run.
+    """
+
+    recipe: RecipeT
+    config: BeitConfig
+    sources: Sources
+    steps: int
+
+    reads: ClassVar[frozenset[SourceName]] = frozenset()
+    """What `Sources` may hold for this objective. Other options that name a source are refused."""
+    needs_validation: ClassVar[bool] = True
+    """Whether the data must have a validation split."""
+    evaluation: ClassVar[Literal["batches", "whole batches", "single images"]] = "batches"
+    """How images are evaluated: in batches of which the last may be smaller, in whole ones, or one by one."""
+    epoch_images: ClassVar[int] = IMAGENET
+    """Training images of the data set that the published recipes are for."""
+
+    @classmethod
+    def configure(cls, recipe: Recipe, labels: tuple[str, ...], sources: Sources) -> BeitConfig:
+        """The configuration of the run's model.
+
+        Raises:
+            BeitJaxError: sources that are missing, or do not fit the recipe.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def abstract_sources(cls, recipe: Recipe, labels: tuple[str, ...]) -> Sources:
+        """What the recipe reads, without values, for a program that is compiled but not run."""
+        return Sources()
+
+    @staticmethod
+    def processor(recipe: Recipe, config: BeitConfig) -> ImageProcessor:
+        """How images are prepared for evaluation and use."""
+        return image_processor(recipe, config)
+
+    @staticmethod
+    def open(directory: Path, split: str) -> "Images":
+        """A split of prepared data.
+
+        Raises:
+            BeitJaxError: data of another kind.
+        """
+        raise NotImplementedError
+
+    def with_stored_tokens(self, directory: Path, images: "Images") -> Self:
+        """This objective with tokens that were computed before; for an objective that reads ``stored_tokens``.
+
+        Raises:
+            BeitJaxError: the tokens are not those of this run.
+        """
+        raise NotImplementedError
+
+    def store_tokens(
+        self, images: "Images", directory: Path, progress: Progress = no_progress, *, overwrite: bool = False
+    ) -> int:
+        """Computes the tokens of all images of the run, as its steps would, and writes them.
+
+        Returns:
+            The number of these images.
+
+        Raises:
+            BeitJaxError: the objective predicts no tokens; a run of several hosts; as `stored_tokens.write_tokens`.
+        """
+        raise BeitJaxError(f"{self.recipe.name}: {self.recipe.objective} predicts no tokens; choose another recipe")
+
+    def replaced(self, **changes: Any) -> Self:
+        """This objective with other fields."""
+        return replace(self, **changes)
+
+    # --- Input
+
+    @property
+    def transform(self) -> Callable[..., Any]:
+        """What the host does to a training image, as the data's `train_batches` calls it."""
+        raise NotImplementedError
+
+    def batch(self, size: int) -> Shapes:
+        """Shapes of a training batch."""
+        raise NotImplementedError
+
+    def extend(self, batch: dict[str, np.ndarray], positions: np.ndarray) -> dict[str, np.ndarray]:
+        """A host's part of a batch, with what is stored for it.
+
+        Args:
+            positions: [b] int, of every image among all that the run sees.
+        """
+        return batch
+
+    # --- What is learned
+
+    @property
+    def graph(self) -> nnx.GraphDef[Any]:
+        """What is trained, without its parameters."""
+        raise NotImplementedError
+
+    @property
+    def criterion(self) -> Criterion:
+        """The loss."""
+        raise NotImplementedError
+
+    def shapes(self) -> Parts:
+        """Shapes of what `initial` returns."""
+        raise NotImplementedError
+
+    def initial(self, key: Key[Array, ""]) -> Initial:
+        """The values at the start."""
+        raise NotImplementedError
+
+    # --- What comes out
+
+    def scores(
+        self, state: State, images: "Images", processor: ImageProcessor, mesh: Mesh, advance: Advance
+    ) -> dict[str, float]:
+        """An evaluation's numbers by name; the first is the one to compare runs by. Empty: nothing can be evaluated."""
+        return {}
+
+    def pictures(self, state: State, images: "Images") -> dict[str, UInt8[np.ndarray, "h w 3"]]:
+        """Pictures for people to look at during training, by name."""
+        return {}
+
+    def warnings(self, metrics: Mapping[str, float]) -> list[str]:
+        """A line for everything that is wrong with these means of a training log's metrics."""
+        return []
+
+    def results(self, state: State) -> dict[str, Result]:
+        """Directory name to every model that the run makes."""
+        return {}
+
+    # --- What it costs
+
+    @property
+    def flops(self) -> float:
+        """Floating point operations of a training step, for one image; what the run computes twice counts once."""
+        raise NotImplementedError
+
+    @property
+    def activations(self) -> int:
+        """Bytes that a training step keeps for one image, from the forward to the backward pass."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class WholeModel(Objective[RecipeT]):
+    """All parameters of a model learn, from a random start or from a checkpoint's."""
+
+    reads = frozenset({"init"})
+    architecture: ClassVar[Architecture] = "image_classification"
+    """The head of the model."""
+
+    @classmethod
+    def configure(cls, recipe: Recipe, labels: tuple[str, ...], sources: Sources) -> BeitConfig:
+        start = None if sources.start is None else sources.start.config
+        return model_config(recipe.model, labels, start, task=cls.architecture)
+
+    @property
+    def graph(self) -> nnx.GraphDef[Model]:
+        return abstract_model(self.config, dtype=jnp.dtype(self.recipe.model.dtype))[0]
+
+    def shapes(self) -> Parts:
+        params, stats = self._split(abstract_model(self.config)[1])
+        return Parts(params, stats, {})
+
+    def initial(self, key: Key[Array, ""]) -> Initial:
+        if self.sources.start is not None:
+            params, stats = self._split(from_checkpoint(self.sources.start, self.config, key)[0])
+            return Initial(params, stats, {})
+        scheme: Scheme = "pretrain" if self.config.task == "masked_image_modeling" else "finetune"
+
+        def part(index: int) -> Draw:
+            return lambda: self._split(initial_params(self.config, scheme, key))[index]
+
+        return Initial(part(0), part(1), {})
+
+    def results(self, state: State) -> dict[str, Result]:
+        models = {"model": state.params} | ({"model-ema": state.average} if state.average else {})
+        return {name: Result(self.config, variables(params, state.stats)) for name, params in models.items()}
+
+    @property
+    def flops(self) -> float:
+        return flops(self.config).training()
+
+    @property
+    def activations(self) -> int:
+        model = self.recipe.model
+        return activation_bytes(self.config, dtype=jnp.dtype(model.dtype), remat=model.remat)
+
+    def _split(self, tree: Nested) -> tuple[Nested, Nested]:
+        return divided(tree, statistics(self.config))
