@@ -1,8 +1,8 @@
-"""Resampling of position tables as one matrix per axis: exact, differentiable, and the same under every input size.
+"""Resampling of position tables by one matrix per axis.
 
-Every method is linear in the table, so it is built once in float64 with NumPy from the (static) sizes and applied as
-``rows @ table @ columns.T``. `jax.image.resize` is not used: its cubic kernel has a = -0.5 where torch has -0.75, and
-no method of it is the geometric one.
+Every method is linear in the table. So its matrices are built once, in float64 with NumPy from the (static) sizes, and
+applied as ``rows @ table @ columns.T``, which is exact and differentiable. `jax.image.resize` is not used: its cubic
+kernel has a = -0.5 where torch has -0.75, and it has no geometric method.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ def linear_matrix(source: int, target: int) -> Matrix:
 
 
 def linear_taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two source samples that each target sample lies between, and the weight of the second, each [target]."""
+    """The two source samples around each target sample, and the weight of the second source sample, each [target]."""
     position = np.maximum(_torch_position(source, target), 0.0)
     lower = np.floor(position).astype(int)
     return lower, np.minimum(lower + 1, source - 1), position - lower
@@ -65,7 +65,7 @@ def antialiased_bicubic_matrix(source: int, target: int) -> np.ndarray:
 
 
 def _torch_position(source: int, target: int) -> np.ndarray:
-    """Where each target sample lies in the source. In float32, as torch rounds it: float64 would differ by 1e-5."""
+    """The position of each target sample in the source. In float32, as in torch: float64 would differ by 1e-5."""
     scale, half = np.float32(source / target), np.float32(0.5)
     return (scale * (np.arange(target, dtype=np.float32) + half) - half).astype(np.float64)
 
@@ -78,13 +78,15 @@ def _cubic_kernel(distance: np.ndarray, a: float) -> np.ndarray:
 
 
 def _geometric_matrix(source: int, target: int, degree: int) -> Matrix:
-    """The table resize of the original code: source offsets are placed at geometrically growing distances, so that near
-    offsets keep their values and the far ones stretch to the new window; splines in between (not-a-knot for cubic).
+    """The table resize of the original code: a spline (not-a-knot if cubic) through the source offsets.
+
+    The source offsets are placed at geometrically growing distances. So near offsets keep their values, and far offsets
+    stretch to the new window.
 
     Source: microsoft/unilm@768a3c8 beit/run_class_finetuning.py, "geometric progression" (SciPy's interp2d there, which
     clamps to the border). When the table shrinks this crops its centre.
     """
-    from scipy.interpolate import make_interp_spline  # half a second, which most programs have no use for
+    from scipy.interpolate import make_interp_spline  # takes half a second, and most programs do not need it
 
     grid, wanted = geometric_grid(source, target)
     spline = make_interp_spline(grid, np.eye(source), k=degree)
@@ -92,10 +94,10 @@ def _geometric_matrix(source: int, target: int, degree: int) -> Matrix:
 
 
 def geometric_grid(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates of the source's offsets, and those wanted for the target: ``-t, ..., t`` with t = target // 2.
+    """The coordinates of the source's offsets, and of the target's: ``-t, ..., t`` with t = target // 2.
 
-    The sum runs as in the original, term by term: another order of additions changes the last bit. An axis that keeps
-    its size keeps its values (the original knows square tables only, and leaves equal ones alone).
+    The sum is computed term by term, as in the original: another order of additions changes the last bit. An axis that
+    keeps its size keeps its values (the original resizes square tables only, and only to other sizes).
     """
     wanted = np.arange(target) - float(target // 2)
     if source == target:
@@ -111,7 +113,7 @@ def geometric_grid(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
 def _geometric_ratio(source: int, target: int) -> float:
     """The q with 1 + q + ... + q**(source//2 - 1) = target // 2, by the original's bisection of [1.01, 1.5] to 1e-6.
 
-    The last midpoint is returned as there: converted checkpoints must not differ in the sixth digit of q.
+    The result is the last midpoint, as in the original: the sixth digit of q changes converted checkpoints.
     """
     low, high = 1.01, 1.5
     while high - low > 1e-6:

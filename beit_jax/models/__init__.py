@@ -1,5 +1,11 @@
-"""The models as Flax modules: `attention`, `layers`, `encoder`, then heads and segmentation on top.
+"""The models, as Flax modules, and the model of a configuration.
 
-`partition` says where activations lie, `position` and `activations` are what layers are made of, `dense` works on feature
-maps, `heads` and `segmenter` hold the model classes, `adapt` changes a checkpoint's sizes. May import: the ground.
+Forward pass  `encoder` (pixels to hidden states), `layers` (one block), `attention` (the formula), `classifier`
+Other heads   `masked_image_modeling`; `segmenter`, with `dense` for its layers on feature maps
+Parts         `activations`; `position`: position tables at any input size; `interface`: what all models take and return
+Machines      `one_cpu`: the faster forms of one CPU; `partition`: the placement of activations on a mesh of devices
+Around them   `build`: the model of a configuration; `adapt`: a checkpoint for other sizes
+
+Each textbook form stands in the module of its name; `one_cpu` alone asks for the machine. May import: the ground, which
+is the modules directly in `beit_jax`.
 """

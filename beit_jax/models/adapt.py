@@ -1,6 +1,6 @@
-"""A checkpoint for another input size, another patch, or with one bias table per layer: what changes, and how.
+"""A checkpoint for another input size or patch size, or with one bias table per layer.
 
-Only position tables and the patch projection depend on these; every other leaf passes through untouched.
+Only position tables and the patch projection depend on these. Every other leaf stays as it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,8 @@ Adaptation = Callable[[Leaves], np.ndarray]
 
 
 def adaptations(source: BeitConfig, target: BeitConfig) -> dict[str, tuple[tuple[str, ...], Adaptation]]:
-    """For every leaf of the target that is not the source's: the source leaves it is made from, and how.
+    """For every leaf of the target that differs from the source's: the source leaves that it is made from, and the
+    function that makes it of them.
 
     Raises:
         BeitJaxError: the target's position bias cannot be made from the source's.
@@ -58,8 +59,9 @@ def adaptations(source: BeitConfig, target: BeitConfig) -> dict[str, tuple[tuple
 def resize_table(table: np.ndarray, *, source: Grid, target: Grid, method: PositionResize) -> np.ndarray:
     """A bias table [m, heads] for another grid, at load time.
 
-    The geometric method calls the spline that the original's results are bit for bit equal to (its ``interp2d`` is gone
-    from SciPy); `beit_jax.models.position.resize_bias_table` computes the same to float32 rounding inside a compiled program.
+    The geometric method calls `RectBivariateSpline`, whose results are bit for bit those of the original code (which
+    calls ``interp2d``, removed from SciPy). Inside a compiled program, `beit_jax.models.position.resize_bias_table`
+    computes the same up to float32 rounding.
     """
     if method != "geometric" or source == target:
         return np.asarray(resize_bias_table(jnp.asarray(table, jnp.float32), source, target, method)).astype(
@@ -77,10 +79,11 @@ def resize_table(table: np.ndarray, *, source: Grid, target: Grid, method: Posit
 
 
 def resize_patch_kernel(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A patch projection [height, width, c, d] for another patch size, such that resized patches embed alike.
+    """A patch projection [height, width, c, d] for another patch size: a resized patch has the embedding of the patch.
 
-    The pseudo-inverse of the (antialiased bicubic) resize of patches. Source: FlexiViT, arXiv:2212.08013, section 3.4;
-    timm 1.0 `resample_patch_embed`.
+    The kernel is multiplied by the pseudo-inverse of the (antialiased bicubic) resize of patches.
+
+    Source: FlexiViT, arXiv:2212.08013, section 3.4; timm 1.0 `resample_patch_embed`.
     """
     rows, columns = (
         np.linalg.pinv(antialiased_bicubic_matrix(old, new).T) for old, new in zip(kernel.shape[:2], size, strict=True)

@@ -1,7 +1,7 @@
-"""Layers on feature maps [b, h, w, c]: resizing and pooling as torch does them, batch norm, convolutions.
+"""Layers on feature maps [b, h, w, c]: resizing and pooling as in torch, batch norm, convolutions.
 
-Batch statistics are variables of type `nnx.BatchStat`: at rest they stand among the parameters under the names ``mean``
-and ``var``. `dtype` is what convolutions read; everything else is float32.
+Running statistics are variables of type `nnx.BatchStat`. In checkpoints they stand among the parameters, as ``mean`` and
+``var``. Convolutions read `dtype`; everything else is float32.
 """
 
 from functools import lru_cache
@@ -17,8 +17,8 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.resize import linear_matrix
 
 BATCH_NORM_EPSILON = 1e-5
-BATCH_NORM_MOMENTUM = 0.1  # as torch counts it: the share of the new batch
-HEAD_DROPOUT = 0.1  # of whole channels before the classifiers, in training; transformers has none, mmseg has
+BATCH_NORM_MOMENTUM = 0.1  # the share of the new batch, as torch defines it
+HEAD_DROPOUT = 0.1  # of whole channels before the classifiers, in training, as in mmseg; transformers has none
 
 
 def map_size(x: Float[Array, "b h w c"]) -> tuple[int, int]:
@@ -35,7 +35,7 @@ def resize_bilinear(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[
 
 
 def adaptive_average_pool(x: Float[Array, "b h w c"], bins: int) -> Float[Array, "b bins bins c"]:
-    """torch's ``AdaptiveAvgPool2d``: bins of equal share, rounded outwards, so that neighbours overlap."""
+    """torch's ``AdaptiveAvgPool2d``: bins of equal size, rounded outwards, so that neighbouring bins overlap."""
     rows, columns = (jnp.asarray(_average_matrix(side, bins), x.dtype) for side in x.shape[1:3])
     return jnp.einsum("ty,byxc,sx->btsc", rows, x, columns, precision="highest")
 
@@ -51,7 +51,7 @@ def _average_matrix(size: int, bins: int) -> np.ndarray:
 
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """The maximum of every 2 x 2 positions; a last odd row or column is left out, as in torch."""
+    """The maximum of every 2 x 2 positions. The last row or column of an odd size is left out, as in torch."""
     batch, height, width, channels = x.shape
     even = x[:, : height // 2 * 2, : width // 2 * 2]
     return even.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
@@ -60,8 +60,8 @@ def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
 class BatchNorm(nnx.Module):
     """torch's BatchNorm2d in float32: training normalises by the batch and moves the running statistics.
 
-    The running variance is the unbiased one (n / (n - 1)); what normalises is the biased one. Over a batch that is
-    sharded, the mean is the global one: torch's SyncBatchNorm.
+    Training normalises by the biased variance. The running variance is the unbiased one (times n / (n - 1)). The
+    statistics of a sharded batch are global, as in torch's SyncBatchNorm.
     """
 
     def __init__(self, features: int):
@@ -75,7 +75,11 @@ class BatchNorm(nnx.Module):
         return (x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPSILON) * self.scale[...] + self.bias[...]
 
     def updated(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-        """Mean and biased variance of the batch, after the running statistics took their share of it."""
+        """The mean and the biased variance of the batch. The running statistics take their share of both first.
+
+        Raises:
+            BeitJaxError: the batch has a single value per channel.
+        """
         count = x.size // x.shape[-1]
         if count < 2:
             raise BeitJaxError("training: batch statistics need two values per channel, found 1; use a batch of 2")
@@ -87,7 +91,7 @@ class BatchNorm(nnx.Module):
 
 
 class ConvNorm(nnx.Module):
-    """Convolution without bias, batch norm, ReLU; the size is kept."""
+    """Convolution without bias, batch norm, ReLU; the map keeps its size."""
 
     def __init__(self, inputs: int, outputs: int, side: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         kaiming = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # as mmseg's ConvModule
@@ -107,7 +111,7 @@ class ConvNorm(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """torch's ConvTranspose2d of kernel and stride 2: every position becomes 2 x 2 positions, none overlap."""
+    """torch's ConvTranspose2d with kernel and stride 2: every position becomes 2 x 2 positions, without overlap."""
 
     def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)

@@ -49,7 +49,7 @@ class BackboneOutput(BeitOutput):
     """`BeitOutput` with the feature maps.
 
     Attributes:
-        feature_maps: for every index of ``config.out_indices`` [b, rows, columns, d], or [b, 1 + patches, d] if
+        feature_maps: one for every index of ``config.out_indices``: [b, rows, columns, d], or [b, 1 + patches, d] if
             ``config.reshape_hidden_states`` is false.
     """
 
@@ -57,7 +57,7 @@ class BackboneOutput(BeitOutput):
 
 
 class FeaturePyramid(nnx.Module):
-    """Four maps of the patch grid to maps at 4, 2, 1 and 1/2 times its sides."""
+    """Resizes four maps of the patch grid to 4, 2, 1 and 1/2 times its sides."""
 
     def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.up4_first = Upsample(features, dtype=dtype, rngs=rngs)
@@ -74,7 +74,7 @@ class FeaturePyramid(nnx.Module):
 
 
 class UperHead(nnx.Module):
-    """UperNet: pyramid pooling of the coarsest map, top-down sums, all levels fused at the finest."""
+    """UperNet: pyramid pooling of the coarsest map, sums from coarse to fine, a fusion of all levels at the finest."""
 
     def __init__(self, config: BeitConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d, scales = config.hidden_size, config.pool_scales
@@ -101,7 +101,7 @@ class UperHead(nnx.Module):
         return self.classifier(fused, key)
 
     def pooled(self, x: Float[Array, "b h w d"], train: bool) -> Float[Array, "b h w d"]:
-        """The coarsest map with its averages over 1, 2 x 2, 3 x 3 and 6 x 6 bins, back to its width."""
+        """The coarsest map, fused with its averages over 1, 2 x 2, 3 x 3 and 6 x 6 bins, in as many channels."""
         parts = [
             resize_bilinear(getattr(self, f"pool_{i}")(adaptive_average_pool(x, scale), train), map_size(x))
             for i, scale in enumerate(self.pool_scales)
@@ -110,7 +110,7 @@ class UperHead(nnx.Module):
 
 
 class FCNHead(nnx.Module):
-    """Convolutions and a classifier on one map: the auxiliary head, used by the loss alone."""
+    """Convolutions and a classifier on one map: the auxiliary head, which only the loss uses."""
 
     def __init__(self, config: BeitConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width = config.auxiliary_channels
@@ -200,9 +200,9 @@ class BeitForSemanticSegmentation(nnx.Module):
         """As `BeitModel.__call__`, with the logits of both heads.
 
         Args:
-            train: normalise by the statistics of the batch, and move the running ones. The module is changed: inside a
-                traced function merge it there, and return ``batch_statistics(model)`` with the result.
-            key: as in `BeitModel`; it also drops channels before the classifiers.
+            train: True to normalise by the statistics of the batch and to move the running statistics. This changes the
+                module: a traced function must merge the module inside, and return ``batch_statistics(model)``.
+            key: as in `BeitModel`; also the randomness of the dropout of channels before the classifiers.
 
         Raises:
             BeitJaxError: as `BeitModel.__call__`; fewer than 2 x 2 patches; training on a single image.
@@ -227,16 +227,16 @@ class BeitForSemanticSegmentation(nnx.Module):
 def feature_maps(
     config: BeitConfig, pixel_shape: tuple[int, ...], taps: Float[Array, "taps b n d"]
 ) -> list[Float[Array, "b rows columns d"]]:
-    """Token sequences, class token first, as maps of the patch grid."""
+    """The patch tokens of sequences (class token first) as maps of the patch grid."""
     grid = patch_grid(config, pixel_shape)
     return [tokens[:, 1:].reshape(len(tokens), *grid, -1) for tokens in taps]
 
 
 def batch_statistics(model: nnx.Module) -> Nested:
-    """The running statistics of a model, nested as its parameters are: what training carries beside them."""
+    """The running statistics of a model, nested as its parameters are. Training carries them beside the parameters."""
     return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
 
 def _extended(kind: Any, output: BeitOutput, **values: Any) -> Any:
-    """The encoder's output as a larger kind of output."""
+    """The output of the encoder as a subclass of `BeitOutput`, with the values of the subclass."""
     return kind(**{field.name: getattr(output, field.name) for field in fields(output)} | {"taps": None} | values)

@@ -1,9 +1,9 @@
-"""DALL-E's discrete VAE: the encoder that gives BEiT its visual tokens, and the decoder that shows what they stand for.
+"""DALL-E's discrete VAE: the encoder makes BEiT's visual tokens, and the decoder makes images of tokens.
 
-Precision. Parameters are float32. `dtype` is what convolutions compute in, except the encoder's last and the decoder's
-first, which are float32 always. The reference has the same rule: on CUDA it computes in float16 there, on the CPU in
-float32. ``dtype=jnp.float16`` is thus what BEiT was trained with; tokens of nearly equal logits may differ between the
-two.
+Precision. Parameters are float32. Convolutions compute in `dtype`, except the last of the encoder and the first of the
+decoder, which compute in float32. The reference computes the other convolutions in float16 on CUDA, and in float32 on
+the CPU. So BEiT was trained with the tokens of ``dtype=jnp.float16``. Where two logits are nearly equal, the two dtypes
+may give different tokens.
 
 Source: openai/DALL-E@5be4b23 dall_e/encoder.py, decoder.py and utils.py.
 """
@@ -24,11 +24,11 @@ from beit_jax.errors import BeitJaxError, printable
 ArrayLike = Array | np.ndarray
 
 LOGIT_LAPLACE_EPS = 0.1
-_MAX_GROUPS, _MAX_BLOCKS = 8, 64  # widths double from group to group: a file must not describe a model without end
+_MAX_GROUPS, _MAX_BLOCKS = 8, 64  # widths double from group to group: a small file could describe a huge model
 
 
 def map_pixels(pixel_values: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
-    """[0, 1] to [0.1, 0.9], where the logit-Laplace distribution of the decoder is well behaved."""
+    """Maps [0, 1] to [0.1, 0.9], where the decoder's logit-Laplace distribution is well behaved."""
     return (1.0 - 2.0 * LOGIT_LAPLACE_EPS) * jnp.asarray(pixel_values) + LOGIT_LAPLACE_EPS
 
 
@@ -39,12 +39,13 @@ def unmap_pixels(mapped: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
 
 @dataclass(frozen=True)
 class DvaeEncoderConfig:
-    """The encoder; the defaults are the published one's.
+    """The encoder's configuration; the defaults are those of the published encoder.
 
     Attributes:
-        n_hid: width of the first group; every further group doubles it.
-        group_count: groups of blocks; between two of them the image shrinks by two.
-        image_size: (height, width) at which a student of 224 pixels wants its tokens; any multiple of the stride works.
+        n_hid: width of the first group; every further group has twice the width.
+        group_count: groups of blocks; between two groups the sides of the image are halved.
+        image_size: (height, width) of the images that give the tokens of a student with 224 pixels. Any multiple of the
+            stride works.
 
     Raises:
         BeitJaxError: for values that describe no model.
@@ -71,12 +72,12 @@ class DvaeEncoderConfig:
 
 @dataclass(frozen=True)
 class DvaeDecoderConfig:
-    """The decoder; the defaults are the published one's.
+    """The decoder's configuration; the defaults are those of the published decoder.
 
     Attributes:
         n_init: width of the token embeddings.
-        n_hid: width of the last group; every group before it has twice the width of the next.
-        output_channels: of the image; the network gives a mean and a scale for each.
+        n_hid: width of the last group; every other group has twice the width of the next group.
+        output_channels: channels of the image; the network returns a mean and a scale for each.
 
     Raises:
         BeitJaxError: for values that describe no model.
@@ -106,17 +107,17 @@ def _check(config: DvaeEncoderConfig | DvaeDecoderConfig) -> None:
 
 
 def _conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, **options: Any) -> nnx.Conv:
-    """A convolution with bias that keeps the image's size; weights drawn as the reference draws them."""
+    """A convolution with bias that keeps the image's size, with the initial weights of the reference."""
     init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
     return nnx.Conv(inputs, outputs, (size, size), padding="SAME", kernel_init=init, rngs=rngs, **options)
 
 
-# Where the reference says float32, TPUs and GPUs must not round the factors of a product either.
+# Where the reference computes in float32, TPUs and GPUs must not round the factors of a product either.
 _EXACT: Mapping[str, Any] = {"dtype": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
 
 
 class DvaeBlock(nnx.Module):
-    """Residual block ``shortcut(x) + gain * path(x)``: four times ReLU and a convolution of the size in `sizes`."""
+    """Residual block ``shortcut(x) + gain * path(x)``; the path is ReLU and a convolution, for each size in `sizes`."""
 
     def __init__(
         self, inputs: int, outputs: int, sizes: tuple[int, int, int, int], gain: float, dtype: DTypeLike, rngs: nnx.Rngs
@@ -151,13 +152,13 @@ class DvaeGroup(nnx.Module):
 
 
 def _halved(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """The largest of every two by two places."""
+    """The maximum of every 2 x 2 positions."""
     window = (1, 2, 2, 1)
     return jax.lax.reduce_window(x, np.array(-np.inf, x.dtype), jax.lax.max, window, window, "VALID")
 
 
 def _doubled(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """Every place four times."""
+    """Every position repeated as 2 x 2 positions."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
@@ -165,7 +166,7 @@ class DvaeEncoder(nnx.Module):
     """Images to the logits of visual tokens. A `Tokenizer` (see `beit_jax.tokenizers.interface`).
 
     Args:
-        dtype: what convolutions compute in but the last.
+        dtype: the dtype that all convolutions but the last compute in.
         rngs: draws the initial parameters; loading a checkpoint never draws any.
     """
 
@@ -217,11 +218,15 @@ class DvaeEncoder(nnx.Module):
         return self.output(jax.nn.relu(x).astype(jnp.float32))
 
     def tokens(self, pixel_values: Float[ArrayLike, "b height width c"]) -> Int[Array, "b h w"]:
-        """The most probable token at every place, int32; arguments and errors as of a call."""
+        """The most probable token at every position, int32; arguments and errors as in `__call__`."""
         return jnp.argmax(self(pixel_values), axis=-1).astype(jnp.int32)
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Refuses what a convolution would fail at, or pooling would cut, with one line."""
+        """Refuses a shape that the convolutions cannot take, or whose border the pooling would cut.
+
+        Raises:
+            BeitJaxError: as in `__call__`.
+        """
         channels, stride = self.config.input_channels, self.config.stride
         if len(shape) != 4 or shape[-1] != channels:
             raise BeitJaxError(f"pixel_values: expected [batch, height, width, {channels}], found {list(shape)}")
@@ -233,7 +238,7 @@ class DvaeDecoder(nnx.Module):
     """Visual tokens to images.
 
     Args:
-        dtype: what convolutions compute in but the first.
+        dtype: the dtype that all convolutions but the first compute in.
         rngs: draws the initial parameters; loading a checkpoint never draws any.
     """
 
@@ -257,7 +262,7 @@ class DvaeDecoder(nnx.Module):
         The last axis has the means of all channels, then the log scales.
 
         Args:
-            codes: a one-hot vector at every place, or probabilities.
+            codes: a one-hot vector at every position, or probabilities.
 
         Raises:
             BeitJaxError: not [batch, rows, columns, vocab_size].
@@ -269,10 +274,10 @@ class DvaeDecoder(nnx.Module):
         return self.from_embedded(self.input(jnp.asarray(codes)))
 
     def decode(self, tokens: Int[ArrayLike, "b h w"]) -> Float[Array, "b height width c"]:
-        """The image that tokens stand for, in [0, 1]: the mode of the distribution.
+        """The image of these tokens, in [0, 1]: the mode of the distribution.
 
         Args:
-            tokens: in [0, vocab_size), as `DvaeEncoder.tokens` makes them.
+            tokens: in [0, vocab_size), as `DvaeEncoder.tokens` returns them.
         """
         bias = self.input.bias
         assert bias is not None  # every convolution here has one
@@ -280,7 +285,7 @@ class DvaeDecoder(nnx.Module):
         return unmap_pixels(jax.nn.sigmoid(statistics[..., : self.config.output_channels]))
 
     def from_embedded(self, x: Float[Array, "b h w n"]) -> Float[Array, "b height width d"]:
-        """What follows the first convolution, which for single tokens is a look-up."""
+        """The decoder after its first convolution, which is a look-up for single tokens."""
         for i in range(self.config.group_count):
             if i:
                 x = _doubled(x)

@@ -1,8 +1,10 @@
-"""BEiT v2's tokenizer, vector-quantised knowledge distillation (VQ-KD).
+"""BEiT v2's tokenizer, vector-quantised knowledge distillation (VQ-KD, arXiv:2208.06366).
 
-A vision transformer, a small network down to 32 dimensions, and the nearest of 8192 unit vectors. The other half, a
-shallow transformer from those vectors to the features of the teacher it learnt from (CLIP or DINO), shows what a token
-means. Source: microsoft/unilm@768a3c8 beit2/modeling_vqkd.py, norm_ema_quantizer.py and modeling_finetune.py.
+The encoder is a vision transformer and a small network down to 32 dimensions. The token of a patch is the nearest of
+8192 unit vectors. The decoder is a shallow transformer from those vectors to the features of the teacher (CLIP or DINO)
+that the tokenizer was trained with.
+
+Source: microsoft/unilm@768a3c8 beit2/modeling_vqkd.py, norm_ema_quantizer.py and modeling_finetune.py.
 """
 
 from dataclasses import dataclass
@@ -19,16 +21,16 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.encoder import BeitModel
 from beit_jax.models.interface import ArrayLike, Remat, patch_grid
 
-_EXACT = jax.lax.Precision.HIGHEST  # the reference leaves mixed precision here: tokens hang on small differences
+_EXACT = jax.lax.Precision.HIGHEST  # as the reference, without mixed precision: small differences change tokens
 
 
 @dataclass(frozen=True)
 class VqkdConfig:
-    """The tokenizer; the defaults are those of ``vqkd_encoder_base_decoder_3x768x12_clip``.
+    """The tokenizer's configuration; the defaults are those of ``vqkd_encoder_base_decoder_3x768x12_clip``.
 
     Attributes:
         image_size, patch_size: pixels, (height, width). Other input sizes work: positions are resized.
-        decoder_*: the transformer that reads codes, one position per token.
+        decoder_*: the decoder's transformer, which reads one code per token.
         codebook_dim: dimensions of a code.
         target_size: dimensions of the teacher's features: 512 for CLIP, 768 for DINO.
 
@@ -55,7 +57,7 @@ class VqkdConfig:
         for name, value in vars(self).items():
             if min(value if isinstance(value, tuple) else (value,)) < 1:
                 raise BeitJaxError(f"{name}: expected a positive integer, found {printable(value)}")
-        _ = self.encoder, self.decoder  # refuses transformers that cannot be
+        _ = self.encoder, self.decoder  # raises for values that describe no transformer
 
     @property
     def encoder(self) -> BeitConfig:
@@ -74,7 +76,7 @@ class VqkdConfig:
 
     @property
     def decoder(self) -> BeitConfig:
-        """The transformer from codes, laid out as an image with patches of one pixel, to features."""
+        """The transformer from codes to features. It reads the codes as an image with patches of one pixel."""
         return BeitConfig(
             image_size=self.encoder.grid,
             patch_size=(1, 1),
@@ -102,26 +104,26 @@ class TaskLayer(nnx.Module):
 
 
 class Codebook(nnx.Module):
-    """Unit vectors, one per token, and what training knows of them.
+    """Unit vectors, one per token, and the statistics that training moves them by.
 
-    Training moves the vectors by averaging, never by gradients, hence all of it is `nnx.BatchStat`.
+    Training moves the vectors by averages, never by gradients. So all variables are `nnx.BatchStat`.
 
     Attributes:
         embedding: [vocab, d], normalised when it was stored.
-        usage: [vocab], moving average of how often each token was drawn per batch.
+        usage: [vocab], moving average of the number of times that a batch draws each token.
         cluster_size, embedding_average: [vocab] and [vocab, d], accumulators that the reference stores.
-        initialised: [1], 1 once the vectors come from training or a checkpoint.
+        initialised: [1], 1 if the vectors come from training or a checkpoint.
     """
 
     def __init__(self, vocab_size: int, dim: int, rngs: nnx.Rngs):
         self.embedding = nnx.BatchStat(l2_normalised(jax.random.normal(rngs.params(), (vocab_size, dim))))
         self.usage = nnx.BatchStat(jnp.zeros((vocab_size,)))
         self.cluster_size = nnx.BatchStat(jnp.zeros((vocab_size,)))
-        self.embedding_average = nnx.BatchStat(jnp.copy(self.embedding[...]))  # no buffer can be donated twice
+        self.embedding_average = nnx.BatchStat(jnp.copy(self.embedding[...]))  # a buffer cannot be donated twice
         self.initialised = nnx.BatchStat(jnp.zeros((1,)))
 
     def nearest(self, features: Float[Array, "b h w d"]) -> Int[Array, "b h w"]:
-        """For every feature the token at the least squared distance from its direction, int32."""
+        """The token of every feature, int32: the vector nearest to the normalised feature."""
         embedding = self.embedding[...]
         products = jnp.einsum("bhwd,vd->bhwv", l2_normalised(features), embedding, precision=_EXACT)
         distances = jnp.sum(embedding**2, axis=-1) - 2.0 * products
@@ -129,14 +131,14 @@ class Codebook(nnx.Module):
 
 
 def l2_normalised(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """`x` divided by its Euclidean norm, which counts as 1e-12 at least (torch's ``F.normalize``)."""
+    """`x` divided by its Euclidean norm, or by 1e-12 if the norm is less (torch's ``F.normalize``)."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def patch_features(
     model: BeitModel, pixel_values: Float[ArrayLike, "b height width c"], remat: Remat = "none"
 ) -> Float[Array, "b h w d"]:
-    """The normalised output of every patch at its place: the norm that elsewhere follows the mean of the patches."""
+    """The normalised output of every patch, as a map. The norm is the pooler's, applied to every patch."""
     rows, columns = patch_grid(model.config, pixel_values.shape)
     patches = model.pooler_norm(model(pixel_values, remat=remat).last_hidden_state[:, 1:])
     return patches.reshape(len(patches), rows, columns, -1)
@@ -146,7 +148,7 @@ class VqkdTokenizer(nnx.Module):
     """Images to tokens, and tokens to the teacher's features. A `Tokenizer` (see `beit_jax.tokenizers.interface`).
 
     Args:
-        dtype: what the two transformers' matrix products compute in; everything about codes is float32.
+        dtype: the dtype that the matrix products of both transformers compute in; codes are float32.
         rngs: draws the initial parameters; loading a checkpoint never draws any.
     """
 
@@ -177,11 +179,11 @@ class VqkdTokenizer(nnx.Module):
     def encode(
         self, pixel_values: Float[ArrayLike, "b height width c"], *, remat: Remat = "none"
     ) -> Float[Array, "b h w d"]:
-        """What is compared with the codes, un-normalised.
+        """The features that `tokens` compares with the codes, un-normalised.
 
         Args:
-            pixel_values: in [0, 1], not normalised. The reference also takes [0, 255], told by a batch's maximum.
-            remat: as of `BeitModel.__call__`.
+            pixel_values: in [0, 1], not normalised. The reference also takes [0, 255], if a batch's maximum is above 1.
+            remat: as in `BeitModel.__call__`.
 
         Raises:
             BeitJaxError: wrong shapes, see `beit_jax.models.interface.patch_grid`.
@@ -190,13 +192,13 @@ class VqkdTokenizer(nnx.Module):
         return self.encode_task(patch_features(self.encoder, 2.0 * jnp.asarray(pixel_values) - 1.0, remat))
 
     def tokens(self, pixel_values: Float[ArrayLike, "b height width c"]) -> Int[Array, "b h w"]:
-        """The nearest code at every patch, int32; arguments and errors as of `encode`."""
+        """The nearest code of every patch, int32; arguments and errors as in `encode`."""
         return self.codebook.nearest(self.encode(pixel_values))
 
     def decode(self, tokens: Int[ArrayLike, "b h w"]) -> Float[Array, "b h w t"]:
-        """The teacher's features as the decoder predicts them from tokens in [0, vocab_size)."""
+        """The teacher's features, as the decoder predicts them from tokens in [0, vocab_size)."""
         return self.decode_codes(self.codebook.embedding[...][jnp.asarray(tokens)])
 
     def decode_codes(self, codes: Float[ArrayLike, "b h w d"], *, remat: Remat = "none") -> Float[Array, "b h w t"]:
-        """As `decode`, from the codes themselves: what training differentiates."""
+        """As `decode`, from codes instead of tokens: training differentiates by the codes."""
         return self.decode_task(patch_features(self.decoder, codes, remat))
