@@ -1,6 +1,7 @@
 """Training data as it breaks: lost and damaged files, wrong labels, processes that die. Rows F of the fault catalogue.
 
-Damaged images are in tests/train/augmentation/test_decode.py, damaged archives and folders in tests/train/data/test_prepare.py.
+Damaged images are in tests/train/augmentation/test_decode.py, damaged archives and folders in
+tests/train/data/test_prepare.py.
 """
 
 import io

@@ -1,5 +1,7 @@
-"""Training checkpoints that are what was saved, or are not there.
+"""Checkpoints of a training run: exactly what was saved, or nothing.
 
-`checkpointer` saves and restores, `snapshot` moves arrays, `digests` is the manifest, `step_files` the names.
-May import: the ground of `beit_jax`, `..distributed`.
+`checkpointer` saves, verifies and restores steps; `snapshot` copies arrays to host memory and back; `digests` is the
+manifest; `step_files` has the names of steps in their directory.
+
+May import: `train.distributed.collectives`, the ground.
 """

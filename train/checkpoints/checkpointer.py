@@ -1,18 +1,19 @@
-"""Training checkpoints that are what was saved, or are not there.
+"""Training checkpoints: a checkpoint is exactly what was saved, or it does not exist.
 
-Orbax writes the arrays, here through its v1 functions. They save to and load from one directory and remember nothing,
-so what to keep, when a step counts as saved and what happens after a failure is decided in this module alone. The v0
-`CheckpointManager` decides it too, and differently: it deletes by count, reports the failure of one save in place of
-the next one, and cannot be used beside an empty directory that has a number for a name.
+Orbax writes the arrays. Its v1 functions save to one directory, load from it, and keep no state. This module alone
+decides what to keep, when a step counts as saved, and what happens after a failure. Orbax' v0 `CheckpointManager` would
+decide differently: it deletes by count, reports the failure of one save in place of the next one, and cannot work
+beside an empty directory whose name is a number.
 
-A step is written to ``N.tmp-1``, read back, compared with the digests of what the device gave (`digests`), flushed to
-the disk and only then renamed to ``N``; after that older steps go. So whatever has the name of a step was whole once,
-and what has changed since is found by the digests of its files before anything parses them. Inside, ``N`` is an
-ordinary Orbax checkpoint of nested dicts, with ``manifest.json`` beside it.
+A step is written to ``N.tmp-1``, read back, compared with the digests of the arrays on the device (`digests`), flushed
+to the disk, and only then renamed to ``N``. Then older steps are deleted. So everything that has the name of a step was
+complete once, and the digests of its files show any later change before a file is parsed. ``N`` is an ordinary Orbax
+checkpoint of nested dicts, with a ``manifest.json``.
 
-Arrays are read whole into host memory and then laid out as the run wants them: the number of devices and the mesh may
-change between runs. In runs of several processes each digests the boxes of arrays that it holds; the first one compares
-them, commits, and decides which step is restored; and all of them call every method together.
+Arrays are read whole into host memory and then placed as the run needs them: the number of devices and the mesh may
+change between runs. In a run of several processes, each process takes the digests of the boxes of arrays that it holds.
+The first process compares them, commits the step, and decides which step is restored. All processes call every method
+together.
 """
 
 import json
@@ -46,22 +47,22 @@ from .step_files import StepFiles
 
 T = TypeVar("T")
 FAILURES = 3  # saves in a row that may fail before a run is told to stop
-SHARED_SOON = (0.0, 0.2, 0.8, 2.0, 2.0)  # seconds before each look for what another host wrote
+LOOKS = (0.0, 0.2, 0.8, 2.0, 2.0)  # seconds before each look for a file that another host wrote
 LOCK = "lock"
 _STATE = "state"  # Orbax's name for the tree of arrays, of which a checkpoint could hold several
 
-# Orbax logs the traceback of every error, several times, before it raises it. Where several arrays fail it raises the
-# first; the others' errors are asyncio's to log, now and then, when it finds that nobody took them.
+# Orbax logs the traceback of every error, several times, before it raises it. Where several arrays fail, Orbax raises
+# the first error, and asyncio logs the others whenever it finds that nobody handled them.
 logging.getLogger("absl").addFilter(lambda record: "/orbax/checkpoint/" not in record.pathname)
 logging.getLogger("asyncio").addFilter(lambda record: "/orbax/checkpoint/" not in record.getMessage())
 
 
 class SaveFailed(BeitJaxError):
-    """A step could not be saved; those saved before are unharmed.
+    """A step could not be saved; the steps saved before are intact.
 
     Attributes:
-        step: the one that is missing.
-        retry: whether to warn and go on, and save the current step now; otherwise the run should end.
+        step: the step that is missing.
+        retry: True: warn, go on, and save the current step now. False: the run should end.
     """
 
     exit_code = 6
@@ -72,14 +73,14 @@ class SaveFailed(BeitJaxError):
 
 
 class AllDamaged(BeitJaxError):
-    """There were checkpoints, and none is what was saved."""
+    """There are checkpoints, but none of them is what was saved."""
 
     exit_code = 7
 
 
 @dataclass(frozen=True)
 class Restored(Generic[T]):
-    """A checkpoint, back on the devices."""
+    """A checkpoint that was read back to the devices."""
 
     step: int
     state: T
@@ -91,18 +92,18 @@ def _print_warning(message: str) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run, which is their only writer while the context is entered.
+    """The checkpoints of one run, a context manager. Inside the context, no other run writes to the directory.
 
-    Entering creates the directory where it is missing and removes what killed processes left behind. Leaving waits for
-    the save that is under way.
+    Entering creates a missing directory, and removes what killed processes left behind. Leaving waits for the save that
+    is under way.
 
     Args:
         directory: on a disk that all processes share.
-        keep: how many steps stay; older ones are deleted once a newer one is verified.
-        warn: called with one line for whatever was found and put right.
+        keep: the number of steps that stay; older ones are deleted once a newer one is verified.
+        warn: called with one line for each problem that was found and repaired.
 
     Raises:
-        BeitJaxError: on entering, where another run uses the directory, or not every process sees it.
+        BeitJaxError: on entering: another run uses the directory, or some process does not see it.
     """
 
     def __init__(self, directory: Path, *, keep: int, warn: Callable[[str], None] = _print_warning):
@@ -115,11 +116,11 @@ class Checkpoints:
 
     @property
     def newest(self) -> int | None:
-        """The last step that is known to be saved; one under way counts when `poll` or `wait` saw it end."""
+        """The last step that is known to be saved. A save under way counts once `poll` or `wait` saw its end."""
         return self._newest
 
     def committed(self) -> int | None:
-        """The last step that lies complete in the directory, also if this process was not told yet."""
+        """The last step that is complete in the directory, also if this process does not know it yet."""
         return max(self._files.steps(), default=None)
 
     def __enter__(self) -> Self:
@@ -134,7 +135,7 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error other processes may be gone: waiting for them would only hide it.
+        # After an error, other processes may be gone: waiting for them would only hide the error.
         patient = error is None or jax.process_count() == 1
         with self._held:
             try:
@@ -148,17 +149,17 @@ class Checkpoints:
                 self._thread.shutdown(wait=patient)
 
     def save(self, step: int, state: object, extra: Mapping[str, Any]) -> None:
-        """Saves in the background. On return the state is copied: its buffers may be donated, `extra` changed.
+        """Saves in the background. On return the state was copied: its buffers may be donated, and `extra` changed.
 
-        Only one save is under way at a time; the next one waits for it.
+        Only one save is under way at a time; the next call waits for it.
 
         Args:
             state: a pytree of arrays, stored as nested dicts under the names of its fields, keys and positions.
-            extra: what JSON can say.
+            extra: values that JSON has.
 
         Raises:
-            SaveFailed: an earlier save failed, and this one was not begun: call again to begin it. Its own failure is
-                for `poll`, `wait` or the next call to tell.
+            SaveFailed: an earlier save failed, and this one was not begun; call again to begin it. A failure of this
+                save is raised by `poll`, `wait` or the next call.
             BeitJaxError: a value of the state is not finite, or the step does not come after the newest one.
         """
         self.wait()
@@ -177,13 +178,13 @@ class Checkpoints:
         self._pending = step, self._begin(step, snapshot, stored)
 
     def poll(self) -> None:
-        """Notices a save that has ended, without waiting for one that has not. Cheap: meant for every step.
+        """Looks whether the save under way has ended, without waiting. It is cheap enough for every step.
 
-        In runs of several processes it does nothing: they would notice at different steps, and must act as one. They
-        learn of a failure at the next `save` or `wait`.
+        With several processes it does nothing: they would notice the end at different steps, but must act together.
+        They learn of a failure at the next `save` or `wait`.
 
         Raises:
-            SaveFailed: it failed.
+            SaveFailed: the save failed.
         """
         if self._pending is not None and self._pending[1].done() and jax.process_count() == 1:
             self.wait()
@@ -192,7 +193,7 @@ class Checkpoints:
         """Waits for the save that is under way.
 
         Raises:
-            SaveFailed: it failed.
+            SaveFailed: the save failed.
         """
         if self._pending is None:
             return
@@ -207,17 +208,17 @@ class Checkpoints:
             self._warn(trouble)
 
     def restore(self, abstract: T) -> Restored[T] | None:
-        """The newest checkpoint that is what was saved; damaged ones are renamed to ``N.bad``, with a warning.
+        """Restores the newest undamaged checkpoint. Damaged ones are renamed to ``N.bad``, with a warning.
 
         Args:
             abstract: a pytree of `jax.ShapeDtypeStruct`, with shardings where they matter.
 
         Returns:
-            None where nothing was ever saved.
+            The restored checkpoint; None where nothing was ever saved.
 
         Raises:
-            AllDamaged: there are checkpoints, and none is good.
-            BeitJaxError: the newest good one holds another state: other names, shapes or dtypes.
+            AllDamaged: there are checkpoints, and all are damaged.
+            BeitJaxError: the newest undamaged checkpoint holds another state: other names, shapes or dtypes.
         """
         self.wait()
         wanted = named(abstract)
@@ -229,7 +230,7 @@ class Checkpoints:
         arrays = _read(path, manifest.arrays)
         try:
             digests.check_arrays(arrays, manifest.arrays)
-        except Damaged as damage:  # in files that are what they were: no fault of the disk
+        except Damaged as damage:  # the files are what they were, so the disk is not at fault
             raise AllDamaged(f"{path}: {damage}, though its files are intact; use the versions that saved it") from None
         self._newest = step
         leaves = [place(arrays.pop(name), leaf) for name, leaf in wanted.items()]
@@ -247,7 +248,7 @@ class Checkpoints:
         return owner
 
     def _check_shared(self, owner: str) -> None:
-        """That every process sees the lock file of the first: otherwise each would write a part of every checkpoint."""
+        """Checks that every process sees the lock file: otherwise each would write only a part of a checkpoint."""
         lock = self._directory / LOCK
         seen = gather(_appears(lock, owner))
         if not all(seen):
@@ -257,7 +258,7 @@ class Checkpoints:
             )
 
     def _begin(self, step: int, snapshot: Snapshot, extra: dict[str, Any]) -> Future[str | None]:
-        # Processes can talk to each other from their main threads only; one alone digests in the background.
+        # Collectives must run in main threads, so only a single process can take digests in the background.
         shared = digests.merge(gather(snapshot.records())) if jax.process_count() > 1 else None
         self._attempts += 1
         temporary = self._files.temporary(step, self._attempts)
@@ -279,7 +280,7 @@ class Checkpoints:
     def _finish(
         self, temporary: Path, writing: ocp.AsyncResponse[None], snapshot: Snapshot, manifest: Manifest
     ) -> str | None:
-        """Runs in the thread. Returns what is worth a warning though the step is saved."""
+        """Runs in the thread. Returns a warning if something failed after the step was saved."""
         try:
             arrays = manifest.arrays or digests.merge([snapshot.records()])
             writing.result()
@@ -290,7 +291,7 @@ class Checkpoints:
             self._give_up(temporary)
             raise
         try:
-            list(self._files.remove_leftovers())  # of saves that failed, and went on writing for a while
+            list(self._files.remove_leftovers())  # failed saves may have gone on writing for a while
             self._files.delete_old(self._keep)
         except OSError as error:
             return f"{error.filename}: {error.strerror}; what is not needed any more could not be deleted"
@@ -304,7 +305,7 @@ class Checkpoints:
         digests.synchronise_entry(self._directory)
 
     def _give_up(self, temporary: Path) -> None:
-        self._memory.release()  # Orbax may still be reading it
+        self._memory.release()  # Orbax may still read from it
         if is_first():
             self._files.discard(temporary)
 
@@ -341,8 +342,8 @@ class Checkpoints:
 
 
 def _appears(lock: Path, owner: str) -> bool:
-    """Whether the first process's lock file is here, for which network file systems may take a moment."""
-    for pause in SHARED_SOON:
+    """True once the first process's lock file can be seen here; network file systems may take a moment."""
+    for pause in LOOKS:
         time.sleep(pause)
         if lock.is_file() and lock.read_text() == owner:
             return True
@@ -357,7 +358,7 @@ def _reason(error: BaseException | None) -> str | None:
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> ocp.AsyncResponse[None]:
-    """Begins to write; all processes together. Compression gains little on trained weights, a second copy nothing."""
+    """Begins to write; all processes call it together. Trained weights hardly compress, so they are not compressed."""
     context = ocp.Context()
     context.array.saving.use_compression = False
     context.memory.deepcopy_host_arrays = False
@@ -366,10 +367,10 @@ def _write(path: Path, values: Mapping[str, Any]) -> ocp.AsyncResponse[None]:
 
 
 def _read(path: Path, records: Mapping[str, ArrayRecord]) -> dict[str, np.ndarray]:
-    """All arrays of a checkpoint, whole, in host memory.
+    """Reads all arrays of a checkpoint, whole, into host memory.
 
-    By a handler, for `ocp.load` is for all processes together: one that called it alone, as the first does to compare,
-    would be out of step with the others for good.
+    All processes must call `ocp.load` together, but the first process reads alone when it compares. So the arrays are
+    read by a handler.
     """
     arguments = {name: orbax.RestoreArgs(restore_type=np.ndarray) for name in records}
     item, restore_args = unflatten(dict.fromkeys(records, 0)), unflatten(arguments)

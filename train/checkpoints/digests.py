@@ -1,8 +1,9 @@
-"""What was saved, byte for byte: the manifest of a training checkpoint.
+"""The manifest of a training checkpoint: digests that show whether it still is what was saved, byte for byte.
 
-It holds two kinds of digests (xxh3_128: rot and torn writes, not malice). Those of arrays are taken in memory, from
-what the device gave, and cover the whole way to the disk and back. Those of files are taken once the arrays were read
-back and found equal; later they decide, without parsing a byte, whether a checkpoint is still what was verified.
+There are two kinds of digests. Digests of arrays are taken in memory, from the values on the device; they cover the
+whole way to the disk and back. Digests of files are taken after the arrays were read back and found equal; later they
+show, without parsing a byte, whether the checkpoint has changed. All are xxh3_128, which detects bit rot and torn
+writes, but no malice.
 """
 
 import dataclasses
@@ -23,14 +24,14 @@ from beit_jax.errors import BeitJaxError, printable
 FILE = "manifest.json"
 FORMAT = "beit-jax training checkpoint 1"
 _CHUNK = 1 << 20
-_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}  # other failures to read say nothing of what is there
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}  # other errors say nothing about the content of a file
 
 ArrayRecord: TypeAlias = dict[str, Any]
 """{"dtype", "shape", "parts": [{"start", "shape", "xxh3_128"}]}; the parts are boxes that tile the array."""
 FileRecord: TypeAlias = dict[str, Any]
 """{"size", "xxh3_128"}"""
 Part: TypeAlias = tuple[tuple[int, ...], np.ndarray]
-"""A box of an array: where it starts, and its values."""
+"""A box of an array: the index at which it starts, and its values."""
 
 
 class Damaged(Exception):
@@ -42,9 +43,9 @@ class Manifest:
     """A training checkpoint, apart from the values of its arrays.
 
     Attributes:
-        extra: what the caller stored beside the arrays.
-        arrays: by flat name.
-        files: by path below the checkpoint's directory; all of them but the manifest.
+        extra: values that the caller stored with the arrays.
+        arrays: records by flat name.
+        files: records by path below the checkpoint's directory, of all files but the manifest.
     """
 
     step: int
@@ -54,7 +55,7 @@ class Manifest:
 
 
 def describe(dtype: np.dtype[Any], shape: Sequence[int], parts: Sequence[Part]) -> ArrayRecord:
-    """The record of an array, or of those parts of it that this process holds."""
+    """The record of an array, or of the parts of it that this process holds."""
     boxes = [
         {"start": list(start), "shape": list(values.shape), "xxh3_128": _digest(values)} for start, values in parts
     ]
@@ -62,7 +63,7 @@ def describe(dtype: np.dtype[Any], shape: Sequence[int], parts: Sequence[Part]) 
 
 
 def merge(records: Sequence[Mapping[str, ArrayRecord]]) -> dict[str, ArrayRecord]:
-    """One record per array from those of all processes. A fault of ours, not of a file, leaves parts uncovered."""
+    """Merges the records of all processes into one per array. Uncovered parts are a bug, not damage of a file."""
     merged = {}
     for name, first in records[0].items():
         parts = [part for record in records for part in record[name]["parts"]]
@@ -73,7 +74,7 @@ def merge(records: Sequence[Mapping[str, ArrayRecord]]) -> dict[str, ArrayRecord
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], records: Mapping[str, ArrayRecord]) -> None:
-    """Compares whole arrays with what was saved, however they were divided then.
+    """Compares whole arrays with their records, however the arrays were divided when they were saved.
 
     Raises:
         Damaged: an array is not the one that was saved.
@@ -90,17 +91,17 @@ def check_arrays(arrays: Mapping[str, np.ndarray], records: Mapping[str, ArrayRe
 
 
 def describe_files(directory: Path) -> dict[str, FileRecord]:
-    """Records of all files below a directory."""
+    """The records of all files below a directory."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     return {path.relative_to(directory).as_posix(): _file_record(path) for path in paths}
 
 
 def check_files(directory: Path, files: Mapping[str, FileRecord]) -> None:
-    """Compares files with what was verified when they were written. Files without a record are of no concern.
+    """Compares files with their records. Files without a record are ignored.
 
     Raises:
         Damaged: a file is missing or differs.
-        BeitJaxError: a file cannot be read for a reason that does not lie in it.
+        BeitJaxError: a file cannot be read, for a reason other than damage.
     """
     for name, expected in files.items():
         try:
@@ -124,8 +125,8 @@ def read_manifest(directory: Path) -> Manifest:
     """Reads what `write_manifest` wrote.
 
     Raises:
-        Damaged: there is none, or it is not what was written.
-        BeitJaxError: it was written in another format, or cannot be read for a reason that does not lie in it.
+        Damaged: the manifest is missing, or is not what was written.
+        BeitJaxError: the manifest has another format, or cannot be read, for a reason other than damage.
     """
     try:
         signed = json.loads((directory / FILE).read_bytes())
@@ -144,7 +145,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def synchronise(directory: Path) -> None:
-    """Returns when everything below a directory has reached the disk: a power cut leaves it whole."""
+    """Returns when everything below a directory has reached the disk: a power cut then loses nothing."""
     for path in directory.rglob("*"):
         synchronise_entry(path)
     synchronise_entry(directory)
@@ -166,7 +167,7 @@ def _unreadable(path: Path, error: OSError) -> Exception:
 
 
 def _digest(array: np.ndarray) -> str:
-    # Bytes of a contiguous copy: bfloat16 exports no buffer, and a box of an array lies scattered.
+    # A contiguous copy as bytes: bfloat16 exports no buffer, and a box of an array is not contiguous.
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 

@@ -1,4 +1,4 @@
-"""A pytree of arrays by flat names, in host memory and back on the devices."""
+"""Pytrees of arrays by flat names: copied to host memory, and placed on the devices again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ..distributed.collectives import is_first
 from . import digests
 from .digests import ArrayRecord, Part
 
-_CHUNK = 1 << 18  # elements looked at together: what is said of them stays in a core's cache
+_CHUNK = 1 << 18  # elements that are checked at a time: the results stay in a core's cache
 
 
 def named(tree: object) -> dict[str, Any]:
@@ -34,36 +34,36 @@ class Snapshot:
     """A copy of arrays.
 
     Attributes:
-        values: in host memory; arrays that span processes as they are, for Orbax to copy.
-        parts: the boxes of every array that this process digests.
+        values: the arrays in host memory. Arrays that span processes are not copied; Orbax copies them.
+        parts: the boxes of every array for which this process takes digests.
     """
 
     values: dict[str, Any]
     parts: dict[str, list[Part]]
 
     def records(self) -> dict[str, ArrayRecord]:
-        """What is known of the arrays to this process."""
+        """The records of the arrays, or of the parts that this process holds."""
         return {
             name: digests.describe(np.dtype(value.dtype), value.shape, self.parts[name])
             for name, value in self.values.items()
         }
 
     def not_finite(self) -> list[str]:
-        """Names of arrays in whose parts there is a NaN or an infinity."""
+        """The names of arrays with a NaN or an infinity in the parts that this process holds."""
         return [name for name, parts in self.parts.items() if not all(_is_finite(values) for _, values in parts)]
 
 
 class HostMemory:
-    """Takes snapshots, each into the memory of the one before.
+    """Takes snapshots, each into the memory of the previous one.
 
-    Copying into pages that exist costs a fraction of what taking fresh ones from the system does.
+    Copying into existing pages of memory takes a fraction of the time that new pages from the system take.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, np.ndarray] = {}
 
     def snapshot(self, arrays: Mapping[str, Any]) -> Snapshot:
-        """Copies arrays. The snapshot before this one is lost."""
+        """Copies arrays, and overwrites the previous snapshot."""
         for array in arrays.values():
             if isinstance(array, jax.Array):
                 array.copy_to_host_async()
@@ -73,7 +73,7 @@ class HostMemory:
         )
 
     def release(self) -> None:
-        """Leaves the last snapshot to whoever still holds it."""
+        """Lets go of the memory: the last snapshot will not be overwritten."""
         self._buffers = {}
 
     def _copy(self, name: str, array: Any) -> tuple[Any, list[Part]]:
@@ -100,7 +100,7 @@ def _start(index: tuple[slice, ...]) -> tuple[int, ...]:
 
 
 def place(array: np.ndarray, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array of any shape on the devices, as its sharding says; without one, on the first."""
+    """Places an array on the devices by its sharding; without a sharding, on the first device."""
     sharding = abstract.sharding or SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     assert placed.dtype == abstract.dtype  # float64 and int64 would be narrowed where JAX does not have them enabled
@@ -108,7 +108,7 @@ def place(array: np.ndarray, abstract: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def check_same(path: Path, records: Mapping[str, ArrayRecord], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """Refuses to restore another state than the one that was saved: nothing is cast, padded or left out.
+    """Refuses to restore a state that is not the saved one: nothing is cast, padded or left out.
 
     Raises:
         BeitJaxError: names, a shape or a dtype differ.

@@ -1,4 +1,6 @@
-"""What training costs, counted and not measured: `estimate` by formulas, `hlo` from a compiled program's text.
+"""The costs of a training step, before and after it is compiled.
 
-May import: the ground and models of `beit_jax`.
+`estimate` computes FLOPs and memory from shapes and traces; `hlo` reads the work of a compiled program from its text.
+
+May import: `beit_jax.models`, the ground.
 """

@@ -1,4 +1,4 @@
-"""What training costs, before it is tried: parameters, FLOPs of a step, memory of a device; and what devices can do."""
+"""Estimates of the FLOPs of a training step and of the memory of a device, and the peak FLOP/s of devices."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class Flops:
 
     Attributes:
         patches: the patch projection.
-        dense: of all blocks, the products with parameters.
-        attention: of all blocks, scores and weighted values: quadratic in the tokens.
+        dense: in all blocks, the products with parameters.
+        attention: in all blocks, scores and weighted values; quadratic in the number of tokens.
         head: everything after the encoder.
     """
 
@@ -41,18 +41,18 @@ class Flops:
         return self.patches + self.dense + self.attention + self.head
 
     def training(self, remat: Remat = "none") -> float:
-        """Forward and backward. Each product has two gradients, but nobody asks for the pixels'.
+        """FLOPs of forward and backward pass. Each product has two gradients; that of the pixels is not computed.
 
-        Model FLOP utilisation counts what the model needs: "none", whatever the run recomputes.
+        Model FLOP utilisation counts what the model needs, so it uses "none" whatever the run recomputes.
         """
         again = {"none": 0.0, "block": self.dense + self.attention, "dots": self.attention}
         return 3 * self.forward - self.patches + again[remat]
 
 
 def flops(config: BeitConfig) -> Flops:
-    """Of a model at its native image size, with its aggregation layers if it has some.
+    """FLOPs of a model at its native image size, including its aggregation layers.
 
-    Norms, softmax and activations, some percent of it, are not counted.
+    Norms, softmax and activations, a few percent, are not counted.
     """
     tokens = 1 + config.grid[0] * config.grid[1]
     positions = _positions(config)
@@ -66,11 +66,11 @@ def flops(config: BeitConfig) -> Flops:
 
 
 def traced_flops(loss: Callable[[int, Nested], Array], params: Nested) -> float:
-    """Of the gradient of a loss, for one image: what tracing finds for three less what it finds for two.
+    """FLOPs of the gradient of a loss for one image: those traced for three images minus those for two.
 
     Args:
-        loss: of so many images, with these parameters.
-        params: shapes.
+        loss: the loss of a number of images, with parameters.
+        params: shapes of the parameters.
     """
 
     def of(images: int) -> float:
@@ -80,7 +80,7 @@ def traced_flops(loss: Callable[[int, Nested], Array], params: Nested) -> float:
 
 
 def _matrix_flops(jaxpr: Any) -> float:
-    """Of all products of matrices and convolutions in a traced program."""
+    """FLOPs of all products of matrices and convolutions in a traced program."""
     total = 0.0
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
@@ -102,7 +102,7 @@ def _matrix_flops(jaxpr: Any) -> float:
 
 
 def _positions(config: BeitConfig) -> list[tuple[str, tuple[str, int]]]:
-    """For every kernel, by its flat name: the part it belongs to, and at how many positions of an image it is used."""
+    """For every kernel, by its flat name: the part it belongs to, and the positions of an image at which it is used."""
     rows, columns = config.grid
     patches = rows * columns
     levels = {"0": 16 * patches, "1": 4 * patches, "2": patches}  # of the feature pyramid, finest first
@@ -130,9 +130,9 @@ class Memory:
     """Bytes that training takes on each device.
 
     Attributes:
-        params, optimizer, average, gradients: float32; Adam's two moments; the moving average, or a frozen model, if
-            one is kept.
-        activations: what the forward pass keeps for the backward pass, and what that computes again of one block.
+        params, optimizer, gradients: of the learned parameters, float32; the optimizer holds Adam's two moments.
+        average: the moving average or a frozen network, where the state has one.
+        activations: values that the forward pass keeps for the backward pass, and those of one recomputed block.
     """
 
     params: int
@@ -146,14 +146,16 @@ class Memory:
         return self.params + self.optimizer + self.average + self.gradients + self.activations
 
     def lines(self) -> list[str]:
-        """For people, in GiB."""
+        """The parts and their sum in GiB, as lines for people."""
         parts = {name: getattr(self, name) for name in ("params", "optimizer", "average", "gradients", "activations")}
         return [f"{name:<12}{size / 2**30:8.2f} GiB" for name, size in (parts | {"total": self.total}).items() if size]
 
 
 def memory(learned: int, activations: int, *, others: int = 0, accumulate: int = 1, shards: int = 1) -> Memory:
-    """An estimate for each device. What the compiler adds, copies of parameters in `dtype` among it, is not in it;
-    `compiled_bytes` of the compiled step knows.
+    """Estimates the memory of each device.
+
+    Memory that the compiler adds, such as copies of parameters in another dtype, is not included. `compiled_bytes` of
+    the compiled step includes it.
 
     Args:
         learned: bytes of the parameters that gradients move.
@@ -173,8 +175,10 @@ def memory(learned: int, activations: int, *, others: int = 0, accumulate: int =
 
 
 def activation_bytes(config: BeitConfig, *, dtype: DTypeLike = jnp.bfloat16, remat: Remat = "none") -> int:
-    """Bytes per image that a training step keeps from the forward to the backward pass, and those that recomputation
-    makes again for one block at a time. Traces the model; compiles nothing."""
+    """Bytes per image that a training step keeps for the backward pass, and those of one block that is recomputed.
+
+    The model is traced; nothing is compiled.
+    """
     kept = _residual_bytes(config, dtype, remat)
     if remat == "none":
         return kept
@@ -182,16 +186,18 @@ def activation_bytes(config: BeitConfig, *, dtype: DTypeLike = jnp.bfloat16, rem
 
 
 def with_one_block(kept: int, whole: int, blocks: int) -> int:
-    """Bytes that are kept while blocks are computed again, and those that one of them then makes.
+    """Bytes that are kept if blocks are recomputed, plus those of the one block that is recomputed at a time.
 
     Args:
-        whole: bytes that are kept where nothing is computed again.
+        kept: bytes that are kept if blocks are recomputed.
+        whole: bytes that are kept if nothing is recomputed.
+        blocks: the number of blocks.
     """
     return kept + (whole - kept) // blocks
 
 
 def traced_activations(loss: Callable[[int, Nested], Array], params: Nested) -> int:
-    """Bytes for one image that the gradient of a loss keeps; arguments as of `traced_flops`."""
+    """Bytes for one image that the gradient of a loss keeps; arguments as for `traced_flops`."""
 
     def of(images: int) -> int:
         return _bytes(jax.eval_shape(lambda params: jax.vjp(partial(loss, images), params)[1], params))
@@ -200,7 +206,7 @@ def traced_activations(loss: Callable[[int, Nested], Array], params: Nested) -> 
 
 
 def _residual_bytes(config: BeitConfig, dtype: DTypeLike, remat: Remat) -> int:
-    """What differentiation stores for one more image: what it stores for three less that for two."""
+    """Bytes that differentiation stores for one more image: those for three images minus those for two."""
     return _stored(config, dtype, remat, 3) - _stored(config, dtype, remat, 2)
 
 
@@ -221,9 +227,10 @@ def _bytes(tree: Any) -> int:
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """Bytes that a compiled program takes on each device: arguments, results and temporaries, donated ones once.
+    """Bytes that a compiled program takes on each device: arguments, results, temporaries; donated arguments once.
 
-    None where the backend does not say.
+    Returns:
+        None where the backend does not say.
     """
     found: Any = compiled.memory_analysis()
     if found is None:
@@ -250,8 +257,9 @@ _PEAKS: list[tuple[str, float | None]] = [
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of dense bfloat16 matrix products that the maker states for a `jax.Device.device_kind`.
+    """FLOP/s of dense bfloat16 matrix products that the manufacturer states for a `jax.Device.device_kind`.
 
-    None for a kind that is not in the table, CPUs among them: no utilisation is better than a wrong one.
+    Returns:
+        None for a kind that is not in the table, such as a CPU: no utilisation is better than a wrong one.
     """
     return first_match(_PEAKS, device_kind)

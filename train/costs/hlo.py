@@ -1,7 +1,7 @@
-"""What a compiled program does on one device, read from the text of its optimised HLO: products, memory, network.
+"""The work of a compiled program on one device: products, memory traffic, transfers. Read from its optimised HLO.
 
-XLA's own cost analysis counts the body of a loop once, and the blocks of these models are one loop. Here loops count as
-often as they run.
+XLA's own cost analysis counts the body of a loop once, but the blocks of these models are one loop. Here the body of a
+loop counts as often as it runs.
 """
 
 import re
@@ -17,10 +17,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Leaf:
-    """An array of an instruction's result: its type, and how it lies in memory.
+    """An array in the result of an instruction: its type and its layout in memory.
 
     Attributes:
-        layout: minor axis first, tiles and memory space, as ``1,0:T(8,128)S(1)``; empty where the text has none.
+        layout: axes (minor first), tiles and memory space, as ``1,0:T(8,128)S(1)``; empty where the text has none.
     """
 
     dtype: str
@@ -29,12 +29,12 @@ class Leaf:
 
     @property
     def bytes(self) -> int:
-        """Of the values alone."""
+        """Bytes of the values, without padding."""
         return prod(self.shape) * _width(self.dtype) // 8
 
     @property
     def held(self) -> int:
-        """Of main memory: with the padding of tiles; 0 where it lies on the chip itself, or in a host."""
+        """Bytes of main memory, with the padding of tiles; 0 for an array on the chip itself or on a host."""
         if re.search(r"S\([1-9]", self.layout):
             return 0
         order, _, rest = self.layout.partition(":")
@@ -50,7 +50,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: ``name = type opcode(operands), attributes``."""
+    """A line of HLO: ``name = type opcode(operands), attributes``."""
 
     name: str
     leaves: tuple[Leaf, ...]
@@ -60,26 +60,26 @@ class Instruction:
     literal: str
 
     def called(self, attribute: str) -> str | None:
-        """The computation that an attribute names."""
+        """The name of the computation that an attribute gives."""
         found = re.search(rf"\b{attribute}=%?([\w.-]+)", self.attributes)
         return found and found[1]
 
     def numbers(self, attribute: str) -> list[int]:
-        """Of ``attribute={1,2}``; empty where it is not."""
+        """The numbers of ``attribute={1,2}``; empty where the attribute is missing."""
         found = re.search(rf"\b{attribute}={{([\d,]*)}}", self.attributes)
         return [int(number) for number in found[1].split(",") if number] if found else []
 
 
 @dataclass
 class Computation:
-    """A function of the program, its instructions in order."""
+    """A function of the program, with its instructions in order."""
 
     instructions: dict[str, Instruction] = field(default_factory=dict)
     root: str = ""
 
     @cached_property
     def users(self) -> Mapping[str, Sequence[Instruction]]:
-        """By name, the instructions that read it."""
+        """The instructions that read a value, by the name of the value."""
         found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in set(instruction.operands) & found.keys():
@@ -87,14 +87,14 @@ class Computation:
         return found
 
     def find(self, name: str) -> Instruction | None:
-        """The instruction behind copies and reshapes of it."""
+        """The instruction of this name; if it is a copy or a reshape, the instruction whose value it copies."""
         found = self.instructions.get(name)
         while found is not None and found.opcode in ("bitcast", "copy", "copy-done", "copy-start", "reshape"):
             found = self.instructions.get(found.operands[0])
         return found
 
     def constant(self, name: str) -> int | None:
-        """The integer that an instruction is."""
+        """The integer constant of this name; None if it is something else."""
         found = self.find(name)
         known = found is not None and found.opcode == "constant" and re.fullmatch(r"-?\d+", found.literal)
         return int(found.literal) if found is not None and known else None
@@ -106,10 +106,10 @@ _HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 
 
 def read(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a module by name, and the name of the one that runs.
+    """The computations of a module by name, and the name of the entry computation.
 
     Args:
-        text: as ``jax.stages.Compiled.as_text`` gives it.
+        text: HLO, from ``jax.stages.Compiled.as_text``.
     """
     computations: dict[str, Computation] = {}
     current, entry = Computation(), ""
@@ -139,7 +139,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` is closed."""
+    """The index of the parenthesis that closes the one at `start`."""
     depth = 0
     for place in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -149,7 +149,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _width(dtype: str) -> int:
-    """Bits of a value."""
+    """The bits of a value of this type."""
     if dtype in ("token", "opaque"):
         return 0
     digits = re.search(r"\d+", dtype)
@@ -161,12 +161,12 @@ def _width(dtype: str) -> int:
 
 @dataclass(frozen=True)
 class Collective:
-    """All transfers of one kind.
+    """All transfers of one kind in a run of the program.
 
     Attributes:
-        kind: of HLO; "between slices" is what a slice receives of others.
-        count: in one run of the program.
-        bytes: that reach one device, by the algorithms that send least.
+        kind: the opcode, or "between slices" for data from other slices.
+        count: the number of transfers.
+        bytes: bytes that reach one device, by the algorithms that send least.
     """
 
     kind: str
@@ -176,14 +176,14 @@ class Collective:
 
 @dataclass(frozen=True)
 class Work:
-    """What one device does in one run of a program.
+    """The work of one device in a run of a program.
 
     Attributes:
-        flops: of products of matrices and convolutions; a multiply-add is two.
-        traffic: bytes between main memory and the chip: what every kernel reads and writes, once.
-        cycles: that the compiler reckons with, kernels one after the other, transfers apart; 0 where it does not say.
-        collectives: by kind.
-        unknown_loops: loops whose length depends on data; they count once.
+        flops: FLOPs of products of matrices and convolutions; a multiply-add is two.
+        traffic: bytes between main memory and the chip: each kernel's inputs and outputs, counted once.
+        cycles: the compiler's estimate for all kernels one after the other, without transfers; 0 where it has none.
+        collectives: transfers by kind.
+        unknown_loops: the number of loops whose length depends on data; their bodies count once.
     """
 
     flops: float
@@ -205,13 +205,13 @@ _HANDLES = ("AllocateBuffer", "ConcatBitcast", "AsyncCollective", "AssumeGatherI
 
 
 def work(text: str, devices: int) -> Work:
-    """Adds up a program.
+    """Adds up the work of a program.
 
-    Every branch of a condition counts. A transfer that is split into parts, which overlap with computation, is one.
+    Every branch of a condition counts. A transfer in several parts, which overlap with computation, counts as one.
 
     Args:
-        text: as ``jax.stages.Compiled.as_text`` gives it.
-        devices: of the program, or of a slice where there are several.
+        text: HLO, from ``jax.stages.Compiled.as_text``.
+        devices: the number of devices of the program, or of a slice where there are several.
     """
     computations, entry = read(text)
     counter = _Counter(computations, devices)
@@ -226,7 +226,7 @@ class _Counter:
         self._transfers: dict[tuple[str, str], tuple[int, float]] = {}
 
     def run(self, name: str, times: int, *, fused: bool = False) -> None:
-        """Adds a computation that is executed so often; of a fused one only products and transfers."""
+        """Adds a computation that runs `times` times; of a `fused` one, only products and transfers are added."""
         computation = self.computations[name]
         for instruction in computation.instructions.values():
             opcode = instruction.opcode
@@ -273,7 +273,7 @@ class _Counter:
             size = _received(kind, given, _group(instruction.attributes) or self.devices)
         channel = re.search(r"channel_id=(\d+)", instruction.attributes)
         key = kind, channel[1] if channel else f"{name}/{instruction.name}"
-        # Parts of a transfer share its channel; those before and after a loop are seen less often than those in it.
+        # All parts of a transfer have the same channel. Parts before and after a loop run less often than those in it.
         self._transfers[key] = max(self._transfers.get(key, (0, 0.0)), (times, size))
 
     def _touched(self, instruction: Instruction, computation: Computation) -> float:
@@ -302,7 +302,7 @@ def _size(instruction: Instruction) -> int:
 
 
 def _read(computations: Mapping[str, Computation], fused: Computation, place: int, operand: Instruction) -> float:
-    """Bytes that a fusion reads of an operand: of one that it only takes slices of, the slices."""
+    """Bytes that a fusion reads of an operand: only the slices if it reads nothing but slices of it."""
     whole = sum(leaf.held for leaf in operand.leaves)
     parameter = _parameter(fused, place)
     if parameter is None or not whole:
@@ -317,7 +317,7 @@ def _parameter(fused: Computation, place: int) -> Instruction | None:
 
 
 def _slices(computations: Mapping[str, Computation], fused: Computation, name: str) -> Iterator[int | None]:
-    """Bytes of every slice that is taken of a value, in fusions of fusions too; None for any other use of it."""
+    """Bytes of every slice taken from a value, also in fusions inside fusions; None for any other use of the value."""
     for user in fused.users[name]:
         inner = computations.get(user.called("calls") or "") if user.opcode == "fusion" else None
         if inner is not None:
@@ -330,13 +330,13 @@ def _slices(computations: Mapping[str, Computation], fused: Computation, name: s
         elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
             yield _size(user)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-            yield 0  # changed where it lies
+            yield 0  # changed in place
         else:
             yield None
 
 
 def _written(fused: Computation, fusion: Instruction) -> float:
-    """Bytes that a fusion writes: of an array changed where it lies, the change."""
+    """Bytes that a fusion writes: only the change of an array that is changed in place."""
     root = fused.instructions[fused.root]
     results = root.operands if root.opcode == "tuple" else (root.name,)
     total = 0.0
@@ -357,7 +357,7 @@ def _branches(instruction: Instruction) -> list[str]:
 
 
 def _length(loop: Instruction, outside: Computation, condition: Computation, body: Computation) -> int | None:
-    """How often a loop runs: said by the compiler, or counted by an index from one constant to another."""
+    """The number of runs of a loop, as the compiler states it or as an index counts it between constants; else None."""
     said = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if said:
         return int(said[1])
@@ -376,7 +376,7 @@ def _length(loop: Instruction, outside: Computation, condition: Computation, bod
 
 
 def _step(body: Computation, name: str) -> int | None:
-    """What a loop adds to its index."""
+    """The number that a loop adds to its index; None if it is not constant."""
     found = body.find(name)
     if found is None or found.opcode != "add":
         return None
@@ -384,7 +384,7 @@ def _step(body: Computation, name: str) -> int | None:
 
 
 def _group(attributes: str) -> int | None:
-    """Devices that exchange data with each other; None: all."""
+    """The number of devices that exchange data with each other; None: all."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", mesh[1]))
         return prod(int(sizes[axis]) for axis in re.findall(r"'([\w.]+)'", mesh[2]))
@@ -396,14 +396,14 @@ def _group(attributes: str) -> int | None:
 
 
 def _received(kind: str, given: int, group: int) -> float:
-    """Bytes that reach one device, of a transfer to which it gives so many."""
+    """Bytes that reach one device in a transfer, if each device gives `given` bytes."""
     others = (group - 1) / group
     factors = {"all-gather": group - 1, "all-reduce": 2 * others, "reduce-scatter": others, "all-to-all": others}
     return given * factors.get(kind, 1.0)
 
 
 def _flops(instruction: Instruction, computation: Computation) -> float:
-    """Of a product: two for every pair of values that are multiplied."""
+    """FLOPs of a product: two for every pair of values that are multiplied."""
     left, right = (computation.instructions[name].leaves[0].shape for name in instruction.operands[:2])
     result = instruction.leaves[0].shape
     if instruction.opcode == "dot":
@@ -422,14 +422,14 @@ def _flops(instruction: Instruction, computation: Computation) -> float:
 
 
 class _Window:
-    """How a kernel moves over an image, ``window={size=3x3 stride=2x2 pad=1_1x1_1 lhs_dilate=2x2}``."""
+    """The window of a convolution, ``window={size=3x3 stride=2x2 pad=1_1x1_1 lhs_dilate=2x2}``."""
 
     def __init__(self, attributes: str):
         found = re.search(r"window=\{([^}]*)\}", attributes)
         self._fields = dict(entry.split("=") for entry in found[1].split()) if found else {}
 
     def pairs(self, axis: int, size: int, kernel: int, outputs: int) -> int:
-        """Along one axis: pairs of an output and a place of the kernel that meet a value, not padding or a gap."""
+        """Along one axis: the pairs of an output and a kernel element that meet a value, not padding or a gap."""
         pad = int(self._fields["pad"].split("x")[axis].split("_")[0]) if "pad" in self._fields else 0
         gap = self._number("lhs_dilate", axis)
         starts = np.arange(outputs) * self._number("stride", axis) - pad

@@ -1,5 +1,7 @@
-"""Many devices and hosts: who belongs to a run, what they tell each other, where arrays lie.
+"""Many devices and many processes.
 
-`topology` names chips and slices, `sharding` places arrays on a mesh, `collectives` exchanges small values, `peers` watches
-the other processes, `cluster` joins them. May import: the ground and models of `beit_jax`, `..recipe`.
+`topology` describes TPU chips and slices; `sharding` says where arrays lie on a mesh; `collectives` exchanges small
+values; `peers` watches the other processes of a run; `cluster` joins them.
+
+May import: `train.recipe`, `beit_jax.models.partition`, the ground.
 """

@@ -1,4 +1,4 @@
-"""Joining the processes of one run: on TPU VMs, on GKE, under SLURM, or by hand."""
+"""Joins the processes of a run: on TPU VMs, on GKE, under SLURM, or by hand."""
 
 import importlib.util
 import os
@@ -18,20 +18,20 @@ from beit_jax.terminal import say
 from ..recipe import HostOptions
 from .peers import LOST, Peers
 
-# What `srun` gives every task, and JAX reads.
+# The variables that `srun` sets for every task, and JAX reads.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _CHIPS = ("accel[0-9]*", "vfio/[0-9]*")  # below /dev
 
 
 @contextmanager
 def joined(options: HostOptions) -> Iterator[Peers]:
-    """This process among those of its run; begins before anything of JAX is used.
+    """Joins this process to its run, and yields it among the others. Enter this before any other use of JAX.
 
-    Alone, errors are raised as ever. With others, an error is printed and told to them, and ends this process here:
-    leaving Python in order would wait for those who wait for this one.
+    A single process raises its errors. With several, an error is printed and reported to the others, and this process
+    ends here: an orderly end of Python would wait for processes that wait for this one.
 
     Raises:
-        BeitJaxError: options that contradict each other, or surroundings that JAX does not understand.
+        BeitJaxError: options contradict each other, or JAX does not understand the environment.
     """
     _check(options)
     _start(options)
@@ -46,8 +46,8 @@ def joined(options: HostOptions) -> Iterator[Peers]:
         os._exit(_reported(error))
 
 
-def surroundings(environment: Mapping[str, str], devices: Path = Path("/dev")) -> str | None:
-    """What started several processes: "slurm", or "tpu" where there are chips and their library; None: nothing."""
+def launcher(environment: Mapping[str, str], devices: Path = Path("/dev")) -> str | None:
+    """What starts several processes here: "slurm", or "tpu" where chips and their library are found; None: nothing."""
     if all(name in environment for name in _SLURM) and int(environment["SLURM_NTASKS"]) > 1:
         return "slurm"
     chips = any(next(devices.glob(pattern), None) is not None for pattern in _CHIPS)
@@ -79,19 +79,19 @@ def _check(options: HostOptions) -> None:
 
 
 def _start(options: HostOptions) -> None:
-    found = None if options.alone or options.coordinator is not None else surroundings(os.environ)
+    found = None if options.alone or options.coordinator is not None else launcher(os.environ)
     if options.coordinator is None and found is None:
         return
-    # Signals are this program's own matter: its processes agree on the last step themselves.
+    # This program handles signals itself: its processes agree on the last step.
     jax.config.update("jax_enable_preemption_service", False)
-    with _patience(options, options.coordinator or f"the address that {found} gives"):
+    with _deadline(options, options.coordinator or f"the address that {found} gives"):
         try:
             jax.distributed.initialize(
                 options.coordinator,
                 options.processes,
                 options.process,
                 cluster_detection_method=None if found else "deactivate",
-                # What this program finds out, it explains; JAX's own limits are the second line.
+                # This program explains the failures that it notices. JAX's longer limits are for the rest.
                 initialization_timeout=int(options.wait) + 60,
                 heartbeat_timeout_seconds=int(3 * options.silence) + 40,
             )
@@ -104,8 +104,8 @@ def _start(options: HostOptions) -> None:
 
 
 @contextmanager
-def _patience(options: HostOptions, address: str) -> Iterator[None]:
-    """Ends the process with a line when the others do not come: JAX would abort with a trace of its own code."""
+def _deadline(options: HostOptions, address: str) -> Iterator[None]:
+    """Ends the process with a line when others do not arrive: JAX would abort with a trace of its own code."""
     which = "" if options.process is None else f" as process {options.process} of {options.processes}"
 
     def give_up() -> None:
@@ -125,7 +125,7 @@ def _patience(options: HostOptions, address: str) -> Iterator[None]:
 
 
 def _reported(error: BaseException) -> int:
-    """Prints an error; the exit code that goes with it."""
+    """Prints an error, and returns its exit code."""
     if isinstance(error, BeitJaxError):
         say(f"error: {error}")
         return error.exit_code

@@ -1,4 +1,4 @@
-"""Processes of one run telling each other small things. Every function is called by all of them, in the same order."""
+"""Small values exchanged by the processes of a run. All processes call every function, in the same order."""
 
 import json
 from collections.abc import Callable
@@ -12,27 +12,27 @@ from beit_jax.errors import BeitJaxError
 
 
 def is_first() -> bool:
-    """Whether this process decides for all."""
+    """True in process 0, which decides for all processes."""
     return jax.process_index() == 0
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process gave, anything that JSON can say, in the order of the processes."""
+    """The values that the processes gave, in the order of the processes. A value is anything that JSON has."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(text.size))).reshape(-1)
-    room = 1 << (int(sizes.max()) | 1023).bit_length()  # few sizes: every new one is compiled for
-    padded = np.pad(text, (0, room - text.size))
+    length = 1 << (int(sizes.max()) | 1023).bit_length()  # few lengths: each new one compiles a program
+    padded = np.pad(text, (0, length - text.size))
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def from_first(find: Callable[[], Any]) -> Any:
-    """What `find` returns in the first process, alone called there, for all; what it raises is raised by all.
+    """Calls `find` in process 0 alone, and returns its result in all processes.
 
     Raises:
-        BeitJaxError: `find` raised one.
+        BeitJaxError: in all processes: `find` raised it.
     """
     found, failure = None, None
     if is_first():
@@ -49,7 +49,7 @@ def from_first(find: Callable[[], Any]) -> Any:
 
 
 def on_host(leaf: jax.Array) -> np.ndarray:
-    """The whole array, of any shape, from all processes that hold parts of it."""
+    """The whole array, gathered from all processes that hold parts of it."""
     if leaf.is_fully_addressable:
         return np.asarray(leaf)
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))

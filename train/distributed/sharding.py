@@ -1,8 +1,8 @@
-"""Where arrays lie on a mesh of devices: one table for parameters, optimizer moments, averages and restoring.
+"""Where arrays lie on a mesh of devices: one table for parameters, optimizer moments, averages and restored arrays.
 
-Axes of the mesh: "data" splits batches; "fsdp" splits batches, parameters and all that is shaped like them; "tensor"
-splits attention heads and hidden units of the MLP. A training step runs under `jax.set_mesh`, which turns on the
-constraints on activations (`beit_jax.models.partition`).
+The mesh has three axes: "data" splits batches; "fsdp" splits batches, parameters and every array of the shape of a
+parameter; "tensor" splits attention heads and hidden units of the MLP. A training step runs under `jax.set_mesh`, which
+turns on the constraints on activations (`beit_jax.models.partition`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 AXES = ("data", "fsdp", "tensor")
 SMALL = 2**15
-"""Elements below which a leaf is not split over "fsdp": gathering it would cost more than holding it."""
+"""A leaf with fewer elements is not split over "fsdp": gathering it would cost more than holding it."""
 
 RULES: Sequence[tuple[str, PartitionSpec]] = (
     (r".*blocks/attention/qkv_kernel", spec(None, "fsdp", None, "tensor", None)),
@@ -47,24 +47,24 @@ RULES: Sequence[tuple[str, PartitionSpec]] = (
     (r".*codebook/.*", spec()),
     (r".*(bias|scale|gamma_1|gamma_2|cls_token|mask_token|mean|var)", spec()),
 )
-"""By flat name, blocks stacked on a leading axis. Total: a tensor without a rule is an error."""
+"""The axes of every tensor by flat name; blocks are stacked on a leading axis. A tensor without a rule is an error."""
 
 
 def make_mesh(shape: tuple[int, int, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices (by default all of the run) as a mesh of (data, fsdp, tensor); -1 stands for what is left.
+    """A mesh of (data, fsdp, tensor) over devices, by default all of the run. -1 stands for the devices that are left.
 
-    Over several slices of TPUs the data axis goes over the slices first (`topology.arrange`).
+    With several slices of TPUs, the data axis is divided among the slices (`topology.arrange`).
 
     Raises:
         BeitJaxError: the shape does not use every device exactly once, its tensor axis spans hosts, or its data axis is
-            no multiple of the slices.
+            no multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = _sizes(shape, len(devices))
     local = sum(device.process_index == devices[0].process_index for device in devices)
-    if local % sizes[2]:  # a host would have to read the images of another
+    if local % sizes[2]:  # a host would have to read the images of another host
         raise BeitJaxError(f"--run.mesh: the tensor axis must divide the {local} devices of a host, found {sizes[2]}")
-    # The default is Explicit, under which parameters and batch cannot share an axis.
+    # Under the default, Explicit, parameters and batch could not share an axis.
     types = (AxisType.Auto,) * len(AXES)
     if len({getattr(device, "slice_index", None) for device in devices}) > 1:
         return Mesh(arrange(sizes, devices), AXES, axis_types=types)
@@ -88,14 +88,14 @@ def _sizes(shape: tuple[int, int, int], count: int) -> tuple[int, ...]:
 def state_shardings(state: T, mesh: Mesh) -> T:
     """The sharding of every leaf of a pytree whose dicts name parameters: a `State`, an optimizer state, parameters.
 
-    Leaves are found by the names of the dicts around them, so moments and averages lie as their parameters do. Scalars
-    are whole everywhere.
+    The keys of the dicts around a leaf name it, so moments and averages lie where their parameters lie. Scalars are
+    copied to every device.
 
     Args:
         state: arrays or shapes.
 
     Raises:
-        BeitJaxError: a leaf that `RULES` do not know.
+        BeitJaxError: no rule of `RULES` matches a leaf.
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -115,35 +115,35 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The rule's axes, less those that do not divide their dimension, and "fsdp" of small leaves."""
+    """The axes of the rule, without axes that do not divide their dimension, and without "fsdp" for small leaves."""
     small = prod(shape) < SMALL
 
-    def kept(axis: str | None, size: int) -> str | None:
+    def usable(axis: str | None, size: int) -> str | None:
         dropped = axis is None or size % mesh.shape[axis] or (small and axis == "fsdp")
         return None if dropped else axis
 
     axes = first_match(RULES, name)
-    return spec(*(kept(axis, size) for axis, size in zip(axes, shape[: len(axes)], strict=True)))
+    return spec(*(usable(axis, size) for axis, size in zip(axes, shape[: len(axes)], strict=True)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """The sharding of an array that is copied to every device."""
     return NamedSharding(mesh, spec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Split along the first axis."""
+    """The sharding of an array that is split along its first axis."""
     return NamedSharding(mesh, spec(BATCH_AXES))
 
 
 def check_batch(size: int, mesh: Mesh, *, parts: int = 1, option: str = "--data.batch-size") -> None:
-    """Refuses a global batch of which the devices would not all get the same share, in each of its `parts`.
+    """Refuses a global batch size that the devices cannot share equally, in each of its `parts`.
 
     Args:
-        option: what the size was given by, for errors.
+        option: the option that gave the size, for errors.
 
     Raises:
-        BeitJaxError: naming a multiple that would do.
+        BeitJaxError: naming a number of which the size must be a multiple.
     """
     shards = prod(mesh.shape[axis] for axis in BATCH_AXES)
     if size % (shards * parts):
@@ -154,8 +154,8 @@ def check_batch(size: int, mesh: Mesh, *, parts: int = 1, option: str = "--data.
 def batch_rows(mesh: Mesh, size: int) -> Int[np.ndarray, " local"]:
     """The rows of a global batch that lie on this process's devices, ascending.
 
-    So every row is the same image however many hosts there are, and what pairs rows or draws for them computes the
-    same.
+    A row is the same image for any number of hosts. So code that pairs rows, or draws random numbers for them, computes
+    the same for any number of hosts.
     """
     places = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
     parts = {place[0].indices(size) for place in places if place is not None}
@@ -163,10 +163,10 @@ def batch_rows(mesh: Mesh, size: int) -> Int[np.ndarray, " local"]:
 
 
 def put_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The global batch, of which every host gives the rows `batch_rows` names: all of the same number.
+    """Builds the global batch. Every host gives the rows that `batch_rows` names; all hosts give equally many.
 
     Raises:
-        BeitJaxError: the batch does not divide among the devices.
+        BeitJaxError: the devices cannot share the batch equally.
     """
     sharding, size = batch_sharding(mesh), len(next(iter(local.values()))) * jax.process_count()
     check_batch(size, mesh)
@@ -184,15 +184,15 @@ def put_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def init_sharded(fn: Callable[..., T], mesh: Mesh, *args: Any) -> T:
-    """``fn(*args)``, computed where `state_shardings` puts it: no device ever holds the whole result.
+    """``fn(*args)``, computed where `state_shardings` places the result: no device ever holds all of it.
 
-    Without it the outputs of `jax.jit`, an optimizer's moments for one, land on a single device.
+    Plain `jax.jit` would put its outputs, such as an optimizer's moments, on a single device.
     """
     return jax.jit(fn, out_shardings=state_shardings(jax.eval_shape(fn, *args), mesh))(*args)
 
 
 def place(params: Nested, shardings: Nested) -> Nested:
-    """Arrays of the host, of which every device receives its own part and nothing else."""
+    """Places arrays of the host on devices. Every device receives only its own part."""
 
     def one(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

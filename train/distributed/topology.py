@@ -1,4 +1,4 @@
-"""TPU chips, slices of them, and their devices for compiling where there is no TPU."""
+"""TPU chips and slices: what they can do, and their devices for compiling where there is no TPU."""
 
 import importlib.util
 import os
@@ -20,18 +20,18 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """What one chip has and can do at most.
+    """The memory and the largest rates of a chip.
 
     Attributes:
-        hbm: bytes that a program may take, as the compiler counts them: a little less than the data sheet's.
-        flops: per second, dense bfloat16 products.
+        hbm: bytes that a program may take, as the compiler counts them: a little less than the data sheet says.
+        flops: floating point operations per second, in dense bfloat16 products.
         hbm_bandwidth: bytes per second.
-        axes: of the interconnect; a chip has two links along each.
+        axes: the axes of the interconnect; a chip has two links along each.
         link: bytes per second over one link in one direction.
-        wrap: an axis whose length is a multiple of this is a ring; shorter ones are a line.
-        dcn: bytes per second over the data centre's network, this chip's share of its host's.
-        clock: cycles per second; None where the sheet's numbers do not give it: peak over products in a cycle.
-        source: of all these but `hbm`.
+        wrap: an axis whose length is a multiple of this is a ring; a shorter axis is a line.
+        dcn: bytes per second over the data centre's network: this chip's share of its host's network.
+        clock: cycles per second, the peak divided by the products of a cycle; None where the sheet does not say enough.
+        source: where all these numbers but `hbm` come from.
     """
 
     name: str
@@ -49,8 +49,8 @@ class Chip:
 CHIPS: Mapping[str, Chip] = {
     chip.name: chip
     for chip in (
-        # Links: the bidirectional bandwidth of a chip, halved, over its links. `hbm`: what libtpu 0.0.42.1 says is
-        # available when a program does not fit. `wrap`: https://jax-ml.github.io/scaling-book/tpus/.
+        # `link`: half of a chip's bidirectional bandwidth, divided by its links. `hbm`: the memory that libtpu 0.0.42.1
+        # says is available when a program does not fit. `wrap`: https://jax-ml.github.io/scaling-book/tpus/.
         Chip(
             name="v5e",
             hbm=int(15.75 * GIB),
@@ -96,7 +96,7 @@ class Topology:
     """Slices of the same shape, joined by the data centre's network.
 
     Attributes:
-        shape: chips along each axis of a slice.
+        shape: the number of chips along each axis of a slice.
     """
 
     chip: Chip
@@ -105,12 +105,12 @@ class Topology:
 
     @property
     def slice_name(self) -> str:
-        """One slice, as libtpu calls it: v5e:2x4."""
+        """The name of one slice in libtpu: v5e:2x4."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def name(self) -> str:
-        """As `parse_topology` reads it."""
+        """The name that `parse_topology` reads."""
         return self.slice_name if self.slices == 1 else f"{self.slices}x{self.slice_name}"
 
     @property
@@ -123,15 +123,15 @@ class Topology:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second that reach the chip with the fewest links: along each axis of a ring two, of a line one."""
+        """Bytes per second that reach the chip with the fewest links: two along a ring, one along a line."""
         rings = [size % self.chip.wrap == 0 for size in self.shape]
-        if self.chip.axes == 3:  # joined by optical switches, which whole cubes of 4 x 4 x 4 only have
+        if self.chip.axes == 3:  # rings are closed by optical switches, which only whole cubes of 4 x 4 x 4 have
             rings = [all(rings)] * len(rings)
         links = sum(1 + ring for size, ring in zip(self.shape, rings, strict=True) if size > 1)
         return links * self.chip.link
 
     def devices(self) -> list[jax.Device]:
-        """Devices to compile for, which hold and run nothing.
+        """Devices to compile for. They hold no arrays and run nothing.
 
         Raises:
             BeitJaxError: libtpu is missing, or refuses this shape.
@@ -149,10 +149,10 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """``v5e:2x4``, ``v5p:2x2x2``, or for two slices ``2xv5e:4x4``.
+    """Reads ``v5e:2x4``, ``v5p:2x2x2``, or, for two slices, ``2xv5e:4x4``.
 
     Raises:
-        BeitJaxError: no such chip, or not the number of axes that its interconnect has.
+        BeitJaxError: no chip has this name, or its interconnect has another number of axes.
     """
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):([1-9]\d*(?:x[1-9]\d*)*)", text)
     if found is None:
@@ -168,16 +168,16 @@ def parse_topology(text: str) -> Topology:
 
 
 def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """The devices of several slices at their places in a mesh of these sizes.
+    """Arranges the devices of several slices as a mesh of these sizes.
 
-    The first axis goes over the slices first, so that only its collectives, one gradient a step, use the slow network
-    between them; within a slice `mesh_utils` puts neighbours of the mesh next to each other.
+    The first axis is divided among the slices. So only the collectives along this axis, one gradient a step, use the
+    slow network between slices. Within a slice, `mesh_utils` puts neighbours in the mesh next to each other.
 
     Args:
-        devices: with a ``slice_index``, the same number in each slice.
+        devices: devices with a ``slice_index``; every slice has equally many.
 
     Raises:
-        BeitJaxError: the first axis is no multiple of the slices.
+        BeitJaxError: the size of the first axis is no multiple of the number of slices.
     """
     slices = len({device.slice_index for device in devices})
     if sizes[0] % slices:
@@ -185,21 +185,21 @@ def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
             f"--run.mesh: over {slices} slices the data axis must be a multiple of {slices}, found {sizes[0]}"
         )
     inner, outer = (sizes[0] // slices, *sizes[1:]), (slices, *(1 for _ in sizes[1:]))
-    # A 2-D interconnect has no third axis: fsdp over a whole slice needs both of them in one.
+    # On a 2-D interconnect, an fsdp axis over a whole slice has to combine both physical axes.
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 _ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # do not look for a cloud machine's metadata
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # libtpu wants one; the topology asked for is what counts
+    "TPU_SKIP_MDS_QUERY": "1",  # do not look for the metadata of a cloud machine
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # libtpu requires a value; only the requested topology counts
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # the lock is for chips, and none is used
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu's lock protects chips, and no chip is used
 }
 
 
 @contextmanager
 def _no_tpu_needed() -> Iterator[None]:
-    """Around loading libtpu: environment variables that it asks for where there is no TPU."""
+    """Sets the environment variables that libtpu needs while it is loaded where there is no TPU."""
     added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)
     try:

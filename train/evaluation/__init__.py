@@ -1,4 +1,7 @@
-"""Scores: `accuracy` of classifiers, `segmentation`'s mIoU, `probe` of frozen features; `labelled` images, `confusion`.
+"""Scores of trained models.
 
-May import: `..data`, `..distributed`, `..augmentation`, the library.
+`accuracy` counts classifications, `confusion` draws them, `labelled` evaluates a directory of labelled images;
+`segmentation` has mIoU, `neighbours` classifies features by k-NN, `shares` has the arithmetic of both kinds of scores.
+
+May import: `train.data`, `train.distributed`, `train.augmentation` and below, `beit_jax.inference` and below.
 """

@@ -1,4 +1,4 @@
-"""How well a model classifies: counted on the devices, summed on the host, exact for any batches, devices and hosts."""
+"""How well a model classifies: devices count, the host adds up. The scores are exact for any batches and hosts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,16 +33,17 @@ EvalStep = Callable[[Any, Mapping[str, Array]], Any]
 
 @dataclass(frozen=True)
 class Scores:
-    """What was counted. A class is found if its logit is the largest; of equal logits the first class counts.
+    """Counts of an evaluation. The best class of an image has the largest logit; of equal logits, the first counts.
 
     Attributes:
-        images: per class, its images.
-        correct, correct5: per class, those for which it is the best, and among the five best (or all, if fewer).
-        confusion: images by class (row) and best class (column), sparse: 21,841 classes dense would be 4 GB. Images
-            whose logits are not finite stand in `images` alone.
-        real: where alternative labels were given, the images that have any, and those whose best, and one of whose
-            five best classes is among them.
-        matched: how the data's classes were matched with the model's, for people.
+        images: for each class, the number of its images.
+        correct, correct5: for each class, the number of its images for which it is the best class, and for which it is
+            among the five best (or all, if there are fewer).
+        confusion: the number of images by class (row) and best class (column). It is sparse, because 21,841 classes
+            would take 4 GB. Images whose logits are not finite count only in `images`.
+        real: three counts where alternative labels were given: images that have such labels, images whose best class is
+            one of them, and images with one of them among the five best classes.
+        matched: how the classes of the data were matched with those of the model, for people.
     """
 
     labels: tuple[str, ...]
@@ -67,17 +68,17 @@ class Scores:
 
     @property
     def mean_class_accuracy(self) -> float:
-        """Of the classes that occur, each counting the same."""
+        """The mean, over the classes that occur, of the share of correct images."""
         known = self.images > 0
         return float((self.correct[known] / self.images[known]).mean()) if known.any() else float("nan")
 
     @property
     def not_finite(self) -> int:
-        """Images whose logits were not numbers: none of them is correct."""
+        """The number of images whose logits are not finite; they count as wrong."""
         return self.count - int(self.confusion.sum())
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs: shares (null without images) and counts; of the confusion what is not zero."""
+        """The scores for JSON: shares (null without images), counts, and the confusion without its zeros."""
         real = None
         if self.real is not None:
             images, correct, correct5 = self.real
@@ -104,7 +105,7 @@ class Scores:
 
 
 def nonzero(confusion: csr_array) -> Int[np.ndarray, "pairs 3"]:
-    """Class, best class and images, where there are any."""
+    """The entries of a confusion matrix that are not 0, as (class, best class, images)."""
     entries = confusion.tocoo()
     return np.stack([entries.row, entries.col, entries.data], axis=1)
 
@@ -127,11 +128,12 @@ TABLE = ("class", "images", "top-1 %", "top-5 %", "most often taken for")
 
 
 def class_table(scores: Scores, limit: int | None = None) -> list[list[str]]:
-    """A row of `TABLE` for every class that occurs, in the model's order; or for the `limit` least often found."""
+    """A row of `TABLE` for every class that occurs, in the model's order, or only for the `limit` worst of them."""
     classes = np.flatnonzero(scores.images)
     if limit is not None and len(classes) > limit:
         classes = classes[np.argsort(scores.correct[classes] / scores.images[classes], kind="stable")[:limit]]
-    mistaken = {truth: taken for truth, taken, _ in reversed(confused(scores))}  # of each class, the most frequent last
+    # The last entry of a class is its most frequent mistake.
+    mistaken = {truth: taken for truth, taken, _ in reversed(confused(scores))}
     return [
         [
             printable(scores.labels[i], 40),
@@ -145,7 +147,7 @@ def class_table(scores: Scores, limit: int | None = None) -> list[list[str]]:
 
 
 def confused(scores: Scores) -> list[tuple[int, int, int]]:
-    """Every (class, other class it was taken for, images), most images first."""
+    """All mistakes as (class, class that was predicted instead, images), most images first."""
     found = nonzero(scores.confusion)
     found = found[found[:, 0] != found[:, 1]]
     order = np.lexsort((found[:, 1], found[:, 0], -found[:, 2]))
@@ -158,11 +160,12 @@ def confused(scores: Scores) -> list[tuple[int, int, int]]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Counts:
-    """What one batch adds, int32. Rows that are not valid add nothing.
+    """Counts of one batch, int32. Rows that are not valid add nothing.
 
     Attributes:
-        images, correct, correct5: by class.
-        truth, predicted: of every row; -1 where the row is not valid, and where its logits are not finite.
+        images, correct, correct5: for each class, as in `Scores`.
+        truth, predicted: for each row, its class and its best class; -1 where the row is not valid. `predicted` is -1
+            also where the logits are not finite.
         real: as in `Scores`; zeros without alternative labels.
     """
 
@@ -175,7 +178,7 @@ class Counts:
 
 
 def best_classes(logits: Float[Array, "*rows classes"]) -> Int[Array, "*rows top"]:
-    """The five best classes (or all, if fewer), best first, of equal ones the first; -1 where a logit is not finite."""
+    """The five best classes (or all, if fewer), best first; -1 in rows with a logit that is not finite."""
     best = jax.lax.top_k(logits, min(TOP, logits.shape[-1]))[1]
     return jnp.where(jnp.isfinite(logits).all(axis=-1, keepdims=True), best, -1)
 
@@ -186,10 +189,10 @@ def count(
     valid: Bool[Array, " b"],
     accepted: Int[Array, "b any"] | None = None,
 ) -> Counts:
-    """The counts of a batch.
+    """Counts of a batch.
 
     Args:
-        accepted: alternative labels of every image, -1 where it has fewer than the others.
+        accepted: the alternative labels of every image; -1 fills the row of an image with fewer labels than others.
     """
     best = best_classes(logits)
 
@@ -216,14 +219,14 @@ def count(
 def make_eval_step(
     graph: nnx.GraphDef[Model], statistics: Statistics | None = None, mesh: Mesh | None = None
 ) -> EvalStep:
-    """The compiled step of an evaluation, from (nested) parameters and a batch to `Counts`; one for equal arguments.
+    """The compiled step of an evaluation: (nested) parameters and a batch -> `Counts`. Equal arguments share a program.
 
     A batch holds ``image`` [b, h, w, 3], ``label`` int32 [b] (the model's class), ``valid`` bool [b] (False: padding)
     and maybe ``accepted`` int32 [b, any] (see `count`).
 
     Args:
-        statistics: of pixels: ``image`` is uint8 and is normalised here; None: it is float32, normalised already.
-        mesh: over which batch and parameters lie. Every device of every host then gets all counts, of the whole batch.
+        statistics: of pixels. ``image`` is uint8 and is normalised here; None: ``image`` is float32 and normalised.
+        mesh: the mesh on which batch and parameters lie. Every device of every host gets the counts of the whole batch.
     """
 
     def step(params: Nested, batch: Mapping[str, Array]) -> Counts:
@@ -237,7 +240,7 @@ def make_eval_step(
 
 @dataclass
 class Tally:
-    """Sums of counts, int64."""
+    """Adds up the counts of batches, in int64."""
 
     labels: tuple[str, ...]
     images: Int[np.ndarray, " classes"] = field(init=False)
@@ -253,10 +256,10 @@ class Tally:
         self.confusion = csr_array((classes, classes), dtype=np.int64)
 
     def add(self, counts: Counts) -> int:
-        """Adds a batch and returns its images.
+        """Adds the counts of a batch and returns its number of images.
 
         Raises:
-            BeitJaxError: counts of a model with another number of classes.
+            BeitJaxError: the counts have another number of classes.
         """
         classes = len(self.labels)
         if len(counts.images) != classes:
@@ -279,10 +282,11 @@ class Tally:
 
 
 def stream(step: EvalStep, params: Any, batches: Iterable[HostBatch], mesh: Mesh) -> Iterator[Any]:
-    """What `step` returns for every batch, of which each host gives its part; rows missing from a part are padded.
+    """Yields the result of `step` for every batch. Each host gives its part of a batch; missing rows are padded.
 
-    A result is handed out when the next batch is on its way: hosts prepare images while devices compute. All hosts must
-    give equally many batches of equal size (`data.eval_batches` does): those that gave fewer would be waited for.
+    A result is yielded once the next batch was sent, so that hosts prepare images while devices compute. All hosts must
+    give equally many batches of equal size, as `evaluation_batches.eval_batches` does: the others would wait for a host
+    that gave fewer.
     """
     share_of_host = prod(mesh.shape[axis] for axis in BATCH_AXES) // jax.process_count()
     rows, pending = 0, None
@@ -300,7 +304,7 @@ def stream(step: EvalStep, params: Any, batches: Iterable[HostBatch], mesh: Mesh
 
 
 def padded(array: np.ndarray, rows: int) -> np.ndarray:
-    """The array [b, ...] with zeros (``valid``: False) after its own rows, [rows, ...]."""
+    """The array [b, ...], filled up with zeros (``valid``: False) to [rows, ...]."""
     if len(array) == rows:
         return array
     return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1))
@@ -317,15 +321,15 @@ def evaluate_classification(
     matched: str = "",
     advance: Callable[[int], None] = lambda images: None,
 ) -> Scores:
-    """Scores of a model over batches: each image counts once, however they are grouped, padded and spread.
+    """Scores of a model over batches. Each image counts once, however images are grouped, padded and distributed.
 
     Args:
         model: a model, which is copied to every device; or its graph and parameters, which stay where they are.
-        batches: of this host, dicts as `make_eval_step` takes them, without ``accepted``. The last may be shorter.
+        batches: of this host: dicts as `make_eval_step` takes them, without ``accepted``. The last may be shorter.
         labels: the model's classes.
-        accepted: alternative labels by ``index``, which the batches then hold as well; see `real_labels`.
+        accepted: alternative labels by ``index``, which batches must then hold too; see `labelled.real_labels`.
         statistics: of pixels, for batches of uint8 images.
-        mesh: where to compute; by default batches are split over all devices.
+        mesh: the devices to compute on; by default batches are split over all devices.
         matched: recorded in the scores.
         advance: called with the number of images after every batch.
 
@@ -342,14 +346,14 @@ def evaluate_classification(
 
 
 def on_every_device(model: Model, mesh: Mesh) -> tuple[nnx.GraphDef[Model], Nested]:
-    """A model's graph, and its parameters whole on every device of the mesh."""
+    """A model's graph, and its parameters, copied to every device of the mesh."""
     graph, state = nnx.split(model)
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(state))
     return graph, place(params, jax.tree.map(lambda leaf: replicated(mesh), params))
 
 
 def to_send(batch: HostBatch, classes: int, accepted: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """What an evaluation's step reads of a batch, and the alternative labels of its images, `accepted` [b, labels].
+    """The arrays of a batch that the step of an evaluation reads, with the rows of `accepted` [images, labels].
 
     Raises:
         BeitJaxError: a label that is no class of the model.

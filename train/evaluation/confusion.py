@@ -11,15 +11,16 @@ from beit_jax.errors import printable
 
 from .accuracy import Scores, confused, nonzero
 
-NAMED_CLASSES = 40  # up to so many, every row and column of the picture has a name, and every cell its number
+NAMED_CLASSES = 40  # with at most so many, rows and columns have names and cells have numbers
 LISTED = 30
 
 
 def confusion_picture(scores: Scores, destination: Path) -> None:
-    """Draws the confusion matrix as PNG: each row's shares, and beside it the most frequent mistakes in words.
+    """Draws the confusion matrix as PNG, with the shares of each row; beside it the most frequent mistakes in words.
 
-    Of up to 40 classes every cell is named and numbered. Of more, a pixel or a few stand for a class; of more than a
-    thousand, for several. Colours follow the fourth root of the share, so that single mistakes stay visible.
+    Up to 40 classes, every cell has a name and a number. With more classes a class takes a few pixels or one, and with
+    more than a thousand, classes share a pixel. Colours follow the fourth root of the share, so that single mistakes
+    stay visible.
 
     Raises:
         BeitJaxError: the destination cannot be written.
@@ -47,7 +48,7 @@ def confusion_picture(scores: Scores, destination: Path) -> None:
 
 
 def _row_shares(scores: Scores) -> Float[np.ndarray, "rows rows"]:
-    """The confusion matrix over its row sums; neighbouring classes together where there are more than a thousand."""
+    """The confusion matrix divided by its row sums. With more than a thousand classes, neighbours are added up."""
     step = -(-len(scores.labels) // 1000)
     truth, predicted, images = nonzero(scores.confusion).T
     counts = np.zeros((-(-len(scores.labels) // step),) * 2)

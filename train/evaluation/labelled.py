@@ -1,4 +1,4 @@
-"""Labelled images for evaluation: prepared data or a folder per class, and which class of the model each label is."""
+"""Evaluation on labelled images, from prepared data or a folder per class; matches their classes with the model's."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,11 +26,11 @@ from .accuracy import HostBatch, Scores, evaluate_classification
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images in one folder per class, at any depth below it; read as a `data.Dataset` is.
+    """Images in a folder per class, at any depth below it. They are read like a `datasets.Dataset`.
 
     Attributes:
-        labels: the folders' names, sorted as text, which need not be the model's order: see `class_order`.
-        paths, classes: of every image its file and its index in `labels`; sorted by folder, then by path.
+        labels: the folders' names, sorted as text. The model's order may be another one: see `class_order`.
+        paths, classes: the file of every image, and its class as an index into `labels`; by folder, then by path.
     """
 
     directory: Path
@@ -67,7 +67,7 @@ def open_folder(directory: Path, split: str = "validation") -> ImageFolder:
 
 @dataclass(frozen=True)
 class ClassOrder:
-    """Of every class of the data, the model's class that it is; and the rule that says so, for people."""
+    """The model's class for every class of the data, and the rule that says so, for people."""
 
     indices: tuple[int, ...]
     rule: str
@@ -78,19 +78,20 @@ PLACEHOLDER = re.compile(r"LABEL_\d+")
 
 
 def class_order(found: Sequence[str], labels: Sequence[str], source: str) -> ClassOrder:
-    """Matches classes of data, by their names, with those of a model. The first rule that applies decides:
+    """Matches the classes of data, by their names, with the classes of a model. The first rule that applies decides:
 
-    - All are names of the model's classes: by name. Classes may be missing from the data.
-    - All are numbers: they are the model's indices. ImageNet-V2's folders "0", "1", "10", "100", ... are such; sorted
-      as text, as torchvision's ImageFolder does, 988 of the 1000 would be wrong.
-    - 1000 WordNet ids, for a model of 1000 classes: ImageNet's classes are numbered in the order of their ids.
-    - The model's classes are LABEL_0, LABEL_1, ..., names that transformers puts where there are none: in sorted order.
+    - All names are classes of the model: matched by name. Classes may be missing from the data.
+    - All names are numbers: they are the model's indices. ImageNet-V2 has the folders "0", "1", "10", "100", ...;
+      sorted as text, as torchvision's ImageFolder sorts them, 988 of the 1000 would be wrong.
+    - 1000 WordNet ids, and a model with 1000 classes: ImageNet numbers its classes in the order of their ids.
+    - The model's classes are LABEL_0, LABEL_1, ..., which transformers writes where names are missing: matched in
+      sorted order.
 
     Args:
         source: stands for the data in errors.
 
     Raises:
-        BeitJaxError: none applies, or not without doubt.
+        BeitJaxError: no rule applies, or one applies ambiguously.
     """
     if set(found) <= set(labels):
         return _by_name(found, labels, source)
@@ -133,17 +134,17 @@ VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 
 
 def real_labels(path: Path, file_names: Sequence[str], classes: int) -> Int[np.ndarray, "images any"]:
-    """ImageNet's reassessed labels, of each of these images: any number of classes, then -1.
+    """ImageNet's reassessed labels ("ReaL"). Each row holds the classes of one image, filled up with -1.
 
-    An image of which the list is empty does not count; a prediction is right if the list holds it.
+    A prediction is right if it is one of the classes. An image without any does not count.
 
     Args:
-        path: ``real.json``: a list of classes for each validation image, in the order of their numbers, which is not
-            the order of folders per class. Source: google-research/reassessed-imagenet; arXiv 2006.07159.
-        file_names: of the images, as ImageNet has them: ILSVRC2012_val_00000001.JPEG.
+        path: ``real.json``: a list of classes for each validation image, in the order of the images' numbers. The order
+            of a folder per class is another one. Source: google-research/reassessed-imagenet; arXiv 2006.07159.
+        file_names: the names of the images in ImageNet: ILSVRC2012_val_00000001.JPEG.
 
     Raises:
-        BeitJaxError: no such file; not a list of lists of classes; images that it does not know.
+        BeitJaxError: no such file, no list of lists of classes, or an image that it does not have.
     """
     lists = _read_lists(path, classes)
     numbers = []
@@ -186,17 +187,17 @@ def evaluate_directory(
     mesh: Mesh | None = None,
     progress: Progress = no_progress,
 ) -> Scores:
-    """Classifies the images of prepared data, or of a tree with a folder per class, and counts.
+    """Scores of a model on prepared data, or on a tree with a folder per class.
 
     Args:
-        processor: prepares the images; the checkpoint's own, or the preset that its published number was taken with.
-        split: of prepared data; of folders, a folder of this name if there is one.
-        real: ``real.json``, to count ImageNet's reassessed labels too.
+        processor: prepares the images: the checkpoint's own, or the preset behind its published number.
+        split: the split of prepared data, or the name of its folder in a tree of folders, if there is one.
+        real: ``real.json``, to also count ImageNet's reassessed labels.
         batch_size: images at a time, over all devices and hosts.
-        workers: processes that prepare images, as `data.eval_batches` has them.
+        workers: processes that prepare images, as for `evaluation_batches.eval_batches`.
 
     Raises:
-        BeitJaxError: a model that does not classify, data that cannot be read, or classes that are not the model's.
+        BeitJaxError: the model does not classify, data cannot be read, or its classes are not the model's.
     """
     labels = model.config.labels
     if model.config.task != "image_classification" or not labels:
@@ -228,7 +229,7 @@ def evaluate_directory(
 
 
 def reordered(batches: Iterable[HostBatch], order: ClassOrder) -> Iterator[dict[str, np.ndarray]]:
-    """The batches, their labels being the model's classes."""
+    """The batches, with the model's classes as their labels."""
     indices = np.asarray(order.indices, np.int32)
     for batch in batches:
         yield {**batch, "label": indices[batch["label"]]}

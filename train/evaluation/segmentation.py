@@ -1,4 +1,4 @@
-"""How well a model segments: one confusion matrix, streamed over images, and the scores that follow from it."""
+"""How well a model segments: a confusion matrix, summed over images, and the scores that follow from it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +23,8 @@ class SegmentationScores:
     """Scores of a confusion matrix. A class that occurs neither in truth nor in prediction counts in no mean.
 
     Attributes:
-        iou: per class, intersection over union; NaN where the class does not occur.
-        accuracy: per class, the share of its pixels that were found; NaN where it has none.
+        iou: for each class, intersection over union; NaN where the class does not occur.
+        accuracy: for each class, the share of its pixels that were found; NaN where it has none.
     """
 
     labels: tuple[str, ...]
@@ -42,7 +42,7 @@ class SegmentationScores:
         return _mean(self.accuracy)
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs: mIoU, mAcc and aAcc as shares, and the classes; null where a class does not occur."""
+        """The scores for JSON: mIoU, mAcc and aAcc as shares, and every class; null where a class does not occur."""
         classes = [
             {"label": label, "iou": json_number(iou), "accuracy": json_number(accuracy)}
             for label, iou, accuracy in zip(self.labels, self.iou, self.accuracy, strict=True)
@@ -53,11 +53,11 @@ class SegmentationScores:
 
 @dataclass
 class Confusion:
-    """Counts of (truth, prediction) pairs over any number of images, exact whatever their order or grouping.
+    """Counts the (truth, prediction) pairs of any number of images, exactly, in any order or grouping.
 
     Args:
         labels: class names.
-        ignore: truth that does not count.
+        ignore: the class number of pixels that do not count.
     """
 
     labels: tuple[str, ...]
@@ -71,7 +71,7 @@ class Confusion:
         """Counts the pixels of one image [h, w], or of a batch [b, h, w].
 
         Raises:
-            BeitJaxError: maps of different shapes, or class numbers that do not exist.
+            BeitJaxError: the maps have different shapes, or a class number does not exist.
         """
         if prediction.shape != truth.shape:
             raise BeitJaxError(f"{name}: expected {list(prediction.shape)} as the image, found {list(truth.shape)}")
@@ -102,14 +102,16 @@ def evaluate_folders(
     reduce: bool = True,
     progress: Progress = no_progress,
 ) -> SegmentationScores:
-    """Segments every image of a folder and compares it with the PNG of the same name in another, ADE20K's layout.
+    """Segments every image of a folder, and compares it with the PNG of the same name in another folder.
+
+    This is the layout of ADE20K.
 
     Args:
-        reduce: whether annotations count classes from 1, with 0 for none, as ADE20K's files do.
+        reduce: True if annotations count classes from 1, with 0 for none, as ADE20K's files do.
 
     Raises:
-        BeitJaxError: no images, images without annotation, annotations of another size than their image or with class
-            numbers that the model does not have.
+        BeitJaxError: there are no images; an image has no annotation; or an annotation has another size than its image,
+            or class numbers that the model does not have.
     """
     pairs = annotated_images(images, annotations)
     confusion = Confusion(model.config.labels)

@@ -170,7 +170,7 @@ def test_loops_are_compiled_where_they_cannot_be_kept() -> None:
     """Neither the package nor the user's cache can be written, as in some containers."""
     script = (
         "from numba.core import caching; caching.CompileResultCacheImpl._locator_classes = []\n"
-        "from beit_jax.train import resample; assert resample._kernels() is not None"
+        "from beit_jax.train.augmentation import resample; assert resample._kernels() is not None"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

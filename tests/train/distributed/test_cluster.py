@@ -1,4 +1,4 @@
-"""Joining a run: what surroundings are recognised, what options are refused, and starts by SLURM's variables."""
+"""Joining a run: what launcher are recognised, what options are refused, and starts by SLURM's variables."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ import pytest
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.train.distributed import cluster
-from beit_jax.train.distributed.cluster import joined, surroundings
+from beit_jax.train.distributed.cluster import joined, launcher
 from beit_jax.train.recipe import HostOptions
 
 SLURM = {
@@ -29,17 +29,17 @@ def chips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_tasks_of_slurm(tmp_path: Path) -> None:
-    assert surroundings(SLURM, tmp_path) == "slurm"
-    assert surroundings(SLURM | {"SLURM_NTASKS": "1"}, tmp_path) is None, "one task is a run of one"
+    assert launcher(SLURM, tmp_path) == "slurm"
+    assert launcher(SLURM | {"SLURM_NTASKS": "1"}, tmp_path) is None, "one task is a run of one"
     batch_script = {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"}
-    assert surroundings(batch_script, tmp_path) is None, "srun starts tasks, sbatch does not"
+    assert launcher(batch_script, tmp_path) is None, "srun starts tasks, sbatch does not"
 
 
 def test_chips_and_their_library(chips: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    assert surroundings({}, chips) == "tpu"
-    assert surroundings({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, chips) == "tpu"
-    assert surroundings({"JAX_PLATFORMS": "cpu"}, chips) is None, "the chips were not asked for"
-    assert surroundings({}, tmp_path_factory.mktemp("dev")) is None
+    assert launcher({}, chips) == "tpu"
+    assert launcher({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, chips) == "tpu"
+    assert launcher({"JAX_PLATFORMS": "cpu"}, chips) is None, "the chips were not asked for"
+    assert launcher({}, tmp_path_factory.mktemp("dev")) is None
 
 
 def test_chips_behind_vfio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,9 +47,9 @@ def test_chips_behind_vfio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "vfio").mkdir()
     (tmp_path / "vfio" / "0").touch()
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name == "libtpu" or None)
-    assert surroundings({}, tmp_path) == "tpu"
+    assert launcher({}, tmp_path) == "tpu"
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
-    assert surroundings({}, tmp_path) is None
+    assert launcher({}, tmp_path) is None
 
 
 @pytest.mark.parametrize(
