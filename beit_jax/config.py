@@ -1,7 +1,7 @@
-"""What a model is: one frozen dataclass, read from and written to Hugging Face's ``config.json``.
+"""The configuration of a model: one frozen dataclass, read from and written to Hugging Face's ``config.json``.
 
-Field names are those of transformers 5.23's ``BeitConfig`` and ``Data2VecVisionConfig`` where they say the same thing;
-pairs of booleans there are one named choice here (`position_bias`, `pooling`).
+A field that means the same as in transformers 5.23's ``BeitConfig`` or ``Data2VecVisionConfig`` has its name. Where
+transformers has a pair of booleans, this class has one named choice (`position_bias`, `pooling`).
 """
 
 import difflib
@@ -29,32 +29,33 @@ class BeitConfig:
     """A BEiT or Data2Vec-Vision model.
 
     Attributes:
-        model_type: which family the checkpoint belongs to; the mathematics is the same.
-        task: which head stands on the encoder.
-        image_size, patch_size: pixels, (height, width). Other input sizes work: position tables are resized.
+        model_type: the family of the checkpoint; the mathematics is the same.
+        task: the head on the encoder.
+        image_size, patch_size: pixels, (height, width). Images of other sizes work: position tables are resized.
         layer_norm_eps: 1e-6 in the original code, timm and mmseg; 1e-12 by default in transformers.
         pooling: "mean": LayerNorm of the mean patch token, encoder output left un-normalised; "cls": the class token
             after a final LayerNorm.
-        add_pooling_layer: whether a model without a head pools (transformers: BeitModel yes, Data2VecVisionModel no).
+        add_pooling_layer: a model without a head pools (transformers: BeitModel does, Data2VecVisionModel does not).
         position_bias: learned relative position bias of attention: one table for all layers, one per layer, or both.
-        position_resize: how the bias tables follow the input size: "geometric" as the original code (cubic splines on a
-            geometric grid), "geometric_linear" as timm, "bilinear" as transformers.
-        layer_scale_init_value: initial layer scale; 0 means the model has none.
-        drop_path_rate: stochastic depth of the last block; grows linearly from 0 at the first.
-        aggregate_from, aggregation_layers: of masked image modelling, BEiT v2's patch aggregation: that many blocks,
-            which read the final class token and the patches that block `aggregate_from` (counted from 1) gives; 0 for
-            none.
+        position_resize: how bias tables are resized to other image sizes: "geometric" as in the original code (cubic
+            splines on a geometric grid), "geometric_linear" as in timm, "bilinear" as in transformers.
+        layer_scale_init_value: initial layer scale; 0 means that the model has no layer scale.
+        drop_path_rate: stochastic depth of the last block; the rate grows linearly from 0 at the first block.
+        aggregate_from, aggregation_layers: BEiT v2's patch aggregation, for masked image modelling only. So many extra
+            blocks read the final class token, and the patch tokens after block `aggregate_from`, counted from 1. 0
+            means no aggregation.
         labels: class names in index order.
-        out_indices: of segmentation (four) and backbones: the blocks whose outputs are used, as `feature_taps` counts.
-        feature_taps: "original": i is the output of the 0-based block i, as the models were trained. "hf": what
-            transformers reads for i, which is the output of block i in a backbone, counted from 1, but of block i - 1
-            in segmentation: two earlier than the original.
-        add_fpn, reshape_hidden_states: of backbones: maps at strides 4, 8, 16, 32 (for a patch of 16) instead of all at
-            the patch's; maps without the class token instead of token sequences with it.
-        pool_scales, auxiliary_*, semantic_loss_ignore_index: of segmentation, as in transformers.
+        out_indices: the blocks whose outputs are used, for segmentation (four) and backbones; `feature_taps` says how
+            they are counted.
+        feature_taps: "original": index i is the output of block i, counted from 0, as the models were trained. "hf":
+            index i is what transformers reads for it. In a backbone that is the output of block i, counted from 1. In
+            segmentation it is the output of block i - 1, counted from 1: two blocks before the original one.
+        add_fpn: for backbones: feature maps at strides 4, 8, 16, 32 (for a patch of 16) instead of the patch's stride.
+        reshape_hidden_states: for backbones: maps without the class token, instead of token sequences with it.
+        pool_scales, auxiliary_*, semantic_loss_ignore_index: for segmentation, as in transformers.
 
     Raises:
-        BeitJaxError: for values that describe no model.
+        BeitJaxError: the values describe no model.
     """
 
     model_type: ModelType = "beit"
@@ -175,23 +176,23 @@ class BeitConfig:
 
     @property
     def tapped_states(self) -> tuple[int, ...]:
-        """`out_indices` as hidden states: 0 the embeddings, i the output of the i-th block, counted from 1."""
+        """`out_indices` as indices of hidden states: 0 is the embeddings, i the output of block i, counted from 1."""
         offset = 1 if self.feature_taps == "original" else -1 if self.task == "semantic_segmentation" else 0
         return tuple(index + offset for index in self.out_indices)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], *, file: str = "config.json") -> "BeitConfig":
-        """The model that a parsed Hugging Face ``config.json`` describes (transformers 4 or 5).
+        """Reads a parsed Hugging Face ``config.json`` (transformers 4 or 5).
 
-        Keys that are absent take transformers' defaults. Use `hf_notes` for what should be told about the rest.
+        Keys that are absent take transformers' defaults. `hf_notes` describes the keys that are not read.
 
         Raises:
-            BeitJaxError: other model families, other heads, or values of the wrong type, naming `file` and the key.
+            BeitJaxError: another model family, another head, or a value of the wrong type; names `file` and the key.
         """
         return _from_hf(config, file)
 
     def to_hf(self) -> dict[str, Any]:
-        """``config.json`` such that transformers builds the same model and ``from_hf(to_hf(c)) == c``."""
+        """The ``config.json`` of which transformers builds the same model; ``from_hf(to_hf(c)) == c``."""
         return _to_hf(self)
 
     @classmethod
@@ -225,7 +226,7 @@ _POSITION_BIAS: Mapping[tuple[bool, bool], PositionBias] = {
     (False, True): "per_layer",
     (True, True): "both",
 }
-# Fields of the same name and meaning there, with the defaults of transformers 5.23.
+# Fields that have the same name and meaning in transformers, with the defaults of transformers 5.23.
 _HF_DEFAULTS: Mapping[str, Any] = {
     "num_channels": 3,
     "hidden_size": 768,
@@ -256,7 +257,7 @@ _OTHER_MODEL_KEYS = (
     "model_type architectures image_size patch_size hidden_act use_mean_pooling use_relative_position_bias id2label "
     "label2id use_shared_relative_position_bias num_labels beit_jax"
 ).split()
-# Keys that every transformers configuration may carry, and those of heads that read only their own: not ours to judge.
+# Keys that any transformers configuration may have, and keys that only some heads read: no reason for a note.
 _IGNORED_KEYS = (
     "_name_or_path _attn_implementation _attn_implementation_autoset transformers_version torch_dtype dtype "
     "auto_map problem_type return_dict output_hidden_states output_attentions torchscript use_bfloat16 "
@@ -312,7 +313,7 @@ def _task(read: Fields, model_type: ModelType) -> Task:
 
 
 def _labels(read: Fields) -> tuple[str, ...]:
-    """Class names by index; ``LABEL_i`` where the file gives a count only, two of them by transformers' default."""
+    """Class names by index. A file with a count only gives ``LABEL_i``; transformers' default is two classes."""
     if read.content.get("id2label") is None:
         return tuple(f"LABEL_{i}" for i in range(read.typed("num_labels", int, 2)))
     names = read.typed("id2label", dict, {})
@@ -322,7 +323,7 @@ def _labels(read: Fields) -> tuple[str, ...]:
 
 
 def _dense_fields(read: Fields, task: Task, model_type: ModelType, layers: int) -> dict[str, Any]:
-    """The fields of segmentation and of backbones."""
+    """Reads the fields of segmentation models and backbones."""
     if task not in ("semantic_segmentation", "backbone"):
         return {}
     defaults = _SEGMENTATION_DEFAULTS if task == "semantic_segmentation" else _BACKBONE_DEFAULTS
@@ -342,7 +343,7 @@ def _dense_fields(read: Fields, task: Task, model_type: ModelType, layers: int) 
 
 
 def _own_fields(read: Fields) -> dict[str, Any]:
-    """What this library adds, because transformers' configuration cannot say it."""
+    """Reads the fields under the key ``beit_jax``, for which transformers' configuration has no keys."""
     own = Fields(read.typed("beit_jax", dict, {}), f"{read.file}: beit_jax")
     found: dict[str, Any] = {}
     if "position_resize" in own.content:
@@ -358,7 +359,7 @@ def _own_fields(read: Fields) -> dict[str, Any]:
 
 
 def hf_notes(config: Mapping[str, Any], *, file: str = "config.json") -> list[str]:
-    """Lines worth telling about a Hugging Face configuration that reads without an error: unknown keys, remote code."""
+    """Notes for the user on a Hugging Face configuration that is read without an error: unknown keys, remote code."""
     notes = []
     if "auto_map" in config:
         notes.append(f"{file}: auto_map names code to import; ignored, nothing of it is run")
@@ -397,8 +398,8 @@ def _to_hf(config: BeitConfig) -> dict[str, Any]:
             "aggregation_layers": config.aggregation_layers,
         }
     if config.task in ("semantic_segmentation", "backbone"):
-        # transformers would read other blocks for the same indices where the taps are the original ones; the indices
-        # it needs (one beyond the last block) it refuses. The recorded choice keeps our own reading exact.
+        # With original taps, transformers reads other blocks for the same indices, and it refuses the indices of the
+        # right blocks, which go one beyond the last. The recorded choice lets this library read the right ones.
         result["out_indices"] = list(config.out_indices)
         result["beit_jax"]["feature_taps"] = config.feature_taps
     if config.task == "semantic_segmentation":

@@ -1,19 +1,21 @@
-"""The one error a user's mistake becomes: a single line that says what, where, expected, found and what to do."""
+"""The error for a mistake of the user: one line that says what is wrong, where, and what to do."""
 
 from pathlib import PurePath
 from typing import ClassVar
 
 
 class BeitJaxError(ValueError):
-    """Bad input. The message is one line; the command line prints it after ``error: `` and exits with `exit_code`."""
+    """A mistake of the user. The message is one line, which the command prints; it then exits with `exit_code`."""
 
     exit_code: ClassVar[int] = 2
 
 
 def printable(name: object, limit: int | None = None) -> str:
-    """`name` without control characters and cut at `limit`: names in a file are not to be trusted on a terminal.
+    """Makes text safe for a terminal: control characters are escaped, and the text is cut after `limit` characters.
 
-    By default names are cut at 120 characters, and paths, whose end matters most, at 1024.
+    Args:
+        name: text from a file or from the user.
+        limit: by default 120 characters; 1024 for paths, whose end matters most.
     """
     if limit is None:
         limit = 1024 if isinstance(name, PurePath) else 120

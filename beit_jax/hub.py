@@ -1,4 +1,4 @@
-"""A model's name to its files on this machine: a path, or a name on the hub, by huggingface_hub's cache."""
+"""From the name of a model to its files on this machine: a local path, or a hub name by huggingface_hub's cache."""
 
 import errno
 import os
@@ -10,9 +10,9 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.json_file import read_json
 
 WEIGHTS, CONFIG, PROCESSOR = "flax_model.safetensors", "config.json", "preprocessor_config.json"
-"""The files of a native checkpoint; the two JSON files are those of Hugging Face's directories too."""
+"""The files of a native checkpoint; a directory in Hugging Face format has the same two JSON files."""
 
-# In order of preference; an index stands for the shards it lists.
+# In order of preference. An index is followed by the shards that it lists.
 WEIGHT_FILES = (
     WEIGHTS,
     "model.safetensors",
@@ -27,12 +27,12 @@ _NOWHERE = "no such file or directory, and not a hub name like microsoft/beit-ba
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies on this machine.
+    """The files of a model on this machine.
 
     Attributes:
         path: a directory, or one weight file whose directory holds the JSON files.
-        name: what the user called it.
-        revision: the commit that a hub name resolved to; None for local files.
+        name: the name that the user gave.
+        revision: the commit of a hub model; None for local files.
     """
 
     path: Path
@@ -45,28 +45,28 @@ class Source:
 
 
 def recorded_sha256(file: Path) -> str | None:
-    """The SHA-256 of a file in the hub's cache, which keeps large files under their digest; None elsewhere."""
+    """The SHA-256 of a large file in the hub's cache, which stores it under its digest; None for other files."""
     name = file.resolve().name
     return name if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", name) else None
 
 
 def resolve(name: str | Path, *, revision: str | None = None, cache_dir: Path | None = None) -> Source:
-    """The local directory or file `name`, or the files of the hub model `name`, downloaded where the cache lacks them.
+    """Finds the local directory or file `name`, or downloads the hub model `name` as far as the cache lacks it.
 
     Offline mode, tokens, endpoint and the default cache are huggingface_hub's (HF_HUB_OFFLINE, HF_TOKEN, HF_HOME...).
-    A file appears in the cache when it is complete; all files of a call are of one commit, whatever the branch does in
-    the meantime.
+    A file appears in the cache when it is complete. All files of a call are of one commit, even if the branch moves
+    meanwhile.
 
     Args:
         revision: branch, tag or commit of a hub model; "main" by default.
 
     Raises:
-        BeitJaxError: no such path, and not a hub name; no such model, revision or weights; no access; no answer, an
-            error or a broken connection where the cache does not hold all files; a cache that cannot be written.
+        BeitJaxError: the name is neither a path nor a hub name; the model, the revision or the weights do not exist or
+            may not be read; the cache lacks files and the hub does not give them; the cache cannot be written.
     """
     text = str(name)
-    path = os.path.expanduser(text)  # unlike Path's, no exception for a user whom the system does not know
-    if os.path.exists(path):  # likewise for a name that the system refuses
+    path = os.path.expanduser(text)  # Path's raises an exception for an unknown user
+    if os.path.exists(path):  # Path's raises an exception for a name that the system refuses
         if revision is not None:
             raise BeitJaxError(f"{printable(text)}: a revision was given, but this is a local path; leave it out")
         return Source(Path(path), text)
@@ -82,7 +82,7 @@ def _download(name: str, revision: str | None, cache_dir: Path | None) -> Source
     config = model.fetch(CONFIG)
     if config is None:
         raise BeitJaxError(f"{model}: holds no {CONFIG}; expected a model in Hugging Face format, or a native one")
-    model.commit = config.parent.name  # a snapshot's directory is called as its commit
+    model.commit = config.parent.name  # the directory of a snapshot has the name of its commit
     model.fetch(PROCESSOR)
     for file in model.weight_files():
         found = model.fetch(file, called="weights")
@@ -98,10 +98,11 @@ def _download(name: str, revision: str | None, cache_dir: Path | None) -> Source
 class _HubModel:
     """One model at one revision, through huggingface_hub's cache.
 
-    huggingface_hub is imported where it is used: with its HTTP client it costs more than everything a local run needs.
+    huggingface_hub is imported where it is used, because with its HTTP client it takes longer to import than all that
+    a local run needs.
 
     Attributes:
-        commit: once known, what every file is taken from; until then it is the revision.
+        commit: None until the first file is there; all further files are taken from this commit.
     """
 
     def __init__(self, name: str, revision: str | None, cache_dir: Path | None):
@@ -113,13 +114,13 @@ class _HubModel:
         return self.name if self.revision is None else f"{self.name} at revision {printable(self.revision)}"
 
     def fetch(self, file: str, *, called: str | None = None) -> Path | None:
-        """`file`, from the cache or the hub; None if the hub says, or once said, that there is no such file.
+        """Returns `file` from the cache or the hub; None if the hub says, or has said, that there is no such file.
 
         Args:
-            called: the model's what, in messages; its name if not given.
+            called: what the file is, for messages; by default its name.
 
         Raises:
-            BeitJaxError: anything else. No answer is never taken for "no such file".
+            BeitJaxError: any other failure. A missing answer never counts as "no such file".
         """
         from huggingface_hub import errors, hf_hub_download
 
@@ -130,18 +131,18 @@ class _HubModel:
             return Path(hf_hub_download(self.name, file, revision=revision, cache_dir=self.cache_dir))
         except errors.RemoteEntryNotFoundError:
             return None
-        except Exception as error:  # its own, its HTTP client's and hf_xet's errors have no base class in common
+        except Exception as error:  # errors of huggingface_hub, its HTTP client and hf_xet have no common base class
             raise BeitJaxError(f"{self}: {_reason(error, called or printable(file))}") from error
 
     def weight_files(self) -> tuple[str, ...]:
-        """`WEIGHT_FILES`, or in offline mode those in the cache: nobody can be asked for the more preferred ones."""
+        """`WEIGHT_FILES`; in offline mode only those in the cache, because the hub cannot be asked for the others."""
         from huggingface_hub import constants
 
         cached = tuple(file for file in WEIGHT_FILES if isinstance(self._look_up(file), str))
         return cached if constants.HF_HUB_OFFLINE and cached else WEIGHT_FILES
 
     def _is_known_absent(self, file: str) -> bool:
-        """Whether the cache remembers the hub's answer that the commit has no such file."""
+        """True if the cache has recorded the hub's answer that the commit has no such file."""
         from huggingface_hub import _CACHED_NO_EXIST
 
         return self._look_up(file) is _CACHED_NO_EXIST
@@ -153,14 +154,14 @@ class _HubModel:
 
 
 def _shards(index: Path) -> list[str]:
-    """Plain file names an index lists; what is wrong with others, its reader says before it opens anything."""
+    """The shards that an index lists. Names that are no plain file names are left out; the reader refuses them."""
     weight_map = read_json(index).get("weight_map")
     listed = weight_map.values() if isinstance(weight_map, dict) else ()
     return sorted({name for name in listed if isinstance(name, str) and _FILE_NAME.fullmatch(name)})
 
 
-def _reason(error: Exception, wanted: str) -> str:
-    """Why `wanted` could not be had, in one line."""
+def _reason(error: Exception, file: str) -> str:
+    """Says in one line why a file could not be fetched."""
     from huggingface_hub import errors
 
     unanswered = isinstance(error, errors.LocalEntryNotFoundError)
@@ -168,7 +169,7 @@ def _reason(error: Exception, wanted: str) -> str:
     match cause:
         case errors.OfflineModeIsEnabled():
             return (
-                f"no such path, the cache lacks its {wanted}, and offline mode is on (HF_HUB_OFFLINE); "
+                f"no such path, the cache lacks its {file}, and offline mode is on (HF_HUB_OFFLINE); "
                 "download it once with a network, or give a local directory"
             )
         case errors.HFValidationError():
@@ -188,10 +189,10 @@ def _reason(error: Exception, wanted: str) -> str:
     text = _one_line(cause)
     if unanswered:
         return (
-            f"no such path, the cache lacks its {wanted}, and the hub cannot be reached ({text}); "
+            f"no such path, the cache lacks its {file}, and the hub cannot be reached ({text}); "
             "check the network, or give a local directory"
         )
-    return f"the download of its {wanted} failed ({text}); nothing incomplete was kept, run again"
+    return f"the download of its {file} failed ({text}); nothing incomplete was kept, run again"
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Every published checkpoint of the family: where it is, in which format, how good it is.
+"""The published checkpoints of the family: where each one is, its format and its accuracy.
 
 Sources: microsoft/unilm@768a3c8 beit/README.md, beit2/README.md, dit/README.md; facebookresearch/data2vec_vision@
 af9a363 beit/README.md; pytorch-image-models 1.0.31 results-imagenet.csv; the conversion scripts of transformers.
@@ -18,10 +18,10 @@ class Published:
 
     Attributes:
         name: hub name, file name or timm tag.
-        variant: the row of `beit_jax.VARIANTS` it is, where that exists.
-        where: what to give to ``beit-jax convert`` (a hub name), or where to download the file from.
+        variant: its name in `beit_jax.VARIANTS`, if it is there.
+        where: the hub name that ``beit-jax convert`` takes, or the address to download the file from.
         result: as its authors report it.
-        sha256_prefix: of the file, where its name carries it.
+        sha256_prefix: the beginning of the file's digest, if the file's name has it.
     """
 
     name: str
@@ -96,7 +96,7 @@ _DATA2VEC_FILES: dict[str, str | None] = {
     "finetuned_base/checkpoint-99/mp_rank_00_model_states.pt": "data2vec_vision_base_ft1k",
     "finetuned_large/checkpoint-49/mp_rank_00_model_states.pt": "data2vec_vision_large_ft1k",
 }
-# Two files of DiT and the tokenizers of BEiT v2 carry the beginning of their digest in their names.
+# The names of two files of DiT and of the tokenizers of BEiT v2 have the beginning of the file's digest.
 _WITH_DIGEST: dict[str, dict[str, str | None]] = {
     "https://huggingface.co/HYPJUDY/dit": {
         "dit-base-224-p16-500k-62d53a": "dit_base",

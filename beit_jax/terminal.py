@@ -1,4 +1,4 @@
-"""What people see: lines, tables and progress bars, or none; and JSON where a program reads."""
+"""Output of commands: lines, tables and progress bars for people, JSON for programs."""
 
 import json
 import os
@@ -10,33 +10,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
-Advance = Callable[[int], None]  # called with what was done since the last call: bytes, records or images
+Advance = Callable[[int], None]  # called with the work done since the last call, in bytes, records or images
 Bar = AbstractContextManager[Advance]
-Progress = Callable[[int], Bar]  # called with how much there is in all
+Progress = Callable[[int], Bar]  # called with the total
 
 
 def no_progress(total: int) -> Bar:
-    """Shows nothing."""
+    """A progress bar that shows nothing."""
     return nullcontext(lambda done: None)
 
 
 def say(text: str) -> None:
-    """One line to standard error, past Python's buffers: their lock may be held by whoever is interrupted or hangs."""
+    """Writes a line to standard error, without Python's buffers: a thread that hangs may hold their lock."""
     os.write(2, f"{text}\n".encode())
 
 
 def print_lines(lines: Sequence[str]) -> None:
-    """The lines, on standard output."""
+    """Prints lines on standard output."""
     print("\n".join(lines))
 
 
 def print_json(value: Any) -> None:
-    """Indented JSON, on standard output."""
+    """Prints indented JSON on standard output."""
     print(json.dumps(value, indent=2))
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table as wide as its content needs, on standard output."""
+    """Prints a table on standard output, as wide as its content needs."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -46,11 +46,11 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: brackets in file names are no markup
     console = Console()
-    console.print(table, width=None if console.is_terminal else 200)  # a pipe has no width: cut nothing
+    console.print(table, width=None if console.is_terminal else 200)  # a pipe has no width, and nothing may be cut
 
 
 def reader_left() -> bool:
-    """Whether standard output is a pipe that nobody reads on (`beit-jax list | head`); what is printed then is lost."""
+    """True if standard output is a pipe whose reader has ended (`beit-jax list | head`). Further output is lost."""
     poll = select.poll()
     poll.register(1, 0)
     left = any(event & select.POLLERR for _, event in poll.poll(0))
@@ -60,14 +60,14 @@ def reader_left() -> bool:
 
 
 def byte_progress(total: int) -> Bar:
-    """A bar of bytes done, on a terminal; nothing elsewhere."""
+    """A progress bar in bytes, on a terminal; elsewhere nothing is shown."""
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
     return _bar("converting and verifying", total, DownloadColumn(), TransferSpeedColumn())
 
 
 def image_progress(total: int, description: str = "segmenting") -> Bar:
-    """A bar of images done, with their rate and the time left, on a terminal; nothing elsewhere."""
+    """A progress bar in images, with their rate and the time left, on a terminal; elsewhere nothing is shown."""
     from rich.progress import MofNCompleteColumn, ProgressColumn, Task
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Nested dicts of arrays and their flat form, ``{"a/b/c": leaf}``: how parameters are named everywhere at rest."""
+"""Nested dicts of arrays and their flat form, ``{"a/b/c": leaf}``, which names parameters in files and tables."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -32,10 +32,10 @@ def unflatten(flat: Mapping[str, Any]) -> Nested:
 
 
 def first_match(rules: Sequence[tuple[str, T]], name: str) -> T:
-    """The value of the first rule whose pattern, a regular expression, matches the whole of a flat name.
+    """The value of the first rule whose pattern, a regular expression, matches the whole flat name.
 
     Raises:
-        BeitJaxError: no rule covers the name. A table of rules must cover every parameter: none is treated by accident.
+        BeitJaxError: no rule matches. A table of rules must cover every parameter, so that none is forgotten.
     """
     for pattern, value in rules:
         if re.fullmatch(pattern, name):

@@ -1,4 +1,4 @@
-"""This library's version, and a digest of its code, which may differ under one version."""
+"""The version of this library, and a digest of its code: two different checkouts may have the same version."""
 
 import hashlib
 from importlib.util import find_spec
@@ -6,11 +6,11 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 PACKAGES = ("beit_jax", "beit_jax.convert", "beit_jax.train")
-"""Where the code lies: a checkout keeps the last two beside the first, an installation below it."""
+"""The packages of the code: in a checkout the last two lie beside the first, in an installation below it."""
 
 
 def source_digest() -> str:
-    """Sixteen hexadecimal digits that follow from every Python file of the library: its place and its bytes."""
+    """A digest of the paths and the bytes of all Python files of the library: sixteen hexadecimal digits."""
     digest = hashlib.sha256()
     for name, file in sorted(source_files().items()):
         digest.update(name.encode() + b"\0" + file.read_bytes())
@@ -18,7 +18,7 @@ def source_digest() -> str:
 
 
 def source_files() -> dict[str, Path]:
-    """Every Python file of the library by its path within `beit_jax`, the same in a checkout and an installation."""
+    """All Python files of the library by their paths in `beit_jax`, the same in a checkout and an installation."""
     found = {}
     for package in PACKAGES:
         spec = find_spec(package)
