@@ -1,7 +1,7 @@
 """Layers on feature maps [b, h, w, c]: resizing and pooling as in torch, batch norm, convolutions.
 
-Running statistics are variables of type `nnx.BatchStat`. In checkpoints they stand among the parameters, as ``mean`` and
-``var``. Convolutions read `dtype`; everything else is float32.
+Running statistics are variables of type `nnx.BatchStat`. In checkpoints they stand among the parameters, as ``mean``
+and ``var``. Convolutions read `dtype`; everything else is float32.
 """
 
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Activations are their definitions, with their derivatives, on one CPU and on a mesh."""
+"""Activations and their derivatives are those of their definitions, on one CPU and on a mesh."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ def summed(function: Function) -> Function:
 
 @pytest.mark.parametrize("several", [False, True])
 def test_gelu_and_its_derivatives(several: bool) -> None:
-    """Float64 by SciPy; forward and backward, once and twice."""
+    """Against float64 by SciPy: values, first derivatives in both modes, second derivatives."""
     x = jnp.asarray(X, jnp.float32)
     exact = np.asarray(x, np.float64)
 
@@ -57,7 +57,7 @@ def test_gelu_in_bfloat16_rounds_once() -> None:
 
 
 def test_gelu_is_written_out_on_one_cpu_only() -> None:
-    """Devices that share the work have JAX's own, so that their programs stay as they were measured."""
+    """Several devices compute JAX's own GELU."""
     assert "custom_jvp" in str(traced(gelu, 1.0))
     assert str(traced(gelu, 1.0, several=True)) == str(
         traced(lambda x: jax.nn.gelu(x, approximate=False), 1.0, several=True)

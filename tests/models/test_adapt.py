@@ -1,4 +1,4 @@
-"""Resizing while a checkpoint is read: another input, another patch, a table for every layer."""
+"""A checkpoint is read for another input size, another patch size, and with a table for every layer."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def test_shared_table_for_every_layer(source: Source) -> None:
 def test_per_layer_tables_cannot_be_shared_out_again(tmp_path: Path) -> None:
     options = reference.TINY | reference.BIAS["both"]
     source = resolve(reference.save(reference.random_model(**options), tmp_path / "hf"))
-    with pytest.raises(BeitJaxError, match="position bias both cannot become per_layer; only shared can"):
+    with pytest.raises(BeitJaxError, match=r"both.*per_layer"):
         load(source, Options(position_bias="per_layer"))
 
 
@@ -93,7 +93,7 @@ def test_the_same_size_changes_nothing(source: Source) -> None:
 
 
 def test_size_must_fit_the_patch(source: Source) -> None:
-    with pytest.raises(BeitJaxError, match=r"image_size \(33, 33\) is not a multiple of patch_size \(8, 8\)"):
+    with pytest.raises(BeitJaxError, match=r"image_size.*\(33, 33\).*\(8, 8\)"):
         load(source, Options(image_size=33))
 
 

@@ -1,4 +1,4 @@
-"""Attention in one piece, sample by sample and head by head is the same attention."""
+"""Attention has the values of its definition: in one piece, sample by sample, and head by head."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def inputs() -> tuple[Any, Any]:
 
 
 def by_definition(qkv: np.ndarray, bias: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """In float64, one score at a time."""
+    """Averages and weights in float64, one score at a time."""
     averages = np.zeros((BATCH, TOKENS, HEADS, WIDTH))
     weights = np.zeros((BATCH, HEADS, TOKENS, TOKENS))
     for b, q, h in np.ndindex(BATCH, TOKENS, HEADS):
@@ -57,7 +57,7 @@ def test_scores_beyond_the_range_of_exponentials() -> None:
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize(("cache", "loops"), [(BATCH * SCORES, 0), (SCORES, 1), (SCORES - 1, 2)])
 def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch, cache: int, loops: int, has_bias: bool) -> None:
-    """Values and gradients; as large as the cache allows: all samples, one, or one head of one."""
+    """Values and gradients of the largest pieces that the cache holds: all samples, one sample, one head."""
     qkv, bias = inputs()
     upstream = np.random.default_rng(1).standard_normal((BATCH, TOKENS, HEADS, WIDTH), np.float32)
 
@@ -97,7 +97,7 @@ def test_each_shard_has_a_bias_of_its_own() -> None:
 
 @pytest.mark.parametrize("shards", [1, BATCH])
 def test_derivatives_by_the_bias(shards: int) -> None:
-    """Reverse and forward mode agree with each other and, along one direction, with differences; and under vmap."""
+    """Both modes of differentiation agree with each other, with finite differences, and with vmap."""
     qkv, bias = inputs()
     biases = jnp.concatenate([(1 + i) * bias for i in range(shards)])
     direction = jnp.asarray(np.random.default_rng(1).standard_normal(biases.shape, np.float32))

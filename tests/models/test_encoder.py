@@ -1,5 +1,6 @@
-"""The models as JAX objects: transformations, precision, randomness, errors. Values are tests/parity's."""
+"""The models as JAX objects: transformations, precision, randomness, errors. tests/parity tests their values."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -95,12 +96,12 @@ def test_taps_are_the_hidden_states_they_name() -> None:
         found = jax.jit(lambda m, x, taps=taps: m.beit(x, taps=taps).taps)(model(), PIXELS)
         assert np.allclose(found, states[np.array(taps)], atol=1e-6)
     for taps in ((2, 1), (1, 1), (4,), (-1, 2)):
-        with pytest.raises(BeitJaxError, match="taps: expected growing indices of the 4 hidden states"):
+        with pytest.raises(BeitJaxError, match=rf"taps.*{re.escape(str(list(taps)))}"):
             model().beit(PIXELS, taps=taps)
 
 
 def test_taps_are_all_that_is_kept() -> None:
-    """The program for two taps of a deep model holds two states more than the one for none, not one per block."""
+    """With two taps, the program of a deep model holds two states more than without taps, not one per block."""
     config = replace(CONFIG, num_hidden_layers=24, position_bias="none")
     deep = model(config)
 
@@ -176,7 +177,7 @@ def test_wrong_inputs_are_named(shape: tuple[int, ...], mask: tuple[int, ...] | 
 
 def test_a_mask_for_a_model_without_mask_token_is_refused() -> None:
     config = replace(CONFIG, use_mask_token=False)
-    with pytest.raises(BeitJaxError, match="has no mask token"):
+    with pytest.raises(BeitJaxError, match=r"bool_masked_pos.*use_mask_token"):
         model(config)(PIXELS, np.ones((4, 16), bool))
 
 

@@ -1,4 +1,4 @@
-"""Projections over several axes: one CPU's products of matrices are those of many devices."""
+"""Projections over several axes have the same values on one CPU, by matrices, and on several devices."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def drawn(case: str) -> tuple[str, list[np.ndarray]]:
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def testprojections_and_their_gradients(case: str, several: bool) -> None:
-    """In float64 by NumPy."""
+    """Against float64 by NumPy."""
     spec, arrays = drawn(case)
     x, kernel, bias = (array.astype(np.float64) for array in arrays)
     expected = np.einsum(spec, x, kernel) + bias
@@ -44,7 +44,7 @@ def testprojections_and_their_gradients(case: str, several: bool) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_devices_keep_the_heads_as_an_axis(case: str) -> None:
-    """By which they share them out; one CPU has matrices."""
+    """Several devices share out the axis of heads. One CPU multiplies matrices."""
     _, arrays = drawn(case)
 
     def largest_rank(several: bool) -> int:
@@ -58,7 +58,7 @@ def test_devices_keep_the_heads_as_an_axis(case: str) -> None:
 
 @pytest.mark.parametrize("several", [False, True])
 def test_bfloat16_is_summed_in_float32(several: bool) -> None:
-    """The result has the dtype of the bias: that of the inputs, or float32 for what joins the residual stream."""
+    """The result has the dtype of the bias: the dtype of the inputs, or float32 before the residual stream."""
     _, (x, kernel, bias) = drawn("out")
     low = [jnp.asarray(array, jnp.bfloat16) for array in (x, kernel)]
     exact = np.einsum("bnhe,hed->bnd", *(np.asarray(array, np.float64) for array in low)) + bias

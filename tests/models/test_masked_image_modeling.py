@@ -1,4 +1,4 @@
-"""The head of masked image modelling: logits of chosen patches, and BEiT v2's aggregation layers beside it."""
+"""The head of masked image modelling: logits of chosen patches, and BEiT v2's aggregation layers."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ PIXELS = RNG.standard_normal((BATCH, 32, 32, 3)).astype(np.float32)
 MASK = RNG.random((BATCH, PATCHES)) < 0.4
 PREDICTED = np.stack([RNG.choice(PATCHES, 5, replace=False) for _ in range(BATCH)])  # in no order
 ROUNDING = 2e-6
-"""Of logits of magnitude 3, where another program computes the same sums."""
+"""Tolerance of logits of magnitude 3, where another program computes the same sums."""
 
 
 def random_params(config: BeitConfig) -> Nested:
@@ -46,7 +46,7 @@ def model(config: BeitConfig = CONFIG) -> BeitForMaskedImageModeling:
 
 
 def run(config: BeitConfig = CONFIG, **options: Any) -> BeitOutput:
-    """Compiled, with the mask."""
+    """The output of the compiled model, with the mask."""
     return jax.jit(lambda ours: ours(PIXELS, MASK, **options))(model(config))
 
 
@@ -91,7 +91,7 @@ def test_aggregation_changes_nothing_else() -> None:
 
 
 def test_aggregation_draws_nothing_that_the_encoder_draws() -> None:
-    """With randomness everywhere, the encoder's part is that of the same key without aggregation."""
+    """With all kinds of randomness, the encoder's output is that of the same key without aggregation."""
     config = replace(CONFIG, drop_path_rate=0.4, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     key = jax.random.key(3)
     plain, both = run(config, key=key), run(config, key=key, aggregate=True)
@@ -103,7 +103,7 @@ def test_aggregation_draws_nothing_that_the_encoder_draws() -> None:
 
 @pytest.mark.parametrize("first", [1, 2, 3])
 def test_what_the_aggregation_layers_read(first: int) -> None:
-    """The last block's class token, which the patches of earlier blocks stand beside, block by block written out."""
+    """They read the last block's class token and the patches of an earlier block; here block by block."""
     config = replace(CONFIG, aggregate_from=first)
     ours = model(config)
     output = ours(PIXELS, MASK, aggregate=True, output_hidden_states=True)
@@ -128,7 +128,7 @@ def test_taps_that_were_asked_for_come_back_beside_aggregation(taps: tuple[int, 
 
 @pytest.mark.parametrize(("depth", "first", "count"), [(3, 2, 2), (5, 2, 2), (3, 3, 1), (12, 9, 2), (2, 1, 4)])
 def test_stochastic_depth_goes_on_where_that_of_the_early_patches_stops(depth: int, first: int, count: int) -> None:
-    """Layers that add one to a feature of their own: 0 where a sample drops it, 1 over the share kept where not."""
+    """Each layer adds one to a feature of its own: 0 if a sample drops the layer, else 1 / (1 - rate)."""
     rate = 0.5
     config = replace(
         CONFIG, num_hidden_layers=depth, aggregate_from=first, aggregation_layers=count, drop_path_rate=rate
@@ -159,7 +159,7 @@ def test_stochastic_depth_goes_on_where_that_of_the_early_patches_stops(depth: i
 
 @pytest.fixture(scope="module")
 def gradients() -> dict[Remat, dict[str, jax.Array]]:
-    """Of squares of both logits, with all randomness, by what the backward pass computes again."""
+    """The gradient of squares of both logits, with all kinds of randomness, for each value of `remat`."""
     config = replace(CONFIG, drop_path_rate=0.3, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     graph, _ = abstract_model(config)
 
@@ -186,7 +186,7 @@ def test_gradients_do_not_depend_on_what_is_kept(gradients: dict[Remat, dict[str
 
 
 def test_aggregation_layers_are_computed_again_only_if_asked() -> None:
-    """The policy reaches their scan beside the encoder's."""
+    """`remat` reaches the scan of the aggregation layers too."""
     graph, shapes = abstract_model(CONFIG)
 
     def program(remat: Remat) -> str:

@@ -1,4 +1,4 @@
-"""Constraints on activations: there under a mesh, absent without one, and never a change of what is computed."""
+"""Constraints on activations exist under a mesh only, and never change a value."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the backward pass computes again changes memory, and nothing else."""
+"""Rematerialisation changes the memory of gradients, and nothing else."""
 
 from typing import Any, get_args
 
@@ -33,7 +33,7 @@ BATCH = 8
 
 
 def gradient(remat: Remat) -> Any:
-    """Compiled: the gradient of a sum of squares of the logits, with dropout."""
+    """The compiled gradient of a sum of squares of the logits, with dropout."""
     graph, shapes = abstract_model(CONFIG)
 
     def loss(params: Any, pixels: Any) -> Any:
@@ -53,7 +53,7 @@ def test_every_policy_of_the_recipes_exists() -> None:
 
 @pytest.mark.parametrize("remat", ["block", "dots"])
 def test_gradients_do_not_depend_on_what_is_kept(gradients: dict[Remat, Any], remat: Remat) -> None:
-    """Dropout and stochastic depth included: what is computed again is dropped again."""
+    """With dropout and stochastic depth: the second computation drops the same elements."""
     rng = np.random.default_rng(0)
     params = {n: rng.standard_normal(s).astype(np.float32) * 0.1 for n, s in param_shapes(CONFIG).items()}
     pixels = rng.standard_normal((BATCH, 32, 32, 3)).astype(np.float32)
@@ -70,7 +70,7 @@ def test_memory_grows_with_what_is_kept(gradients: dict[Remat, Any]) -> None:
 
 
 def test_dots_keeps_no_scores(gradients: dict[Remat, Any]) -> None:
-    """At most the products with parameters more than "block"; attention scores would be half as much again."""
+    """Policy "dots" keeps the products with parameters at most. Attention scores would be half as large again."""
     memory = {remat: found.memory_analysis().temp_size_in_bytes for remat, found in gradients.items()}
     depth, tokens, hidden = CONFIG.num_hidden_layers, 65, CONFIG.hidden_size
     products = depth * BATCH * tokens * (3 + 1 + 4 + 1) * hidden * 4  # query, key and value; attention out; MLP

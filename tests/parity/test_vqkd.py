@@ -169,7 +169,7 @@ def test_other_image_sizes_have_tokens_too(tmp_path: Path) -> None:
     assert jax.jit(lambda model, pixels: model.tokens(pixels))(ours, np.zeros((1, 24, 48, 3), np.float32)).shape == (
         1, 3, 6,
     )  # fmt: skip
-    with pytest.raises(BeitJaxError, match="not multiples of the patch"):
+    with pytest.raises(BeitJaxError, match=r"\(24, 44\)"):
         ours.tokens(np.zeros((1, 24, 44, 3), np.float32))
 
 
