@@ -1,4 +1,4 @@
-"""The released models, one row each."""
+"""The configurations of the published models, one row each."""
 
 from collections.abc import Mapping
 from dataclasses import replace

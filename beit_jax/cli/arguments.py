@@ -30,7 +30,7 @@ Json = Annotated[bool, arg(help="Print JSON for programs instead of text for peo
 class Hub:
     """Options for a hub name such as microsoft/beit-base-patch16-224.
 
-    Token, endpoint and offline mode are huggingface_hub's environment variables (HF_TOKEN, HF_HUB_OFFLINE=1, ...).
+    huggingface_hub's environment variables set token, endpoint and offline mode (HF_TOKEN, HF_HUB_OFFLINE=1, ...).
     """
 
     revision: str | None = None
@@ -39,13 +39,13 @@ class Hub:
     """Where downloads are kept; by default huggingface_hub's cache."""
 
     def resolve(self, name: str) -> "Source":
-        """As `beit_jax.hub.resolve`."""
+        """Calls `beit_jax.hub.resolve` with these options."""
         from beit_jax.hub import resolve
 
         return resolve(name, revision=self.revision, cache_dir=self.cache_dir)
 
     def load(self, name: str) -> "tuple[Model, ImageProcessor]":
-        """`beit_jax.from_pretrained` with these options."""
+        """Calls `beit_jax.from_pretrained` with these options."""
         from beit_jax.inference import predict
 
         return predict.from_pretrained(name, revision=self.revision, cache_dir=self.cache_dir)
@@ -53,16 +53,16 @@ class Hub:
 
 @dataclass(frozen=True)
 class SegmentationArguments:
-    """How images are cut, scaled and averaged. By default as the checkpoint records."""
+    """How images are cut into windows, scaled and averaged. The defaults are those of the checkpoint."""
 
     slide: bool = False
-    """Windows of the model's native size, a third of them overlapping; the default where proportions are kept."""
+    """Use windows of the model's native size that overlap by a third; the default if proportions are kept."""
     whole: bool = False
-    """The whole image at once; the default where the checkpoint's images have the native size."""
+    """Use the whole image at once; the default if the checkpoint resizes images to the native size."""
     as_trained: bool = False
-    """Prepare images as BEiT was trained for ADE20K (ImageNet's mean, proportions kept), not as the checkpoint says."""
+    """Prepare images as in BEiT's training on ADE20K (ImageNet's mean, proportions kept), not as the checkpoint says."""
     scales: tuple[float, ...] = (1.0,)
-    """Average over these sizes: 0.5 0.75 1 1.25 1.5 1.75 in the published multi-scale results."""
+    """Average over these sizes; the published multi-scale results use 0.5 0.75 1 1.25 1.5 1.75."""
     flip: bool = False
     """Average over the mirrored image too."""
     batch_size: int = 2

@@ -1,7 +1,7 @@
-"""The main job on the embedded default: a digits classifier trained in PyTorch, converted, compared and used.
+"""The demo: the embedded digits classifier, trained in PyTorch, is converted, compared with PyTorch and used.
 
-The logits it is compared with were computed by PyTorch when the checkpoint was made (tests/reference/make_digits.py),
-so that the comparison needs no torch.
+PyTorch computed the logits to compare with when the checkpoint was made (tests/reference/make_digits.py), so the demo
+needs no torch.
 """
 
 import json
@@ -23,12 +23,12 @@ from beit_jax.weights.tensors import read_metadata
 
 DIGITS = "embedded digits classifier"
 TOLERANCE = 1e-5
-"""Of the largest absolute difference of any logit: the parity bound of float32 models of this size."""
+"""The largest absolute difference that any logit may have: the parity bound of float32 models of this size."""
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What the demo found."""
+    """The result of the demo."""
 
     destination: str
     images: int
@@ -50,7 +50,7 @@ def run(destination: Path, *, progress: Progress = no_progress) -> Demonstration
     """Converts the embedded checkpoint to `destination`, compares its logits with PyTorch's, classifies its images.
 
     Raises:
-        BeitJaxError: the destination exists and is not the result of an earlier demo, or cannot be written.
+        BeitJaxError: the destination exists and is no result of an earlier demo, or it cannot be written.
     """
     from beit_jax.convert import importer
 
@@ -78,7 +78,7 @@ def run(destination: Path, *, progress: Progress = no_progress) -> Demonstration
 
 
 def describe(result: Demonstration) -> list[str]:
-    """The result as lines for people."""
+    """The result in lines for people."""
     verdict = "equal" if result.passed else "DIFFERENT"
     return [
         "A BEiT classifier of handwritten digits, trained in PyTorch by transformers, is now a Flax model.",

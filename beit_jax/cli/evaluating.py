@@ -22,19 +22,19 @@ class ClassificationArguments:
     """How a classifier is evaluated."""
 
     split: str = "validation"
-    """Of prepared data; of folders, a folder of this name if there is one."""
+    """The split of prepared data; or, below --data, the folder of this name if there is one."""
     preset: Literal["hf", "unilm_eval", "timm"] | None = None
-    """Prepare images as transformers, the original's evaluation or timm do, not as the checkpoint says."""
+    """Prepare images as transformers, the original evaluation or timm do, not as the checkpoint says."""
     real: Path | None = None
     """ImageNet's reassessed labels: real.json."""
     confusion: Path | None = None
-    """PNG to write: which classes are taken for which."""
+    """PNG to write: the confusion matrix."""
     per_class: bool = False
     """Print a line for every class."""
     eval_batch_size: int = 64
     """Images computed at once."""
     workers: int | None = None
-    """Processes that prepare images; 0: threads of this one. By default half of the cores, at most 16."""
+    """Processes that prepare images; 0 uses threads instead. By default half of the cores, at most 16."""
 
 
 def evaluate(
@@ -58,11 +58,11 @@ def evaluate(
       beit-jax evaluate ./native --images DIR --annotations DIR --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --as-trained
 
     Args:
-        data: Of a classifier: what `beit-jax prepare` wrote, or a folder of images per class.
-        images: Of segmentation: folder of images.
-        annotations: Folder of PNG files with a class number for every pixel, named as their images.
-        labels_from_zero: Annotations count classes from 0, and 255 is no class; ADE20K's own count from 1, and 0 is
-            no class.
+        data: For a classifier: data from `beit-jax prepare`, or a folder of images per class.
+        images: For segmentation: the folder of images.
+        annotations: The folder of PNG files with a class number for every pixel, named as their images.
+        labels_from_zero: Annotations count classes from 0, and 255 is no class. By default they are ADE20K's, which
+            count from 1, and 0 is no class.
     """
     if data is not None and images is None and annotations is None:
         model, processor = hub.load(checkpoint)

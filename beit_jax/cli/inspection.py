@@ -1,4 +1,4 @@
-"""What a checkpoint is, in words for people and as data for programs. No tensor is read."""
+"""Describes a checkpoint, in words for people and as data for programs. Reads no tensor."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The same facts twice."""
+    """A description: the same facts as lines for people and as data for programs."""
 
     lines: list[str]
     as_dict: dict[str, Any]
@@ -34,7 +34,7 @@ def inspect(source: Source, options: "Options | None" = None, *, tensors: bool =
         tensors: list every tensor too.
 
     Raises:
-        BeitJaxError: whatever would stop it from being loaded or converted.
+        BeitJaxError: the checkpoint cannot be loaded or converted.
     """
     if source.path.is_dir() and is_native(source.path):
         if is_native_tokenizer(source.path):
@@ -55,7 +55,7 @@ def inspect(source: Source, options: "Options | None" = None, *, tensors: bool =
 
 
 def describe_tokenizer(checkpoint: TokenizerCheckpoint) -> Inspection:
-    """What a converted tokenizer is."""
+    """Describes a converted tokenizer."""
     config = asdict(checkpoint.config)
     parameters = sum(leaf.size for leaf in checkpoint.params.values())
     lines = [
@@ -67,7 +67,7 @@ def describe_tokenizer(checkpoint: TokenizerCheckpoint) -> Inspection:
 
 
 def describe_plan(plan: "Plan") -> list[str]:
-    """What the converter reads, as lines."""
+    """Describes a planned conversion in lines for people."""
     revision = f" at {plan.source.revision}" if plan.source.revision else ""
     dropped = f", {len(plan.dropped)} derived ones left out" if plan.dropped else ""
     lines = [
@@ -80,7 +80,7 @@ def describe_plan(plan: "Plan") -> list[str]:
 
 
 def plan_as_dict(plan: "Plan") -> dict[str, Any]:
-    """`describe_plan` for programs."""
+    """Describes a planned conversion for programs."""
     return plan.provenance() | {
         "source_tensors": len(plan.checkpoint.tensors),
         "dropped": list(plan.dropped),
@@ -107,16 +107,16 @@ def _native(source: Source, tensors: bool) -> Inspection:
 
 
 def _describe_provenance(provenance: Mapping[str, Any]) -> list[str]:
-    """What is recorded: everything by the converter, perhaps nothing by someone's own program."""
+    """Lines of the recorded provenance. Other programs than the converter may have recorded nothing."""
     files = [f"{name} sha256 {digest}" if digest else name for name, digest in provenance.get("files", {}).items()]
     formats = [provenance[key] for key in ("format", "naming") if key in provenance]
-    told = {
+    facts = {
         "converted": " by ".join(str(provenance[key]) for key in ("source", "converter") if key in provenance),
         "revision": provenance.get("revision"),
         "files": ", ".join([*files, *formats]),
         "options": ", ".join(f"{name} {value}" for name, value in provenance.get("options", {}).items()),
     }
-    return [f"{key:12} {printable(value, 500)}" for key, value in told.items() if value]
+    return [f"{key:12} {printable(value, 500)}" for key, value in facts.items() if value]
 
 
 def _describe_model(config: BeitConfig, processor: ImageProcessor, dtypes: Iterable[str]) -> list[str]:

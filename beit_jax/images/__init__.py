@@ -1,7 +1,7 @@
-"""Images in: files, PIL images and arrays to ``pixel_values``, as the references prepare them; label maps.
+"""Images: files, PIL images and arrays to ``pixel_values``, computed as the references do; and label maps.
 
-`files` opens an image, `preprocessor_config` reads what a checkpoint says about images, `processor` computes
-``pixel_values``, `label_maps` reads and writes a class for every pixel. May import: the ground. Imports no JAX.
+`files` opens images, `preprocessor_config` reads the image settings of a checkpoint, `processor` computes
+``pixel_values``, `label_maps` reads and writes a class number for every pixel. May import: the ground. Imports no JAX.
 """
 
 from beit_jax.images.files import open_image

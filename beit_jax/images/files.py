@@ -1,4 +1,4 @@
-"""Image files, PIL images of any mode and arrays -> 8-bit PIL images; every defect is one line that names the image."""
+"""Image files, PIL images of any mode and arrays to 8-bit PIL images. Every error is one line that names the image."""
 
 import os
 import warnings
@@ -16,7 +16,7 @@ ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 Mode: TypeAlias = Literal["RGB", "L"]
 
 MAX_PIXELS: Final = 89_478_485  # the size above which Pillow warns of a decompression bomb
-# Pillow reads more, some by running other programs (EPS starts Ghostscript): files from strangers get these only.
+# Pillow reads more formats, some of them by other programs (EPS by Ghostscript), which untrusted files must not start.
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
 
 _CONVERTED: Final = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
@@ -24,11 +24,13 @@ _SIXTEEN_BIT: Final = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
 def open_image(path: str | os.PathLike[str], mode: Mode = "RGB") -> Image.Image:
-    """The decoded image of a file, its EXIF orientation applied, as 8-bit RGB or greyscale (`mode` "L").
+    """Decodes an image file to 8-bit RGB, or greyscale with `mode` "L", and applies its EXIF orientation.
 
-    The same pixels as `transformers.image_utils.load_image` gives, except for 16-bit greyscale (see `to_rgb`).
-    Animated files give their first frame. Raises BeitJaxError, naming the file, when it is missing, not one of FORMATS,
-    truncated or visibly damaged, or larger than MAX_PIXELS. (JPEG has no checksum: damage inside may pass unseen.)
+    The pixels are those of `transformers.image_utils.load_image`, except for 16-bit greyscale (see `to_rgb`). An
+    animated file gives its first frame. JPEG has no checksum, so that damage inside a file may go unnoticed.
+
+    Raises:
+        BeitJaxError: the file is missing, not one of FORMATS, truncated, damaged, or larger than MAX_PIXELS.
     """
     name, file = printable(os.fspath(path)), Path(path)
     if not file.is_file():
@@ -43,24 +45,30 @@ def open_image(path: str | os.PathLike[str], mode: Mode = "RGB") -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An 8-bit RGB image of the same size, from a PIL image of any of these modes:
+    """Converts a PIL image of any of these modes to an 8-bit RGB image of the same size:
 
-    - RGBA, LA, PA, palette with transparency: alpha is dropped, not composited, as `convert("RGB")` does.
-    - P: palette looked up; CMYK, YCbCr, HSV: Pillow's conversion; 1: 0 or 255; L: repeated three times.
-    - 16-bit greyscale (I;16 in any byte order, and I holding 0 to 65535): the high byte, `value >> 8`, which is what
-      Pillow does to 16-bit colour files; its own conversion to RGB would saturate everything above 255.
+    - RGBA, LA, PA, palette with transparency: alpha is dropped, not composited, as in `convert("RGB")`.
+    - P: colours of the palette. CMYK, YCbCr, HSV: Pillow's conversion. 1: 0 or 255. L: repeated three times.
+    - 16-bit greyscale (I;16 in any byte order, and I with values 0 to 65535): the high byte, `value >> 8`, as Pillow
+      reads 16-bit colour files. Pillow's own conversion to RGB would make everything above 255 white.
 
-    F (float), LAB, I beyond 16 bits: BeitJaxError, as no 8-bit scale is defined for them.
-    EXIF orientation is a file's matter: `open_image` applies it, this does not.
+    EXIF orientation is not applied; `open_image` does that.
+
+    Raises:
+        BeitJaxError: the mode has no defined 8-bit scale: F (float), LAB, I with larger values.
     """
     return _convert(image, "RGB", "image")
 
 
 def load_image(image: ImageLike, mode: Mode, name: str) -> Image.Image:
-    """`open_image` of a path; of a PIL image or a uint8 array [h, w], [h, w, 1] or [h, w, 3] what `to_rgb` says.
+    """Loads a path by `open_image`, or converts a PIL image or uint8 array [h, w], [h, w, 1], [h, w, 3] by `to_rgb`.
 
-    `mode` "L" is Pillow's luma of the RGB image, which leaves greyscale as it was. `name` stands for the image in
-    BeitJaxError.
+    Args:
+        mode: "L" is Pillow's luma of the RGB image; greyscale stays as it was.
+        name: of the image, for errors.
+
+    Raises:
+        BeitJaxError: as `open_image` and `to_rgb`; an image of another type.
     """
     if isinstance(image, str | os.PathLike):
         return open_image(image, mode)
@@ -91,7 +99,7 @@ def _decode(stream: IO[bytes], name: str) -> Image.Image:
     with _one_line(name), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(stream, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:  # holds where Image.MAX_IMAGE_PIXELS was changed as well
+        if image.width * image.height > MAX_PIXELS:  # independent of Image.MAX_IMAGE_PIXELS
             raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels, expected at most {MAX_PIXELS}")
         return ImageOps.exif_transpose(image)
 
@@ -104,7 +112,7 @@ def _convert(image: Image.Image, mode: Mode, name: str) -> Image.Image:
         elif image.mode not in _CONVERTED:
             found = printable(image.mode)
             raise BeitJaxError(f"{name}: mode {found} has no defined 8-bit scale, expected 8 or 16 bit; save it as RGB")
-        if "transparency" in image.info:  # Pillow warns about it, or rejects it, on the way to a mode without alpha
+        if "transparency" in image.info:  # else Pillow warns about it or rejects it
             image = image.copy()
             del image.info["transparency"]
         rgb = image.convert("RGB")
@@ -121,15 +129,15 @@ def _high_byte(image: Image.Image, name: str) -> Image.Image:
 
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
-    # Exception, not a list: Pillow's plugins let out whatever their parsing hits (OSError, ValueError, SyntaxError,
-    # EOFError, struct.error, IndexError, ...), and the body holds nothing but Pillow's work on untrusted bytes.
+    # Every Exception: Pillow's plugins let out many classes (OSError, ValueError, SyntaxError, EOFError, struct.error,
+    # IndexError, ...), and the enclosed block holds nothing but Pillow's work on untrusted bytes.
     try:
         yield
     except BeitJaxError:
         raise
     except UnidentifiedImageError as error:
-        wanted = ", ".join(FORMATS)
-        raise BeitJaxError(f"{name}: not a readable image, expected one of {wanted}; fetch or convert it") from error
+        formats = ", ".join(FORMATS)
+        raise BeitJaxError(f"{name}: not a readable image, expected one of {formats}; fetch or convert it") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BeitJaxError(f"{name}: too large ({printable(error)}); scale it down first") from error
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Label maps: one class number per pixel, read from PNG files, reduced and resized without inventing classes."""
+"""Label maps: a class number for every pixel, read from PNG files, renumbered, resized, checked and written."""
 
 import io
 import os
@@ -20,10 +20,10 @@ LabelMap = Integer[np.ndarray, "h w"]
 
 
 def read_label_map(path: str | os.PathLike[str]) -> LabelMap:
-    """The class numbers in a PNG file, [h, w] int32: the stored numbers, not the colours of a palette.
+    """Reads the class numbers in a PNG file, [h, w] int32: the stored numbers, not the colours of a palette.
 
     Raises:
-        BeitJaxError: missing, no PNG, damaged, too large, or with colours for pixels instead of numbers.
+        BeitJaxError: the file is missing, no PNG, damaged or too large, or its pixels are colours.
     """
     name = printable(Path(path))
     if not Path(path).is_file():
@@ -32,13 +32,13 @@ def read_label_map(path: str | os.PathLike[str]) -> LabelMap:
 
 
 def decode_label_map(data: bytes, name: str) -> LabelMap:
-    """The class numbers in the bytes of a PNG file, as `read_label_map` gives them.
+    """Reads the class numbers in the bytes of a PNG file, as `read_label_map` does.
 
     Args:
-        name: what stands for the map in an error; printable.
+        name: of the map, for errors; printable.
 
     Raises:
-        BeitJaxError: no PNG, damaged, too large, or with colours for pixels instead of numbers.
+        BeitJaxError: the bytes are no PNG, damaged or too large, or the pixels are colours.
     """
     return _decoded(io.BytesIO(data), name)
 
@@ -55,7 +55,7 @@ def _decoded(file: Path | IO[bytes], name: str) -> LabelMap:
             return np.asarray(image).astype(np.int32)
     except BeitJaxError:
         raise
-    except Exception as error:  # Pillow lets out whatever its parsing of untrusted bytes hits
+    except Exception as error:  # Pillow's parsers let out errors of many classes
         raise BeitJaxError(f"{name}: not a readable PNG ({printable(error)}); export it again") from error
 
 
@@ -66,7 +66,7 @@ def write_label_map(labels: LabelMap, path: Path) -> None:
 
 
 def reduce_labels(labels: LabelMap) -> LabelMap:
-    """ADE20K's numbers as its models count them: 0, "other", becomes 255 (ignored), and every class one less.
+    """Renumbers ADE20K's classes for its models: 0 ("other") becomes 255 (ignored), all others become one less.
 
     Source: mmseg's ``reduce_zero_label``; transformers' ``do_reduce_labels``.
     """
@@ -74,10 +74,10 @@ def reduce_labels(labels: LabelMap) -> LabelMap:
 
 
 def resize_labels(labels: LabelMap, size: tuple[int, int]) -> LabelMap:
-    """The map at (height, width) by the nearest pixel, at floor(i * old / new) as OpenCV and torch take it.
+    """Resizes a map to (height, width) by the nearest pixel, at floor(i * old / new), as OpenCV and torch do.
 
-    Reduce first, resize then. (transformers resizes label maps with the image's bicubic kernel, which mixes numbers of
-    classes into those of others.)
+    Call `reduce_labels` before. (transformers resizes label maps with the image's bicubic kernel, which mixes the
+    numbers of different classes.)
     """
     rows, columns = (
         np.minimum((np.arange(new) * (old / new)).astype(int), old - 1)
@@ -87,10 +87,10 @@ def resize_labels(labels: LabelMap, size: tuple[int, int]) -> LabelMap:
 
 
 def check_labels(labels: LabelMap, classes: Sequence[str], name: str) -> None:
-    """Refuses class numbers that the model does not have.
+    """Refuses a map with class numbers that the model does not have.
 
     Raises:
-        BeitJaxError: naming the map and the first such number.
+        BeitJaxError: names the map and the first such number.
     """
     wrong = (labels != IGNORED) & ((labels < 0) | (labels >= len(classes)))
     if wrong.any():

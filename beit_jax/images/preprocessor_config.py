@@ -1,4 +1,4 @@
-"""`preprocessor_config.json` of transformers 4 and 5 -> the fields of an ImageProcessor."""
+"""Reads the fields of an ImageProcessor from a `preprocessor_config.json` of transformers 4 or 5."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,13 +8,15 @@ from beit_jax.errors import BeitJaxError, printable
 
 Resample: TypeAlias = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 Rounding: TypeAlias = Literal["floor", "half_even"]
-RESAMPLES: Final[tuple[Resample, ...]] = get_args(Resample)  # in the order of Pillow's numbers, which the files record
+RESAMPLES: Final[tuple[Resample, ...]] = get_args(
+    Resample
+)  # the files record Pillow's numbers, which count in this order
 ROUNDINGS: Final[tuple[Rounding, ...]] = get_args(Rounding)
 
 
 @dataclass(frozen=True)
 class Within:
-    """The largest size of the same proportions whose short edge is at most `short` and whose long one at most `long`.
+    """A resize that keeps proportions: the largest size with a short edge <= `short` and a long edge <= `long`.
 
     Sides are rounded half up, as mmcv's ``rescale_size`` does.
     """
@@ -23,8 +25,8 @@ class Within:
     long: int
 
 
-# What an absent key means, and for which types something else. The slow BeitImageProcessor of transformers 4 resized to
-# 256 and cropped 224 too, under a name that 5 uses for another default; but it wrote every key.
+# The values of absent keys, and per type the values that differ. The slow BeitImageProcessor of transformers 4 resized
+# to 256 and cropped to 224 too; transformers 5 has other defaults under that name, but version 4 wrote every key.
 _DEFAULTS: Final[dict[str, Any]] = {
     "do_resize": True,
     "size": 224,
@@ -50,9 +52,10 @@ _TYPES: Final[dict[str, dict[str, Any]]] = {
 
 
 def processor_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The fields of ImageProcessor that `config` stands for, of the right types, not yet checked for range.
+    """Reads the fields of ImageProcessor. Their types are checked, their ranges are not.
 
-    Raises BeitJaxError, beginning with `source`, for a value of the wrong type and for an unknown processor type.
+    Raises:
+        BeitJaxError: begins with `source`; a value of the wrong type, or an unknown type of processor.
     """
     read = _Reader(_with_defaults(config, source), source)
     channels = read.channels()
@@ -72,18 +75,18 @@ def processor_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _with_defaults(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    # Without a recorded type transformers goes by the model's type, which for these models means BeitImageProcessor.
+    # Without a recorded type, transformers takes the model's type, which for these models means BeitImageProcessor.
     kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "BeitImageProcessor"
     if not isinstance(kind, str) or kind not in _TYPES:
-        found, wanted = printable(repr(kind)), ", ".join(_TYPES)
-        raise BeitJaxError(f"{source}: image_processor_type is {found}, expected one of {wanted}; use a preset instead")
+        found, known = printable(repr(kind)), ", ".join(_TYPES)
+        raise BeitJaxError(f"{source}: image_processor_type is {found}, expected one of {known}; use a preset instead")
     defaults = _DEFAULTS | _TYPES[kind]
     return {key: default if config.get(key) is None else config[key] for key, default in defaults.items()}
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Typed reads of `values`; the errors begin with `source`."""
+    """Reads `values` and checks their types. Errors begin with `source`."""
 
     values: Mapping[str, Any]
     source: str
@@ -110,7 +113,7 @@ class _Reader:
         return self._numbers(key, value if isinstance(value, list | tuple) else [value] * count, "numbers")
 
     def _numbers(self, key: str, values: list[Any] | tuple[Any, ...], expected: str) -> tuple[float, ...]:
-        # Bounded here, as float() of a longer int overflows.
+        # The bounds also keep out integers that float() cannot hold.
         if not all(type(value) in (int, float) and -1e30 < value < 1e30 for value in values):
             raise self.wrong(key, expected)
         return tuple(map(float, values))
@@ -128,7 +131,7 @@ class _Reader:
         return ROUNDINGS[ROUNDINGS.index(value)]
 
     def edges(self, key: str, square: bool) -> tuple[int, int] | int:
-        """(height, width), or the shortest edge."""
+        """Reads (height, width), or the shortest edge."""
         value = edges = self.values[key]
         if isinstance(value, dict):
             named = {name: edge for name, edge in value.items() if edge is not None}
@@ -143,7 +146,7 @@ class _Reader:
         return edges[0], edges[1]
 
     def resize(self) -> tuple[int, int] | int | Within:
-        """`edges` of the size, which a key of ours limits where it is the shortest edge's."""
+        """Reads the size. This library's key ``max_longest_edge`` adds a limit to a shortest edge."""
         edges, longest = self.edges("size", self.flag("default_to_square")), self.values["max_longest_edge"]
         if longest is None:
             return edges

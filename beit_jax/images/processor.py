@@ -1,9 +1,9 @@
 """Images to `pixel_values` [b, h, w, c] float32, bit for bit as the references compute them from PIL images.
 
-One arithmetic serves every preset. transformers (image_transforms.rescale, normalize) multiplies uint8 by the factor in
-float64 and rounds to float32; torchvision's ToTensor, which unilm and timm use, divides by 255 in float32. For the
-factor 1/255 both give the same float32 for all 256 values; mean and std are float32 operations in both. What does
-differ between them is the centre crop, hence the field `crop_rounding`.
+The same arithmetic serves every preset. transformers (image_transforms.rescale, normalize) multiplies uint8 by the
+factor in float64 and rounds to float32. torchvision's ToTensor, which unilm and timm use, divides by 255 in float32.
+For the factor 1/255 both give the same float32 for all 256 values, and both apply mean and std in float32. They differ
+in the centre crop, for which there is the field `crop_rounding`.
 """
 
 import os
@@ -45,21 +45,24 @@ IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Paths, PIL images or uint8 arrays -> pixel_values [b, h, w, num_channels] float32.
+    """Computes pixel_values [b, h, w, num_channels] float32 from paths, PIL images or uint8 arrays.
 
-    Steps, each skipped when None: decode and convert to RGB, or to greyscale when `num_channels` is 1 (`open_image`,
-    `to_rgb`); resize with Pillow; centre crop; multiply by `rescale_factor`; subtract `mean` and divide by `std`.
+    The steps: decode and convert to RGB, or to greyscale if `num_channels` is 1 (`open_image`, `to_rgb`); resize with
+    Pillow; centre crop; multiply by `rescale_factor`; subtract `mean` and divide by `std`. A step whose field is None
+    is skipped.
 
-    resize: exact (height, width); or the length of the shortest edge, the long one being int(length * long / short);
-        or limits to stay `Within`, proportions kept.
-    antialias: whether shrinking averages (Pillow) or samples, as OpenCV's bilinear resize does, from which it differs
-        by one of the 255 levels at most.
-    crop: (height, width); where the image is smaller it is padded with zeros, before rescaling.
-    crop_rounding: where the crop starts when the spare pixels are odd. "floor": floor(spare / 2), also when negative,
-        that is padding (transformers' center_crop). "half_even": round(spare / 2) as Python rounds, and truncation
-        when padding (torchvision's).
+    Attributes:
+        resize: (height, width); or the length of the shortest edge, the long edge being int(length * long / short); or
+            `Within` two limits.
+        antialias: shrinking averages, as Pillow does. Otherwise it samples, as OpenCV's bilinear resize does, and the
+            result differs from OpenCV's by at most one of the 255 levels.
+        crop: (height, width); a smaller image is padded with zeros, before rescaling.
+        crop_rounding: where the crop starts if the number of spare pixels is odd. "floor": at floor(spare / 2), also
+            for a negative number, which means padding (transformers' center_crop). "half_even": at round(spare / 2) as
+            Python rounds, truncated if it means padding (torchvision's).
 
-    Raises BeitJaxError for values out of range.
+    Raises:
+        BeitJaxError: a value out of range.
     """
 
     resize: tuple[int, int] | int | Within | None = (224, 224)
@@ -90,11 +93,14 @@ class ImageProcessor:
                 raise BeitJaxError(f"image processor: {key} is {printable(getattr(self, key))}, expected {expected}")
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Float32[np.ndarray, "b h w c"]:
-        """Pixel values of one image (b = 1) or of a sequence.
+        """Computes the pixel values of one image (b = 1) or of a sequence.
 
-        An image is a path (EXIF orientation applied), a PIL image (as it stands, as in transformers) or a uint8 array
-        [h, w], [h, w, 1] or [h, w, 3]. Raises BeitJaxError for anything else, for an unreadable file, and for images
-        that come out in different sizes and so make no batch.
+        Args:
+            images: paths (EXIF orientation is applied), PIL images (it is not, as in transformers) or uint8 arrays
+                [h, w], [h, w, 1] or [h, w, 3].
+
+        Raises:
+            BeitJaxError: an image of another type, an unreadable file, or images whose results differ in size.
         """
         if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
             images = [images]
@@ -125,19 +131,20 @@ class ImageProcessor:
         return values
 
     def resized(self, size: tuple[int, int]) -> "ImageProcessor":
-        """The same steps ending in another (height, width). A crop keeps its share of the resized image.
+        """The processor of the same steps for another (height, width). A crop keeps its share of the resized image.
 
-        Raises BeitJaxError for a crop of another shape than the one it replaces.
+        Raises:
+            BeitJaxError: the size has other proportions than the crop.
         """
-        if isinstance(self.resize, Within):  # the model's windows are cut from what this gives: it grows with them
+        if isinstance(self.resize, Within):  # the model cuts its windows from the result, which grows with them
             longest = round(self.resize.long * min(size) / self.resize.short)
             return replace(self, resize=Within(min(size), longest))
         if self.crop is None:
             return self if self.resize is None else replace(self, resize=size)
         factor = size[0] / self.crop[0]
         if size[1] != self.crop[1] * factor:
-            found, wanted = f"{self.crop[0]}x{self.crop[1]}", f"{size[0]}x{size[1]}"
-            raise BeitJaxError(f"image processor: a crop of {found} cannot become {wanted}; choose an image preset")
+            old, new = f"{self.crop[0]}x{self.crop[1]}", f"{size[0]}x{size[1]}"
+            raise BeitJaxError(f"image processor: a crop of {old} cannot become {new}; choose an image preset")
         edges = self.resize if isinstance(self.resize, tuple) else (self.resize or 0,)
         scaled = tuple(round(edge * factor) for edge in edges)
         resize = None if self.resize is None else scaled[0] if len(scaled) == 1 else (scaled[0], scaled[1])
@@ -145,13 +152,16 @@ class ImageProcessor:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], source: str = "preprocessor_config.json") -> "ImageProcessor":
-        """The processor a `preprocessor_config.json` describes, as transformers' BeitImageProcessorPil computes it.
+        """Reads a parsed `preprocessor_config.json`. Pixels are those of transformers' BeitImageProcessorPil.
 
-        Reads what transformers 4 (feature extractor, slow, fast) and 5 write: `size` and `crop_size` as an int, a
-        [height, width] list or a dict; absent and null keys take the default of the recorded type. Settings of label
-        maps and of torch do not change pixels and are not read. `do_convert_rgb` is not either: conversion is always
-        done, and drops alpha, as transformers does with files (5.x blends PIL images in memory onto white if set).
-        Raises BeitJaxError, beginning with `source`, for another processor type and for values of the wrong type.
+        The files of transformers 4 (feature extractor, slow, fast) and 5 are read. `size` and `crop_size` may be an
+        int, a [height, width] list or a dict. Absent and null keys take the default of the recorded type. Settings for
+        label maps and for torch change no pixels and are not read. `do_convert_rgb` is not read either: images are
+        always converted, and alpha is dropped, as transformers does with files. (With that setting, 5.x blends PIL
+        images in memory onto white.)
+
+        Raises:
+            BeitJaxError: begins with `source`; another type of processor, or a value of the wrong type.
         """
         fields = processor_fields(config, source)
         try:
@@ -161,14 +171,19 @@ class ImageProcessor:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> "ImageProcessor":
-        """`from_hf` of a JSON file. Raises BeitJaxError, naming it, when it is missing, no JSON object, or refused."""
+        """Reads a JSON file by `from_hf`.
+
+        Raises:
+            BeitJaxError: names the file; it is missing, no JSON object, or refused.
+        """
         return cls.from_hf(read_json(Path(path)), printable(os.fspath(path)))
 
     def to_hf(self) -> dict[str, Any]:
         """The `preprocessor_config.json` of this processor: `from_hf(p.to_hf()) == p`.
 
-        BeitImageProcessorPil loads it and computes the same, except for what it cannot do: `Within`; `antialias` false;
-        a crop with `crop_rounding` "half_even", which it may start one pixel off where the spare pixels are odd.
+        BeitImageProcessorPil loads it and computes the same pixels, with three exceptions. It ignores `Within` and
+        `antialias` false. With `crop_rounding` "half_even" its crop may start one pixel off, if the number of spare
+        pixels is odd.
         """
         sizes = {
             key: _written(edges)
@@ -191,7 +206,7 @@ class ImageProcessor:
         }
 
     def describe(self) -> str:
-        """One line for people, sizes as height x width: "resize 224x224 bilinear, /255, mean 0.5 std 0.5"."""
+        """One line for people; sizes are height x width: "resize 224x224 bilinear, /255, mean 0.5 std 0.5"."""
         steps = ["greyscale"] if self.num_channels == 1 else []
         if self.resize is not None:
             steps.append(f"resize {_spoken(self.resize)} {self.resample}{'' if self.antialias else ' (sampled)'}")
@@ -212,16 +227,19 @@ def preset(
     std: tuple[float, ...] = HALF,
     crop_pct: float | None = None,
 ) -> ImageProcessor:
-    """The processors of the three lineages.
+    """The image processors of the three families of code, by name.
 
-    hf: squash to (height, width), bilinear; what the hub's BEiT checkpoints record.
-    unilm_eval: shortest edge int(size / crop_pct), bicubic, centre crop as torchvision's; crop_pct is 224/256 below 384
-        pixels and 1 from there on (unilm beit/datasets.py, build_transform).
-    timm: the same with crop_pct 0.9 below 384; some tags differ (beitv2_large .95, beit3 1.0), hence the argument.
-        This is timm's path on PIL images; its GPU prefetcher normalises with other roundings.
+    - hf: resize to (height, width) without regard to proportions, bilinear, as the hub's BEiT checkpoints record.
+    - unilm_eval: resize the shortest edge to int(size / crop_pct), bicubic, and crop the centre as torchvision does.
+      crop_pct is 224/256 below 384 pixels, and 1 from 384 on (unilm beit/datasets.py, build_transform).
+    - timm: the same with crop_pct 0.9 below 384. Some tags differ (beitv2_large .95, beit3 1.0), for which there is the
+      argument. This is timm's path for PIL images; its GPU prefetcher normalises with other roundings.
 
-    `mean` and `std` are IMAGENET_MEAN and IMAGENET_STD for BEiT v2 and for Data2Vec-Vision as pre-trained. Raises
-    BeitJaxError for an unknown name, for a crop of a size that is not square, and for a crop_pct outside (0, 1].
+    Args:
+        mean, std: IMAGENET_MEAN and IMAGENET_STD for BEiT v2, and for Data2Vec-Vision as pre-trained.
+
+    Raises:
+        BeitJaxError: an unknown name, a crop of a size that is not square, or a crop_pct outside (0, 1].
     """
     height, width = size if isinstance(size, tuple) else (size, size)
     if name == "hf" and crop_pct is None:
@@ -240,10 +258,11 @@ def preset(
 
 
 def ade20k_processor(size: int = 640) -> ImageProcessor:
-    """Images as BEiT's ADE20K models were trained on them, of which `size` is the crop: the short edge becomes `size`
-    unless the long one would exceed four times that; the mean and deviation are ImageNet's.
+    """The processor with which BEiT's ADE20K models were trained.
 
-    The checkpoints on the hub record `preset("hf", 640)` with bicubic resampling instead.
+    The short edge becomes `size`, the crop of training, unless the long edge would exceed four times that. Mean and
+    standard deviation are ImageNet's. The checkpoints on the hub record `preset("hf", 640)` with bicubic resampling
+    instead.
     Source: microsoft/unilm@768a3c8 beit/semantic_segmentation/configs/_base_/datasets/ade20k_640x640.py.
     """
     limits = Within(size, 4 * size)
@@ -293,8 +312,8 @@ def _spoken(edges: tuple[int, int] | int | Within) -> str:
 def _centre_crop(
     pixels: UInt8[np.ndarray, "h w c"], size: tuple[int, int], rounding: Rounding
 ) -> UInt8[np.ndarray, "crop_h crop_w c"]:
-    def start(found: int, wanted: int) -> int:
-        spare = found - wanted
+    def start(length: int, cropped: int) -> int:
+        spare = length - cropped
         if rounding == "floor":
             return spare // 2
         return round(spare / 2) if spare >= 0 else -(-spare // 2)

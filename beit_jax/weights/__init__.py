@@ -1,7 +1,7 @@
 """Native checkpoints: a directory of ``config.json``, ``preprocessor_config.json`` and ``flax_model.safetensors``.
 
-`native` is the checkpoint of a model, `tensors` the file of its tensors with a digest of each. May import: the ground
-and `beit_jax.images`; no model, so that a checkpoint is read without Flax.
+`native` reads and writes the checkpoint of a model, `tensors` the file of its tensors with a digest of each. May
+import: the ground and `images`. Imports no model, so that reading a checkpoint needs no Flax.
 """
 
 from beit_jax.hub import CONFIG, PROCESSOR, WEIGHTS

@@ -1,7 +1,7 @@
 """Native checkpoints: a directory of ``config.json``, ``preprocessor_config.json`` and ``flax_model.safetensors``.
 
-The tensors are flat ``a/b/c`` names. The file's metadata holds a digest of every tensor, checked at every load, and
-where the weights came from.
+Tensors have flat names ``a/b/c``. The metadata of their file holds the provenance of the weights and a digest of every
+tensor, which is checked at every load.
 """
 
 import json
@@ -27,7 +27,7 @@ class NativeCheckpoint:
 
     Attributes:
         params: flat name to array, float32 or bfloat16.
-        provenance: where the weights came from, as the converter recorded it.
+        provenance: the source of the weights, as the converter recorded it.
     """
 
     config: BeitConfig
@@ -37,7 +37,7 @@ class NativeCheckpoint:
 
 
 def is_native(path: Path) -> bool:
-    """Whether `path` is a directory that holds a native checkpoint."""
+    """True if `path` is a directory that holds a native checkpoint."""
     return (path / WEIGHTS).is_file()
 
 
@@ -68,7 +68,7 @@ def load(directory: Path) -> NativeCheckpoint:
     """Reads a native checkpoint and checks every tensor against its recorded digest.
 
     Raises:
-        BeitJaxError: a file is missing or damaged, naming the file and the tensor.
+        BeitJaxError: a file is missing or damaged; names the file and the tensor.
     """
     config = BeitConfig.from_file(directory / CONFIG)
     processor = ImageProcessor.from_file(directory / PROCESSOR)

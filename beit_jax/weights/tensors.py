@@ -21,12 +21,12 @@ from beit_jax.terminal import Advance
 FORMAT = "beit-jax 1"
 _DTYPES = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
 _ALIGNMENT = 64  # bytes
-_CHUNK = 1 << 20  # bytes read and hashed at a time: they stay in a core's cache in between
+_CHUNK = 1 << 20  # bytes that are read and then hashed while they are in a core's cache
 
 
 @dataclass(frozen=True)
 class LeafSpec:
-    """Shape and dtype of a tensor that is about to be written."""
+    """The shape and dtype of a tensor to write."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -37,10 +37,10 @@ class LeafSpec:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors by name, each compared with its recorded digest, and their provenance.
+    """Reads the tensors by name and their provenance, and compares every tensor with its recorded digest.
 
     Raises:
-        BeitJaxError: the file is damaged or was not written by this library, naming it and the tensor.
+        BeitJaxError: the file is damaged or was not written by this library; names the file and the tensor.
     """
     metadata = read_metadata(path)
     try:
@@ -52,7 +52,7 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An array that begins where XLA wants it: only such ones does JAX use as they lie, others it copies."""
+    """An uninitialised array, aligned as XLA needs it: JAX copies arrays that are not."""
     size = LeafSpec(shape, dtype).nbytes
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -60,10 +60,10 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of ``flax_model.safetensors``: "format", "digests" and "provenance" (the latter two JSON).
+    """Reads the metadata of ``flax_model.safetensors``: "format", and "digests" and "provenance" as JSON.
 
     Raises:
-        BeitJaxError: not a safetensors file, or one that this library did not write.
+        BeitJaxError: the file is no safetensors file, or this library did not write it.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -118,14 +118,15 @@ def write_tensors(
     provenance: Mapping[str, Any],
     advance: Advance = lambda done: None,
 ) -> None:
-    """Streams tensors into a new safetensors file: memory stays at one chunk per thread, whatever the file's size.
+    """Writes a new safetensors file with one chunk per thread in memory, whatever the size of the file.
 
-    The safetensors library wants every tensor in memory at once; the format itself (an eight-byte length, a JSON
-    header, the bytes) does not. Files are reproducible: sorted names, fixed layout.
+    The safetensors library needs all tensors in memory at once. The format does not: it is an eight-byte length, a JSON
+    header and the bytes. The same tensors give the same file: names are sorted, and the layout is fixed.
 
     Args:
-        layers: for a name, what makes up its bytes in order: layers of C-contiguous arrays. An array may be reused
-            after the next one was asked for. A thread that begins a layer ends it, another one may do the next.
+        layers: takes a name and yields its bytes in order, as layers of C-contiguous arrays. An array may be reused
+            when the next one is asked for. One thread writes a layer from its beginning to its end, but different
+            layers may be written by different threads.
 
     Raises:
         BeitJaxError: a tensor is neither float32 nor bfloat16.
@@ -141,7 +142,7 @@ def write_tensors(
     header_size = len(_header(specs, offsets, blank, provenance))
 
     with path.open("wb") as file:
-        # The space is taken before any work is done; and pages written into allocated blocks cost a third less.
+        # Takes the space before any work is done. Writing into allocated blocks also costs a third less.
         if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(file.fileno(), 0, header_size + sum(spec.nbytes for spec in specs.values()))
 
@@ -166,9 +167,9 @@ def write_tensors(
 
 
 def _take_turns(jobs: Iterable[Iterator[None]]) -> None:
-    """Runs generators to their ends in two threads, a step of each in turn, so that both threads end together.
+    """Runs generators to their ends in two threads, one step of each in turn, so that both threads end together.
 
-    Once a job has failed, or the caller was interrupted, no further step begins.
+    No further step begins after a generator has failed or the caller was interrupted.
     """
     waiting, stopped = deque(jobs), threading.Event()
 
@@ -176,7 +177,7 @@ def _take_turns(jobs: Iterable[Iterator[None]]) -> None:
         while not stopped.is_set():
             try:
                 job = waiting.popleft()
-            except IndexError:  # the other thread has the last one
+            except IndexError:  # the other thread runs the last generator
                 return
             try:
                 next(job)
@@ -198,7 +199,7 @@ def verify(path: Path, advance: Advance = lambda done: None) -> None:
     """Reads a written file back and compares every tensor with its digest.
 
     Raises:
-        BeitJaxError: the header is damaged, or a tensor's bytes are not those that were written.
+        BeitJaxError: the header is damaged, or the bytes of a tensor have changed.
     """
     _read(path, {}, json.loads(read_metadata(path)["digests"]), advance)
 
@@ -206,9 +207,10 @@ def verify(path: Path, advance: Advance = lambda done: None) -> None:
 def _read(
     path: Path, places: Mapping[str, memoryview], digests: Mapping[str, str], advance: Advance = lambda done: None
 ) -> None:
-    """Reads the tensors of a native file by two threads: each to its place, or only to compare its digest.
+    """Reads the tensors of a native file in two threads and compares their digests.
 
-    In pieces, which are hashed while they are in a core's cache; without a place they all take the same one.
+    A tensor is read in pieces, each of which is hashed while it is in a core's cache. A tensor with no entry in
+    `places` is not kept: all its pieces go to the same memory.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -221,7 +223,7 @@ def _read(
             while start < end:
                 piece = place[filled : filled + min(_CHUNK, end - start)]
                 count = os.preadv(file.fileno(), [piece], start)
-                if not count:  # cut off meanwhile, which the digest will not hide
+                if not count:  # the file became shorter; the digest will differ
                     break
                 digest.update(piece[:count])
                 start += count
@@ -255,7 +257,7 @@ def _header(
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    """The bytes of a C-contiguous array; bfloat16 does not export a buffer of its own."""
+    """The bytes of a C-contiguous array. (A bfloat16 array exports no buffer itself.)"""
     return array.reshape(-1).view(np.uint8).data
 
 
