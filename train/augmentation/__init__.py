@@ -1,4 +1,8 @@
-"""Training images: decoded, cropped, changed and mixed, on the host and on the device; masks of patches.
+"""What happens to training images, on the host and on the device.
 
-May import: the ground and images of `beit_jax`, `..recipe`.
+On the host, without JAX: `decode` reads a record; `classification`, `segmentation` and `views` (for pre-training) crop,
+flip and change colours, with `randaugment`; `masking` draws masks of patches; `resample`, `kernels` and `smooth` make
+Pillow's pixels faster. On the device: `mixing` normalises, erases and mixes.
+
+May import: `train.recipe`, `beit_jax.images`, the ground.
 """

@@ -1,6 +1,6 @@
-"""Training images on the host: random crop, flip, and RandAugment or colour jitter, as timm does them on PIL images.
+"""Training images of a classifier, on the host: random crop, flip, and RandAugment or colour jitter, as in timm.
 
-What is drawn and what is done with it are apart: `TrainTransform.draw` and `TrainTransform.apply`. Erasing and mixing
+Drawing random numbers and using them are separate: `TrainTransform.draw` and `TrainTransform.apply`. Erasing and mixing
 happen on the device, in `mixing`. Nothing here imports JAX: worker processes start without it.
 """
 
@@ -33,7 +33,7 @@ RESAMPLES: Final[dict[Interpolation, tuple[Filter, ...]]] = {
 
 @dataclass(frozen=True)
 class Draws:
-    """All that is random about one image: a crop, its resampling filter, a flip, then operations in their order."""
+    """The random choices for one image: a crop, its resampling filter, a flip, and operations in order."""
 
     box: Box
     resample: Filter
@@ -43,9 +43,9 @@ class Draws:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """RGB image (uint8 [h, w, 3], or PIL's) and generator -> the same of `size`, (height, width), as an array.
+    """RGB image (uint8 [h, w, 3], or PIL's) and generator -> uint8 [height, width, 3] of `size`.
 
-    A value, so that it can be sent to worker processes.
+    The transform is a plain value, so that it can be sent to worker processes.
     """
 
     options: AugmentOptions
@@ -59,7 +59,7 @@ class TrainTransform:
         return self.apply(pixels, self.draw((width, height), rng))
 
     def draw(self, image_size: tuple[int, int], rng: np.random.Generator) -> Draws:
-        """For an image of (width, height)."""
+        """Draws the random choices for an image of (width, height)."""
         options = self.options
         resamples = RESAMPLES[options.interpolation]
         box = draw_box(image_size, options.crop_scale, options.crop_ratio, rng)
@@ -72,7 +72,7 @@ class TrainTransform:
         return Draws(box, resample, flip, operations)
 
     def apply(self, image: Pixels | Image.Image, draws: Draws) -> Pixels:
-        """What was drawn, done."""
+        """Applies the random choices."""
         pixels = resized(np.asarray(image), draws.box, self.size, draws.resample)
         if draws.flip:
             pixels = np.ascontiguousarray(pixels[:, ::-1])
@@ -85,10 +85,13 @@ class TrainTransform:
 
 
 def train_transform(options: AugmentOptions, size: tuple[int, int], mean: tuple[float, float, float]) -> TrainTransform:
-    """The transform to (height, width). Pixels that RandAugment moves in have the colour `mean`, of [0, 1].
+    """The transform to images of (height, width).
+
+    Args:
+        mean: the colour, in [0, 1], that RandAugment uses for pixels from outside the image.
 
     Raises:
-        BeitJaxError: `options.randaugment` that is not understood, or that moves pixels by a filter it cannot have.
+        BeitJaxError: `options.randaugment` is not understood, or would need a filter that it cannot use.
     """
     if options.randaugment is not None and options.interpolation == "lanczos":
         raise BeitJaxError(
@@ -103,8 +106,10 @@ def train_transform(options: AugmentOptions, size: tuple[int, int], mean: tuple[
 def draw_box(
     image_size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> Box:
-    """A crop of an image of (width, height): its area uniform in `scale` as a share of the image's, its width over
-    height log-uniform in `ratio`, its place uniform. After ten that do not fit, the largest centre crop in `ratio`.
+    """A random crop of an image of (width, height).
+
+    The crop's share of the area is uniform in `scale`, its width over height is log-uniform in `ratio`, and its place
+    is uniform. If ten crops in a row do not fit, the largest centre crop with a ratio in `ratio` is taken.
 
     Source: torchvision RandomResizedCrop.get_params.
     """
@@ -127,7 +132,8 @@ def draw_box(
 
 
 def draw_jitter(strength: float, rng: np.random.Generator) -> tuple[Operation, ...]:
-    """Brightness, contrast and saturation in random order, factors uniform in [max(0, 1 - strength), 1 + strength].
+    """Changes of brightness, contrast and saturation, in random order. Their factors are uniform in
+    [max(0, 1 - strength), 1 + strength].
 
     Source: torchvision ColorJitter.
     """

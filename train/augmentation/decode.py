@@ -1,8 +1,8 @@
-"""The bytes of a training record -> 8-bit RGB, the pixels that timm and torchvision train on.
+"""Decodes training records to 8-bit RGB, with the same pixels that timm and torchvision train on.
 
-Unlike `beit_jax.open_image`, EXIF orientation is not applied: torchvision's ``ImageFolder`` and timm read training
-and validation images by ``Image.open(...).convert("RGB")``, which leaves it alone, and the published numbers were
-reached so. What else differs from that call are 16-bit greyscale images, scaled here and saturated there.
+Unlike `beit_jax.open_image`, decoding ignores EXIF orientation. torchvision's ``ImageFolder`` and timm read images by
+``Image.open(...).convert("RGB")``, which ignores it, and the published numbers were reached so. Only 16-bit greyscale
+images differ from that call: they are scaled here, and saturate there.
 """
 
 import io
@@ -26,18 +26,18 @@ MAX_PIXELS: Final = 50_000_000  # a record of 12 kB can ask for a gigabyte
 
 
 def decode(data: bytes, name: str) -> Pixels:
-    """RGB of the stored size, uint8 [h, w, 3], from an image file of any of `beit_jax.images.files.FORMATS`.
+    """Decodes an image file, in one of `beit_jax.images.files.FORMATS`, to RGB, uint8 [h, w, 3].
 
-    Colour JPEGs go through simplejpeg where it is installed, bit for bit as Pillow decodes them; everything else, CMYK
-    and greyscale JPEGs among it, and whatever simplejpeg finds fault with, is Pillow's. Alpha is dropped, palettes
-    are looked up, 16-bit greyscale keeps its high byte, an animation gives its first frame.
+    simplejpeg, where it is installed, decodes colour JPEGs, with the same pixels as Pillow. Pillow decodes everything
+    else, including CMYK and greyscale JPEGs and files that simplejpeg refuses. Alpha is dropped, palettes are looked
+    up, 16-bit greyscale keeps its high byte, and an animation gives its first frame.
 
     Args:
-        name: what stands for the record in an error; printable.
+        name: the name of the record in errors; printable.
 
     Raises:
-        BeitJaxError: no image, a truncated or visibly damaged one, or more than MAX_PIXELS. (JPEG has no checksum:
-            damage inside may pass unseen.)
+        BeitJaxError: no image, a truncated or visibly damaged one, or more than MAX_PIXELS. JPEG has no checksum, so
+            damage inside a file may pass unnoticed.
     """
     pixels = _colour_jpeg(data)
     return np.asarray(_any_format(data, name)) if pixels is None else pixels
@@ -51,7 +51,7 @@ def _colour_jpeg(data: bytes) -> Pixels | None:
         if colours not in ("YCbCr", "RGB") or height * width > MAX_PIXELS:
             return None
         return np.asarray(simplejpeg.decode_jpeg(data))
-    except ValueError:  # Pillow decides what is damaged, and says it
+    except ValueError:  # Pillow decides whether the file is damaged, and reports it
         return None
 
 
@@ -63,7 +63,7 @@ def _any_format(data: bytes, name: str) -> Image.Image:
         raise BeitJaxError(f"{name}: expected one of {', '.join(FORMATS)}, found {found}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BeitJaxError(f"{name}: too large ({printable(error)})") from error
-    except Exception as error:  # Pillow's plugins let out whatever their parsing of untrusted bytes hits
+    except Exception as error:  # Pillow's plugins raise whatever their parsing of untrusted bytes meets
         found = printable(f"{type(error).__name__}: {error}")
         raise BeitJaxError(f"{name}: damaged image ({found}); replace it") from error
     if image.width * image.height > MAX_PIXELS:

@@ -1,6 +1,6 @@
-"""Pillow's resampling of 8-bit images as loops that Numba compiles. `resample` is the way to call them.
+"""Pillow's resampling of 8-bit images, as loops that Numba compiles. They are called through `resample`.
 
-The innermost loops run over what lies side by side in memory, for the sake of vector units. Nothing here checks bounds.
+The innermost loops run over neighbours in memory, so that vector units can be used. Nothing here checks bounds.
 """
 
 import math
@@ -12,31 +12,31 @@ from numba import njit
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_BITS: Final = 22  # of a weight, after the point
+_BITS: Final = 22  # bits of a weight after the binary point
 _HALF: Final = 1 << (_BITS - 1)
-_ROWS: Final = 64  # computed side by side
-_COLUMNS: Final = 256  # of values turned at a time: with _ROWS of each they fill a third of a first-level cache
+_ROWS: Final = 64  # rows that are computed together
+_COLUMNS: Final = 256  # values that are transposed at a time: with _ROWS rows, they fill a third of a first-level cache
 
 
 def _compiled(function: _F) -> _F:
-    """Its machine code, made at the first call and kept for other processes."""
+    """Compiles a function at its first call, and stores the machine code for other processes."""
     try:
         return cast(_F, njit(cache=True, nogil=True)(function))
-    except RuntimeError:  # neither beside this file nor in the user's cache is a place to keep it
+    except RuntimeError:  # neither this folder nor the user's cache can be written
         return cast(_F, njit(nogil=True)(function))
 
 
 @_compiled
 def resize(pixels: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int], reach: float) -> np.ndarray:
-    """The part of an image [h, w, 3] in a box (left, top, right, bottom), resized to (height, width), all uint8.
+    """Resizes the part of an image [h, w, 3] in a box (left, top, right, bottom) to (height, width), all uint8.
 
-    By two passes, of whole-number products of levels and weights. Their sums are rounded to levels in between, so that
-    it shows which pass was the first.
+    There are two passes over products of whole numbers, levels and weights. The sums of the first pass are rounded to
+    levels, so the result depends on which pass comes first.
 
     Args:
         pixels: C-contiguous.
-        box: within the image.
-        reach: of the filter, in pixels: 1 for the bilinear one, 2 for the bicubic one.
+        box: a box within the image.
+        reach: the reach of the filter in pixels: 1 for bilinear, 2 for bicubic.
 
     Source of the arithmetic: Pillow 13.0.0 src/libImaging/Resample.c.
     """
@@ -57,7 +57,7 @@ def resize(pixels: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, 
 
 @_compiled
 def _weights(size_in: int, size_out: int, reach: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For every output the first of its inputs [out], their number [out] and weights [out, most of them], int32."""
+    """For every output: its first input [out], the number of its inputs [out] and their weights [out, most], int32."""
     scale = size_in / size_out
     stretch = max(scale, 1.0)
     support = reach * stretch
@@ -81,7 +81,7 @@ def _weights(size_in: int, size_out: int, reach: float) -> tuple[np.ndarray, np.
 
 @_compiled
 def _filter(x: float, reach: float) -> float:
-    """Of a distance: a triangle, or the cubic with a slope of -1/2."""
+    """The weight at a distance: a triangle, or the cubic with a slope of -1/2."""
     if x >= reach:
         return 0.0
     if reach == 1.0:
@@ -100,7 +100,7 @@ def _level(total: np.int32) -> np.int32:
 def _vertical(
     values: np.ndarray, left: int, columns: int, firsts: np.ndarray, counts: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """Columns from `left` on: of each, weighted sums over rows, [out, columns]."""
+    """Weighted sums over rows, for the columns from `left` on: [out, columns]."""
     found, totals = np.empty((len(firsts), columns), np.uint8), np.empty(columns, np.int32)
     for out in range(len(firsts)):
         totals[:] = _HALF
@@ -117,9 +117,9 @@ def _vertical(
 def _horizontal(
     values: np.ndarray, top: int, left: int, rows: int, firsts: np.ndarray, counts: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """`rows` rows from `top` on, from the pixel `left` on: of each, weighted sums of pixels, [rows, 3 * out].
+    """Weighted sums of pixels from `left` on, for `rows` rows from `top` on: [rows, 3 * out].
 
-    Some rows at a time are turned, so that sums run along them, and turned back.
+    Some rows at a time are transposed, so that the sums run over neighbours in memory, and transposed back.
     """
     width = 3 * (firsts[-1] + counts[-1])
     turned, sums = np.empty((width, _ROWS), np.uint8), np.empty((3 * len(firsts), _ROWS), np.uint8)
@@ -152,17 +152,16 @@ def _horizontal(
 
 @_compiled
 def slide(pixels: np.ndarray, shear: float, shift: float, fill: tuple[int, int, int]) -> tuple[np.ndarray, bool]:
-    """An image [h, w, 3], uint8, whose pixel (x, y) comes from (x + shear * y + shift, y), counted at pixel centres.
+    """Slides the rows of an image: pixel (x, y) comes from (x + shear * y + shift, y), measured at pixel centres.
 
-    Pillow evaluates 4 x 4 neighbours; those of other rows have no weight where rows slide along themselves.
+    Pillow evaluates 4 x 4 neighbours. Where rows slide along themselves, neighbours in other rows have no weight.
 
     Args:
-        pixels: C-contiguous.
-        fill: colour of what comes from outside.
+        pixels: uint8 [h, w, 3], C-contiguous.
+        fill: the colour of pixels from outside the image.
 
     Returns:
-        The image; and whether that of some row is wrong, as rounding tears it apart: its pixels lie on both sides of
-        whole ones.
+        The image, and True if some row is wrong: rounding tears a row whose pixels fall on both sides of whole pixels.
 
     Source of the arithmetic: Pillow 13.0.0 src/libImaging/Geometry.c, `affine_transform` and `bicubic_filter32RGB`.
     """

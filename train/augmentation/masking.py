@@ -1,4 +1,4 @@
-"""BEiT's blockwise masks: rectangles of patches, drawn until enough patches are hidden.
+"""BEiT's blockwise masks: rectangles of patches are drawn until enough patches are hidden.
 
 Source of the semantics: microsoft/unilm@768a3c8 beit/masking_generator.py, and beit2's for the exact number.
 """
@@ -14,18 +14,18 @@ from beit_jax.errors import BeitJaxError
 
 from ..recipe import MaskOptions
 
-ATTEMPTS: Final = 10  # to place a block, before the mask is left as it is
+ATTEMPTS: Final = 10  # to place a block; after that the mask stays as it is
 
 
 @dataclass(frozen=True)
 class BlockMask:
-    """Masks over a grid of (rows, columns) patches, drawn from a generator: bool [patches], row-major, True: hidden.
+    """Draws masks over a grid of (rows, columns) patches: bool [patches], row-major, True where a patch is hidden.
 
-    Never more than `options.patches` are hidden. Fewer are where the last block finds no place (a third of masks, one
-    or two patches as a rule), unless `options.exact` adds single ones at random.
+    A mask hides `options.patches` patches at most. If the last block finds no place, it hides fewer: in a third of the
+    masks, usually by one or two. With `options.exact`, single random patches make up the number.
 
     Raises:
-        BeitJaxError: options that describe no mask of this grid.
+        BeitJaxError: the options describe no mask of this grid.
     """
 
     grid: tuple[int, int]
@@ -52,10 +52,10 @@ class BlockMask:
         return flat
 
     def _add_block(self, mask: Bool[np.ndarray, "rows columns"], missing: int, rng: np.random.Generator) -> int:
-        """Hides one block, in place, and returns how many patches it newly hides: 1 to `missing`; 0: none was found.
+        """Hides one block, in place, and returns the number of newly hidden patches, at most `missing`; 0: no place.
 
-        Its area is uniform between the options' smallest and the most that may be hidden, whichever is larger, and
-        its height over width log-uniform.
+        The area of the block is uniform between `min_block` and the number of patches that it may newly hide. Its
+        height over width is log-uniform.
         """
         options = self.options
         (rows, columns), steepest = self.grid, -math.log(options.min_aspect)

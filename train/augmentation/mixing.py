@@ -1,7 +1,7 @@
-"""Training images on the device: normalised, erased, mixed, with targets that are distributions. All of it traceable.
+"""Training images on the device: normalised, erased and mixed, with distributions as targets. JAX can trace it all.
 
-What is drawn and what is done with it are apart. Source of the semantics: timm 1.0.31, timm/data/random_erasing.py
-(mode "pixel", one rectangle) and timm/data/mixup.py (mode "batch").
+Drawing random numbers and using them are separate functions. Source of the semantics: timm 1.0.31,
+timm/data/random_erasing.py (mode "pixel", one rectangle) and timm/data/mixup.py (mode "batch").
 """
 
 import math
@@ -17,7 +17,7 @@ from ..recipe import STATISTICS, AugmentOptions, Statistics
 
 ERASED_AREA: Final = (0.02, 1 / 3)
 ERASED_ASPECT: Final = (0.3, 1 / 0.3)  # height over width
-ATTEMPTS: Final = 10  # to draw a rectangle that fits, before the image is left alone
+ATTEMPTS: Final = 10  # to draw a rectangle that fits; after that the image stays as it is
 
 
 class Boxes(NamedTuple):
@@ -29,14 +29,20 @@ class Boxes(NamedTuple):
     right: Int[Array, "*b"]
 
     def contain(self, height: int, width: int) -> Bool[Array, "*b h w"]:
-        """Whether each pixel of an image is in the rectangle."""
+        """True for every pixel of an image of (height, width) that is in the rectangle."""
         rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
         top, bottom, left, right = (edge[..., None, None] for edge in self)
         return (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
 
 
 class Mixing(NamedTuple):
-    """How a batch is mixed: what an image keeps of itself, and where it is cut instead of blended (empty: nowhere)."""
+    """How a batch is mixed.
+
+    Attributes:
+        share: the share that an image keeps of itself.
+        cut: True: a rectangle comes from the other image. False: all pixels are blended.
+        box: the rectangle; empty where nothing is cut.
+    """
 
     share: Float[Array, ""]
     cut: Bool[Array, ""]
@@ -44,18 +50,18 @@ class Mixing(NamedTuple):
 
 
 def normalise(images: UInt8[Array, "b h w 3"], statistics: Statistics) -> Float[Array, "b h w 3"]:
-    """Pixels of [0, 255] as [0, 1], less the mean, over the deviation, in float32."""
+    """Scales pixels from [0, 255] to [0, 1], subtracts the mean, and divides by the deviation, in float32."""
     mean, deviation = (jnp.asarray(values, jnp.float32) for values in STATISTICS[statistics])
     return (images.astype(jnp.float32) / 255 - mean) / deviation
 
 
 def soft_targets(labels: Int[Array, " b"], classes: int, smoothing: float) -> Float[Array, "b classes"]:
-    """1 - `smoothing` on the label and `smoothing` spread over all classes, float32."""
+    """Targets with 1 - `smoothing` on the label and `smoothing` spread over all classes, float32."""
     return jax.nn.one_hot(labels, classes, dtype=jnp.float32) * (1 - smoothing) + smoothing / classes
 
 
 def erase(key: Key[Array, ""], images: Float[Array, "b h w c"], probability: float) -> Float[Array, "b h w c"]:
-    """Normalised images, each with this probability under noise within a rectangle."""
+    """Replaces a rectangle of each normalised image by noise, with this probability."""
     if probability == 0:
         return images
     batch, height, width, _ = images.shape
@@ -65,9 +71,10 @@ def erase(key: Key[Array, ""], images: Float[Array, "b h w c"], probability: flo
 
 
 def draw_erasing(key: Key[Array, ""], size: tuple[int, int], batch: int, probability: float) -> Boxes:
-    """`batch` rectangles in images of (height, width), empty where nothing is erased.
+    """Draws `batch` rectangles in images of (height, width); a rectangle is empty where nothing is erased.
 
-    Area and logarithm of the aspect are uniform. Of ten rectangles, the first that leaves a row and a column is taken.
+    The area and the logarithm of the aspect are uniform. The first of ten rectangles that leaves a row and a column of
+    the image is taken.
     """
     height, width = size
     shape_key, place_key = jax.random.split(key)
@@ -91,7 +98,7 @@ def draw_erasing(key: Key[Array, ""], size: tuple[int, int], batch: int, probabi
 def apply_erasing(
     images: Float[Array, "b h w c"], boxes: Boxes, noise: Float[Array, "b h w c"]
 ) -> Float[Array, "b h w c"]:
-    """`noise` within the rectangles, the images elsewhere."""
+    """The images, with `noise` within the rectangles."""
     return jnp.where(boxes.contain(*images.shape[1:3])[..., None], noise, images)
 
 
@@ -101,10 +108,10 @@ def mix(
     targets: Float[Array, "b classes"],
     options: AugmentOptions,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b classes"]]:
-    """Mixup or cutmix of the batch with itself in reverse; as it is where both are off.
+    """Mixes the batch with itself in reverse order, by mixup or cutmix; unchanged if both are off.
 
     Raises:
-        BeitJaxError: a batch of an odd size, whose middle image would have itself as its partner.
+        BeitJaxError: the size of the batch is odd, so the image in the middle would be mixed with itself.
     """
     if options.mixup == 0 and options.cutmix == 0:
         return images, targets
@@ -114,9 +121,9 @@ def mix(
 
 
 def draw_mixing(key: Key[Array, ""], size: tuple[int, ...], options: AugmentOptions) -> Mixing:
-    """One mixing for a batch of images of (height, width); at least one of `options.mixup`, `options.cutmix` is on.
+    """Draws how a batch of images of (height, width) is mixed. `options.mixup` or `options.cutmix` must be on.
 
-    Cutmix's share is what the rectangle leaves, after the image's border has clipped it.
+    The share of cutmix is the area outside the rectangle, after the border of the image has clipped the rectangle.
     """
     mixed_key, cut_key, share_key, box_key = jax.random.split(key, 4)
     mixed = jax.random.bernoulli(mixed_key, options.mix_probability)
@@ -131,12 +138,12 @@ def draw_mixing(key: Key[Array, ""], size: tuple[int, ...], options: AugmentOpti
 
 
 def draw_cut(key: Key[Array, ""], size: tuple[int, ...], share: Float[Array, ""]) -> Boxes:
-    """A rectangle of the image's shape and 1 - `share` of its area, its centre uniform, clipped at the border."""
+    """Draws a rectangle of the image's shape and 1 - `share` of its area; its centre is uniform, the border clips it."""
     return cut_box(size, share, jax.random.randint(key, (2,), 0, jnp.asarray(size)))
 
 
 def cut_box(size: tuple[int, ...], share: Float[Array, ""], centre: Int[Array, "2"]) -> Boxes:
-    """What `draw_cut` draws, around a given centre. An odd side has its spare pixel after the centre."""
+    """The rectangle of `draw_cut` around a given centre. The extra pixel of an odd side comes after the centre."""
     sides = jnp.asarray(size)
     lengths = (sides * jnp.sqrt(1 - share)).astype(jnp.int32)
     top, left = jnp.clip(centre - lengths // 2, 0, sides)
@@ -147,12 +154,12 @@ def cut_box(size: tuple[int, ...], share: Float[Array, ""], centre: Int[Array, "
 def apply_mixing(
     images: Float[Array, "b h w c"], targets: Float[Array, "b classes"], mixing: Mixing
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b classes"]]:
-    """Each image and target with its partner's: the batch in reverse, as timm pairs them."""
+    """Mixes every image and target with its partner's. Partners are the batch in reverse order, as in timm."""
     inside = mixing.box.contain(*images.shape[1:3])
-    kept = jnp.where(mixing.cut, 1.0 - inside, mixing.share)[..., None].astype(images.dtype)
+    own = jnp.where(mixing.cut, 1.0 - inside, mixing.share)[..., None].astype(images.dtype)
     share = mixing.share.astype(targets.dtype)
     return (
-        images * kept + images[::-1] * (1 - kept),
+        images * own + images[::-1] * (1 - own),
         targets * share + targets[::-1] * (1 - share),
     )
 

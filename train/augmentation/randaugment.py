@@ -1,4 +1,4 @@
-"""RandAugment: which operations an image gets, and what each does to its pixels, exactly as Pillow computes it.
+"""RandAugment: the operations that an image gets, and their effect on its pixels, exactly as Pillow computes it.
 
 Source of the semantics: timm 0.3.2 to 1.0.31, timm/data/auto_augment.py; operations are named as there.
 """
@@ -19,8 +19,8 @@ OPERATIONS: Final = (
     "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
     "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel",
 )  # fmt: skip
-UNIFORM_BEYOND: Final = 100.0  # a deviation above this means levels uniform between 0 and the magnitude
-_PARTS: Final = {  # of the notation, and what their values look like
+UNIFORM_BEYOND: Final = 100.0  # with a larger deviation, levels are uniform between 0 and the magnitude
+_PARTS: Final = {  # the parts of the notation, and patterns of their values
     "n": "[1-9][0-9]*",
     "m": "[0-9]+",
     "mstd": r"[0-9]+(\.[0-9]+)?",
@@ -37,10 +37,12 @@ _ENHANCERS: Final = {
 
 @dataclass(frozen=True)
 class Operation:
-    """One of OPERATIONS with what was drawn for it.
+    """One of OPERATIONS, with the values that were drawn for it.
 
-    argument: degrees, bits to keep, threshold, addend, enhancement factor, shear or share of the side; of operations
-        that take none, 0. resample: of those that move pixels.
+    Attributes:
+        argument: degrees, bits to keep, threshold, addend, enhancement factor, shear or share of the side; 0 for
+            operations without an argument.
+        resample: the filter of operations that move pixels.
     """
 
     name: str
@@ -50,10 +52,10 @@ class Operation:
 
 @dataclass(frozen=True)
 class RandAugment:
-    """A policy: `count` operations, uniform with replacement, each carried out with probability `share`.
+    """A policy: `count` operations are drawn uniformly, with replacement; each is carried out with probability `share`.
 
-    Its level is normal with mean `magnitude` and standard deviation `deviation`, clipped to [0, `limit`]; `increasing`
-    chooses the arguments that are stronger at higher levels.
+    The level of an operation is normal with mean `magnitude` and standard deviation `deviation`, clipped to
+    [0, `limit`]. With `increasing`, higher levels are stronger for all operations.
     """
 
     count: int = 2
@@ -92,7 +94,7 @@ class RandAugment:
         )
 
     def draw(self, rng: np.random.Generator, resamples: tuple[Resampling, ...]) -> tuple[Operation, ...]:
-        """The operations of one image; each takes one of `resamples`, all as likely."""
+        """Draws the operations of one image. Each uses one of `resamples`, with equal probability."""
         drawn = []
         for number in rng.integers(len(OPERATIONS), size=self.count):
             if rng.random() >= self.share:
@@ -111,11 +113,11 @@ class RandAugment:
 
 
 def argument(name: str, level: float, negative: bool, *, increasing: bool) -> float:
-    """The argument of the operation at a level; `negative` mirrors those that go both ways.
+    """The argument of the operation at a level; `negative` mirrors the arguments that have two directions.
 
-    Up to level 10 with `increasing`: Rotate -30 to 30; ShearX, ShearY -.3 to .3; TranslateXRel, TranslateYRel -.45 to
+    With `increasing`, up to level 10: Rotate -30 to 30; ShearX, ShearY -.3 to .3; TranslateXRel, TranslateYRel -.45 to
     .45; Posterize 4 to 0; Solarize 256 to 0; SolarizeAdd 0 to 110; enhancements .1 to 1.9, where 1 changes nothing.
-    Without it Posterize and Solarize run the other way, and enhancements grow from .1 to 1.9.
+    Without `increasing`, Posterize and Solarize run the other way, and enhancements grow from .1 to 1.9.
     """
     part, sign = level / 10, -1 if negative else 1
     match name:
@@ -139,9 +141,9 @@ def argument(name: str, level: float, negative: bool, *, increasing: bool) -> fl
 
 
 def perform(image: Image.Image, operation: Operation, fill: Colour) -> Image.Image:
-    """The RGB image after the operation; pixels from outside it are `fill`.
+    """The RGB image after the operation; pixels from outside the image have the colour `fill`.
 
-    Posterize to no bits gives black, as it did in timm's time; Pillow 13 itself raises there.
+    Posterize to 0 bits gives black, as earlier versions of Pillow did; Pillow 13 raises an error.
     """
     amount = operation.argument
     match operation.name:
@@ -152,8 +154,8 @@ def perform(image: Image.Image, operation: Operation, fill: Colour) -> Image.Ima
         case "Invert":
             return ImageOps.invert(image)
         case "Posterize":
-            kept = 256 - 2 ** (8 - min(max(int(amount), 0), 8))
-            return image.point([value & kept for value in range(256)] * 3)
+            bits = 256 - 2 ** (8 - min(max(int(amount), 0), 8))
+            return image.point([value & bits for value in range(256)] * 3)
         case "Solarize":
             return ImageOps.solarize(image, int(amount))
         case "SolarizeAdd":

@@ -1,8 +1,8 @@
-"""Resizing, shear and translation of training images, bit for bit as Pillow does them and in a third of its time.
+"""Resizing, shear and translation of training images, with the same pixels as Pillow and in a third of its time.
 
-Where Numba is installed, and the image large enough to be worth loading it, loops that it compiles (`kernels`) take
-Pillow's place. Pixels do not tell which of them made them: Pillow's arithmetic changes between its versions, and only a
-Pillow that agrees with the loops is replaced.
+Where Numba is installed, loops that it compiles (`kernels`) replace Pillow for images that are large enough to be worth
+loading Numba. The pixels are the same: Pillow's arithmetic changes between versions, so the loops are only used if the
+installed Pillow agrees with them.
 """
 
 from functools import cache
@@ -17,21 +17,21 @@ Box: TypeAlias = tuple[int, int, int, int]
 """Left, top, right, bottom."""
 Colour: TypeAlias = tuple[int, int, int]
 Resampling: TypeAlias = Literal[Image.Resampling.BILINEAR, Image.Resampling.BICUBIC]
-"""Of operations that move pixels."""
+"""The filters of operations that move pixels."""
 Filter: TypeAlias = Resampling | Literal[Image.Resampling.LANCZOS]
-"""Of resizing."""
+"""The filters of resizing."""
 
-WORTHWHILE: Final = 96 * 96  # pixels; of fewer, Pillow makes tens of thousands before Numba is even loaded
+WORTHWHILE: Final = 96 * 96  # pixels; Pillow makes tens of thousands of smaller images while Numba is being loaded
 _REACH: Final[dict[Image.Resampling, float]] = {Image.Resampling.BILINEAR: 1.0, Image.Resampling.BICUBIC: 2.0}
 
 
 def resized(
     pixels: UInt8[np.ndarray, "h w 3"], box: Box, size: tuple[int, int], resample: Filter
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The part of an image in a box that lies within it, resized to (height, width).
+    """Resizes the part of an image in a box, which lies within the image, to (height, width).
 
-    Equals ``Image.fromarray(pixels).crop(box).resize((width, height), resample)``: cropped first, as `resize` with a
-    box would let pixels beyond it into the edges.
+    Equals ``Image.fromarray(pixels).crop(box).resize((width, height), resample)``. The image is cropped first, because
+    `resize` with a box would use pixels outside the box at its edges.
     """
     height, width = size
     left, top, right, bottom = box
@@ -44,7 +44,9 @@ def resized(
 def slide(
     image: Image.Image, axis: Literal["x", "y"], shear: float, shift: float, resample: Resampling, fill: Colour
 ) -> Image.Image:
-    """`image`, RGB, whose pixel (x, y) comes from (x + shear * y + shift, y), counted at pixel centres; y likewise.
+    """Slides the rows of an RGB image: pixel (x, y) comes from (x + shear * y + shift, y), measured at pixel centres.
+
+    With axis "y", columns slide likewise.
 
     Equals ``image.transform(image.size, AFFINE, (1, shear, shift, 0, 1, 0), resample, fillcolor=fill)``.
     """
@@ -64,7 +66,7 @@ def _pillows_slide(image: Image.Image, shear: float, shift: float, resample: Res
 
 
 def _read_only(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """The same in one piece and not to be written: Numba compiles anew for each kind of array."""
+    """The pixels as a contiguous, read-only array: Numba compiles once for each kind of array."""
     view = np.ascontiguousarray(pixels).view()
     view.flags.writeable = False
     return view
@@ -72,7 +74,7 @@ def _read_only(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]
 
 @cache
 def _kernels() -> ModuleType | None:
-    """The compiled loops. None without Numba, with one that is too old for this NumPy, or beside another Pillow."""
+    """The compiled loops; None without Numba, with one that is too old for this NumPy, or with a different Pillow."""
     try:
         from . import kernels
     except ImportError:
@@ -81,7 +83,7 @@ def _kernels() -> ModuleType | None:
 
 
 def _agree(kernels: ModuleType) -> bool:
-    """Whether they give the installed Pillow's pixels: enlarged, shrunk, by both orders of the axes, and slid."""
+    """True if the loops give the installed Pillow's pixels: enlarged, shrunk, in both orders of the axes, and slid."""
     pixels = _read_only(np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8))
     image, fill = Image.fromarray(pixels), (1, 128, 254)
     for resample, reach in _REACH.items():

@@ -1,7 +1,8 @@
 """Training images with their label maps, as mmseg 0.11 trains on ADE20K: scale, crop, flip, colours, padding.
 
-What is drawn and what is done with it are apart, as in `augment`; but where the crop lies depends on the labels. The
-image is scaled inside the crop only, to the same pixels. Nothing here imports JAX: worker processes start without it.
+Drawing random numbers and using them are separate, as in `classification`; but the place of the crop depends on the
+labels. Only the crop of the image is scaled, to the same pixels. Nothing here imports JAX: worker processes start
+without it.
 
 Source: mmsegmentation v0.11.0 mmseg/datasets/pipelines/transforms.py: Resize, RandomCrop, RandomFlip,
 PhotoMetricDistortion, Pad; mmcv.imrescale.
@@ -18,7 +19,7 @@ from PIL import Image
 from beit_jax.images.label_maps import IGNORED, resize_labels
 from beit_jax.resize import linear_taps
 
-from ..recipe import SegmentationOptions
+from ..recipe import SceneOptions
 from .decode import Pixels
 
 Labels: TypeAlias = UInt8[np.ndarray, "h w"]
@@ -29,18 +30,18 @@ SegmentationTransform: TypeAlias = Callable[
 Colour: TypeAlias = tuple[int, int, int]
 Kind: TypeAlias = Literal["brightness", "contrast", "saturation", "hue"]
 Distortion: TypeAlias = tuple[Kind, float]
-"""What is changed, and by how much: an offset of levels, a factor, a factor, an offset of half degrees."""
+"""A change of colours and its amount: an offset of levels, a factor, a factor, or an offset in half degrees."""
 
-ATTEMPTS: Final = 10  # crops that are judged; the one after them is taken as it comes
+ATTEMPTS: Final = 10  # crops that are checked; the next one is taken without a check
 BRIGHTNESS: Final = 32.0  # levels up or down
 FACTORS: Final = (0.5, 1.5)  # of contrast and saturation
 HUES: Final = 180  # OpenCV's circle of hues, in half degrees
-HUE: Final = 18  # half degrees back, and one less forth
+HUE: Final = 18  # half degrees backwards; forwards one less
 
 
 @dataclass(frozen=True)
 class Draws:
-    """All that is random about one image: its (height, width), the top and left of the crop there, flip and colours."""
+    """The random choices for one image: its (height, width), the crop's top and left, a flip, and colours."""
 
     size: tuple[int, int]
     corner: tuple[int, int]
@@ -52,10 +53,10 @@ class Draws:
 class CropTransform:
     """RGB image, its reduced labels and generator -> uint8 [crop, crop, 3] and int32 [crop, crop].
 
-    A value, so that it can be sent to worker processes.
+    The transform is a plain value, so that it can be sent to worker processes.
     """
 
-    options: SegmentationOptions
+    options: SceneOptions
     crop: int
     fill: Colour
 
@@ -65,7 +66,7 @@ class CropTransform:
         return self.apply(image, labels, self.draw(labels, rng))
 
     def draw(self, labels: Labels, rng: np.random.Generator) -> Draws:
-        """For an image with these labels."""
+        """Draws the random choices for an image with these labels."""
         options = self.options
         height, width = labels.shape
         size = draw_size((height, width), options.scale, options.ratio, rng)
@@ -76,7 +77,7 @@ class CropTransform:
     def apply(
         self, image: Pixels | Image.Image, labels: Labels, draws: Draws
     ) -> tuple[UInt8[np.ndarray, "crop crop 3"], Int32[np.ndarray, "crop crop"]]:
-        """Where the scaled image is smaller than the crop, it lies at the top left."""
+        """Applies the random choices. A scaled image that is smaller than the crop is placed at the top left."""
         rows, columns = (
             slice(start, min(start + self.crop, length)) for start, length in zip(draws.corner, draws.size, strict=True)
         )
@@ -96,12 +97,12 @@ class CropTransform:
 
 
 def segmentation_transform(
-    options: SegmentationOptions, crop: int, mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    options: SceneOptions, crop: int, mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
 ) -> CropTransform:
     """The transform to crop x crop pixels.
 
     Args:
-        mean: colour of padding, of [0, 1]. mmseg pads with 0 after normalisation, which is the mean of pixels here.
+        mean: the colour of padding, in [0, 1]. mmseg pads normalised images with 0, which is the mean colour here.
     """
     red, green, blue = (min(255, round(255 * value)) for value in mean)
     return CropTransform(options, crop, (red, green, blue))
@@ -113,10 +114,10 @@ def segmentation_transform(
 def draw_size(
     image_size: tuple[int, int], scale: tuple[int, int], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int]:
-    """The (height, width) to which an image of (height, width) is scaled, its proportions kept.
+    """Draws the (height, width) to which an image of (height, width) is scaled, with the same proportions.
 
-    It becomes as large as `scale` times a factor uniform in `ratio` allows: the larger number bounds the long edge, the
-    smaller one the short edge.
+    The image becomes as large as `scale` times a factor, uniform in `ratio`, allows: the larger number of `scale`
+    bounds the long edge, the smaller one the short edge.
     """
     factor = rng.uniform(*ratio)
     short, long = sorted(int(edge * factor) for edge in scale)
@@ -126,7 +127,7 @@ def draw_size(
 
 
 def draw_corner(labels: Labels, crop: int, max_class_share: float, rng: np.random.Generator) -> tuple[int, int]:
-    """Top and left of a crop, uniform; drawn again, ATTEMPTS times at most, while one class has too much of it."""
+    """Draws top and left of a crop, uniformly; again, up to ATTEMPTS times, while one class covers too much of it."""
     spare = [max(length - crop, 0) for length in labels.shape]
 
     def draw() -> tuple[int, int]:
@@ -142,16 +143,17 @@ def draw_corner(labels: Labels, crop: int, max_class_share: float, rng: np.rando
 
 
 def is_mixed(labels: Labels, max_class_share: float) -> bool:
-    """Whether there are two classes or more, and the largest has less than this share of the pixels that count."""
+    """True if there are two or more classes, and the largest has less than this share of the pixels that count."""
     counts = np.bincount(labels.ravel(), minlength=IGNORED + 1)
     counts[IGNORED] = 0
     return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < max_class_share)
 
 
 def scaled_part(pixels: Pixels, size: tuple[int, int], rows: slice, columns: slice) -> Pixels:
-    """``scaled[rows, columns]`` of the image scaled to (height, width), without computing the rest of it.
+    """``scaled[rows, columns]`` of the image scaled to (height, width); the rest is not computed.
 
-    Bilinear between the four nearest pixels, also when shrinking, as OpenCV's: `ImageProcessor` without antialiasing.
+    Pixels are bilinear between the four nearest ones, also when shrinking, as in OpenCV: `ImageProcessor` without
+    antialiasing.
     """
     values = pixels
     for axis, part in enumerate((rows, columns)):
@@ -165,7 +167,7 @@ def scaled_part(pixels: Pixels, size: tuple[int, int], rows: slice, columns: sli
 
 
 def draw_distortions(rng: np.random.Generator) -> tuple[Distortion, ...]:
-    """Each of the four with probability 1/2, contrast before or after saturation and hue with equal probability."""
+    """Draws each of the four with probability 1/2; contrast comes before or after saturation and hue, equally often."""
     contrast: Distortion = ("contrast", rng.uniform(*FACTORS))
     colours: list[Distortion] = [("saturation", rng.uniform(*FACTORS)), ("hue", float(rng.integers(-HUE, HUE)))]
     ordered = [contrast, *colours] if rng.random() < 0.5 else [*colours, contrast]
@@ -175,7 +177,7 @@ def draw_distortions(rng: np.random.Generator) -> tuple[Distortion, ...]:
 
 
 def distort(pixels: Pixels, distortion: Distortion) -> Pixels:
-    """Changes colours of 8 bits: fractions are cut off after every step, as mmseg does."""
+    """Changes 8-bit colours. Fractions are cut off after every step, as in mmseg."""
     kind, amount = distortion
     if kind == "brightness":
         return _levels(1.0, amount)[pixels]
@@ -215,18 +217,18 @@ def from_hsv(hsv: Pixels) -> Pixels:
 
 
 def _levels(factor: float, offset: float) -> UInt8[np.ndarray, " 256"]:
-    """What becomes of each of the 256 levels."""
+    """The new level for each of the 256 levels."""
     changed = np.arange(256, dtype=np.float32) * np.float32(factor) + np.float32(offset)
     return np.clip(changed, 0, 255).astype(np.uint8)
 
 
 def _division(scale: float) -> Int32[np.ndarray, " 256"]:
-    """scale / i in fixed point; 0 for 0."""
+    """A table of scale / i in fixed point; 0 for i = 0."""
     return np.rint([0.0, *((scale * (1 << _SHIFT)) / np.arange(1, 256))]).astype(np.int32)
 
 
 def _absence() -> Float32[np.ndarray, "hues 3"]:
-    """How much of red, green and blue a saturated colour of each hue lacks."""
+    """The amounts of red, green and blue that a saturated colour of each hue lacks."""
     place = (np.arange(HUES)[:, None] * (6 / HUES) + np.array([5, 3, 1])) % 6
     return np.clip(np.minimum(place, 4 - place), 0, 1).astype(np.float32)
 

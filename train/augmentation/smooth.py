@@ -1,18 +1,18 @@
-"""Pillow's SMOOTH filter, bit for bit and in a quarter of its time."""
+"""Pillow's SMOOTH filter, with the same pixels and in a quarter of the time."""
 
 from typing import Final
 
 import numpy as np
 from PIL import Image
 
-_ROWS: Final = 32  # at a time: they stay in the cache
+_ROWS: Final = 32  # rows at a time: they stay in the cache
 
 
 def smooth(image: Image.Image) -> Image.Image:
-    """An RGB image's mean over 3 x 3 pixels, of which the centre counts five times. The outermost pixels stay.
+    """The mean over 3 x 3 pixels of an RGB image; the centre counts five times. The outermost pixels do not change.
 
-    Equals ``image.filter(ImageFilter.SMOOTH)``, which adds in float32, where sums are too far from a half to be rounded
-    the wrong way: 13 is odd.
+    Equals ``image.filter(ImageFilter.SMOOTH)``, which adds in float32. The divisor 13 is odd, so no quotient is close
+    enough to a half for float32 to round it the other way.
     """
     pixels = np.asarray(image)
     height, width, _ = pixels.shape

@@ -1,4 +1,4 @@
-"""Images of pre-training on the host: one crop as the student and the tokenizer see it, and the mask.
+"""Images of pre-training on the host: a crop as the student sees it, as the tokenizer sees it, and the mask.
 
 Source: microsoft/unilm@768a3c8 beit/datasets.py and beit/transforms.py. Nothing here imports JAX.
 """
@@ -18,22 +18,21 @@ from .resample import Colour, resized
 
 Views: TypeAlias = dict[str, np.ndarray]
 
-_NO_FILL: Final[Colour] = (0, 0, 0)  # colour jitter moves no pixels in
+_NO_FILL: Final[Colour] = (0, 0, 0)  # colour jitter needs no pixels from outside the image
 
 
 @dataclass(frozen=True)
 class ViewsTransform:
-    """RGB image (uint8 [h, w, 3], or PIL's) and generator -> the views of it.
+    """RGB image (uint8 [h, w, 3], or PIL's) and generator -> views of the image.
 
-    A value, so that it can be sent to worker processes.
+    The transform is a plain value, so that it can be sent to worker processes. The views are:
 
-    - "image": uint8 [h, w, 3], the student's view, of `size` (height, width), resized by `options.interpolation`;
-    - "token_image": uint8 [th, tw, 3], the tokenizer's, of `token_size`, resized by `token_interpolation`: the same
-      crop of the same jittered and flipped image. Absent without a `token_size`;
-    - "mask": bool [patches], row-major, True where a patch is hidden. Absent without a `mask`.
+    - "image": uint8 [h, w, 3], the student's view of `size` (height, width), resized by `options.interpolation`;
+    - "token_image": uint8 [th, tw, 3], the tokenizer's view of `token_size`, resized by `token_interpolation`; it is
+      the same crop of the same jittered and flipped image. Missing without a `token_size`;
+    - "mask": bool [patches], row-major, True where a patch is hidden. Missing without a `mask`.
 
-    Of the options only colour jitter, flip, crop and interpolation count. What is drawn for the views does not depend
-    on whether there are a second one and a mask.
+    The student's view does not depend on whether there are a second view and a mask.
     """
 
     options: CropOptions
@@ -51,7 +50,7 @@ class ViewsTransform:
         return views
 
     def draw(self, image_size: tuple[int, int], rng: np.random.Generator) -> Draws:
-        """For an image of (width, height); the box is one of the flipped image."""
+        """Draws the random choices for an image of (width, height). The box belongs to the flipped image."""
         options = self.options
         operations = draw_jitter(options.color_jitter, rng)
         flip = rng.random() < options.flip
@@ -60,8 +59,11 @@ class ViewsTransform:
         return Draws(box, resamples[rng.integers(len(resamples))], flip, operations)
 
     def apply(self, image: Pixels | Image.Image, draws: Draws) -> Views:
-        """Jittered before it is cropped: contrast is relative to the mean of the whole image. Then as the original:
-        flipped, cropped, and only then resized, so that no pixels beyond the crop get into its edges."""
+        """Applies the random choices.
+
+        Colours come first, because contrast is relative to the mean of the whole image. Then the image is flipped,
+        cropped and resized, in the order of the original: pixels outside the crop do not reach its edges.
+        """
         pixels = np.asarray(image)
         if draws.operations:
             picture = Image.fromarray(pixels)

@@ -27,11 +27,11 @@ HOSTS, BOARD = "hosts.jsonl", "tensorboard"
 
 
 class Log:
-    """The log of a run, a context manager.
+    """The log of a run, a context manager. Only process 0 writes and shows anything.
 
-    Metrics go, a JSON object per line, to ``metrics.jsonl``, where a killed process loses none that were written; and
-    to TensorBoard's files under ``tensorboard/``. People see, on standard error, a line that keeps up with the run on a
-    terminal, and a line per record elsewhere. All but the first process of a run do nothing.
+    Metrics are written to ``metrics.jsonl``, a JSON object per line; a process that is killed loses none of them. They
+    are also written to TensorBoard's files under ``tensorboard/``. Standard error shows a progress bar on a terminal,
+    and otherwise a line per record.
 
     Args:
         directory: of the run; exists.
@@ -92,9 +92,9 @@ class Log:
         self._stack.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records metrics of a step: those of training, which have a "loss", or others.
+        """Records the metrics of a step: those of training, which have a "loss", or others.
 
-        Infinities and NaN, which JSON does not have, are null in the file.
+        Infinities and NaN, which JSON does not have, become null in the file.
 
         Raises:
             BeitJaxError: the file cannot be written; the disk is full, for example.
@@ -108,8 +108,8 @@ class Log:
                 self._board.add_scalar(name, value, step)
         self._show(step, values)
 
-    def hosts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Records where the time of every host went since the last record; nothing for a run of one."""
+    def host_times(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Records the time of every host since the last record. With one process there are no rows, and no record."""
         if rows and self._writes:
             with open_to_append(self._path.with_name(HOSTS)) as file:
                 append(file, {"step": step, "hosts": list(rows)})
@@ -120,12 +120,12 @@ class Log:
             self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def advance(self, step: int) -> None:
-        """Moves the terminal's bar to `step` steps done; nothing elsewhere."""
+        """Moves the progress bar to `step`, where there is one."""
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)
 
     def note(self, text: str) -> None:
-        """Shows a line, above the bar where there is one."""
+        """Shows a line, above the progress bar where there is one."""
         if self._console is not None:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -137,16 +137,16 @@ class Log:
             self._bar.update(self._bar.task_ids[0], description=describe(metrics, self._eta(step)))
 
     def _eta(self, step: int) -> float | None:
-        """Seconds left, if everything since the start goes on as it did; None before the first step."""
+        """Seconds left at the average speed since the start; None before the first step."""
         done = step - self._start
         return (self._now() - self._began) / done * (self._total - step) if done > 0 else None
 
 
 def describe(metrics: Mapping[str, float], eta: float | None = None) -> str:
-    """Metrics in one line: those of training first and in words, then all others by their names.
+    """Metrics in one line: those of training first and in words, then the others by name.
 
     Args:
-        eta: seconds left; shown with training's metrics, which have a "loss".
+        eta: seconds left; shown only with the metrics of training, which have a "loss".
     """
     worded = {name: show(metrics[name]) for name, show in _WORDS.items() if name in metrics}
     if "loss" in metrics and eta is not None:
@@ -166,7 +166,7 @@ _WORDS: Mapping[str, Callable[[float], str]] = {
 
 
 def _board(path: Path, start_step: int) -> Any:
-    """TensorBoard's files. What an earlier process wrote for the steps that will be done again is hidden."""
+    """A writer of TensorBoard's files. It hides what an earlier process wrote for steps that are done again."""
     try:
         writer = import_module("tensorboardX")
     except ModuleNotFoundError:
@@ -174,7 +174,7 @@ def _board(path: Path, start_step: int) -> Any:
     return writer.SummaryWriter(
         str(path),
         purge_step=start_step + 1 if start_step else 0,
-        # Its own names differ by the second only, and a file of the same name would be emptied.
+        # Without a suffix, names differ only by the second, and a file of the same name would be emptied.
         filename_suffix=f".{start_step}.{os.getpid()}",
     )
 

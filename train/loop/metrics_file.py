@@ -43,12 +43,12 @@ def append(file: FileIO, record: dict[str, Any]) -> None:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Removes the records after `step` from a file of them, and a last line that a killed process left unfinished.
+    """Removes the records after `step` from a file, and an unfinished last line, which a killed process leaves.
 
-    At step 0 nothing is kept.
+    With step 0 the file becomes empty.
 
     Raises:
-        BeitJaxError: a finished line is no record, naming the line.
+        BeitJaxError: a finished line is no record; the error names the line.
     """
     if not path.exists():
         return
@@ -61,12 +61,12 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a file that a `Log` wrote, in its order; NaN stands for what was not finite.
+    """The records of a file that a `Log` wrote, in its order. NaN stands for values that were not finite.
 
-    A last line that is not finished is passed over: the run goes on, or was killed.
+    An unfinished last line is skipped: the run still writes, or was killed.
 
     Raises:
-        BeitJaxError: the file cannot be read, or a finished line is no record of numbers, naming the line.
+        BeitJaxError: the file cannot be read, or a finished line is no record of numbers; the error names the line.
     """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
@@ -77,7 +77,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [_numbers(path, number, line) for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
 
 
-_LARGEST = float(np.finfo(np.float64).max)  # integers of JSON have no bounds
+_LARGEST = float(np.finfo(np.float64).max)  # integers in JSON have no bounds
 
 
 def _numbers(path: Path, number: int, line: bytes) -> dict[str, float]:

@@ -18,11 +18,11 @@ TRAINING: tuple[Phase, ...] = ("input", "step", "other")
 
 @dataclass(frozen=True)
 class Timing:
-    """Where time went.
+    """The time of every phase.
 
     Attributes:
-        seconds: by phase; together all the time there was.
-        steps, images: done in the phase "step".
+        seconds: by phase; their sum is all the time that passed.
+        steps, images: the number of steps, and of their images, in the phase "step".
     """
 
     seconds: Mapping[Phase, float]
@@ -39,20 +39,20 @@ class Timing:
 
     @property
     def images_per_second(self) -> float:
-        """Without compilation, checkpoints and evaluation; 0 before the first step."""
+        """Images per second without compilation, checkpoints and evaluation; 0 before the first step."""
         seconds = sum(self.seconds[phase] for phase in TRAINING)
         return self.images / seconds if seconds > 0 else 0.0
 
     def share(self, phase: Phase) -> float:
-        """Of all the time, in [0, 1]."""
+        """The share of a phase in all the time, in [0, 1]."""
         return self.seconds[phase] / self.total if self.total > 0 else 0.0
 
     def rates(self, flops_per_image: float | None = None, peak: float | None = None) -> dict[str, float]:
         """Metrics to log: images per second, the share of training time spent waiting for input, and "mfu".
 
         Args:
-            flops_per_image: of a training step, `estimate.flops`.
-            peak: FLOP/s of all devices together; without it, utilisation is left out.
+            flops_per_image: FLOPs of a training step for one image, from `estimate.flops`.
+            peak: FLOP/s of all devices together; without it, "mfu" is left out.
         """
         training = sum(self.seconds[phase] for phase in TRAINING)
         waited = self.seconds["input"] / training if training > 0 else 0.0
@@ -62,7 +62,7 @@ class Timing:
         return rates
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The timing for JSON."""
         return {
             "seconds": {"total": self.total, **self.seconds},
             "steps": self.steps,
@@ -71,7 +71,7 @@ class Timing:
         }
 
     def lines(self) -> list[str]:
-        """For people: the rate, then every phase that took time."""
+        """Lines for people: the rate, then every phase that took time."""
         rate = f"{self.images_per_second:,.1f} images/s over {self.steps:,} steps in {duration(self.total)}"
         phases = [
             f"  {phase:<10} {100 * self.share(phase):5.1f} %  {duration(self.seconds[phase])}"
@@ -82,10 +82,10 @@ class Timing:
 
 
 class Clock:
-    """Charges all time to one phase at a time; what nobody claims is "other".
+    """Measures the time of phases. At any time one phase is on; outside of all blocks it is "other".
 
     Args:
-        now: seconds that never go back.
+        now: returns seconds that never go back.
     """
 
     def __init__(self, now: Now = time.monotonic) -> None:
@@ -98,11 +98,11 @@ class Clock:
 
     @contextmanager
     def measure(self, phase: Phase, images: int = 0) -> Iterator[None]:
-        """Charges the block to `phase`. A block inside is charged to its own phase alone.
+        """Adds the time of the block to `phase`. The time of a block inside it counts only for that block's phase.
 
         Args:
-            images: of the training step that the block is; counted if it ends well and its phase is "step": a first
-                step, whose time is the compiler's, would falsify the rate.
+            images: the images of the training step in the block. They count if the block ends without an error and its
+                phase is "step". A first step is in the phase "compile", and would falsify the rate.
         """
         before = self._switch(phase)
         try:
@@ -114,12 +114,12 @@ class Clock:
             self._switch(before)
 
     def timing(self) -> Timing:
-        """Everything since the clock was made."""
+        """The timing since the clock was made."""
         self._switch(self._phase)
         return Timing(dict(self._seconds), self._steps, self._images)
 
     def interval(self) -> Timing:
-        """Everything since the last call."""
+        """The timing since the last call."""
         now, before = self.timing(), self._last
         self._last = now
         return now - before
@@ -139,10 +139,10 @@ def duration(seconds: float) -> str:
 
 
 def straggler(hosts: Sequence[Mapping[str, Any]]) -> str | None:
-    """The host that keeps the others waiting, in words, if there is one: they all wait in every step for the last.
+    """A sentence about the host that makes the others wait; None if there is none. All hosts step together.
 
     Args:
-        hosts: "host" and seconds by phase of each, in the order of the processes.
+        hosts: for every process, its "host" and its seconds by phase; in the order of the processes.
     """
     if len(hosts) < 2:
         return None

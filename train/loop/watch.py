@@ -1,4 +1,4 @@
-"""What ends a process from outside: a signal, answered by saving, or a hang, answered by printing where it hangs."""
+"""Ends a run in good order: after a signal, by saving; after a hang, by printing where each thread hangs."""
 
 import faulthandler
 import os
@@ -17,18 +17,18 @@ INTERRUPTED = 75
 """Exit code of a run that a signal ended: start it again to go on (sysexits' EX_TEMPFAIL)."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PHASES: Mapping[str, float] = {"compile": 4.0, "restore": 4.0}
-"""How many times the usual patience a phase gets; 1 where a phase is not named."""
+"""Factors by which the patience is longer in a phase; 1 for phases that are not named."""
 
 
 class Interruption:
-    """SIGTERM and SIGINT (Ctrl-C) as a request to save and stop, inside a ``with`` block of the main thread.
+    """Turns SIGTERM and SIGINT (Ctrl-C) into requests to stop, inside a ``with`` block of the main thread.
 
-    The first signal calls `request`: the loop saves after its step, and exits with `INTERRUPTED`. The second calls
-    `again` and ends the process at once with the same code, also while it compiles or waits for a device: signals are
-    noticed by a thread of their own.
+    The first signal calls `request`: the loop saves after its step, and exits with `INTERRUPTED`. The second signal
+    calls `again`, and ends the process at once with the same code, also during compilation or while waiting for a
+    device: a thread of its own notices signals.
 
     Args:
-        request, again: called with the signal's name, in that thread.
+        request, again: called in that thread with the name of the signal.
     """
 
     def __init__(self, request: Callable[[str], None], again: Callable[[str], None] = lambda name: None) -> None:
@@ -38,8 +38,8 @@ class Interruption:
     def __enter__(self) -> Self:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        # Python runs handlers between two of its own instructions, not while it waits for a compiler; but it writes a
-        # signal's number to this pipe the moment it comes.
+        # Python runs signal handlers only between two of its own instructions, not while it waits for a compiler. But
+        # it writes the number of a signal to this pipe at once.
         self._pipe_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._count, name="interruption", daemon=True)
         self._thread.start()
@@ -66,24 +66,24 @@ class Interruption:
             name = signal.Signals(byte[0]).name
             if came > 1:
                 say(f"{name} again: stopping at once, nothing is saved")
-                telling = threading.Thread(target=self._again, args=(name,), daemon=True)
-                telling.start()
-                telling.join(2.0)  # seconds; it may be the network that hangs
+                report = threading.Thread(target=self._again, args=(name,), daemon=True)
+                report.start()
+                report.join(2.0)  # seconds; the network may be what hangs
                 os._exit(INTERRUPTED)
             say(f"{name}: saving after this step, then stopping; once more stops at once")
             self._request(name)
 
 
 class Watchdog:
-    """Ends a process that stands still: prints the stacks of all threads and exits with `HUNG`.
+    """Ends a process that hangs: prints the stacks of all threads and exits with `HUNG`.
 
     The loop calls `beat` after every step and every batch of an evaluation. Time in which the whole process is stopped
     (SIGSTOP, a suspended machine) does not count.
 
     Args:
-        minutes: patience between two beats.
-        phases: by name, how many times that for what `phase` surrounds.
-        hung: called with the minutes, once the stacks are printed.
+        minutes: the longest time between two beats.
+        phases: factors of that time, by name of a phase.
+        hung: called with the minutes, after the stacks are printed.
     """
 
     def __init__(
@@ -108,12 +108,12 @@ class Watchdog:
         self._thread.join()
 
     def beat(self) -> None:
-        """Says that something was done."""
+        """Reports progress."""
         self.beats += 1
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Gives the block the patience of the phase `name`. Entering and leaving are beats."""
+        """Gives the block the patience of the phase `name`. Entering and leaving the block are beats."""
         before, self.phase_name = self.phase_name, name
         self.beat()
         try:
