@@ -60,7 +60,7 @@ class SegmentationArguments:
     whole: bool = False
     """Use the whole image at once; the default if the checkpoint resizes images to the native size."""
     as_trained: bool = False
-    """Prepare images as in BEiT's training on ADE20K (ImageNet's mean, proportions kept), not as the checkpoint says."""
+    """Prepare images as BEiT was trained for ADE20K (ImageNet's mean, proportions kept), not as the checkpoint says."""
     scales: tuple[float, ...] = (1.0,)
     """Average over these sizes; the published multi-scale results use 0.5 0.75 1 1.25 1.5 1.75."""
     flip: bool = False

@@ -1,4 +1,6 @@
-"""For people to look at: attention and bias as arrays (`interpret`), and pictures of them and of results.
+"""Looking at models and results: arrays for analysis, and pictures for people.
 
-May import: everything below training: models, tokenizers, images, inference.
+`interpret` computes attention, its rollout and the position bias as arrays. `visualize` draws these, training curves
+and parity, by matplotlib. `pictures` lays label maps over images, `reconstruct` decodes what a masked image model
+predicts. May import: the ground, `images`, `models`, `tokenizers`, `inference`.
 """

@@ -1,7 +1,7 @@
-"""What goes on inside a model, as arrays: attention in an image, its rollout, and the bias that attention gets.
+"""The inside of a model as arrays: attention in an image, attention rollout, and relative position bias.
 
-Blocks and heads are counted from 1, as `beit-jax parity` and the scores of probes count them, and so are the rows and
-columns of patches, from the top left.
+Blocks and heads are counted from 1, as in `beit-jax parity` and in the scores of probes. Rows and columns of patches
+are counted from 1 too, from the top left.
 """
 
 import os
@@ -25,12 +25,12 @@ from beit_jax.models.position import Grid
 
 @dataclass(frozen=True, eq=False)
 class ImageAttention:
-    """What every token of an image attends to, in every block and head.
+    """The attention of every token of an image to every other, in all blocks and heads.
 
     Attributes:
-        image: as the model sees it, before normalisation; greyscale three times over.
-        probabilities: rows sum to 1; token 0 is the class token, the patches follow row by row.
-        grid: (rows, columns) of patches.
+        image: the image as the model sees it, before normalisation; a greyscale image is repeated three times.
+        probabilities: rows sum to 1. Token 0 is the class token; the patches follow row by row.
+        grid: patches, (rows, columns).
         name: of the image, for titles.
     """
 
@@ -46,11 +46,11 @@ class ImageAttention:
     def head_maps(
         self, block: int | None = None, patch: tuple[int, int] | None = None
     ) -> Float[np.ndarray, "heads rows columns"]:
-        """What share of its attention a token of a block spends on every patch; the rest is the class token's.
+        """The share of a token's attention that each patch gets in a block; the rest goes to the class token.
 
         Args:
             block: by default the last.
-            patch: the (row, column) of the token; by default the class token.
+            patch: (row, column) of the token that attends; by default the class token.
 
         Raises:
             BeitJaxError: no such block or patch.
@@ -59,7 +59,7 @@ class ImageAttention:
         return rows.reshape(-1, *self.grid)
 
     def rollout_map(self, patch: tuple[int, int] | None = None) -> Float64[np.ndarray, "rows columns"]:
-        """How much of every patch reaches a token (by default the class token) after all blocks, by `rollout`.
+        """The share of each patch in a token (by default the class token) after all blocks, by `rollout`.
 
         Raises:
             BeitJaxError: no such patch.
@@ -67,7 +67,7 @@ class ImageAttention:
         return rollout(self.probabilities)[self.token(patch), 1:].reshape(self.grid)
 
     def token(self, patch: tuple[int, int] | None) -> int:
-        """The index of a patch among the tokens; of None, the class token's.
+        """The index of a patch among the tokens; None is the class token.
 
         Raises:
             BeitJaxError: no such patch.
@@ -82,14 +82,14 @@ class ImageAttention:
 
 @dataclass(frozen=True, eq=False)
 class PositionBias:
-    """What a model adds to the scaled attention scores of every head for where two tokens lie.
+    """The relative position bias: what a model adds to the scaled attention scores, by the offset of two tokens.
 
     Attributes:
-        offsets: [head, dy + rows - 1, dx + columns - 1] where the attended patch lies dy rows below the one that
-            attends and dx columns to its right.
-        cls_to_patch, patch_to_cls, cls_to_cls: of the class token, which has no place: it attends to a patch, a patch
-            to it, and it to itself.
-        table: which table it is: "shared", "block 3" or, the sum of both, "block 3 + shared".
+        offsets: at [head, dy + rows - 1, dx + columns - 1] is the bias for a patch dy rows below the attending patch
+            and dx columns to its right.
+        cls_to_patch, patch_to_cls, cls_to_cls: the class token has no position. These are its biases when it attends
+            to a patch, when a patch attends to it, and when it attends to itself.
+        table: the table's name: "shared", "block 3", or "block 3 + shared" for the sum of both.
     """
 
     offsets: Float[np.ndarray, "heads y x"]
@@ -99,15 +99,15 @@ class PositionBias:
     table: str
 
     def class_entries(self) -> dict[str, list[float]]:
-        """The numbers of the class token by head, for JSON."""
+        """The biases of the class token by head, for JSON."""
         return {name: getattr(self, name).tolist() for name in ("cls_to_patch", "patch_to_cls", "cls_to_cls")}
 
 
 def image_attention(model: Model, processor: ImageProcessor, image: ImageLike) -> ImageAttention:
-    """Runs an image through a model and keeps the attention of all blocks: depth x heads x n^2 numbers.
+    """Runs an image through a model and returns the attention of all blocks: depth x heads x n^2 numbers.
 
     Raises:
-        BeitJaxError: an image that cannot be read, or that does not come out in a size the model takes.
+        BeitJaxError: the image cannot be read, or the model does not take its size.
     """
     seen = replace(processor, rescale_factor=None, mean=None, std=None)(image)[0].astype(np.uint8)
     pixels = processor(image)
@@ -118,10 +118,11 @@ def image_attention(model: Model, processor: ImageProcessor, image: ImageLike) -
 
 
 def rollout(probabilities: Float[np.ndarray, "depth heads n n"]) -> Float64[np.ndarray, "n n"]:
-    """Attention rollout: how much of every input token is in every output token; rows sum to 1.
+    """Attention rollout: the share of every input token in every output token. Rows sum to 1.
 
-    The heads' mean and the residual connection count for a half each, in every block: W = (A + I) / 2, rows normalised;
-    the result is the product of all W, the last block's to the left. What values, MLPs and layer scale do is not seen.
+    In every block, the mean over heads A and the residual connection I count for a half each: W = (A + I) / 2, with
+    normalised rows. The result is the product of all W, the last block's to the left. Rollout leaves out the effects of
+    values, MLPs and layer scale.
 
     Source: Abnar and Zuidema 2020, arXiv 2005.00928, section 3.
     """
@@ -136,11 +137,11 @@ def position_bias(model: Model, block: int | None = None) -> PositionBias:
     """The relative position bias of a model, at its native patch grid.
 
     Args:
-        block: all that this block adds: its own table, the shared one, or the sum of both. By default the shared table
-            alone, or, where there is none, the last block's.
+        block: the block whose bias is returned: its own table, the shared table, or the sum of both. By default the
+            shared table alone, or the last block's if there is no shared table.
 
     Raises:
-        BeitJaxError: the model has no relative position bias, or not so many blocks.
+        BeitJaxError: the model has no relative position bias, or no such block.
     """
     encoder, config = _encoder(model), model.config
     if config.position_bias == "none":
@@ -155,14 +156,14 @@ def position_bias(model: Model, block: int | None = None) -> PositionBias:
         words.append("shared")
     table = np.sum([np.asarray(part) for part in parts], axis=0)
     sides = [2 * side - 1 for side in config.grid]
-    # A table's rows count from the attended patch to the attending one: backwards.
+    # The tables count offsets from the attended patch to the attending patch, so both axes are reversed.
     offsets = np.moveaxis(table[:-3].reshape(*sides, -1)[::-1, ::-1], -1, 0)
     cls_to_patch, patch_to_cls, cls_to_cls = table[-3:]
     return PositionBias(offsets, cls_to_patch, patch_to_cls, cls_to_cls, " + ".join(words))
 
 
 def checked_block(block: int | None, depth: int) -> int:
-    """`block`, or the last.
+    """Returns `block`, or the last block for None.
 
     Raises:
         BeitJaxError: there is no such block.

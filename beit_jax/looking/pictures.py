@@ -1,4 +1,4 @@
-"""Pictures for people: label maps in colours over their image, with a legend."""
+"""Pictures of label maps: colours over the image, and a legend."""
 
 import colorsys
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from beit_jax.errors import printable
 from beit_jax.images.label_maps import LabelMap
 
-LEGEND_ROWS = 40  # classes named; the rest is counted
-_GOLDEN = 0.6180339887498949  # steps of hue by it never come close to an earlier one soon
+LEGEND_ROWS = 40  # classes with a name in the legend; of further classes it gives the number
+_GOLDEN = 0.6180339887498949  # golden ratio: hues in such steps stay far apart for long
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Area:
 
 
 def palette(count: int) -> UInt8[np.ndarray, "count 3"]:
-    """A colour for every class number: always the same ones, all different."""
+    """A colour for every class number. The colours are all different, and the same in every call."""
     colours = [
         colorsys.hsv_to_rgb(i * _GOLDEN % 1.0, (0.9, 0.55, 0.75)[i % 3], (0.95, 0.7, 0.85, 0.5)[i % 4])
         for i in range(count)
@@ -34,17 +34,17 @@ def palette(count: int) -> UInt8[np.ndarray, "count 3"]:
 
 
 def areas(labels: LabelMap, names: Sequence[str]) -> list[Area]:
-    """The classes that occur, largest first."""
+    """The classes that occur in a label map, the largest first."""
     counts = np.bincount(labels[(labels >= 0) & (labels < len(names))].reshape(-1), minlength=len(names))
     order = np.argsort(-counts, kind="stable")
     return [Area(int(i), names[i], float(counts[i] / labels.size)) for i in order if counts[i]]
 
 
 def overlay(image: Image.Image, labels: LabelMap, names: Sequence[str], *, opacity: float = 0.5) -> Image.Image:
-    """The image under the colours of its classes, and beside it a legend of their names and areas.
+    """Draws the image under the colours of its classes, and a legend with their names and areas beside it.
 
     Args:
-        image: RGB, of the size of `labels`.
+        image: RGB, in the size of `labels`.
         opacity: of the colours, 0 to 1.
     """
     colours = palette(len(names))

@@ -1,7 +1,7 @@
-"""What a masked image model makes of hidden patches, for people to see: its tokens, decoded to pixels.
+"""The predictions of a masked image model for hidden patches: its tokens, decoded to pixels for people to see.
 
-Two decoded images stand side by side: of the tokens that the tokenizer gives, which no prediction could improve on, and
-of the same with the predicted ones in the hidden places.
+There are two decoded images. One has the tokenizer's tokens everywhere; no prediction can be better. The other has the
+predicted tokens in the hidden places.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,22 +27,23 @@ from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeEncoder
 from beit_jax.tokenizers.interface import Tokenizer
 
 BATCH: Final = 8  # images computed at once
-GREY: Final = 128  # of hidden patches
+GREY: Final = 128  # value of the pixels of hidden patches
 CAPTIONS: Final = ("as the model sees it", "with hidden patches", "its tokens, decoded", "predicted, decoded")
-CELL: Final = 160  # pixels of an image's shorter side in a picture, at least; the captions fit into it
+CELL: Final = 160  # least pixels of an image's shorter side in a picture, so that the captions fit
 _GAP, _CAPTION, _FONT = 4, 20, 13
 
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """Images with hidden patches, and what was predicted for these.
+    """Images with hidden patches, and the predictions for these patches.
 
     Attributes:
-        original: what the model was made to see, before normalisation.
-        masked: the same with the hidden patches in grey.
-        tokenizer: what the tokens of the whole image decode to.
-        predicted: the same with the most probable tokens by the model in the hidden places.
-        hidden, right: of every image how many tokens were hidden, and how many of these were predicted right.
+        original: the images in the model's size, before normalisation.
+        masked: the same with hidden patches in grey.
+        tokenizer: the decoded tokens of the whole image.
+        predicted: the same with the model's most probable tokens in the hidden places.
+        hidden: number of hidden tokens of every image.
+        right: number of hidden tokens of every image that were predicted right.
     """
 
     original: UInt8[np.ndarray, "b h w 3"]
@@ -54,11 +55,11 @@ class Reconstruction:
 
     @property
     def correct(self) -> float:
-        """Share of the hidden tokens, of all images, that were predicted right."""
+        """The share of all hidden tokens that were predicted right."""
         return float(self.right.sum() / self.hidden.sum())
 
     def as_dict(self, names: Sequence[Path]) -> dict[str, Any]:
-        """The numbers, for JSON; `names` are those of the images."""
+        """The numbers for JSON, with the names of the images."""
         counts = zip(names, self.hidden.tolist(), self.right.tolist(), strict=True)
         images = [{"image": str(name), "hidden": hidden, "right": right} for name, hidden, right in counts]
         return {"images": images, "correct": self.correct}
@@ -72,20 +73,21 @@ def reconstruct(
     images: Sequence[ImageLike],
     masks: Bool[np.ndarray, "b patches"],
 ) -> Reconstruction:
-    """Hides patches of images from a model and decodes the tokens it predicts for them.
+    """Hides patches of images from a model and decodes the tokens that the model predicts for them.
 
-    The tokenizer sees what the model sees, resized to its own pixels per token with Pillow's Lanczos filter. Where the
-    processor crops nothing, that is the image itself; otherwise it is the crop in the model's size.
+    The tokenizer gets the images resized to its own pixels per token by Pillow's Lanczos filter. If the processor
+    crops, the tokenizer gets the crop in the model's size instead.
 
     Args:
-        model: of masked image modelling, trained on the tokens of `tokenizer`.
-        masks: True where a patch is hidden, rows from the top.
+        model: a masked image model that was trained on the tokens of `tokenizer`.
+        masks: True where a patch is hidden; row by row from the top.
 
     Raises:
-        BeitJaxError: a model of another task; a tokenizer whose tokens stand for no pixels; three parts that do not fit
-            each other; masks of another shape, or that hide nothing; images that `processor` refuses.
+        BeitJaxError: the model has another task; the tokens of the tokenizer do not stand for pixels; model, tokenizer
+            and decoder do not fit each other; the masks have another shape or hide nothing; `processor` refuses an
+            image.
     """
-    student, encoder = _fitting(model, tokenizer, decoder)
+    student, encoder = _check_parts(model, tokenizer, decoder)
     loaded = [load_image(image, "RGB", f"image {number}") for number, image in enumerate(images)]
     original = replace(processor, rescale_factor=None, mean=None, std=None)(loaded).astype(np.uint8)
     grid = patch_grid(student.config, original.shape)
@@ -114,11 +116,14 @@ def reconstruct_files(
     seed: int,
     output: Path,
 ) -> Reconstruction:
-    """`reconstruct` of image files with masks that `draw` gives, and the picture of it as a PNG file.
+    """Calls `reconstruct` for image files, and writes the picture to a PNG file.
+
+    Args:
+        draw: draws the mask of an image.
 
     Raises:
-        BeitJaxError: as `reconstruct`; no images, one that cannot be read; a name that is no PNG file's, or a place
-            where nothing can be written.
+        BeitJaxError: as `reconstruct`; there are no images, or one cannot be read; `output` has another ending than
+            .png, or cannot be written.
     """
     check_output(output)
     if not paths:
@@ -133,13 +138,13 @@ def reconstruct_files(
 
 
 def check_output(output: Path) -> None:
-    """Refuses the name of a picture that is not PNG: before models are loaded for nothing."""
+    """Refuses the name of a picture that does not end in .png, before any model is loaded."""
     if output.suffix.lower() != ".png":
         raise BeitJaxError(f"{printable(output)}: expected a name ending in .png")
 
 
 def grid_picture(found: Reconstruction) -> UInt8[np.ndarray, "height width 3"]:
-    """A row for every image, four columns with captions; every pixel of a small image becomes a square of pixels."""
+    """Draws a row for every image, in four columns with captions. Small images are enlarged by a whole factor."""
     columns = (found.original, found.masked, found.tokenizer, found.predicted)
     sides = np.max([part.shape[1:3] for part in columns], axis=0)
     height, width = (int(side) * max(1, -(-CELL // int(sides.min()))) for side in sides)
@@ -155,7 +160,7 @@ def grid_picture(found: Reconstruction) -> UInt8[np.ndarray, "height width 3"]:
     return np.asarray(canvas)
 
 
-def _fitting(
+def _check_parts(
     model: Model, tokenizer: Tokenizer, decoder: DvaeDecoder
 ) -> tuple[BeitForMaskedImageModeling, DvaeEncoder]:
     if not isinstance(model, BeitForMaskedImageModeling):
@@ -191,12 +196,12 @@ def _resized(images: Sequence[Image.Image], size: tuple[int, int]) -> UInt8[np.n
 
 
 def _padded(array: np.ndarray, length: int) -> np.ndarray:
-    """So that one compilation serves all batches."""
+    """Pads a batch with zeros to `length`, so that one program serves all batches."""
     return np.pad(array, [(0, length - len(array)), *[(0, 0)] * (array.ndim - 1)])
 
 
 def _spread(masks: np.ndarray, grid: Grid, patch: tuple[int, int]) -> Bool[np.ndarray, "b h w"]:
-    """From patches to pixels."""
+    """Spreads masks of patches to masks of pixels."""
     return masks.reshape(-1, *grid).repeat(patch[0], axis=1).repeat(patch[1], axis=2)
 
 
@@ -209,7 +214,7 @@ def _decoded(
     views: UInt8[Array, "b h2 w2 3"],
     masks: Bool[Array, "b patches"],
 ) -> tuple[UInt8[Array, "b h2 w2 3"], UInt8[Array, "b h2 w2 3"], Int[Array, " b"]]:
-    """The images that the tokens and the predictions decode to, and the number of right ones among the hidden."""
+    """The decoded tokens, the decoded predictions, and the number of hidden tokens that were predicted right."""
     low, high = tokenizer.value_range
     tokens = tokenizer.tokens(low + (high - low) * views.astype(jnp.float32) / 255)
     logits = model(pixel_values, masks).logits

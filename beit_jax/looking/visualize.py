@@ -1,10 +1,10 @@
-"""Pictures of what goes on inside a model and in training, as matplotlib figures.
+"""Pictures of the inside of a model, of training and of parity, as matplotlib figures.
 
 The numbers come from `beit_jax.looking.interpret`, `beit_jax.train.loop.metrics_file.read_metrics` and
 `beit_jax.convert.parity`. Other modules draw label maps over images (`beit_jax.looking.pictures`), masked patches and
 their predictions (`beit_jax.looking.reconstruct`) and confusion matrices (`beit_jax.train.evaluation.confusion`).
 
-No figure belongs to pyplot: nothing has to be closed, and no window opens. Text from files is escaped.
+The figures are not pyplot's: none has to be closed, and no window opens. Text from files is escaped.
 """
 
 import math
@@ -25,29 +25,29 @@ if TYPE_CHECKING:
 
 FORMATS: Final[Mapping[str, str]] = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 USUAL: Final = ("loss", "learning_rate", "accuracy", "masked_accuracy", "mIoU", "images_per_second")
-"""Metrics that `training_curves` draws unless told otherwise, in this order."""
+"""The metrics that `training_curves` draws by default, in this order."""
 
 Patch = tuple[int, int]
 Records = Sequence[Mapping[str, float]]
 
-_PANEL = 2.3  # inches of a small picture's longer side
+_PANEL = 2.3  # inches: the longer side of a small picture
 _HEAT = "magma"
-_SMALL = 9  # points of a small picture's title
-_NARROWEST = 1.7  # inches, which such a title needs
-_LETTERS = 12  # of such a title in an inch
-_DOTS = 150  # to the inch, in PNG files
-_DASHED = "D--"  # lines of validation
-_VALIDATION = "validation_"  # begins the names of some metrics of images that are not trained on
+_SMALL = 9  # points: the title of a small picture
+_NARROWEST = 1.7  # inches that such a title needs
+_LETTERS = 12  # letters of such a title in an inch
+_DOTS = 150  # dots per inch of PNG files
+_DASHED = "D--"  # style of the lines of validation
+_VALIDATION = "validation_"  # prefix of some metrics of validation images
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------
 
 
 def attention_maps(attention: ImageAttention, *, block: int | None = None, patch: Patch | None = None) -> "Figure":
-    """The image, and over it, for every head of a block, what a token attends to.
+    """Draws an image, and for every head of a block the attention of a token over the image.
 
-    Axes: the image; the heads, whose second image is the attention itself, [rows, columns]; the colour bar. Every head
-    has colours up to its own maximum, which its title tells, with the share that goes to the class token.
+    Axes: the image; one for every head, with the attention [rows, columns] as its second image; the colour bar. The
+    colours of a head end at its own maximum. Its title names the maximum and the share of the class token.
 
     Args:
         block, patch: as in `ImageAttention.head_maps`.
@@ -70,10 +70,10 @@ def attention_maps(attention: ImageAttention, *, block: int | None = None, patch
 
 
 def attention_rollout(attention: ImageAttention, *, patch: Patch | None = None) -> "Figure":
-    """The image, and over it how much of every patch reaches a token by `beit_jax.looking.interpret.rollout`.
+    """Draws an image, and over it the share of every patch in a token by `beit_jax.looking.interpret.rollout`.
 
-    Axes: the image; the rollout, [rows, columns], as a second image; the colour bar. A patch is made mostly of itself,
-    so colours end at the most that any other patch contributes.
+    Axes: the image; the rollout [rows, columns] as a second image; the colour bar. A patch has its largest share in
+    itself, so the colours end at the largest share of any other patch.
 
     Args:
         patch: (row, column) of the token, from 1; by default the class token.
@@ -97,7 +97,7 @@ def attention_rollout(attention: ImageAttention, *, patch: Patch | None = None) 
 def _image_panels(
     attention: ImageAttention, patch: Patch | None, count: int, longer: float = _PANEL
 ) -> "tuple[Figure, list[Axes]]":
-    """Panels of the image's proportions without ticks; the first shows the image, and the patch in question."""
+    """Makes panels in the image's proportions, without ticks. The first shows the image and frames the patch."""
     height, width = attention.image.shape[:2]
     inches = max(_NARROWEST, longer * min(1.0, width / height)), longer * min(1.0, height / width) + 0.5
     figure, axes = _panels(count, *inches)
@@ -110,19 +110,19 @@ def _image_panels(
 
 
 def _lay_over(panel: "Axes", attention: ImageAttention, values: np.ndarray, low: float, high: float) -> "AxesImage":
-    """Values of the patches in colours over the image in grey."""
+    """Draws the values of patches in colours over the image in grey."""
     panel.imshow(attention.image.mean(axis=2), cmap="gray", vmin=0, vmax=255, **_placed(attention))
     return panel.imshow(values, cmap=_HEAT, alpha=0.7, vmin=low, vmax=high, interpolation="none", **_placed(attention))
 
 
 def _placed(attention: ImageAttention) -> dict[str, Any]:
-    """Options such that a patch lies at its (column, row), and pixels are square."""
+    """Options of imshow by which a patch lies at its (column, row), and pixels are square."""
     (height, width), (rows, columns) = attention.image.shape[:2], attention.grid
     return {"extent": (0.5, columns + 0.5, rows + 0.5, 0.5), "aspect": height / rows / (width / columns)}
 
 
 def _frame(panel: "Axes", patch: Patch | None) -> None:
-    """Around a patch, if one is given."""
+    """Draws a frame around a patch, if one is given."""
     if patch is not None:
         from matplotlib.patches import Rectangle
 
@@ -131,7 +131,7 @@ def _frame(panel: "Axes", patch: Patch | None) -> None:
 
 
 def _relative_bar(figure: "Figure", axes: "Sequence[Axes]") -> None:
-    """The colours of panels that have each its own maximum."""
+    """Draws the colour bar of panels of which each has its own maximum."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -158,10 +158,10 @@ def _percent(share: float) -> str:
 
 
 def position_bias(bias: PositionBias) -> "Figure":
-    """Every head's bias by where the attended patch lies, seen from the attending one in the middle.
+    """Draws the bias of every head by the offset of the attended patch from the attending patch in the middle.
 
-    Axes: the heads, whose image is `bias.offsets[head]`, at its offsets in patches; the colour bar, which they share.
-    The class token's three numbers stand in the titles.
+    Axes: one for every head, with the image `bias.offsets[head]` at its offsets in patches; one colour bar. The titles
+    name the three biases of the class token.
 
     Raises:
         BeitJaxError: matplotlib is not installed.
@@ -194,19 +194,19 @@ def position_bias(bias: PositionBias) -> "Figure":
 
 
 def training_curves(runs: Mapping[str, Records], *, metrics: Sequence[str] = (), log: Sequence[str] = ()) -> "Figure":
-    """Metrics of runs by step: a panel for each metric, a colour for each run, dashes for validation.
+    """Draws metrics of runs by step: a panel for each metric, a colour for each run, dashes for validation.
 
-    Values that were not finite are gaps.
+    Values that are not finite are gaps.
 
     Args:
         runs: label to records, as `beit_jax.train.loop.metrics_file.read_metrics` gives them.
-        metrics: what to draw, "loss" with "validation_loss"; by default what there is of `USUAL`, and all whose names
-            begin with "validation_".
+        metrics: the metrics to draw; "loss" includes "validation_loss". By default those of `USUAL` that the runs have,
+            and all whose names begin with "validation_".
         log: metrics to draw on a logarithmic axis.
 
     Raises:
-        BeitJaxError: a run without records, metrics that no run has, a logarithm of what is not above 0; matplotlib is
-            not installed.
+        BeitJaxError: a run has no records, no run has a metric, a value for a logarithmic axis is not above 0, or
+            matplotlib is not installed.
     """
     drawn, logarithmic = _drawn(runs, metrics), [_panel_of(name) for name in log]
     _check_names("log", logarithmic, drawn)
@@ -228,9 +228,9 @@ def training_curves(runs: Mapping[str, Records], *, metrics: Sequence[str] = (),
 
 
 def _points(records: Records, metric: str, training: bool) -> np.ndarray:
-    """(step, value) [points, 2] of the records of training, or of the others.
+    """(step, value) [points, 2] of the records of training, or of validation.
 
-    Only the latter are scores of images that are not trained on. Some go by training's names.
+    Validation records may use the names of training's metrics.
     """
     found = [
         (record["step"], record[name])
@@ -242,15 +242,15 @@ def _points(records: Records, metric: str, training: bool) -> np.ndarray:
 
 
 def _is_training(record: Mapping[str, float]) -> bool:
-    return "loss" in record or "images_per_second" in record  # the latter alone where no step was finite
+    return "loss" in record or "images_per_second" in record  # a record has no loss if no step was finite
 
 
 def _panel_of(metric: str) -> str:
     return metric.removeprefix(_VALIDATION)
 
 
-def _drawn(runs: Mapping[str, Records], wanted: Sequence[str]) -> list[str]:
-    """Which metrics get a panel, in order."""
+def _drawn(runs: Mapping[str, Records], chosen: Sequence[str]) -> list[str]:
+    """The metrics that get a panel, in order."""
     for label, records in runs.items():
         if not records:
             raise BeitJaxError(f"{printable(label)}: no metrics yet; wait for the first record of the run")
@@ -258,10 +258,10 @@ def _drawn(runs: Mapping[str, Records], wanted: Sequence[str]) -> list[str]:
         raise BeitJaxError("no runs given; name at least one directory")
     names = {name for records in runs.values() for record in records for name in record} - {"step"}
     panels = sorted({_panel_of(name) for name in names})
-    if wanted:
-        chosen = list(dict.fromkeys(_panel_of(name) for name in wanted))
-        _check_names("metrics", chosen, panels)
-        return chosen
+    if chosen:
+        unique = list(dict.fromkeys(_panel_of(name) for name in chosen))
+        _check_names("metrics", unique, panels)
+        return unique
     usual = [name for name in USUAL if name in panels]
     scores = sorted({_panel_of(name) for name in names if name.startswith(_VALIDATION)} - set(USUAL))
     if not usual + scores:
@@ -269,8 +269,8 @@ def _drawn(runs: Mapping[str, Records], wanted: Sequence[str]) -> list[str]:
     return usual + scores
 
 
-def _check_names(option: str, wanted: Sequence[str], known: Sequence[str]) -> None:
-    for name in wanted:
+def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
         if name not in known:
             raise BeitJaxError(f"{option}: expected some of {_listed(known)}, found {printable(name)}")
 
@@ -294,7 +294,7 @@ def _distinct(count: int) -> list[Any]:
 
 
 def _curve_legend(figure: "Figure", labels: Sequence[str], colours: Sequence[Any]) -> None:
-    """Below the panels: which colour is which run, and what dashes mean."""
+    """Draws the legend below the panels: the colours of the runs, and the dashes of validation."""
     from matplotlib.lines import Line2D
 
     lines = [line for panel in figure.axes for line in panel.lines]
@@ -304,7 +304,9 @@ def _curve_legend(figure: "Figure", labels: Sequence[str], colours: Sequence[Any
     handles += [Line2D([], [], color="grey", linestyle="--", marker="D", markersize=3)] * dashed
     columns = max(1, min(len(names), 100 // max(map(len, names))))
     legend = figure.legend(handles, [" "] * len(names), loc="outside lower center", ncols=columns)
-    for text, name in zip(legend.get_texts(), names, strict=True):  # as it is: no mathematics, no hidden "_" names
+    for text, name in zip(
+        legend.get_texts(), names, strict=True
+    ):  # without mathematics, and with names that begin with "_"
         text.set(text=name, parse_math=False)
 
 
@@ -312,16 +314,16 @@ def _curve_legend(figure: "Figure", labels: Sequence[str], colours: Sequence[Any
 
 
 def parity_errors(stages: Sequence[Mapping[str, Any]]) -> "Figure":
-    """How far every stage of a model is from the reference, against what is tolerated, on a logarithmic axis.
+    """Draws the errors of every stage of a model and their tolerance, on a logarithmic axis.
 
-    Lines: the largest error of every stage, the mean one, the tolerance. Stages that differ are red; an error of 0,
-    which has no place on the axis, and one that is not finite are written instead.
+    Lines: the largest error of every stage, the mean error, the tolerance. Stages that differ are red. An error of 0 has
+    no place on a logarithmic axis; it is written as text, and so is an error that is not finite.
 
     Args:
-        stages: as `beit-jax parity --json` prints them: `beit_jax.convert.parity.Stage.as_dict`.
+        stages: as `beit_jax.convert.parity.Stage.as_dict` gives them and `beit-jax parity --json` prints them.
 
     Raises:
-        BeitJaxError: no stages; matplotlib is not installed.
+        BeitJaxError: there are no stages, or matplotlib is not installed.
     """
     if not stages:
         raise BeitJaxError("no stages to draw; run beit-jax parity again")
@@ -354,20 +356,20 @@ def parity_errors(stages: Sequence[Mapping[str, Any]]) -> "Figure":
 
 
 def check_output(path: Path) -> None:
-    """Refuses a name that says no format, before anything is computed for nothing.
+    """Refuses the name of a picture without a known format, before anything is computed.
 
     Raises:
-        BeitJaxError: it ends in something else than .png, .svg or .pdf.
+        BeitJaxError: the name does not end in .png, .svg or .pdf.
     """
     if path.suffix.lower() not in FORMATS:
         raise BeitJaxError(f"{printable(path)}: expected a name ending in .png, .svg or .pdf")
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Writes a figure in the format that the name's ending says; a picture of that name is replaced.
+    """Writes a figure in the format of the file's ending. An existing file is replaced.
 
     Raises:
-        BeitJaxError: another ending than .png, .svg or .pdf; the place cannot be written.
+        BeitJaxError: the name does not end in .png, .svg or .pdf, or the file cannot be written.
     """
     check_output(path)
     with new_file(path) as partial:
@@ -375,7 +377,7 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def _panels(count: int, width: float, height: float) -> "tuple[Figure, list[Axes]]":
-    """A figure of so many panels of this size in inches, row by row."""
+    """Makes a figure of `count` panels, row by row; `width` and `height` of a panel are in inches."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
