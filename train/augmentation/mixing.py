@@ -138,7 +138,7 @@ def draw_mixing(key: Key[Array, ""], size: tuple[int, ...], options: AugmentOpti
 
 
 def draw_cut(key: Key[Array, ""], size: tuple[int, ...], share: Float[Array, ""]) -> Boxes:
-    """Draws a rectangle of the image's shape and 1 - `share` of its area; its centre is uniform, the border clips it."""
+    """Draws a rectangle of 1 - `share` of the image's area and of its shape, with a uniform centre; borders clip it."""
     return cut_box(size, share, jax.random.randint(key, (2,), 0, jnp.asarray(size)))
 
 

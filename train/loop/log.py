@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-HOSTS, BOARD = "hosts.jsonl", "tensorboard"
+HOST_TIMES, BOARD = "hosts.jsonl", "tensorboard"
 
 
 class Log:
@@ -38,7 +38,7 @@ class Log:
         total_steps: of the run.
         start_step: steps done before. Records of later steps, left by a process that was killed after it wrote them,
             are removed: these steps will be done again. At 0 the log starts empty.
-        process_index: of this process among the hosts'.
+        process_index: the number of this process in the run.
         quiet: whether to show nothing.
         tensorboard: whether to write TensorBoard's files.
         console: where to show; by default standard error.
@@ -74,7 +74,7 @@ class Log:
         with ExitStack() as stack:
             if self._writes:
                 keep_until(self._path, self._start)
-                keep_until(self._path.with_name(HOSTS), self._start)
+                keep_until(self._path.with_name(HOST_TIMES), self._start)
                 self._file = stack.enter_context(open_to_append(self._path))
                 self._board = stack.enter_context(_board(self._board_path, self._start)) if self._tensorboard else None
             if self._shows:
@@ -111,7 +111,7 @@ class Log:
     def host_times(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Records the time of every host since the last record. With one process there are no rows, and no record."""
         if rows and self._writes:
-            with open_to_append(self._path.with_name(HOSTS)) as file:
+            with open_to_append(self._path.with_name(HOST_TIMES)) as file:
                 append(file, {"step": step, "hosts": list(rows)})
 
     def picture(self, step: int, name: str, pixels: UInt8[np.ndarray, "h w 3"]) -> None:

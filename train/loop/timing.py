@@ -138,19 +138,19 @@ def duration(seconds: float) -> str:
     return f"{days} d {clock}" if days else clock
 
 
-def straggler(hosts: Sequence[Mapping[str, Any]]) -> str | None:
+def straggler(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """A sentence about the host that makes the others wait; None if there is none. All hosts step together.
 
     Args:
-        hosts: for every process, its "host" and its seconds by phase; in the order of the processes.
+        rows: for every process, its "host" and its seconds by phase; in the order of the processes.
     """
-    if len(hosts) < 2:
+    if len(rows) < 2:
         return None
-    waits = [Timing({phase: row[phase] for phase in PHASES}).rates()["input_wait"] for row in hosts]
+    waits = [Timing({phase: row[phase] for phase in PHASES}).rates()["input_wait"] for row in rows]
     slowest, usual = max(range(len(waits)), key=waits.__getitem__), statistics.median_low(waits)
     if waits[slowest] < 0.1 or waits[slowest] < 2 * usual:
         return None
     return (
-        f"process {slowest} on {printable(hosts[slowest]['host'])} waits for its images {waits[slowest]:.0%} of the "
+        f"process {slowest} on {printable(rows[slowest]['host'])} waits for its images {waits[slowest]:.0%} of the "
         f"time, the median host {usual:.0%}: all others wait for it; look at its disk and processors"
     )
