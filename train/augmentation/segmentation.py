@@ -21,13 +21,13 @@ from beit_jax.resize import linear_taps
 
 from ..recipe import SceneOptions
 from .decode import Pixels
+from .resample import Colour
 
 Labels: TypeAlias = UInt8[np.ndarray, "h w"]
 SegmentationTransform: TypeAlias = Callable[
     [Pixels, np.ndarray, np.random.Generator],
     tuple[UInt8[np.ndarray, "crop crop 3"], Int32[np.ndarray, "crop crop"]],
 ]
-Colour: TypeAlias = tuple[int, int, int]
 Kind: TypeAlias = Literal["brightness", "contrast", "saturation", "hue"]
 Distortion: TypeAlias = tuple[Kind, float]
 """A change of colours and its amount: an offset of levels, a factor, a factor, or an offset in half degrees."""
