@@ -4,9 +4,13 @@
 >>> from beit_jax.hub import resolve
 >>> convert.convert(resolve("microsoft/beit-base-patch16-224"), Path("beit-base"))
 
-A checkpoint's files are read by `checkpoint`, recognised by `identify`, its names mapped by `tables`, the import
-planned and run by `importer`, changed on the way by `beit_jax.models.adapt`, PyTorch checkpoints written by `exporter`, and
-the two implementations compared by `parity`. Names are imported when first used.
+The way of a checkpoint: `files` opens it, with `pickles` for what torch pickled; `identify` finds its format among the
+pages of `formats`; `validation` compares its tensors with the model; `importer` plans and runs the import, on which
+`beit_jax.models.adapt` changes sizes. `exporter` is the way back, `parity` compares both implementations, `tokenizers`
+converts tokenizers, and `options` holds what a user may ask for.
+
+May import: the ground of `beit_jax`, its images, weights, models and tokenizers. `pickles` comes first, then `files`,
+`formats`, and the modules here. Names are imported when they are first used.
 """
 
 from importlib import import_module

@@ -22,15 +22,15 @@ from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.adapt import Adaptation, adaptations
 from beit_jax.models.build import param_shapes
 from beit_jax.terminal import Progress, no_progress
-from beit_jax.weights.native import NativeCheckpoint, check_replaceable, save_json
+from beit_jax.weights.native import MODEL, NativeCheckpoint, save_json
 from beit_jax.weights.tensors import LeafSpec, verify, write_tensors
 
 from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .formats.format import SourceFormat
 from .formats.rules import Step, steps
-from .formats.tables import Naming, recognise
 from .identify import identify
 from .options import DEFAULT, Options
-from .validation import FLOATS, check_fit
+from .validation import FLOATS, check_tensors
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _CHUNK = 1 << 21  # bytes laid out, hashed and written at a time: they stay in a core's cache between the three
@@ -55,7 +55,7 @@ class Plan:
     config: BeitConfig
     processor: ImageProcessor
     checkpoint: Checkpoint
-    naming: Naming
+    naming: SourceFormat
     prefix: str
     steps: Mapping[str, Step]
     specs: Mapping[str, LeafSpec]
@@ -102,13 +102,12 @@ def plan(source: Source, options: Options = DEFAULT) -> Plan:
 def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Plan:
     digests = _digests(checkpoint, options)
     tensors = checkpoint.tensors
-    naming, prefix = recognise(tensors.keys(), str(source.path))
-    found = identify(source, checkpoint, naming, prefix, variant=options.variant, image_preset=options.image_preset)
+    found = identify(source, checkpoint, variant=options.variant, image_preset=options.image_preset)
+    naming, prefix = found.naming, found.prefix
     shapes = param_shapes(found.config)
     planned = steps([rule for rule in naming.rules(found.config, prefix) if rule.flax in shapes], shapes)
     dropped, notes = _left_out(naming, prefix, tensors)
-    expected = {name: shape for step in planned.values() for name, shape in step.torch_shapes()}
-    check_fit(expected, tensors, set(dropped), found.config, str(source.path))
+    check_tensors(planned, tensors, set(dropped), found.config, str(source.path))
     target = _target(found.config, options)
     adapted = adaptations(found.config, target)
     specs = {
@@ -156,12 +155,11 @@ def convert(
         BeitJaxError: as `plan`; NaN or infinite weights; a destination that cannot be written, or that is no model or
             holds the source. Nothing is left behind.
     """
-    check_destination(destination, overwrite=overwrite)
-    check_replaceable(destination, source.path)
+    check_destination(destination, overwrite=overwrite, contents=MODEL, source=source.path)
     decided = plan(source, options)
     with (
         decided.checkpoint,
-        new_directory(destination, overwrite=overwrite, need_bytes=decided.nbytes) as directory,
+        new_directory(destination, overwrite=overwrite, contents=MODEL, need_bytes=decided.nbytes) as directory,
         progress(2 * decided.nbytes) as advance,
     ):
         save_json(directory, decided.config, decided.processor)
@@ -224,7 +222,9 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _left_out(naming: Naming, prefix: str, tensors: Mapping[str, TensorInfo]) -> tuple[tuple[str, ...], list[str]]:
+def _left_out(
+    naming: SourceFormat, prefix: str, tensors: Mapping[str, TensorInfo]
+) -> tuple[tuple[str, ...], list[str]]:
     """Tensors that are not this model's, and what to say about those that were learned."""
     derived = [name for name in tensors if naming.derived.search(name)]
     foreign = [name for name in tensors if naming.foreign.search(name)]

@@ -1,4 +1,4 @@
-"""Do a file's tensors fit the model its configuration describes? One error for everything that does not."""
+"""Compares the tensors of a file with the model that its configuration describes; one error names all differences."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -10,34 +10,40 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 
 from .files.checkpoint import TensorInfo
+from .formats.rules import Step
 
 FLOATS = tuple(np.dtype(kind) for kind in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16))
 
 _SHOWN = 10  # tensors named for each kind of problem
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks)\.(\d+)\.")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def check_fit(
-    expected: Shapes, found: Mapping[str, TensorInfo], derived: Collection[str], config: BeitConfig, what: str
+def check_tensors(
+    planned: Mapping[str, Step],
+    found: Mapping[str, TensorInfo],
+    left_out: Collection[str],
+    config: BeitConfig,
+    what: str,
 ) -> None:
     """Compares names, shapes and dtypes; no tensor is read.
 
     Args:
-        expected: every tensor that the model needs, with its shape.
-        derived: names in the file that may be left out.
+        planned: for every leaf of the model the tensors that fill it.
+        found: the tensors of the file.
+        left_out: names in the file that are not this model's.
         what: begins the message.
 
     Raises:
-        BeitJaxError: tensors are missing, unexpected, of another shape or not floating point; says which and the
-            likely cause.
+        BeitJaxError: tensors are missing, unexpected, of another shape or not floating point. The message names them
+            and the likely cause.
     """
+    expected = {name: shape for step in planned.values() for name, shape in step.torch_shapes()}
     common = [name for name in expected if name in found]
     wrong_shape = [name for name in common if found[name].shape != expected[name]]
     wrong_dtype = [name for name in common if found[name].dtype not in FLOATS]
     missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected and name not in derived]
+    unexpected = [name for name in found if name not in expected and name not in left_out]
     kinds = (
         ("missing", missing, printable),
         ("unexpected", unexpected, printable),
@@ -50,7 +56,7 @@ def check_fit(
         if names
     ]
     if problems:
-        raise BeitJaxError(f"{what}: {'. '.join(problems)}. {_advice(wrong_shape, expected, found, config)}")
+        raise BeitJaxError(f"{what}: {'. '.join(problems)}. {_advice(planned, expected, found, config)}")
 
 
 def _shapes(name: str, expected: Shapes, found: Mapping[str, TensorInfo]) -> str:
@@ -61,23 +67,32 @@ def _listed(shown: Sequence[str], count: int) -> str:
     return "; ".join(shown) + (f" and {count - len(shown)} more" if count > len(shown) else "")
 
 
-def _advice(wrong_shape: Sequence[str], expected: Shapes, found: Mapping[str, TensorInfo], config: BeitConfig) -> str:
-    """The likely cause, from which tensors do not fit."""
-    layers = 1 + max((int(match[1]) for match in map(_LAYER.search, found) if match), default=-1)
+def _advice(planned: Mapping[str, Step], expected: Shapes, found: Mapping[str, TensorInfo], config: BeitConfig) -> str:
+    """The likely cause, by the first leaf whose tensor has another shape."""
+    layers = _layers(planned.values(), found)
     if layers != config.num_hidden_layers:
         return f"The file has {layers} layers, num_hidden_layers says {config.num_hidden_layers}: correct config.json"
-    for name in wrong_shape:
-        have, want = found[name].shape, expected[name]
-        if len(have) != len(want):
+    for leaf, step in planned.items():
+        name = step.layers[0][0]
+        if name not in found or len(found[name].shape) != len(expected[name]) or found[name].shape == expected[name]:
             continue
-        if name.endswith("relative_position_bias_table"):
+        have, want = found[name].shape, expected[name]
+        if leaf.endswith("bias_table"):
             return _table_advice(have, want, config)
-        if name.endswith(("classifier.weight", "conv_seg.weight")) and have[1:] == want[1:]:
+        if leaf.endswith("classifier/kernel") and have[1:] == want[1:]:
             return f"The file has {have[0]} classes, id2label has {want[0]}: correct config.json"
-        if name.endswith("position_embeddings"):
+        if leaf.endswith("position_embeddings"):
             positions = f"The file has {have[1] - 1} positions, image_size and patch_size say {want[1] - 1}"
             return f"{positions}: correct config.json"
     return "Correct config.json, or use the weights it belongs to"
+
+
+def _layers(planned: Collection[Step], found: Mapping[str, TensorInfo]) -> int:
+    """How many layers the names in the file count."""
+    stacked = {name for step in planned if step.rule.stacked for name in step.rule.torch}
+    patterns = [re.compile(re.escape(name).replace(r"\{i\}", r"(\d{1,6})")) for name in stacked]
+    matches = [match for pattern in patterns for match in map(pattern.fullmatch, found) if match]
+    return 1 + max((int(match[1]) for match in matches), default=-1)
 
 
 def _table_advice(have: tuple[int, ...], want: tuple[int, ...], config: BeitConfig) -> str:

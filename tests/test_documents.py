@@ -17,7 +17,9 @@ import beit_jax
 from beit_jax.cli import training
 from beit_jax.cli.main import COMMANDS, RECIPE_COMMANDS, main
 from beit_jax.config import BeitConfig
-from beit_jax.convert.formats import rules, tables
+from beit_jax.convert import formats
+from beit_jax.convert.formats import rules
+from beit_jax.convert.formats.flax import FLAX
 from beit_jax.models.build import param_shapes
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -37,7 +39,7 @@ def run_blocks(page: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, *ki
     (directory / "beit_jax" / "digits").symlink_to(str(files("beit_jax") / "digits"))
     monkeypatch.chdir(directory)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(tables, "NAMINGS", tables.NAMINGS)  # to which a page adds
+    monkeypatch.setattr(formats, "FORMATS", formats.FORMATS)  # to which a page adds
     names: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page.read_text(encoding="utf-8")):
         if block.run not in kinds:
@@ -144,7 +146,7 @@ def test_flaxbeit_names_are_those_of_the_table() -> None:
     section = page.partition("## 4. Parameters")[2].partition("\n## ")[0]
     rows = [row.split("|")[1:3] for row in section.splitlines() if row.startswith("| `")]
     told = [(tuple(re.findall(r"`([^`]+)`", theirs)), re.findall(r"`([^`]+)`", ours)[0]) for theirs, ours in rows]
-    expected = (*tables.FLAX.backbone, *tables.FLAX.heads)
+    expected = (*FLAX.backbone, *FLAX.heads)
     assert told == [(rule.torch, rule.flax) for rule in expected]
 
 

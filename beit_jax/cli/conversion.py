@@ -1,11 +1,12 @@
 """Commands on checkpoints: `demo`, `list`, `inspect`, `convert`, `export` and `parity`. Imports wait until one runs."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 from beit_jax.cli.arguments import Hub, Json, SourceName
+from beit_jax.convert.formats import LAYOUTS, Layout
 from beit_jax.convert.options import Options
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.terminal import byte_progress, print_json, print_lines, print_table
@@ -130,7 +131,7 @@ def export(
     native: Positional[Annotated[Path, arg(metavar="NATIVE", help="A native checkpoint.")]],
     dest: Positional[Annotated[Path, arg(metavar="DEST", help="Directory to create.")]],
     *,
-    to: Literal["hf", "original", "timm"] = "hf",
+    to: Layout = LAYOUTS[0],
     overwrite: bool = False,
 ) -> int:
     """Give a model back to PyTorch: the inverse of convert, through the same tables, bit for bit.
@@ -146,12 +147,13 @@ def export(
         to: The layout.
         overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
     """
-    from beit_jax import weights
     from beit_jax.convert import exporter
+    from beit_jax.hub import WEIGHTS
+    from beit_jax.weights.native import is_native, load
 
-    if not weights.is_native(native):
-        raise BeitJaxError(f"{printable(native)}: not a native checkpoint (no {weights.WEIGHTS}); convert it first")
-    notes = exporter.export(weights.load(native), dest, to, overwrite=overwrite)
+    if not is_native(native):
+        raise BeitJaxError(f"{printable(native)}: not a native checkpoint (no {WEIGHTS}); convert it first")
+    notes = exporter.export(load(native), dest, to, overwrite=overwrite)
     print_lines([f"{dest}: written for {to}", *(f"note: {note}" for note in notes)])
     return 0
 
@@ -178,14 +180,15 @@ def parity(
         batch: How many images of noise.
         seed: Of the noise and the masked patches.
     """
-    from beit_jax import weights
     from beit_jax.convert import parity as comparison
+    from beit_jax.hub import PROCESSOR
     from beit_jax.images.processor import ImageProcessor
+    from beit_jax.weights.native import is_native
 
     where = hub.resolve(source)
-    if where.path.is_dir() and weights.is_native(where.path):
+    if where.path.is_dir() and is_native(where.path):
         raise BeitJaxError(f"{source}: a native checkpoint; give the Hugging Face directory it was converted from")
-    pixels = ImageProcessor.from_file(where.directory / weights.PROCESSOR)(list(image)) if image else None
+    pixels = ImageProcessor.from_file(where.directory / PROCESSOR)(list(image)) if image else None
     stages = comparison.check(where, pixels, seed=seed, batch=batch)
     if json:
         print_json([stage.as_dict() for stage in stages])

@@ -1,1 +1,50 @@
-"""Source formats: which tensor of a file is which leaf of the model. TODO"""
+"""Source formats: one page a format, with its names, how it is recognised, its images and its layout for export.
+
+A page is a module here with ``FORMATS``, a tuple of `SourceFormat`; a line in `PAGES` adds it. `format` holds the parts
+of a page, `rules` the operations on its tensors, `segmentation` the names of UperNet, and `writing` the files of an
+export. May import: the ground of `beit_jax`, its images and weights, `models.attention`, and types of `..files`.
+The pages are loaded when ``FORMATS`` is first used: the command line reads `LAYOUTS`, and may not wait for NumPy.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from .format import SourceFormat
+
+# Page: the layout of `beit-jax export --to` that it writes, or None. A file is of the first format that fits, and a
+# model is written by the first that can hold it: a format that differs from another in few files stands before it.
+PAGES: Mapping[str, str | None] = {
+    "transformers": "hf",
+    "mmseg": "original",
+    "timm": "timm",
+    "unilm": "original",
+    "flax": None,
+}
+
+LAYOUTS = tuple(dict.fromkeys(layout for layout in PAGES.values() if layout))
+"""What ``--to`` may be; the first is the default."""
+
+if TYPE_CHECKING:
+    Layout = str
+    FORMATS: tuple[SourceFormat, ...]
+else:
+    Layout = Literal[LAYOUTS]
+
+
+def writers(layout: str) -> tuple["SourceFormat", ...]:
+    """Returns the formats that write a layout, in the order in which they are asked."""
+    return tuple(each for page in PAGES if PAGES[page] == layout for each in _page(page) if each.write)
+
+
+def _page(name: str) -> tuple["SourceFormat", ...]:
+    formats: tuple[SourceFormat, ...] = import_module(f"{__name__}.{name}").FORMATS
+    return formats
+
+
+def __getattr__(name: str) -> Any:
+    if name != "FORMATS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = tuple(each for page in PAGES for each in _page(page))
+    return globals()[name]

@@ -1,17 +1,17 @@
-"""Weight mapping as data: a `Rule` names torch tensors, one Flax leaf, and an operation that runs both ways.
+"""Weight mapping as data: a `Rule` names the tensors of a file, one Flax leaf, and an operation that runs both ways.
 
-Import and export are two walks over the same rules. Leaves under ``blocks`` are stacked: their rules carry ``{i}`` in
-the torch names, one set of tensors per layer.
+Import and export are two walks over the same rules. Leaves under ``blocks`` are stacked: the names in their rules hold
+``{i}``, the layer, and every layer has its own tensors.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from beit_jax.errors import BeitJaxError
 
-_ROWS, _COLUMNS, _PADDING = 256, 256, 16  # of a tile: 256 KiB of float32, well inside a second-level cache
+_ROWS, _COLUMNS, _PADDING = 256, 256, 16  # the size of a tile: 256 KiB of float32 fit well into a second-level cache
 
 
 @dataclass(frozen=True)
@@ -19,24 +19,25 @@ class Op:
     """An invertible change of layout.
 
     Attributes:
-        load: given torch tensors and an index, copies the rows of the Flax array from that index on (along its first
-            axis) into a contiguous array of as many rows, casting to its dtype.
-        dump: the torch tensors of a Flax array, as views where possible.
+        load: takes torch tensors, the index of a first row, and a contiguous array. Fills the array with the rows of
+            the Flax array (along its first axis) from that index on, cast to the dtype of the array.
+        dump: takes a Flax array and returns its torch tensors, as views where possible.
     """
 
     load: Callable[[Sequence[np.ndarray], int, np.ndarray], None]
     dump: Callable[[np.ndarray], list[np.ndarray]]
 
     def torch_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Shapes of the torch tensors that make up a leaf of this shape. Costs nothing: the dummy has zero strides."""
+        """Returns the shapes of the torch tensors that make up a leaf of this shape."""
+        # The stand-in for the leaf has strides of zero, and so no memory.
         return [part.shape for part in self.dump(np.broadcast_to(np.zeros((), np.bool_), shape))]
 
 
 def _transpose(source: np.ndarray, target: np.ndarray) -> None:
-    """``target[...] = source.T``, by way of a small padded tile.
+    """``target[...] = source.T``, tile by tile through a small padded copy.
 
-    Widths are powers of two, so that the elements of a column share a few lines of the cache and evict each other: read
-    straight from the source, a transpose runs at a third of the speed.
+    The width of a matrix is often a power of two. The elements of one of its columns then compete for the same few
+    lines of the cache, and a transpose straight from the source runs at a third of the speed.
     """
     padded = np.empty((_ROWS, _COLUMNS + _PADDING), source.dtype)
     for row in range(0, source.shape[0], _ROWS):
@@ -108,7 +109,6 @@ CONV_TRANSPOSE = Op(_load_up, lambda leaf: [leaf.transpose(2, 3, 0, 1)])
 QKV = Op(_load_qkv, _dump_qkv)
 """Three torch Linears [heads * head_dim, in] <-> [in, 3, heads, head_dim]."""
 
-
 FUSED_QKV = Op(_load_fused, lambda leaf: [leaf.reshape(len(leaf), -1).T])
 """One torch Linear [3 * heads * head_dim, in], queries first <-> [in, 3, heads, head_dim]."""
 
@@ -121,7 +121,12 @@ FLAX_HEADS = Op(_load_keep, lambda leaf: [leaf.reshape(-1, leaf.shape[-1])])
 
 @dataclass(frozen=True)
 class Rule:
-    """`torch` names (with ``{i}`` for the layer of a stacked leaf) make up the leaf at the path `flax`."""
+    """The tensors `torch` make up the leaf at the path `flax`, by the operation `op`.
+
+    Attributes:
+        torch: names of tensors in a file, with ``{i}`` for the layer where the leaf is stacked.
+        flax: the path of the leaf, such as ``blocks/mlp/fc1/kernel``.
+    """
 
     torch: tuple[str, ...]
     flax: str
@@ -132,9 +137,46 @@ class Rule:
         return "{i}" in self.torch[0]
 
 
+Rules = tuple[Rule, ...]
+
+
+def rule(torch: str | tuple[str, ...], flax: str, op: Op = KEEP) -> Rule:
+    """Returns the rule of a leaf: `torch` is the name of its tensor, or the names of its tensors."""
+    return Rule((torch,) if isinstance(torch, str) else torch, flax, op)
+
+
+def affine(torch: str, flax: str) -> Rules:
+    """Returns the rules of a LayerNorm: ``weight`` is the scale."""
+    return rule(f"{torch}.weight", f"{flax}/scale"), rule(f"{torch}.bias", f"{flax}/bias")
+
+
+def linear(torch: str, flax: str, op: Op = LINEAR) -> Rules:
+    """Returns the rules of a layer with ``weight`` and ``bias``, for the kernel a torch Linear's operation."""
+    return rule(f"{torch}.weight", f"{flax}/kernel", op), rule(f"{torch}.bias", f"{flax}/bias")
+
+
+def batch_norm(torch: str, flax: str) -> Rules:
+    """Returns the rules of a BatchNorm2d: scale, bias and the running statistics."""
+    running = rule(f"{torch}.running_mean", f"{flax}/mean"), rule(f"{torch}.running_var", f"{flax}/var")
+    return (*affine(torch, flax), *running)
+
+
+def renamed(rules: Sequence[Rule], renames: Sequence[tuple[str, str]]) -> Rules:
+    """Returns the rules with their torch names changed: the first (old, new) whose `old` begins a name replaces it."""
+
+    def rename(name: str) -> str:
+        return next((new + name.removeprefix(old) for old, new in renames if name.startswith(old)), name)
+
+    return tuple(replace(each, torch=tuple(map(rename, each.torch))) for each in rules)
+
+
 @dataclass(frozen=True)
 class Step:
-    """One leaf, and for each of its layers (one, for a leaf that is not stacked) the tensors that fill it."""
+    """One leaf, and the tensors that fill it.
+
+    Attributes:
+        layers: for each layer of the leaf the names of its tensors. A leaf that is not stacked counts as one layer.
+    """
 
     rule: Rule
     shape: tuple[int, ...]
@@ -145,36 +187,40 @@ class Step:
         return self.shape[1:] if self.rule.stacked else self.shape
 
     def torch_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every torch tensor of the leaf with the shape it must have."""
+        """Yields every torch tensor of the leaf with the shape it must have."""
         shapes = self.rule.op.torch_shapes(self.layer_shape)
         for names in self.layers:
             yield from zip(names, shapes, strict=True)
 
 
 def steps(rules: Sequence[Rule], leaves: Mapping[str, tuple[int, ...]]) -> dict[str, Step]:
-    """For every leaf of a model (path to shape) the one rule that fills it, and with which tensors.
+    """Returns the step that fills every leaf of a model.
+
+    Args:
+        leaves: path and shape of every leaf.
 
     Raises:
-        BeitJaxError: a leaf that no rule, or more than one, fills: the table is wrong.
+        BeitJaxError: no rule, or more than one, fills a leaf. The table of rules is wrong then.
     """
     result = {}
     for path, shape in leaves.items():
-        matching = [rule for rule in rules if rule.flax == path]
+        matching = [each for each in rules if each.flax == path]
         if len(matching) != 1:
             raise BeitJaxError(
-                f"{path}: expected one rule in the table, found {len(matching)}; correct convert/formats/tables.py"
+                f"{path}: expected one rule in the table, found {len(matching)}; correct the format's page in "
+                "convert/formats"
             )
-        rule = matching[0]
-        count = shape[0] if rule.stacked else 1
-        layers = tuple(tuple(name.replace("{i}", str(i)) for name in rule.torch) for i in range(count))
-        result[path] = Step(rule, shape, layers)
+        found = matching[0]
+        count = shape[0] if found.stacked else 1
+        layers = tuple(tuple(name.replace("{i}", str(i)) for name in found.torch) for i in range(count))
+        result[path] = Step(found, shape, layers)
     return result
 
 
 def export(rules: Sequence[Rule], params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Flat Flax parameters as torch tensors, contiguous, by name: the inverse of the import.
+    """Returns flat Flax parameters as torch tensors by name: the inverse of the import.
 
-    The result is what `safetensors.numpy.save_file` may be given: it writes non-contiguous arrays wrongly.
+    The tensors are contiguous, because `safetensors.numpy.save_file` writes other arrays wrongly.
     """
     tensors: dict[str, np.ndarray] = {}
     for path, step in steps(rules, {path: leaf.shape for path, leaf in params.items()}).items():

@@ -14,8 +14,14 @@ from tolerances import EXPORT
 
 from beit_jax.config import BeitConfig
 from beit_jax.convert import export, load, to_torch
+from beit_jax.convert.formats import FORMATS
+from beit_jax.convert.formats.flax import FLAX
+from beit_jax.convert.formats.format import SourceFormat
+from beit_jax.convert.formats.mmseg import MMSEG
 from beit_jax.convert.formats.rules import steps
-from beit_jax.convert.formats.tables import FLAX, HF, HF5, MMSEG, NAMINGS, UNILM, Naming
+from beit_jax.convert.formats.timm import TIMM
+from beit_jax.convert.formats.transformers import HF, HF5
+from beit_jax.convert.formats.unilm import UNILM
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.images import preset
@@ -37,11 +43,11 @@ def tiny(config: BeitConfig) -> BeitConfig:
     )  # fmt: skip
 
 
-def holds(naming: Naming, config: BeitConfig) -> bool:
+def holds(naming: SourceFormat, config: BeitConfig) -> bool:
     """Which models exist under which names."""
     segments = config.task == "semantic_segmentation"
-    if naming in (FLAX, UNILM):  # transformers 4 had no Flax data2vec; the original segments in mmseg
-        return not segments and (naming is UNILM or config.model_type == "beit")
+    if naming in (FLAX, TIMM, UNILM):  # transformers 4 had no Flax data2vec; the original segments in mmseg
+        return not segments and (naming is not FLAX or config.model_type == "beit")
     if naming is MMSEG:
         return segments
     return naming in (HF, HF5) or (segments and config.model_type == "data2vec-vision")
@@ -53,7 +59,7 @@ def random_checkpoint(config: BeitConfig, seed: int = 0) -> NativeCheckpoint:
     return NativeCheckpoint(config, preset("hf", config.image_size), params)
 
 
-@given(st.sampled_from(sorted(VARIANTS)), st.sampled_from(NAMINGS), st.integers(0, 10))
+@given(st.sampled_from(sorted(VARIANTS)), st.sampled_from(FORMATS), st.integers(0, 10))
 def test_every_table_inverts_itself_for_every_variant(variant: str, naming, seed: int) -> None:  # type: ignore[no-untyped-def]
     """Export, then import: the same bits; and the rules cover the model exactly."""
     checkpoint = random_checkpoint(tiny(VARIANTS[variant]), seed)

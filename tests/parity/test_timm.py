@@ -17,7 +17,7 @@ from tolerances import EXPORT, MODEL, RESIZE
 from beit_jax.config import BeitConfig
 from beit_jax.convert import export, load
 from beit_jax.convert.formats.rules import steps
-from beit_jax.convert.formats.tables import UNILM
+from beit_jax.convert.formats.unilm import UNILM
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.models.adapt import resize_patch_kernel

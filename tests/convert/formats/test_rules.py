@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beit_jax.config import BeitConfig
+from beit_jax.convert.formats import FORMATS
+from beit_jax.convert.formats.mmseg import MMSEG
 from beit_jax.convert.formats.rules import (
     CONV,
     CONV_TRANSPOSE,
@@ -23,7 +25,7 @@ from beit_jax.convert.formats.rules import (
     export,
     steps,
 )
-from beit_jax.convert.formats.tables import MMSEG, NAMINGS, recognise
+from beit_jax.convert.identify import recognise
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.build import param_shapes
 from beit_jax.variants import VARIANTS
@@ -90,7 +92,7 @@ def test_conv_by_hand() -> None:
     assert leaf[1, 2, 0, 1] == weight[1, 0, 1, 2]
 
 
-@pytest.mark.parametrize("naming", NAMINGS, ids=lambda naming: naming.name)
+@pytest.mark.parametrize("naming", FORMATS, ids=lambda naming: naming.name)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_leaf_of_every_variant_has_one_rule(naming, variant: str) -> None:  # type: ignore[no-untyped-def]
     config = VARIANTS[variant]
@@ -114,7 +116,7 @@ def test_every_rule_serves_some_model() -> None:
             labels=("a",),
         )  # fmt: skip
         leaves |= param_shapes(config).keys()
-    for naming in NAMINGS:
+    for naming in FORMATS:
         for rule in (*naming.backbone, *naming.heads):
             assert rule.flax in leaves, rule
 
@@ -125,7 +127,7 @@ def test_every_segmentation_rule_serves_some_model() -> None:
     )
     heads = ("fpn/", "decode_head/", "auxiliary_head/")
     leaves = {name for name in param_shapes(config) if name.startswith(heads)}
-    for naming in NAMINGS:
+    for naming in FORMATS:
         rules = (*naming.segmentation.pyramid_rules(), *naming.segmentation.head_rules(config))
         assert {rule.flax for rule in rules} == leaves and len(rules) == len(leaves)
 

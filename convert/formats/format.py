@@ -1,0 +1,221 @@
+"""The parts of a source format's page: `SourceFormat`, and how a format says which model a file holds.
+
+A page gives the names of the tensors as rules, and leaves everything else at its default where it can: the model is
+then described by a ``config.json`` as transformers writes it, and the format is read only, never written.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from beit_jax.config import BeitConfig, PresetName, hf_notes
+from beit_jax.errors import BeitJaxError
+from beit_jax.json_file import Fields, read_json
+
+from .rules import Rule, Rules, export
+from .segmentation import MMSEG_NAMES, SegmentationNames
+
+if TYPE_CHECKING:
+    from beit_jax.images.processor import ImageProcessor
+    from beit_jax.weights.native import NativeCheckpoint
+
+    from ..files.weight_file import TensorInfo
+
+_RUNNING_MEAN, _BATCHES = ".running_mean", ".num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """The facts from which a format describes the model in a file.
+
+    Attributes:
+        format: the format whose names the tensors have.
+        prefix: what stands before the names of the backbone.
+        tensors: name, shape and dtype of every tensor.
+        metadata: plain data that lay beside the weights in their file.
+        content: the parsed ``config.json``, or None where there is none.
+        file: the weights, for messages.
+        config_file: where ``config.json`` is or should be.
+    """
+
+    format: "SourceFormat"
+    prefix: str
+    tensors: Mapping[str, "TensorInfo"]
+    metadata: Mapping[str, object]
+    content: Mapping[str, Any] | None
+    file: str
+    config_file: Path
+
+    @cached_property
+    def backbone(self) -> dict[str, "TensorInfo"]:
+        """The tensors under `prefix`, without it."""
+        under = {name: info for name, info in self.tensors.items() if name.startswith(self.prefix)}
+        return {name.removeprefix(self.prefix): info for name, info in under.items()}
+
+    @property
+    def hosted(self) -> bool:
+        """True if the file is another model's, which holds the encoder."""
+        return self.prefix in self.format.hosts
+
+    def holds(self, rules: Collection[Rule], prefix: str, leaf: str) -> bool:
+        """True if the file has a tensor of a leaf whose path begins with `leaf`."""
+        names = [name for each in rules if each.flax.startswith(leaf) for name in each.torch]
+        return any(prefix + name in self.tensors for name in names)
+
+
+@dataclass(frozen=True)
+class Description:
+    """The model in a file, and how its images are prepared.
+
+    Attributes:
+        config: the model as it lies in the file, before any resizing.
+        seen: lines for people that say how each part was recognised.
+        processor: how images are prepared, if the source says so itself; nothing else is asked then.
+        image_preset: how images are prepared if there is no ``preprocessor_config.json`` either.
+    """
+
+    config: BeitConfig
+    seen: tuple[str, ...]
+    processor: "ImageProcessor | None" = None
+    image_preset: PresetName = "hf"
+
+
+def describe_by_config(sighting: Sighting) -> Description:
+    """Describes a model by the ``config.json`` that transformers writes.
+
+    Raises:
+        BeitJaxError: there is none, or it describes no model of this family.
+    """
+    file = str(sighting.config_file)
+    content = read_json(sighting.config_file) if sighting.content is None else sighting.content
+    notes = tuple(hf_notes(content, file=file))
+    if sighting.hosted:  # the model around the encoder, such as DPT, describes the encoder inside its own description
+        content = Fields(content, file).typed("backbone_config", dict, {}) | {"architectures": None}
+    if not content.get("architectures"):
+        family = "Data2VecVision" if content.get("model_type") == "data2vec-vision" else "Beit"
+        content = {**content, "architectures": [family + _head(sighting)]}
+    config = BeitConfig.from_hf(content, file=file)
+    # Only names can tell whether a bare encoder that pools the mean was saved with its pooling layer.
+    if config.task == "features" and config.pooling == "mean":
+        pooler = sighting.holds(sighting.format.backbone, sighting.prefix, "pooler_norm/")
+        config = replace(config, add_pooling_layer=pooler)
+    return Description(config, notes, image_preset=default_preset(config))
+
+
+def _head(sighting: Sighting) -> str:
+    """The suffix of transformers' class for the head that a file has."""
+    if not sighting.hosted:
+        if sighting.holds(sighting.format.heads, "", "classifier/"):
+            return "ForImageClassification"
+        if sighting.holds(sighting.format.heads, "", "lm_head/"):
+            return "ForMaskedImageModeling"
+        if any(name.startswith("decode_head.") for name in sighting.tensors):
+            return "ForSemanticSegmentation"
+    return "Model"
+
+
+def default_preset(config: BeitConfig) -> PresetName:
+    """Returns the image preset of the code that resizes positions as `config` does: transformers or the original."""
+    return "hf" if config.position_resize == "bilinear" else "unilm_eval"
+
+
+Writer = Callable[["SourceFormat", Path, "NativeCheckpoint"], list[str]]
+
+
+@dataclass(frozen=True)
+class SourceFormat:
+    """All that is known of one kind of files.
+
+    A backbone's names are written bare; the prefix (``beit.`` in a model with a head) is found in the file.
+
+    Attributes:
+        name: for people, and for the record in a converted checkpoint.
+        backbone: the rules of the encoder.
+        heads: the rules of the heads for classification and masked image modelling.
+        marker: a tensor of the backbone that every file of this format has, and no file of a later format in the list.
+        prefixes: what may stand before the names of the backbone.
+        segmentation: the names of the segmentation heads.
+        head_marker: a further tensor, of a head, for a format that differs in the heads only.
+        unused_norm_prefix: what stands before the norm of the last state in a model that gives feature maps, which does
+            not use it; None if it is the prefix of the backbone.
+        hosts: prefixes under which other models (DPT, MiDaS) keep a BEiT encoder; the rest of such a file is theirs.
+        derived: matches the names of tensors that are computed, not learned. They are left out.
+        foreign: matches the names of learned tensors of heads that do not exist here. They are left out, with a note.
+        matches: True for the content of a ``config.json`` (None without one) that a directory of this format may have.
+        describe: the model in a file, and its images.
+        write: writes a checkpoint into a directory as this format lays it out, and returns notes for the user. None for
+            a format that is only read.
+        refusal: the reason why this format cannot hold a model, or None if it can.
+    """
+
+    name: str
+    backbone: Rules
+    heads: Rules
+    marker: str
+    prefixes: tuple[str, ...]
+    segmentation: SegmentationNames = MMSEG_NAMES
+    head_marker: str | None = None
+    unused_norm_prefix: str | None = None
+    hosts: tuple[str, ...] = ()
+    derived: re.Pattern[str] = re.compile(r"(^|[./])(relative_position_index|num_batches_tracked)$")
+    foreign: re.Pattern[str] = re.compile(r"(?!)")
+    matches: Callable[[Mapping[str, Any] | None], bool] = lambda content: True
+    describe: Callable[[Sighting], Description] = describe_by_config
+    write: Writer | None = None
+    refusal: Callable[[BeitConfig], str | None] = lambda config: None
+
+    def prefix_in(self, names: Collection[str]) -> str | None:
+        """Returns the prefix of the backbone in a file with these tensors, or None if the file is of another format."""
+        if self.head_marker is not None and self.head_marker not in names:
+            return None
+        prefixes = (*self.prefixes, *self.hosts)
+        return next((prefix for prefix in prefixes if prefix + self.marker in names), None)
+
+    def rules(self, config: BeitConfig, prefix: str) -> list[Rule]:
+        """Returns the rules for a model: torch names with `prefix`, and leaves where the model of its task has them."""
+        parent = "" if config.task == "features" else "beit/"
+
+        def placed(rule: Rule) -> Rule:
+            unused = config.task == "backbone" and rule.flax.startswith("norm/")
+            before = prefix if self.unused_norm_prefix is None or not unused else self.unused_norm_prefix
+            return replace(rule, torch=tuple(before + name for name in rule.torch), flax=parent + rule.flax)
+
+        backbone = list(map(placed, self.backbone))
+        if config.task == "features":
+            return backbone
+        if config.task == "backbone":
+            return [*backbone, *self.segmentation.pyramid_rules()]
+        if config.task == "semantic_segmentation":
+            return [*backbone, *self.segmentation.pyramid_rules(), *self.segmentation.head_rules(config)]
+        return [*backbone, *self.heads]
+
+    def own_prefix(self, config: BeitConfig) -> str:
+        """Returns the prefix that the source itself writes for the model.
+
+        Raises:
+            BeitJaxError: the source has no such models.
+        """
+        if len(self.prefixes) == 1:
+            return self.prefixes[0]
+        if config.task in ("features", "backbone"):
+            return ""
+        family = config.model_type.replace("-", "_")
+        found = [prefix for prefix in self.prefixes if prefix.startswith(family)]
+        if not found:
+            raise BeitJaxError(f"{self.name} has no {config.model_type} models")
+        return found[0]
+
+    def to_torch(self, config: BeitConfig, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns flat parameters as this format's tensors by name, contiguous, in the dtype they have.
+
+        Batch norm's counters of batches, which nothing reads, are zero.
+        """
+        rules = [rule for rule in self.rules(config, self.own_prefix(config)) if rule.flax in params]
+        tensors = export(rules, params)
+        layers = [name.removesuffix(_RUNNING_MEAN) for name in tensors if name.endswith(_RUNNING_MEAN)]
+        return tensors | {layer + _BATCHES: np.zeros((), np.int64) for layer in layers}
