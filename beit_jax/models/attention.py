@@ -62,7 +62,8 @@ def separated(
 @for_one_cpu(repeated_with_looped_sum)
 def of_every_sample(bias: Float[Array, "shards heads n n"], batch: int) -> Float[Array, "b heads n n"]:
     """The bias of each sample's scores, which is the bias of the sample's shard."""
-    return jnp.repeat(bias, batch // len(bias), axis=0)
+    repeated = jnp.broadcast_to(bias[:, None], (len(bias), batch // len(bias), *bias.shape[1:]))
+    return repeated.reshape(batch, *bias.shape[1:])
 
 
 @lru_cache(maxsize=16)

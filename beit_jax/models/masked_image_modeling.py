@@ -85,8 +85,7 @@ class BeitForMaskedImageModeling(nnx.Module):
                 head's cost is in proportion to their number.
             aggregate: True to fill `aggregated_logits` too, for models with aggregation layers.
         """
-        early = self.config.aggregate_from
-        every = tuple(sorted({*taps, early})) if aggregate else taps
+        every = tuple(sorted({*taps, self.config.aggregate_from})) if aggregate else taps
         output = self.beit(
             pixel_values,
             bool_masked_pos,
@@ -100,9 +99,10 @@ class BeitForMaskedImageModeling(nnx.Module):
         if not aggregate:
             return replace(output, logits=self.predict(last, predicted))
         assert states is not None
+        early = states[every.index(self.config.aggregate_from)]
         grid = patch_grid(self.config, pixel_values.shape)
         aggregated = self.aggregation(
-            jnp.concatenate([last[:, :1], states[every.index(early)][:, 1:]], axis=1),
+            jnp.concatenate([last[:, :1], early[:, 1:]], axis=1),
             grid,
             self.beit.shared_bias(grid, len(pixel_values)),
             None if key is None else jax.random.fold_in(key, 0),
