@@ -316,8 +316,8 @@ def _curve_legend(figure: "Figure", labels: Sequence[str], colours: Sequence[Any
 def parity_errors(stages: Sequence[Mapping[str, Any]]) -> "Figure":
     """Draws the errors of every stage of a model and their tolerance, on a logarithmic axis.
 
-    Lines: the largest error of every stage, the mean error, the tolerance. Stages that differ are red. An error of 0 has
-    no place on a logarithmic axis; it is written as text, and so is an error that is not finite.
+    Lines: the largest error of every stage, the mean error, the tolerance. Stages that differ are red. An error of 0
+    has no place on a logarithmic axis; it is written as text, and so is an error that is not finite.
 
     Args:
         stages: as `beit_jax.convert.parity.Stage.as_dict` gives them and `beit-jax parity --json` prints them.
