@@ -1,4 +1,7 @@
-"""Weight files as bytes: names, shapes and types from the header, tensors read by position.
+"""Weight files as bytes: names, shapes and types come from the header, and tensors are read by position.
 
-One module a file type; `checkpoint` opens whichever a path names. May import: the ground of `beit_jax`, `..pickles`.
+`checkpoint` opens a directory or a file and is what others import. A file type is one module: `safetensors_file`,
+`torch_file` with `torch_container` for the two files around a pickle, and `msgpack_file`. `weight_file` holds what they
+share, `shard_index` reads the index of a checkpoint in several files. May import: the ground of `beit_jax` and
+`..pickles`.
 """

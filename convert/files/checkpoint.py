@@ -1,7 +1,6 @@
-"""Open published weights, one file or a directory in Hugging Face format, and read single tensors out of them.
+"""Opens published weights, one file or a directory in Hugging Face format, and reads single tensors from them.
 
-Everything that names, shapes, dtypes and layout can tell is checked on opening, before any tensor's bytes are read.
-torch is not needed for any format.
+Opening checks everything that names, shapes, dtypes and layout can tell; no tensor is read for it. No file needs torch.
 """
 
 import os
@@ -25,7 +24,7 @@ __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
 Format = Literal["safetensors", "pytorch", "flax"]
 
-# In the order in which transformers looks for them.
+# In transformers' order: the first that is there is taken.
 WEIGHT_NAMES: Mapping[str, Format] = {
     "model.safetensors": "safetensors",
     "model.safetensors" + INDEX_SUFFIX: "safetensors",
@@ -41,12 +40,12 @@ class Checkpoint:
     """Open weights. A context manager; `close` closes the files.
 
     Attributes:
-        path: what the user named, a directory or a file.
-        format: for people, such as ``safetensors, 3 shards``.
+        path: the directory or file that the user named.
+        format: the file type for people, such as ``safetensors, 3 shards``.
         files: the weight files.
         tensors: every tensor by name, sorted.
-        notes: what the user should be told.
-        metadata: plain data found beside the weights.
+        notes: lines for the user.
+        metadata: plain data that lay beside the weights.
     """
 
     def __init__(self, path: Path, parts: Sequence[WeightFile], notes: Sequence[str] = ()) -> None:
@@ -66,12 +65,12 @@ class Checkpoint:
         )
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
-        """One tensor, C-contiguous, in its stored dtype. May be called from several threads.
+        """Returns one tensor, C-contiguous, in its stored dtype. Several threads may call it at once.
 
         Args:
             name: a key of `tensors`.
-            out: a flat uint8 buffer [bytes], at least as long as the tensor, filled and viewed instead of a new array:
-                reused between calls it saves the page faults of fresh memory.
+            out: a flat uint8 buffer [bytes], at least as long as the tensor. The result is then a view of it. A buffer
+                that is used again saves the page faults of fresh memory.
 
         Raises:
             BeitJaxError: the bytes are damaged, or the file was changed or cut short since it was opened.
@@ -98,12 +97,14 @@ def open_checkpoint(path: Path, *, prefer: str | None = None, format: Format | N
     """Opens a directory in Hugging Face format, or one weight file of a format recognised by its content.
 
     Args:
-        path: in a directory the first of `WEIGHT_NAMES` is taken.
-        prefer: which of several sets of weights in one training checkpoint: "model", "ema", or the name of an entry.
-        format: take only weights of this format from a directory.
+        path: of a directory the first of `WEIGHT_NAMES` is opened.
+        prefer: the set of weights to take from a training checkpoint with several: "model", "ema", or the name of an
+            entry.
+        format: take only weights of this file type from a directory.
 
     Raises:
-        BeitJaxError: nothing there, not weights, damaged, unsafe, or a choice between sets of weights is needed.
+        BeitJaxError: there is nothing, or no weights; a file is damaged or unsafe; it has several sets of weights, and
+            `prefer` chooses none.
     """
     path = Path(path)
     if not os.path.isdir(path):  # unlike Path.is_dir, no exception for a name the system refuses
@@ -169,13 +170,13 @@ def _open_file(path: Path, prefer: str | None) -> WeightFile:
 
 
 def _recognise(file: RandomAccessFile) -> Kind:
-    """The format by the first bytes. Raises `BeitJaxError` that says what a file is which is not weights."""
+    """Returns the file type by the first bytes. Raises `BeitJaxError`, which says what other files are."""
     head = file.read(0, min(file.size, 512), "the first bytes")
     is_safetensors = head[8:9] == b"{" and head[4:8] == bytes(4)  # no text has zeros; no sane header is 4 GiB long
     is_pickle = head[:2] in (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
     if head[:4] == b"PK\3\4" or (is_pickle and not is_safetensors):
         if file.path.suffix == ".safetensors":
-            # Whoever names a .safetensors file relies on its being data only.
+            # The suffix promises that a file is data only.
             raise BeitJaxError(
                 f"{file.label} is a PyTorch pickle, not safetensors; rename it to .bin to read it as one"
             )

@@ -1,6 +1,6 @@
-"""Read ``flax_model.msgpack``, what transformers 4's Flax models saved.
+"""Reads ``flax_model.msgpack``, the file of transformers 4's Flax models.
 
-The format holds arrays and nothing to run; flax's own decoder reads it, whole, into memory.
+It holds arrays and nothing to run. Flax's own decoder reads the whole file into memory.
 """
 
 import msgpack
@@ -19,7 +19,7 @@ class MsgpackFile(WeightFile):
     """The parameters of a FlaxBeit model, named by their path, ``beit/encoder/layer/0/...``.
 
     Raises:
-        BeitJaxError: damage, or something that is not a tree of arrays.
+        BeitJaxError: the file is damaged, or no tree of arrays.
     """
 
     def __init__(self, file: RandomAccessFile) -> None:

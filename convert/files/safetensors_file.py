@@ -1,8 +1,8 @@
-"""Read a .safetensors file: a length, a JSON header, then the tensors' bytes back to back.
+"""Reads a .safetensors file: a length, a JSON header, then the tensors' bytes one behind the other.
 
-Format: https://github.com/safetensors/safetensors#format. The safetensors library validates a header but accepts
-duplicate names (the last one wins), does not name the tensor that overlaps, and needs seconds and gigabytes for a
-header of 100 MB. So the header is parsed and bounded here first; the library then has the last word on the structure.
+This module bounds and parses the header, and then lets the safetensors library check the structure as well. The library
+alone accepts duplicate names (the last one wins), does not name a tensor that overlaps another, and needs seconds and
+gigabytes for a header of 100 MB. Source: https://github.com/safetensors/safetensors#format.
 """
 
 import json
@@ -33,11 +33,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class DuplicateKeyError(ValueError):
-    """A JSON object that has one key twice; the message is that key."""
+    """A JSON object has one key twice; the message is the key."""
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`object_pairs_hook` for `json.loads` that refuses what Python would silently overwrite."""
+    """An `object_pairs_hook` for `json.loads` that refuses a key that stands twice."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
@@ -47,7 +47,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class SafetensorsFile(WeightFile):
-    """Names, shapes, dtypes and `__metadata__` of a .safetensors file. Raises `BeitJaxError` for any flaw in them."""
+    """A .safetensors file. Raises `BeitJaxError` for any flaw in names, shapes, dtypes, places or `__metadata__`."""
 
     def __init__(self, file: RandomAccessFile) -> None:
         super().__init__(file, "safetensors")
@@ -130,7 +130,7 @@ def _entry(file: RandomAccessFile, name: str, entry: object) -> tuple[TensorInfo
 
 
 def _check_layout(file: RandomAccessFile, start: int, offsets: dict[str, tuple[int, int]]) -> None:
-    """The tensors must tile the data: no overlap, no gap, nothing behind the last."""
+    """Refuses tensors that overlap, gaps between tensors, and bytes behind the last."""
     end, last = 0, "the start of the data"
     for name, (begin, own_end) in sorted(offsets.items(), key=lambda item: item[1]):
         if begin != end:

@@ -1,7 +1,7 @@
-"""The index of a checkpoint in several files: which tensor lies in which shard.
+"""The index of a checkpoint in several files: it says which tensor is in which shard.
 
-transformers follows ``..`` and absolute paths in an index, lets one of two copies of a tensor win, and does not notice
-a tensor that lies elsewhere than the index says. Here an index and its shards must agree completely.
+An index and its shards must agree completely. transformers is less strict: it follows ``..`` and absolute paths, takes
+one of two copies of a tensor, and does not notice a tensor that is in another shard than the index says.
 """
 
 import json
@@ -20,14 +20,15 @@ MAX_INDEX = 8 * 2**20
 
 
 class ShardIndex:
-    """``*.index.json``, read and checked for itself.
+    """``*.index.json``, read and checked without its shards.
 
     Attributes:
-        owner: the shard's file name of every tensor.
+        owner: for every tensor the file name of its shard.
         shards: the file names, sorted.
 
     Raises:
-        BeitJaxError: not JSON, a name twice, no or an empty ``weight_map``, a shard that is not a plain file name.
+        BeitJaxError: the file is no JSON, has a name twice, has no or an empty ``weight_map``, or names a shard that is
+            not a plain file name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +53,7 @@ class ShardIndex:
         self._total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
 
     def locate(self, shard: str) -> Path:
-        """The path of a shard that is there and lies in the directory. Raises `BeitJaxError`."""
+        """Returns the path of a shard. Raises `BeitJaxError` if it is missing, or a link that leaves the directory."""
         path = self._directory / shard
         if not path.exists():
             count = Counter(self.owner.values())[shard]
@@ -60,8 +61,8 @@ class ShardIndex:
                 f"{self._label} needs {printable(shard)}, which is not there; "
                 f"it holds {count} of {len(self.owner)} tensors: download it"
             )
-        # A Hugging Face cache keeps files in blobs/, and snapshots/<revision>/ holds links to them named as in the
-        # repository: such a link may leave the directory. No other may, and a name with folders was refused before.
+        # A Hugging Face cache keeps files in blobs/, and links to them in snapshots/<revision>/. Only such a link may
+        # leave the directory; a name with folders was refused before.
         directory, target = self._directory.resolve(), path.resolve()
         allowed = [directory]
         if directory.parent.name == "snapshots":
@@ -74,7 +75,7 @@ class ShardIndex:
         return path
 
     def check(self, found: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
-        """Compares the index with what its shards hold; returns notes. Raises `BeitJaxError` that names both sides."""
+        """Compares the index with the tensors of its shards and returns notes. Raises `BeitJaxError`."""
         holder: dict[str, str] = {}
         for shard, tensors in found.items():
             for name in tensors:
@@ -116,5 +117,5 @@ def _load(path: Path, label: str) -> dict[str, Any]:
 
 
 def _is_plain(name: object) -> bool:
-    """Whether `name` is a file of this very directory on any system; a colon is a drive or a stream in Windows."""
+    """True if `name` is a file of the same directory on any system. A colon names a drive or a stream in Windows."""
     return isinstance(name, str) and name not in ("", ".", "..") and not any(mark in name for mark in "/\\:\0")

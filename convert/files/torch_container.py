@@ -1,7 +1,7 @@
 """The two files `torch.save` writes around a pickle: a zip archive (since 1.6), or pickles followed by raw storages.
 
-Both are opened here into the unpickled object and a table of where each storage's bytes lie. Written from the archives
-themselves (`zipfile.ZipFile(f).infolist()`) and from the old files' five consecutive pickles (`pickletools.dis`).
+Either is opened into the unpickled object and the place of every storage's bytes. Source: the archives themselves
+(`zipfile.ZipFile(f).infolist()`) and the five consecutive pickles of old files (`pickletools.dis`).
 """
 
 import io
@@ -23,17 +23,26 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 class Container(Protocol):
-    """An opened file: its unpickled object, and where storages are."""
+    """An opened file.
+
+    Attributes:
+        format: the file type, for people.
+        top: the unpickled object.
+    """
 
     format: str
     top: object
 
     def locate(self, storage: Storage) -> Extent:
-        """Raises `PickleError` if the storage is not there, or not of the size the pickle says."""
+        """Returns the place of a storage.
+
+        Raises:
+            PickleError: the storage is not there, or has another size than the pickle says.
+        """
 
 
 class _FileView(io.RawIOBase):
-    """What `zipfile` needs to read an archive's directory, and no more of it than `_MAX_DIRECTORY` at once."""
+    """The file for `zipfile`, which reads the archive's directory. A read of more than `_MAX_DIRECTORY` is refused."""
 
     def __init__(self, file: RandomAccessFile) -> None:
         self._file = file
@@ -62,7 +71,7 @@ class _FileView(io.RawIOBase):
 
 
 def _zip_entries(file: RandomAccessFile) -> dict[str, zipfile.ZipInfo]:
-    """The records of an archive that starts at byte 0 and ends at the last byte, in file order, none named twice."""
+    """Returns the records of an archive in file order. The archive must fill the file; no record may stand twice."""
     try:
         with zipfile.ZipFile(_FileView(file)) as archive:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
@@ -73,7 +82,7 @@ def _zip_entries(file: RandomAccessFile) -> dict[str, zipfile.ZipInfo]:
             f"{file.label} is a truncated or damaged zip archive of {file.size} bytes ({printable(error)}); "
             "download it again"
         ) from None
-    # Python's zipfile also takes an archive in the middle of a file, torch does not: a file must read in one way only.
+    # Unlike torch, Python's zipfile takes an archive in the middle of a file. All readers must see the same records.
     if not entries or entries[0].header_offset != 0:
         raise BeitJaxError(f"{file.label} has no record at byte 0; expected nothing in front of the archive")
     if file.read(max(file.size - 22, 0), 4, "the end of the archive") != b"PK\5\6":
@@ -88,7 +97,7 @@ def _zip_entries(file: RandomAccessFile) -> dict[str, zipfile.ZipInfo]:
 
 
 class ZipContainer:
-    """Names ``<any>/data.pkl`` and ``<any>/data/<key>``, every record stored as it is, none compressed."""
+    """The zip archive: records ``<any>/data.pkl`` and ``<any>/data/<key>``, none of them compressed."""
 
     format = "pytorch zip"
 
@@ -128,7 +137,7 @@ class ZipContainer:
             raise BeitJaxError(f"{where} lies outside {printable(self._folder)}; expected one folder")
 
     def _extent(self, name: str) -> Extent:
-        """Where a record's bytes are: behind its local header, which must agree with the archive's directory."""
+        """Returns the place of a record, behind its local header, which must agree with the archive's directory."""
         entry = self._entries[name]
         what = f"record {name}"
         raw_name = name.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
@@ -160,9 +169,10 @@ class ZipContainer:
 
 
 class LegacyContainer:
-    """Pickles of a magic number, a version, the platform, the object and the storage keys; then each count and bytes.
+    """The older file: pickles of a magic number, a version, the platform, the object and the storage keys, then bytes.
 
-    The object's pickle names the storages; the keys say in which order they follow. There is no checksum.
+    The object's pickle names the storages, and the keys say in which order they follow: each is a count of elements and
+    its bytes. There is no checksum.
     """
 
     format = "pytorch legacy"
@@ -215,7 +225,11 @@ class LegacyContainer:
 
 
 def run_pickle(file: RandomAccessFile, stream: io.BytesIO, machine: PickleMachine) -> object:
-    """One pickle of `stream`. Raises `BeitJaxError` that lists every name it should not mention."""
+    """Returns the object of the next pickle of `stream`.
+
+    Raises:
+        BeitJaxError: the pickle is damaged, or mentions names that no checkpoint needs. The message lists these names.
+    """
     flaw = None
     try:
         top = machine.run(stream)
@@ -229,7 +243,7 @@ def run_pickle(file: RandomAccessFile, stream: io.BytesIO, machine: PickleMachin
 
 
 def _refusal(label: str, names: list[str]) -> str:
-    names.sort(key=lambda name: name.startswith("torch."))  # a program's own classes and calls first
+    names.sort(key=lambda name: name.startswith("torch."))  # torch's own last: they say less about the file
     listed = ", ".join(printable(name) for name in names[:8]) + (
         f" and {len(names) - 8} more" if len(names) > 8 else ""
     )

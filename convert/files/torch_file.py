@@ -1,4 +1,4 @@
-"""Read what `torch.save` wrote (.bin, .pth, .pt) without torch and without running anything in it."""
+"""Reads the files of `torch.save` (.bin, .pth, .pt) without torch, and without running anything in them."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .weight_file import MAX_TENSORS, Extent, RandomAccessFile, TensorInfo, Weig
 
 @dataclass(frozen=True)
 class _View:
-    """A tensor's place: `start` and `span` in bytes within its storage, `strides` in bytes."""
+    """The place of a tensor: `start` and `span` within its storage, and `strides`, all in bytes."""
 
     storage: Extent
     start: int
@@ -26,14 +26,15 @@ class _View:
 
 
 class PickleFile(WeightFile):
-    """The state dict of a PyTorch file: names, shapes and dtypes checked, storages read and summed on demand.
+    """The state dict of a PyTorch file. Storages are read, and compared with their CRC, when a tensor is asked for.
 
     Args:
-        zipped: the zip archive that torch writes since 1.6; else the older consecutive pickles.
+        zipped: True for the zip archive that torch writes since 1.6, False for the older consecutive pickles.
         prefer: see `select_state`.
 
     Raises:
-        BeitJaxError: damage, a name that is not expected in a checkpoint, a tensor of a kind or layout that is refused.
+        BeitJaxError: the file is damaged, mentions a name that no checkpoint needs, or holds a tensor of a kind or
+            layout that is not read.
     """
 
     def __init__(self, file: RandomAccessFile, *, zipped: bool, prefer: str | None = None) -> None:
@@ -45,7 +46,7 @@ class PickleFile(WeightFile):
         self.metadata = dict(state.metadata)
         self.notes = list(state.notes)
         self._views: dict[str, _View] = {}
-        self._verified: set[int] = set()  # offsets of the storages whose CRC was right; adding is atomic
+        self._verified: set[int] = set()  # offsets of storages with a right CRC; threads may add to a set at once
         for name in sorted(state.tensors):
             self.tensors[name], self._views[name] = _resolve(file, container, name, state.tensors[name])
 
@@ -82,7 +83,7 @@ def _resolve(file: RandomAccessFile, container: Container, name: str, tensor: Te
 
 
 def _view(info: TensorInfo, tensor: PickledTensor, storage: Extent) -> _View:
-    """Checks a strided view against its storage; what it reads then never exceeds what the file holds."""
+    """Checks a strided view against its storage, so that a read never leaves the storage."""
     offset, strides = tensor.offset, tensor.strides
     if min((offset, *strides)) < 0 or len(strides) != len(info.shape):
         raise PickleError(f"has offset {offset} and strides {list(strides)} for shape {list(info.shape)}")

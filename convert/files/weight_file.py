@@ -1,7 +1,7 @@
-"""Bytes of one weight file, read by position and never mapped.
+"""The bytes of one weight file, read by position and never mapped into memory.
 
-A mapped file that is cut short under the reader kills the process (SIGBUS); a positioned read comes back short, and
-that becomes an ordinary error.
+If another program cuts a mapped file short, the system kills the reader (SIGBUS). A read by position returns fewer
+bytes instead, which becomes an ordinary error.
 """
 
 import math
@@ -20,12 +20,12 @@ from beit_jax.errors import BeitJaxError, printable
 MAX_TENSORS = 20_000  # the largest published BEiT has under 1000
 MAX_RANK = 8
 _MAX_BYTES = 2**62
-_CHUNK = 2**20  # stays in cache between being read and being summed
+_CHUNK = 2**20  # bytes that stay in the cache between the read and the sum
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: what is known of it before any of its bytes are read."""
+    """The facts of one stored tensor that are known before its bytes are read."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class TensorInfo:
 
 
 def shown(value: object) -> str:
-    """`value` from a file, for a message: numbers, text and flat lists as they are, else the type (it may be deep)."""
+    """Returns `value`, which a file holds, for a message: numbers, text and flat lists as they are, else the type."""
     items = value if isinstance(value, list | tuple) else [value]
     flat = all(isinstance(item, str | int | float | None) for item in items)
     if not flat:
@@ -47,7 +47,7 @@ def shown(value: object) -> str:
 
 
 def checked_info(name: str, shape: object, dtype: np.dtype[Any], file: Path) -> TensorInfo:
-    """`TensorInfo` from a shape that a file claims; refuses what no array can have. Raises `BeitJaxError`."""
+    """Returns the `TensorInfo` of a shape that a file claims. Raises `BeitJaxError` if no array can have the shape."""
     where = f"tensor {printable(name)} in {printable(file, 1024)}"
     if not isinstance(shape, list | tuple):
         raise BeitJaxError(f"{where} has shape {shown(shape)}; expected a list of non-negative integers")
@@ -62,9 +62,13 @@ def checked_info(name: str, shape: object, dtype: np.dtype[Any], file: Path) -> 
 
 
 class RandomAccessFile:
-    """A regular file open for positioned reads from any thread.
+    """A regular file, open for reads by position from any thread.
 
-    Raises `BeitJaxError` for whatever cannot be opened or holds no byte. `label` is the path, safe to print.
+    Attributes:
+        label: the path, safe to print.
+
+    Raises:
+        BeitJaxError: the file cannot be opened, is no regular file, or is empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,7 +92,7 @@ class RandomAccessFile:
             raise BeitJaxError(f"{self.label} {kind}; expected a weight file")
 
     def read_into(self, offset: int, buffer: memoryview, what: str) -> None:
-        """Fills the flat byte `buffer` from `offset`. Raises `BeitJaxError` naming `what` if the file changed."""
+        """Fills the flat byte `buffer` from `offset`. Raises `BeitJaxError`, naming `what`, if the file changed."""
         done = 0
         try:
             while done < len(buffer):
@@ -106,13 +110,13 @@ class RandomAccessFile:
             )
 
     def read(self, offset: int, count: int, what: str) -> bytes:
-        """`count` bytes from `offset`; see `read_into`."""
+        """Returns `count` bytes from `offset`; see `read_into`."""
         data = bytearray(count)
         self.read_into(offset, memoryview(data), what)
         return bytes(data)
 
     def close(self) -> None:
-        """Closes the file; again does no harm."""
+        """Closes the file. A second call does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
@@ -128,7 +132,7 @@ def _refused_kind(status: os.stat_result) -> str | None:
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a record lies in a file, and its CRC-32 if the file has one."""
+    """The place of a record in a file, and its CRC-32 if the file has one."""
 
     offset: int
     nbytes: int
@@ -137,7 +141,7 @@ class Extent:
 
 
 def read_checked(file: RandomAccessFile, extent: Extent, what: str, into: memoryview | None = None) -> None:
-    """Reads a record, into a buffer or only to sum it, and compares its CRC-32. Raises `BeitJaxError`."""
+    """Reads a record and compares its CRC-32. Keeps the bytes in `into` if it is given. Raises `BeitJaxError`."""
     scratch = memoryview(bytearray(0 if into is not None else min(_CHUNK, extent.nbytes)))
     crc = 0
     for at in range(0, extent.nbytes, _CHUNK):
@@ -154,7 +158,7 @@ def read_checked(file: RandomAccessFile, extent: Extent, what: str, into: memory
 
 
 class WeightFile(ABC):
-    """One parsed weight file: every name, shape and dtype known and checked, tensor bytes still on disk."""
+    """One parsed weight file. Names, shapes and dtypes are checked; the bytes of the tensors are still on disk."""
 
     def __init__(self, file: RandomAccessFile, format: str) -> None:
         self.file = file
@@ -168,7 +172,7 @@ class WeightFile(ABC):
         """Writes the C-ordered bytes of one tensor into `flat`, `info.nbytes` long."""
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
-        """One tensor, C-contiguous, in its stored dtype: a new array, or a view of the uint8 buffer `out` [bytes]."""
+        """Returns one tensor, C-contiguous, in its stored dtype: a new array, or a view of the uint8 `out` [bytes]."""
         info = self.tensors[name]
         if out is None:
             out = np.empty(info.nbytes, np.uint8)

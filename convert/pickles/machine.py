@@ -1,9 +1,9 @@
 """Run a pickle without importing or calling anything that it names.
 
 `pickle.Unpickler` imports what the stream asks for. This machine knows the opcodes that protocols 2 to 5 write for
-data, and the closed table of names in `pickle_names`. Every other name is noted in `forbidden` and stands for nothing;
-the caller refuses the file and lists them. Time and memory are bounded by the length of the stream, the opcode limit
-and the budget of `_spend`.
+data, and the closed table of names in `names`. It notes every other name in `forbidden` and goes on with a record that
+stands for nothing; the caller refuses the file and lists these names. The length of the stream, the limit of opcodes
+and the budget of `_spend` bound time and memory.
 
 Opcodes and the layout of their arguments: the standard library's `pickletools`.
 """
@@ -31,15 +31,24 @@ _MAX_FORBIDDEN = 1000
 
 
 class PickleMachine:
-    """Runs the pickles of one file; collects the names it does not know (`forbidden`) and the storages they mention."""
+    """Runs the pickles of one file.
+
+    Attributes:
+        forbidden: the names in the stream that are not known, in order; the values mean nothing.
+        storages: the storages that the stream mentions, by key.
+    """
 
     def __init__(self) -> None:
-        self.forbidden: dict[str, None] = {}  # an ordered set
+        self.forbidden: dict[str, None] = {}
         self.storages: dict[str, Storage] = {}
         self._budget = MAX_PICKLE
 
     def run(self, stream: BinaryIO) -> object:
-        """The object described by the next pickle of `stream`, which is left just behind it. Raises `PickleError`."""
+        """Returns the object that the next pickle of `stream` describes, and leaves `stream` just behind the pickle.
+
+        Raises:
+            PickleError: the pickle is damaged, larger than the bounds, or asks for what no checkpoint needs.
+        """
         self._stack: list[object] = []
         self._below: list[list[object]] = []  # the stacks under each open MARK
         self._memo: dict[int, object] = {}
@@ -52,7 +61,7 @@ class PickleMachine:
         except PickleError:
             raise
         except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
-            # What pickletools raises for a damaged stream, and what handlers meet in one: an empty stack, a wrong type.
+            # pickletools raises these for a damaged stream; so do the handlers, at an empty stack or a wrong type.
             raise PickleError(f"is damaged ({error})") from None
 
     def _step(self, name: str, arg: object) -> None:
@@ -64,7 +73,7 @@ class PickleMachine:
             _HANDLERS[name](self, arg)
 
     def _spend(self, count: int) -> None:
-        """Bounds what one opcode can make larger than itself."""
+        """Takes `count` bytes from the budget: a few opcodes can make more bytes than they are long."""
         self._budget -= count
         if self._budget < 0:
             raise PickleError(f"unpacks to more than {MAX_PICKLE} bytes")
@@ -78,7 +87,7 @@ class PickleMachine:
         return items
 
     def _tuple(self, arg: object) -> None:
-        items = tuple(self._pop_mark())  # before `_stack` is looked up: it becomes the one below
+        items = tuple(self._pop_mark())  # first, because it replaces `_stack`
         self._stack.append(items)
 
     def _tuple_of(self, count: int) -> None:
@@ -114,7 +123,7 @@ class PickleMachine:
         if not isinstance(target, dict):
             raise PickleError(f"sets items of a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Only keys that hash in bounded time: equal hashes can be made for large integers and nested tuples.
+            # Keys must hash in bounded time. Large integers and nested tuples can be made with equal hashes.
             if not (isinstance(key, str | bool | None) or (isinstance(key, int) and abs(key) < 2**31)):
                 raise PickleError(f"has a dictionary key of type {type(key).__name__}")
             if key in target:
@@ -140,7 +149,7 @@ class PickleMachine:
         self._stack.append(self._lookup(f"{module}.{name}"))
 
     def _instance(self, arg: object) -> None:
-        """A class and its arguments in one, of protocol 0: read for its name only."""
+        """Protocol 0's class with its arguments: the name is noted, the opcode refused."""
         self._lookup(str(arg))
         raise PickleError("uses opcode INST, which no checkpoint needs")
 
@@ -187,11 +196,7 @@ class PickleMachine:
                 if storage.kind not in ITEM_SIZES or self.storages.setdefault(key, storage) != storage:
                     raise PickleError(f"describes storage {key} in two ways, or as a {storage.kind}")
                 self._stack.append(storage)
-            case (
-                "module",
-                Forbidden() | Global() as module,
-                *_,
-            ):  # the legacy format keeps a module's source beside it
+            case ("module", Forbidden() | Global() as module, *_):  # the legacy format adds the module's source code
                 self._stack.append(module)
             case _:
                 raise PickleError("refers to a storage in a way PyTorch 0.4 and later do not write")
@@ -232,7 +237,7 @@ _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opco
 
 
 def _tokens(stream: BinaryIO) -> Iterator[tuple[str, object]]:
-    """Names and arguments of the opcodes of one pickle. Arguments of opcodes that are not in use are not looked at."""
+    """Yields names and arguments of the opcodes of one pickle; an opcode that is not in use is refused unread."""
     name = ""
     while name != "STOP":
         code = stream.read(1)
@@ -242,7 +247,7 @@ def _tokens(stream: BinaryIO) -> Iterator[tuple[str, object]]:
         name = opcode.name
         if name not in _READ:
             raise PickleError(f"uses opcode {name}, which no checkpoint needs")
-        if name in ("GLOBAL", "INST"):  # pickletools would also resolve backslashes in the two names, unlike pickle
+        if name in ("GLOBAL", "INST"):  # unlike pickle, pickletools would resolve backslashes in the two names
             module, member = (stream.readline().removesuffix(b"\n").decode("utf-8") for _ in range(2))
             yield name, f"{module}.{member}"
         else:

@@ -1,7 +1,7 @@
-"""What a pickled checkpoint may mention: inert records for tensors, plain data for the settings stored beside them.
+"""The names that a pickled checkpoint may mention, and the inert records and plain data that they become.
 
-A name from a file is looked up in the closed table `CONSTRUCTORS` and nowhere else; nothing is imported for one. The
-names are those that torch 0.4 to 2.x and numpy 1 and 2 write.
+A name from a file is looked up in the closed table `CONSTRUCTORS`; nothing is imported for it. The table holds the
+names that torch 0.4 to 2.x and numpy 1 and 2 write.
 """
 
 import datetime
@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-# By the name of the storage, which is how torch writes a dtype.
+# torch writes a dtype as the name of its storage.
 STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
     "DoubleStorage": np.dtype(np.float64),
     "FloatStorage": np.dtype(np.float32),
@@ -29,7 +29,7 @@ STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
     "BoolStorage": np.dtype(np.bool_),
 }
 
-# Storages that may lie beside the weights, and whose size must be known to step over them.
+# Bytes of an item. Storages of further types may lie beside the weights, and the reader must step over them.
 ITEM_SIZES = {
     **{kind: dtype.itemsize for kind, dtype in STORAGE_DTYPES.items()},
     **{"ComplexFloatStorage": 8, "ComplexDoubleStorage": 16, "UntypedStorage": 1},
@@ -45,21 +45,21 @@ class PickleError(ValueError):
 
 @dataclass(frozen=True)
 class Global:
-    """A name the stream mentions, known here and never imported."""
+    """A name in the stream that is known here. It is never imported."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Forbidden:
-    """A name the stream mentions that has no business in a checkpoint, or whatever the stream made of it."""
+    """A name in the stream that no checkpoint needs, or the object that the stream would have made of it."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes kept outside the pickle: `kind` as torch spells it (``FloatStorage``), `numel` elements under `key`."""
+    """Bytes outside the pickle: `numel` elements under `key`, of the type `kind` as torch spells it (FloatStorage)."""
 
     kind: str
     key: str
@@ -68,7 +68,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """A strided view of a storage, counted in elements, as the stream states it: nothing is checked against it yet."""
+    """A strided view of a storage, counted in elements, as the stream states it. Nothing about it is checked yet."""
 
     storage: Storage
     offset: int
@@ -85,14 +85,14 @@ class UnsupportedTensor:
 
 @dataclass(frozen=True)
 class Namespace:
-    """What an `argparse.Namespace` held."""
+    """The values of an `argparse.Namespace`."""
 
     values: dict[object, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Module:
-    """What a pickled `torch.nn.Module` of a class in `MODULES` held: its attributes, none of its behaviour."""
+    """The attributes of a pickled `torch.nn.Module` of a class in `MODULES`, without its behaviour."""
 
     kind: str
     attributes: dict[object, object] = field(default_factory=dict)
@@ -119,7 +119,7 @@ def _first(args: Args) -> object:
 
 
 def _empty_dict(args: Args) -> object:
-    """An OrderedDict, or a defaultdict with its factory; their items follow in SETITEMS."""
+    """Returns the dict for an OrderedDict or a defaultdict with its factory; the items follow in SETITEMS."""
     if len(args) > 1 or not all(isinstance(arg, Global | Forbidden | None) for arg in args):
         raise PickleError("fills a dictionary in the way of Python 2")
     return {}
@@ -143,7 +143,7 @@ def _latin1(args: Args) -> object:
 
 
 def _module(kind: str, args: Args) -> object:
-    """``cls.__new__(cls)``, which is how a pickle makes any plain object; its attributes follow in BUILD."""
+    """Returns a record in place of ``cls.__new__(cls)``; the attributes follow in BUILD."""
     if args:
         raise PickleError(f"makes a {kind} from arguments")
     return Module(kind)
@@ -157,7 +157,7 @@ def _numpy_dtype(args: Args) -> object:
 
 
 def _other_dtype(args: Args) -> object:
-    """``_rebuild_tensor_v3`` serves the dtypes that have no storage type; the seventh argument says which."""
+    """``_rebuild_tensor_v3`` makes tensors whose dtype has no storage type; its seventh argument is the dtype."""
     match args:
         case (_, _, _, _, _, _, Global(name=name), *_):
             return UnsupportedTensor(name)
@@ -171,8 +171,8 @@ def _numpy_scalar(args: Args) -> object:
     raise PickleError("holds a numpy scalar that is not a plain number")
 
 
-# The classes that make up OpenAI's ``encoder.pkl`` and ``decoder.pkl``, which are modules and not state dicts. Their
-# objects are read as records (`Module`); whatever else a pickled module needs, it is refused.
+# OpenAI's ``encoder.pkl`` and ``decoder.pkl`` are modules of these classes, not state dicts. Their objects are read as
+# records (`Module`); a pickled module that needs any other class is refused.
 MODULES = (
     *("dall_e.encoder.Encoder", "dall_e.encoder.EncoderBlock", "dall_e.utils.Conv2d"),
     *("dall_e.decoder.Decoder", "dall_e.decoder.DecoderBlock"),
@@ -227,5 +227,5 @@ _NAMES = re.compile(
 
 
 def is_known(name: str) -> bool:
-    """Whether a checkpoint may mention `name`."""
+    """True if a checkpoint may mention `name`."""
     return name in CONSTRUCTORS or _NAMES.fullmatch(name) is not None

@@ -1,4 +1,4 @@
-"""Which of the things in a training checkpoint are the weights, and what is worth keeping of the rest."""
+"""Finds the weights among the entries of a training checkpoint, and keeps the settings beside them as plain data."""
 
 import datetime
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from .names import Forbidden, Global, Module, Namespace, NumpyDtype, PickledTens
 
 WRAPPERS = ("state_dict", "model", "module", "model_ema", "state_dict_ema")
 SETS = {"model": ("state_dict", "model", "module"), "ema": ("model_ema", "state_dict_ema")}
-"""The trained weights and their moving average, whatever a training loop called them."""
+"""The names that training loops give to the trained weights and to their moving average."""
 
 _MAX_VALUES = 10_000  # settings kept of one entry
 _MAX_DEPTH = 32
@@ -22,7 +22,11 @@ Tensor = PickledTensor | UnsupportedTensor
 
 @dataclass(frozen=True)
 class State:
-    """The weights by name, and the plain data that lay beside them."""
+    """The weights by name, and the plain data beside them.
+
+    Attributes:
+        notes: lines for the user that say what was taken and what was left out.
+    """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, object]
@@ -30,20 +34,21 @@ class State:
 
 
 class _TooLarge(ValueError):
-    """An entry that is not settings: it holds tensors, or too much."""
+    """An entry is no settings: it holds tensors, or too many values."""
 
 
 def select_state(top: object, prefer: str | None, label: str) -> State:
-    """Finds the one state dict in the object that a pickle held.
+    """Returns the one state dict in the object that a pickle held.
 
     Args:
         top: a state dict, or a dict that has one under one of `WRAPPERS`, nested or not, or a module
             (see `module_tensors`).
-        prefer: what to take where several hold tensors: the name of a wrapper, or one of `SETS`.
+        prefer: the entry to take if several hold tensors: the name of a wrapper, or one of `SETS`.
         label: the file, for messages.
 
     Raises:
-        BeitJaxError: no state dict; several and no (or another) preference; an entry in it that is not a tensor.
+        BeitJaxError: there is no state dict; there are several, and `prefer` names none of them; an entry of the state
+            dict is no tensor.
     """
     if isinstance(top, Module) and prefer in (None, "model"):
         return State(module_tensors(top, label), {}, (f"weights taken from a pickled {top.kind}; nothing was run",))
@@ -121,7 +126,7 @@ def _named_tensors(mapping: Mapping[object, object], label: str) -> dict[str, Te
 
 
 def _settings(beside: Mapping[object, object]) -> tuple[dict[str, object], list[str]]:
-    """Plain data of the entries beside the weights, and a note for each."""
+    """Returns the plain data of the entries beside the weights, and a note for each entry."""
     metadata: dict[str, object] = {}
     notes: list[str] = []
     for key, value in list(beside.items())[:_MAX_ENTRIES]:
@@ -139,7 +144,7 @@ def _settings(beside: Mapping[object, object]) -> tuple[dict[str, object], list[
 
 
 class _Plain:
-    """Copies one entry into dicts, lists and scalars. A pickle can be a graph, so values are counted."""
+    """Copies one entry into dicts, lists and scalars. It counts values, because a pickle can be a graph."""
 
     def __init__(self) -> None:
         self._left = _MAX_VALUES

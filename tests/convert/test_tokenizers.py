@@ -370,6 +370,19 @@ def test_native_directory(native: Path) -> None:
     tokenizers.convert(source, native, overwrite=True)
 
 
+def test_overwrite_replaces_neither_other_directories_nor_the_source(native: Path, tmp_path: Path) -> None:
+    source = resolve(tmp_path / "encoder.pth")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    with pytest.raises(BeitJaxError, match=rf"{tmp_path}/home"):
+        tokenizers.convert(source, tmp_path / "home", overwrite=True)
+    inside = native / "encoder.pth"
+    inside.write_bytes(source.path.read_bytes())
+    with pytest.raises(BeitJaxError, match=str(native)):
+        tokenizers.convert(resolve(inside), native, overwrite=True)
+    assert (tmp_path / "home" / "thesis.tex").exists() and inside.exists()
+
+
 def test_the_interface(native: Path) -> None:
     loaded = load_tokenizer(native)
     assert isinstance(loaded, Tokenizer)
