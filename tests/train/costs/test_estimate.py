@@ -223,7 +223,7 @@ def test_memory_counts_parameters_their_copies_and_activations() -> None:
     size = 4 * num_params(config)
     each = activation_bytes(config, remat="block")
     assert memory(size, 64 * each) == Memory(size, 2 * size, 0, size, 64 * each)
-    found = memory(size, 8 * each, beside=size, accumulate=4, shards=8)
+    found = memory(size, 8 * each, others=size, accumulate=4, shards=8)
     part = -(-size // 8)
     assert found == Memory(part, 2 * part, part, 2 * part, 8 * each)
     assert found.total == 6 * part + 8 * each
