@@ -21,7 +21,7 @@ def demo(*, out: Path = Path("beit-jax-demo"), json: Json = False) -> int:
       beit-jax demo
 
     Args:
-        out: Where the converted checkpoint is written; a result of an earlier demo there is replaced.
+        out: Directory to create: the converted checkpoint. The result of an earlier demo is replaced.
     """
     from beit_jax.cli import demo as demonstration
 
@@ -92,8 +92,8 @@ def convert(
 ) -> int:
     """Convert a PyTorch checkpoint into a native one: config.json, preprocessor_config.json, flax_model.safetensors.
 
-    Every tensor is used or known to be derived, every shape is checked before a byte is copied, and the result is
-    verified before it appears under its name; a failed or interrupted conversion leaves nothing.
+    Every tensor must be used or be known as derived, and all shapes are checked before a byte is copied. The result is
+    verified before it appears under its name. A conversion that fails or is interrupted leaves nothing.
 
     Try:
       beit-jax convert microsoft/beit-large-patch16-224-pt22k beit-large
@@ -101,7 +101,7 @@ def convert(
       beit-jax convert encoder.pkl dvae-encoder
 
     Args:
-        overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
+        overwrite: Replace DEST if it exists. The old one stays until the new one is complete.
     """
     from beit_jax.atomic import check_destination
     from beit_jax.cli.inspection import describe_plan, describe_tokenizer, plan_as_dict
@@ -145,7 +145,7 @@ def export(
 
     Args:
         to: The layout.
-        overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
+        overwrite: Replace DEST if it exists. The old one stays until the new one is complete.
     """
     from beit_jax.convert import exporter
     from beit_jax.hub import WEIGHTS
@@ -177,8 +177,8 @@ def parity(
 
     Args:
         image: Images to compare on; by default BATCH images of noise.
-        batch: How many images of noise.
-        seed: Of the noise and the masked patches.
+        batch: Number of images of noise.
+        seed: Seed of the noise and of the masked patches.
     """
     from beit_jax.convert import parity as comparison
     from beit_jax.hub import PROCESSOR

@@ -69,8 +69,8 @@ def features(
 
     Args:
         output: The file to write, ending in .npz.
-        pooling: What the model pools itself (or the mean of the patch tokens where it pools nothing), the mean, the
-            class token, or all tokens.
+        pooling: The model's own pooled output (the mean of the patch tokens if it pools nothing), the mean of the patch
+            tokens, the class token, or all tokens.
         batch_size: Images computed at once.
     """
     import numpy as np
@@ -106,9 +106,9 @@ def segment(
       beit-jax segment ./native room.jpg --mask labels.png --as-trained --json
 
     Args:
-        output: Picture to write: the image under the colours of its classes, and their names and areas.
-        mask: PNG to write: the number of its class for every pixel.
-        opacity: Of the colours, 0 to 1.
+        output: Picture to write: the image under the colours of its classes, with their names and areas.
+        mask: PNG to write: the class number of every pixel.
+        opacity: Opacity of the colours, 0 to 1.
     """
     from beit_jax.atomic import new_file
     from beit_jax.images.files import open_image
@@ -158,8 +158,9 @@ def reconstruct(
 ) -> int:
     """Hide patches of images from a pre-trained model and show what it predicts there, decoded to pixels.
 
-    The picture has a row per image: what the model sees; the same with hidden patches; what the image's own tokens
-    decode to; and that with the predicted tokens in the hidden places. Tokenizer and decoder are written by convert.
+    The picture has a row of four for every image: the image in the model's size; the same with hidden patches; the
+    image's own tokens, decoded; the same with the predicted tokens in the hidden places. `beit-jax convert` writes
+    tokenizer and decoder.
 
     Try:
       beit-jax reconstruct ./beit-base-pt22k cat.jpg --tokenizer ./dvae-encoder --decoder ./dvae-decoder
@@ -167,8 +168,9 @@ def reconstruct(
 
     Args:
         output: Picture to write, ending in .png.
-        mask_patches: Patches to hide of every image; by default 75 of 196, as BEiT was trained, or as large a share.
-        seed: Of the hidden patches.
+        mask_patches: Number of patches to hide in every image; by default 75 of 196, as in BEiT's training, or the same
+            share of another number.
+        seed: Seed of the choice of hidden patches.
     """
     from beit_jax.looking import reconstruct as reconstructing
     from beit_jax.tokenizers.checkpoint import load_decoder, load_tokenizer

@@ -1,4 +1,4 @@
-"""`beit-jax plot`: pictures of a model's inside, of training and of parity. Imports wait until a command runs."""
+"""The command `plot`: pictures of the inside of a model, of training and of parity. Imports wait until it runs."""
 
 import os
 from collections import Counter
@@ -23,14 +23,14 @@ _Output = Annotated[Path, arg(aliases=["-o"], help="Picture to write, ending in 
 _Block = Annotated[int | None, arg(metavar="NUMBER")]
 _Patch = Annotated[
     tuple[int, int] | None,
-    arg(metavar="ROW COLUMN", help="The token: a patch, counted from 1 1 at the top left; by default the class token."),
+    arg(metavar="ROW COLUMN", help="The patch that attends; 1 1 is at the top left. By default the class token."),
 ]
 _Hub = Annotated[Hub, arg(name="")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _ImagePlot:
-    """What both plots of an image take."""
+    """The arguments of the two plots of an image."""
 
     checkpoint: Positional[SourceName]
     image: Positional[_Image]
@@ -39,7 +39,7 @@ class _ImagePlot:
     hub: _Hub = Hub()
 
     def attention(self) -> "ImageAttention":
-        """Of the image, in all blocks."""
+        """Computes the attention in the image, in all blocks."""
         from beit_jax.images.files import open_image
         from beit_jax.inference import predict
         from beit_jax.looking.interpret import image_attention
@@ -53,7 +53,7 @@ class _ImagePlot:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlot(_ImagePlot):
-    """What a token attends to in an image: a map for every head of a block.
+    """The attention of a token to the patches of an image: a map for every head of a block.
 
     Try:
       beit-jax plot attention microsoft/beit-base-patch16-224 cat.jpg
@@ -79,7 +79,7 @@ class AttentionPlot(_ImagePlot):
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutPlot(_ImagePlot):
-    """How much of every patch reaches a token through all blocks, by attention rollout (arXiv 2005.00928).
+    """The share of every patch in a token after all blocks, by attention rollout (arXiv 2005.00928).
 
     Try:
       beit-jax plot rollout microsoft/beit-base-patch16-224 cat.jpg
@@ -110,7 +110,7 @@ class PositionBiasPlot:
     checkpoint: Positional[SourceName]
     output: _Output = Path("position-bias.png")
     block: _Block = None
-    """All that this block adds, from 1; by default the table that all blocks share, or else the last block's."""
+    """The block, from 1; by default the table that all blocks share, or the last block's if there is none."""
     json: Json = False
     hub: _Hub = Hub()
 
@@ -138,7 +138,7 @@ class CurvesPlot:
     runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN...", help="Directories of runs.")]]
     output: _Output = Path("curves.png")
     metrics: tuple[str, ...] = ()
-    """What to draw; by default the usual ones and all of validation."""
+    """Metrics to draw; by default the usual ones, and all of validation."""
     log: tuple[str, ...] = ()
     """Metrics to draw on a logarithmic axis."""
     json: Json = False
@@ -160,7 +160,7 @@ class CurvesPlot:
 
 @dataclass(frozen=True, kw_only=True)
 class ParityPlot:
-    """How far every stage of a converted model is from PyTorch, against what is tolerated.
+    """The error of every stage of a converted model against PyTorch, and its tolerance.
 
     Try:
       beit-jax parity ./directory --json > parity.json
@@ -206,7 +206,7 @@ def plot(
 
 
 def _labels(runs: Sequence[Path]) -> list[str]:
-    """The names of directories; the whole path of those that share their names."""
+    """Labels of runs: the names of their directories, or the whole paths if two have the same name."""
     names = [Path(os.path.abspath(run)).name for run in runs]
     labels = [str(run) if Counter(names)[name] > 1 else name for run, name in zip(runs, names, strict=True)]
     if len(set(labels)) < len(labels):

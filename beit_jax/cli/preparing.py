@@ -26,28 +26,31 @@ def prepare(
 ) -> int:
     """Write a data set as `beit-jax train` and `evaluate` read it: TFDS in ArrayRecord files, without TensorFlow.
 
-    digits needs no SOURCE (scikit-learn's handwritten digits); folder is a tree with a folder per class, below train/
-    and val/ or not; images is any tree of images, without labels, to pre-train on; imagenet is the folder of
-    ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and the development kit; imagenet22k a folder of a tar per class,
-    or a tar of these; ade20k is ADEChallengeData2016. Data that TFDS itself prepared as array_record need no
-    preparation.
+    SOURCE:
+      digits       none: the digits are scikit-learn's
+      folder       a tree with a folder per class, or with such trees in train/ and val/
+      images       any tree of images, without labels, for pre-training
+      imagenet     the folder of ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and the development kit
+      imagenet22k  a folder with a tar per class, or a tar of these
+      ade20k       the folder ADEChallengeData2016
+
+    Data that TFDS has prepared as array_record can be used as they are.
 
     Try:
       beit-jax prepare digits ./digits
       beit-jax prepare imagenet /downloads/imagenet ./imagenet
 
     Args:
-        held_out: Share of the images that become the validation split: of each class of a folder without val/ (0.1 by
-            default), of images and of imagenet22k (none by default).
-        skip_bad: Leave out images that cannot be read, naming each; otherwise they are named and nothing is written.
-        overwrite: Replace DEST if it exists; it stays whole until the new one is complete.
+        held_out: Share of the images for the validation split. For a folder without val/ it is taken from each class,
+            0.1 by default; for images and imagenet22k it is 0 by default.
+        skip_bad: Leave out images that cannot be read, and name them. Without it they are named and nothing is written.
+        overwrite: Replace DEST if it exists. The old one stays until the new one is complete.
     """
     with train_extra():
         from beit_jax.train.data import prepare as preparing
 
-    wanted = 1 if kind == "digits" else 2
-    if len(paths) != wanted:
-        names = "DEST" if wanted == 1 else "SOURCE DEST"
+    names = "DEST" if kind == "digits" else "SOURCE DEST"
+    if len(paths) != len(names.split()):
         raise BeitJaxError(f"prepare {kind}: expected {names}, found {len(paths)} names")
     progress = partial(image_progress, description="preparing")
     source, dest = paths[0], paths[-1]
