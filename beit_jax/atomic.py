@@ -44,8 +44,8 @@ def new_directory(
             read-only; the disk is full, or becomes full; another process is writing to the same destination.
     """
     _check_parent(destination)
-    partial, old = _beside(destination, "partial"), _beside(destination, "old")
-    lock = exclusive(_beside(destination, "lock"), destination, remove=True)
+    partial, old = _sibling(destination, "partial"), _sibling(destination, "old")
+    lock = exclusive(_sibling(destination, "lock"), destination, remove=True)
     with _full_disk_explained(destination), lock:
         _restore(destination)
         check_destination(destination, overwrite=overwrite, contents=contents)
@@ -112,7 +112,7 @@ def new_file(destination: Path) -> Iterator[Path]:
     if destination.is_dir():
         raise BeitJaxError(f"{destination}: expected a file name, found a directory")
     _check_parent(destination)
-    partial = _beside(destination, f"partial-{os.getpid()}")
+    partial = _sibling(destination, f"partial-{os.getpid()}")
     with _full_disk_explained(destination):
         try:
             yield partial
@@ -147,13 +147,13 @@ def _full_disk_explained(destination: Path) -> Iterator[None]:
         raise BeitJaxError(f"{destination}: the disk is full; nothing was kept, free space and run again") from error
 
 
-def _beside(destination: Path, suffix: str) -> Path:
+def _sibling(destination: Path, suffix: str) -> Path:
     return destination.with_name(f".{destination.name}.{suffix}")
 
 
 def _restore(destination: Path) -> None:
     """Moves an old output back if no new one took its place, and removes what is not the output."""
-    partial, old = _beside(destination, "partial"), _beside(destination, "old")
+    partial, old = _sibling(destination, "partial"), _sibling(destination, "old")
     if old.exists() and not destination.exists():
         old.rename(destination)
     for rest in (partial, old):
