@@ -1,4 +1,4 @@
-"""What happens to training images, on the host and on the device.
+"""The changes of training images, on the host and on the device.
 
 On the host, without JAX: `decode` reads a record; `classification`, `segmentation` and `views` (for pre-training) crop,
 flip and change colours, with `randaugment`; `masking` draws masks of patches; `resample`, `kernels` and `smooth` make

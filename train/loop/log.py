@@ -1,4 +1,4 @@
-"""What a run reports: metrics as JSON lines and to TensorBoard, and its progress on the terminal."""
+"""Reports of a run: metrics as JSON lines and in TensorBoard, and progress on the terminal."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""What a training image decodes to: Pillow's own pixels, by whichever way; and what is defined beyond them."""
+"""Training images are decoded to Pillow's own pixels, whichever library decodes them; and the cases beyond Pillow."""
 
 import io
 import struct

@@ -32,7 +32,7 @@ sd / 2 * sqrt((kurtosis - 1) / n). The reference is a sample too: variances add,
 
 @dataclass(frozen=True)
 class Reference:
-    """What the original's MaskingGenerator drew.
+    """Masks that the original's MaskingGenerator drew.
 
     mean, deviation, least, full: of the number of hidden patches in 20,000 masks; full: the share with all.
     few: so many or fewer are hidden in 10 to 15 of 20,000 masks, going by 300,000.

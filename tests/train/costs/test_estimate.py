@@ -137,7 +137,7 @@ def weightless(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 
 def heads_share(found: Flops, patches: int) -> Flops:
-    """Of a model that predicts so many of its 196 patches."""
+    """FLOPs of a model that predicts so many of its 196 patches."""
     return replace(found, head=found.head * patches / 196)
 
 

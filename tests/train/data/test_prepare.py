@@ -41,7 +41,7 @@ def picture(kind: str = "PNG", mode: str = "RGB", value: int = 0, size: tuple[in
 
 
 def records(directory: Path, split: str, decoders: Any = AS_STORED) -> list[dict[str, Any]]:
-    """What TFDS reads, without anything of ours."""
+    """Records as TFDS reads them, without code of this project."""
     return list(tfds.builder_from_directory(directory).as_data_source(split, decoders=decoders))
 
 

@@ -54,7 +54,7 @@ def finished(children: list[subprocess.Popen[str]]) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Scores]:
-    """What processes of so many devices each record, by objective."""
+    """The scores by objective, for a number of processes and of devices of each."""
     root = tmp_path_factory.mktemp("objectives")
     prepare(root)
 

@@ -282,7 +282,7 @@ def test_who_said_where_it_is_waits_for_the_answer(store: Memory) -> None:
 
 
 def compared(store: Memory, facts: list[object], patience: float = 20.0) -> list[str | None]:
-    """What every process gets of comparing; None: nothing."""
+    """The error that each process raises when facts are compared; None: no error."""
     found: list[str | None] = [None] * len(facts)
 
     def one(peer: Peers) -> None:

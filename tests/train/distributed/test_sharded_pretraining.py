@@ -16,15 +16,15 @@ STEPS_SCRIPT = Path(__file__).parents[2] / "support" / "sharded_pretraining.py"
 LOSS = 1e-5
 """Between losses of magnitude 1 to 11 on different meshes, in float32: sums are taken in another order."""
 PARAMETER = 5e-5
-"""Of a parameter, of the 5e-3 that five Adam steps moved it, and of the codebook's directions: where a gradient is
-small, its rounding shows."""
+"""The tolerance of parameters, which five Adam steps moved by 5e-3, and of the codebook's directions: rounding shows
+where a gradient is small."""
 MESHES = {"8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
 NAMES = ("masked_tokens", "data2vec", "vqkd")
 
 
 @pytest.fixture(scope="module")
 def steps() -> dict[str, Any]:
-    """What `sharded_pretraining` printed, run in a process with eight devices."""
+    """The output of `sharded_pretraining` in a process with eight devices."""
     environment = os.environ | {
         # Programs are small: compiling them is what takes time, and most of it goes into optimizing machine code.
         # All devices take operations in one order: with jax 0.12's concurrent one two collectives wait for each other.
@@ -61,14 +61,14 @@ def test_steps_on_a_mesh_are_steps_on_one_device(steps: dict[str, Any], name: st
     """Masks of different counts, dropout, stochastic depth and accumulation included, and what is beside the model."""
     found, one = steps[name]["meshes"][mesh], steps[name]["one"]
     assert np.abs(np.subtract(found["losses"], one["losses"])).max() <= LOSS
-    assert found["params"] <= PARAMETER and found["ema"] <= PARAMETER and found["stats"] <= PARAMETER
+    assert found["params"] <= PARAMETER and found["second"] <= PARAMETER and found["stats"] <= PARAMETER
 
 
 def test_teachers_that_average_move_and_frozen_ones_do_not(steps: dict[str, Any]) -> None:
     moved = {name: steps[name]["one"]["moved"] for name in NAMES}
-    assert moved["data2vec"]["ema"] > 1e-3
-    assert moved["masked_tokens"]["ema"] == moved["vqkd"]["ema"] == 0.0
-    assert all(steps[name]["meshes"][mesh]["ema"] == 0.0 for name in ("masked_tokens", "vqkd") for mesh in MESHES)
+    assert moved["data2vec"]["second"] > 1e-3
+    assert moved["masked_tokens"]["second"] == moved["vqkd"]["second"] == 0.0
+    assert all(steps[name]["meshes"][mesh]["second"] == 0.0 for name in ("masked_tokens", "vqkd") for mesh in MESHES)
     assert moved["vqkd"]["stats"] > 0.1, "the codes became clusters, and followed"
 
 
@@ -91,7 +91,7 @@ def test_a_device_holds_its_part_of_what_lies_beside(steps: dict[str, Any], name
     found, (_, fsdp, tensor) = steps[name]["meshes"][mesh], MESHES[mesh]
     whole = sum(4 * prod(shape) for shape in found["sizes"].values())
     expected = sum(share(path, shape, fsdp, tensor) for path, shape in found["sizes"].items())
-    assert found["held"]["ema"] == found["held at first"]["ema"] == [expected] * 8
+    assert found["held"]["second"] == found["held at first"]["second"] == [expected] * 8
     assert found["held"]["params"] == found["held at first"]["params"]
     assert len(set(found["held"]["params"])) == 1
     if fsdp * tensor == 4:

@@ -31,7 +31,7 @@ from beit_jax.train.distributed.sharding import (
     replicated,
     state_shardings,
 )
-from beit_jax.train.evaluation.probe import abstract_probe
+from beit_jax.train.objectives.linear_probe import abstract_probe
 from beit_jax.train.step.state import State, initial_state
 from beit_jax.tree import flatten, unflatten
 from beit_jax.variants import VARIANTS
@@ -40,7 +40,7 @@ STEPS_SCRIPT = Path(__file__).parents[2] / "support" / "sharded_steps.py"
 LOSS = 1e-5
 """Between losses of magnitude 2 on different meshes, in float32: sums are taken in another order."""
 PARAMETER = 5e-5
-"""Of a parameter, of the 5e-3 that five Adam steps moved it: where a gradient is small, its rounding shows."""
+"""The tolerance of parameters, which five Adam steps moved by 5e-3: rounding shows where a gradient is small."""
 MESHES = {"8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
 
 
@@ -124,12 +124,14 @@ def test_moments_average_and_statistics_lie_as_parameters_do() -> None:
     tx = optax.chain(
         optax.scale_by_adam(), optax.masked(optax.trace(0.9), lambda tree: jax.tree.map(lambda _: True, tree))
     )
-    state = jax.eval_shape(partial(initial_state, tx=tx, statistics=statistics(config), ema=True), shapes)
+    state = jax.eval_shape(partial(initial_state, tx=tx, statistics=statistics(config), average=True), shapes)
     mesh = abstract_mesh(1, 4, 2)
     found = state_shardings(state, mesh)
     assert isinstance(found, State)
     adam, trace = found.opt
-    assert found.params == found.ema == adam.mu == adam.nu == trace.inner_state.trace == state_shardings(learned, mesh)
+    assert (
+        found.params == found.average == adam.mu == adam.nu == trace.inner_state.trace == state_shardings(learned, mesh)
+    )
     whole = (found.step, found.bad, found.skipped, adam.count, *jax.tree.leaves(found.stats))
     assert len(whole) > 4 and all(sharding.is_fully_replicated for sharding in whole)
 
@@ -199,7 +201,7 @@ def test_placing_keeps_every_bit() -> None:
 
 @pytest.fixture(scope="module")
 def steps(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What `sharded_steps` printed, run in a process with eight devices."""
+    """The output of `sharded_steps` in a process with eight devices."""
     environment = os.environ | {
         # Programs are small: compiling them is what takes time, and most of it goes into optimizing machine code.
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
@@ -231,7 +233,7 @@ def test_steps_on_a_mesh_are_steps_on_one_device(steps: dict[str, Any], mesh: st
     """Mixing, erasing, dropout, stochastic depth, accumulation, clipping and averaging included."""
     found = steps["meshes"][mesh]
     assert np.abs(np.subtract(found["losses"], steps["one"]["losses"])).max() <= LOSS
-    assert found["params"] <= PARAMETER and found["ema"] <= PARAMETER
+    assert found["params"] <= PARAMETER and found["average"] <= PARAMETER
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -246,7 +248,7 @@ def test_a_device_holds_its_part_before_and_after(steps: dict[str, Any], mesh: s
     count = 4  # bytes of Adam's step counter
     assert found["before"]["held"] == {
         "params": [expected] * 8,
-        "ema": [expected] * 8,
+        "average": [expected] * 8,
         "moments": [2 * expected + count] * 8,
     }
 

@@ -1,4 +1,4 @@
-"""What a run tells: records that survive, lines that say what matters, time that is all accounted for."""
+"""The reports of a run: records survive a killed process, lines show the metrics, phases add up to all the time."""
 
 import json
 import signal
