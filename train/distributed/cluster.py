@@ -47,7 +47,7 @@ def joined(options: HostOptions) -> Iterator[Peers]:
 
 
 def launcher(environment: Mapping[str, str], devices: Path = Path("/dev")) -> str | None:
-    """The launcher of several processes: "slurm", or "tpu" where there are chips and their library; None without one."""
+    """The launcher of several processes: "slurm", or "tpu" where there are chips and their library; or None."""
     if all(name in environment for name in _SLURM) and int(environment["SLURM_NTASKS"]) > 1:
         return "slurm"
     chips = any(next(devices.glob(pattern), None) is not None for pattern in _CHIPS)
