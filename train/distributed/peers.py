@@ -197,7 +197,7 @@ class Peers:
         with self._lock:
             self._step = step
 
-    def agreed(self, step: int) -> bool:
+    def stops_after(self, step: int) -> bool:
         """True if the run stops after `step`. All processes ask after every step, and get the same answer."""
         if self._store is None:
             return any(gather(self._requested is not None))
@@ -208,7 +208,7 @@ class Peers:
             self._last_step.wait()
         return self._last_step.is_set() and step >= self._stop_after
 
-    def agree(self, facts: Mapping[str, Any], *, patience: float) -> None:
+    def compare(self, facts: Mapping[str, Any], *, patience: float) -> None:
         """Compares facts with those of process 0.
 
         Args:

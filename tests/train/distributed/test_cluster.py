@@ -85,7 +85,7 @@ JOIN = """
 from beit_jax.train.distributed.cluster import joined
 from beit_jax.train.recipe import HostOptions
 with joined(HostOptions(wait=120.0)) as peers:
-    peers.agree({"same": True}, patience=60.0)
+    peers.compare({"same": True}, patience=60.0)
     print("joined as", peers.index, "of", peers.count)
 """
 

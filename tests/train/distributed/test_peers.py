@@ -210,10 +210,10 @@ def test_without_the_store_the_leader_is_gone(store: Memory, capfd: pytest.Captu
 
 def test_alone_a_request_counts_at_once() -> None:
     with Peers() as alone:
-        assert not alone.agreed(3)
+        assert not alone.stops_after(3)
         alone.request("SIGTERM")
-        assert alone.agreed(4)
-        alone.agree({"a": 1}, patience=0)
+        assert alone.stops_after(4)
+        alone.compare({"a": 1}, patience=0)
         alone.fail("nobody listens")
         alone.hung(1)
 
@@ -232,7 +232,7 @@ def test_all_stop_after_the_same_step(store: Memory, seed: int) -> None:
         for step in range(begun + 1, 10_000):
             together.wait(20)
             threading.Event().wait(pauses.random() / 200)
-            if peer.agreed(step):
+            if peer.stops_after(step):
                 stopped[peer.index] = step
                 return
 
@@ -263,11 +263,11 @@ def test_who_said_where_it_is_waits_for_the_answer(store: Memory) -> None:
     first, second = of(store, 2)
     first.begin(5)
     second.begin(5)
-    assert not first.agreed(6)
+    assert not first.stops_after(6)
     first.request("SIGTERM")
     first.look()
     answer: list[bool] = []
-    waiting = threading.Thread(target=lambda: answer.append(first.agreed(7)))
+    waiting = threading.Thread(target=lambda: answer.append(first.stops_after(7)))
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive(), "the second process has not been asked"
@@ -275,7 +275,7 @@ def test_who_said_where_it_is_waits_for_the_answer(store: Memory) -> None:
     first.look()
     waiting.join(10)
     assert answer == [True]  # 6 was the furthest: 7 is the last
-    assert not second.agreed(6) and second.agreed(7)
+    assert not second.stops_after(6) and second.stops_after(7)
 
 
 # --- Facts ------------------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def compared(store: Memory, facts: list[object], patience: float = 20.0) -> list
 
     def one(peer: Peers) -> None:
         try:
-            peer.agree(facts[peer.index], patience=patience)  # type: ignore[arg-type]
+            peer.compare(facts[peer.index], patience=patience)  # type: ignore[arg-type]
         except BeitJaxError as error:
             found[peer.index] = str(error)
 
@@ -317,7 +317,7 @@ def test_who_says_nothing_is_named(store: Memory) -> None:
     first = of(store, 3)[0]
     Peers(store, 1, 3, host="host-1")._say("facts", {"host": "host-1", "facts": {}})
     with pytest.raises(BeitJaxError, match=r"^process 2: nothing was heard for 0 s; look at its output$"):
-        first.agree({}, patience=0.3)
+        first.compare({}, patience=0.3)
 
 
 # --- The store of JAX -------------------------------------------------------------------------------------------------
