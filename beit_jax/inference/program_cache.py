@@ -117,7 +117,7 @@ def _model_forward(config: BeitConfig, output: OutputName) -> Program:
 
 
 def _trace(config: BeitConfig, params: Params, shape: tuple[int, ...], output: OutputName) -> _Traced:
-    exported = _export(_model_forward(config, output), params, shape)
+    exported = _export(_model_forward(config, output), params, shape, platform="cpu")
     return _Traced(exported.out_avals[0].shape, exported.mlir_module_serialized)
 
 
@@ -125,17 +125,19 @@ def _callable(traced: _Traced, params: Params, shape: tuple[int, ...]) -> Progra
     """A function that computes a traced program.
 
     jax.export reads files of its own only where the package flatbuffers is installed. This function exports a trivial
-    program with the same arguments and the same result instead, and replaces its StableHLO.
+    program with the same arguments and the same result instead, and replaces its StableHLO. The trivial program is for
+    a TPU, because `call` of a program for a CPU first imports SciPy's LAPACK (0.1 s), which no model needs.
     """
-    trivial = _export(lambda params, pixel_values: jnp.zeros(traced.shape, jnp.float32), params, shape)
+    trivial = _export(lambda params, pixel_values: jnp.zeros(traced.shape, jnp.float32), params, shape, platform="tpu")
     return replace(trivial, mlir_module_serialized=traced.stablehlo).call
 
 
-def _export(function: Program, params: Params, shape: tuple[int, ...]) -> "jax.export.Exported":
-    import jax.export  # not at the top: only the cache needs it
+def _export(function: Program, params: Params, shape: tuple[int, ...], *, platform: str) -> "jax.export.Exported":
+    from jax import export  # not at the top: only the cache needs it
 
     jitted = jax.jit(function, keep_unused=True)  # so that every program takes all parameters; features need no head
-    return jax.export.export(jitted)(params, jax.ShapeDtypeStruct(shape, jnp.float32))
+    exporting = export.export(jitted, platforms=[platform], disabled_checks=[export.DisabledSafetyCheck.platform()])
+    return exporting(params, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def _load(path: Path) -> _Traced | None:
