@@ -109,7 +109,9 @@ class BeitModel(nnx.Module):
             BeitJaxError: wrong shapes, or a mask for a model without a mask token.
         """
         grid, depth = patch_grid(self.config, pixel_values.shape), self.config.num_hidden_layers
-        embed_key, *block_keys = [None] if key is None else jax.random.split(key, 1 + depth)
+        embed_key, block_keys = None, None
+        if key is not None:
+            embed_key, *block_keys = jax.random.split(key, 1 + depth)
         embedded = constrain(self.embeddings(pixel_values, bool_masked_pos, embed_key))
         shared_bias = self.shared_bias(grid, len(pixel_values))
 
@@ -120,7 +122,7 @@ class BeitModel(nnx.Module):
             return (x, interface.write_tap(tapped, x, slot)), (x if output_hidden_states else None, probabilities)
 
         rates = jnp.linspace(0.0, self.config.drop_path_rate, depth)
-        keys = None if key is None else jnp.stack(block_keys)
+        keys = None if block_keys is None else jnp.stack(block_keys)
         slots, tapped = interface.tap_slots(taps, depth), interface.tap_buffer(taps, embedded)
         layers = (self.blocks, rates, keys, slots)
         (x, tapped), (states, attentions) = jax.lax.scan(REMAT[remat](run), (embedded, tapped), layers)
