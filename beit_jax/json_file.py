@@ -45,22 +45,38 @@ def read_json_array(path: Path, *, advice: str) -> list[Any]:
     return content
 
 
-def _parse(path: Path, advice: str, *, regular: bool) -> Any:
+class DuplicateKeyError(ValueError):
+    """A JSON object has one key twice; the message is the key."""
+
+
+def parse_json(data: bytes) -> Any:
+    """Parses JSON in UTF-8. Of two equal keys Python's parser keeps the last one; this one refuses them.
+
+    Raises:
+        DuplicateKeyError: an object has a key twice.
+        ValueError, RecursionError: the bytes are no JSON, nest too deep, or hold a number of too many digits.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise BeitJaxError(f"{path}: the key {printable(twice)} stands twice; keep one")
+            raise DuplicateKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
         return result
 
+    return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+
+
+def _parse(path: Path, advice: str, *, regular: bool) -> Any:
     try:
-        return json.loads(_read(path, regular=regular).decode("utf-8"), object_pairs_hook=unique)
+        return parse_json(_read(path, regular=regular))
+    except DuplicateKeyError as error:
+        raise BeitJaxError(f"{path}: the key {printable(error)} stands twice; keep one") from None
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise BeitJaxError(f"{printable(path)}: {reason}; {advice}") from None
     except BeitJaxError:
         raise
-    except (ValueError, RecursionError) as error:  # a number of five thousand digits is a ValueError
+    except (ValueError, RecursionError) as error:
         raise BeitJaxError(f"{printable(path)}: not JSON ({printable(error)}); {advice}") from None
 
 

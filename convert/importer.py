@@ -1,6 +1,7 @@
-"""A PyTorch checkpoint becomes Flax parameters: everything is planned and checked by name and shape, then bytes move.
+"""A PyTorch checkpoint becomes Flax parameters: first a plan, checked by names and shapes, and then the bytes.
 
-Nothing is guessed: every tensor of the source is used or known to be derived, every leaf is filled exactly once.
+Nothing is guessed: every tensor of the source is used, or known to be computed and not learned, and every leaf is
+filled exactly once.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.adapt import Adaptation, adaptations
 from beit_jax.models.build import param_shapes
 from beit_jax.terminal import Progress, no_progress
+from beit_jax.version import __version__
 from beit_jax.weights.native import MODEL, NativeCheckpoint, save_json
 from beit_jax.weights.tensors import LeafSpec, verify, write_tensors
 
@@ -33,22 +35,24 @@ from .options import DEFAULT, Options
 from .validation import FLOATS, check_tensors
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_CHUNK = 1 << 21  # bytes laid out, hashed and written at a time: they stay in a core's cache between the three
-_HUGE = 1 << 23  # bytes from which on NumPy's memory surely comes in huge pages, where the system has them
+_CHUNK = 1 << 21  # bytes that are laid out, hashed and written while they are in the cache of a core
+_HUGE = 1 << 23  # from this many bytes on, NumPy's memory comes in huge pages where the system has them
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an import will do, decided before any tensor is read.
+    """The plan of an import, made before any tensor is read.
 
     Attributes:
-        config: of the result.
-        steps: for every leaf of the model as it lies in the file, what fills it.
+        config: the model of the result.
+        naming: the source format, a page of `formats`.
+        prefix: what stands before the names of the backbone.
+        steps: for every leaf of the model as it lies in the file, the tensors that fill it.
         specs: shape and dtype of every leaf of the result.
-        adaptations: leaves of the result that are made from others, see `adapt`.
-        dropped: tensors of the source that are computed, not learned, or belong to another model around it.
-        notes: lines the user should see.
-        digests: SHA-256 of every weight file, where it was asked for or is known.
+        adaptations: the leaves of the result that are made from other leaves, see `beit_jax.models.adapt`.
+        dropped: tensors of the source that are computed and not learned, or that belong to a model around it.
+        notes: lines for the user.
+        digests: SHA-256 of every weight file, if it was asked for or is known.
     """
 
     source: Source
@@ -70,9 +74,7 @@ class Plan:
         return sum(spec.nbytes for spec in self.specs.values())
 
     def provenance(self) -> dict[str, Any]:
-        """What the native checkpoint records about its origin."""
-        from beit_jax.version import __version__
-
+        """Returns the origin of the weights, as the native checkpoint records it."""
         return {
             "source": self.source.name,
             "revision": self.source.revision,
@@ -85,11 +87,11 @@ class Plan:
 
 
 def plan(source: Source, options: Options = DEFAULT) -> Plan:
-    """Reads names, shapes and configuration of a checkpoint and checks that they fit together.
+    """Reads names, shapes and configuration of a checkpoint, and checks that they belong together.
 
     Raises:
-        BeitJaxError: unreadable files; a model of another family; tensors that are missing, unexpected, of another
-            shape than the configuration says, or not floating point. Names the file and the tensors.
+        BeitJaxError: a file cannot be read; the model is of another family; tensors are missing, unexpected, of another
+            shape than the configuration says, or not floating point. The message names the file and the tensors.
     """
     checkpoint = open_checkpoint(source.path, prefer=options.weights, format=options.format)
     try:
@@ -143,13 +145,14 @@ def convert(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> Plan:
-    """Converts a checkpoint into a native one at `destination`, streaming: memory stays near one layer's tensors.
+    """Converts a checkpoint into a native one at `destination`. Memory holds the tensors of one layer at a time.
 
-    The result is written aside, read back and compared with its digests, and only then renamed.
+    The result is written beside its destination, read back, compared with its digests, and then renamed.
 
     Args:
         overwrite: replace an existing destination, which stays whole until the new one is complete.
-        progress: opened with the bytes to move, told of those done: every tensor is written once and verified once.
+        progress: opened with the number of bytes to move, and called with each number of bytes that was moved. Every
+            tensor counts twice: it is written and verified.
 
     Raises:
         BeitJaxError: as `plan`; NaN or infinite weights; a destination that cannot be written, or that is no model or
@@ -187,7 +190,7 @@ def _sha256(file: Path) -> str:
 
 
 def _digests(checkpoint: Checkpoint, options: Options) -> dict[str, str | None]:
-    """SHA-256 of the weight files. Nothing but the expected one tells a flipped bit in a safetensors file."""
+    """SHA-256 of the weight files. Only an expected digest can show a flipped bit in a safetensors file."""
     asked = options.sha256 or options.expect_sha256 is not None
     found = {file.name: _sha256(file) if asked else recorded_sha256(file) for file in checkpoint.files}
     expected = options.expect_sha256
@@ -204,7 +207,7 @@ def _digests(checkpoint: Checkpoint, options: Options) -> dict[str, str | None]:
 
 
 def _target(config: BeitConfig, options: Options) -> BeitConfig:
-    """The configuration asked for."""
+    """The configuration of the result."""
     changes: dict[str, Any] = {}
     if options.position_bias:
         changes["position_bias"] = options.position_bias
@@ -225,7 +228,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 def _left_out(
     naming: SourceFormat, prefix: str, tensors: Mapping[str, TensorInfo]
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Tensors that are not this model's, and what to say about those that were learned."""
+    """Tensors that are not this model's, and notes for the user about those that were learned."""
     derived = [name for name in tensors if naming.derived.search(name)]
     foreign = [name for name in tensors if naming.foreign.search(name)]
     host = [name for name in tensors if prefix in naming.hosts and not name.startswith(prefix)]
@@ -238,7 +241,7 @@ def _left_out(
 
 
 def _leaf_dtype(steps: Sequence[Step], tensors: Mapping[str, TensorInfo]) -> np.dtype[Any]:
-    """bfloat16 stays; everything else is computed and kept in float32, which holds every float16 exactly."""
+    """bfloat16 stays bfloat16. Any other dtype becomes float32, which holds every float16 exactly."""
     stored = {tensors[name].dtype for step in steps for names in step.layers for name in names}
     return _BFLOAT16 if stored == {_BFLOAT16} else np.dtype(np.float32)
 
@@ -255,21 +258,21 @@ def _dtype_notes(planned: Mapping[str, Step], tensors: Mapping[str, TensorInfo])
 
 
 class _Reader:
-    """Reads planned leaves layer by layer into reused buffers, one set per thread: fresh memory costs page faults."""
+    """Reads planned leaves layer by layer. Threads use their buffers again, because fresh memory costs page faults."""
 
     def __init__(self, decided: Plan):
         self.plan, self.allow_nonfinite = decided, decided.options.allow_nonfinite
         self.buffers = threading.local()
 
     def leaf(self, path: str) -> np.ndarray:
-        """A whole leaf of the result."""
+        """Returns a whole leaf of the result."""
         if path in self.plan.adaptations:
             sources, adapt = self.plan.adaptations[path]
             return adapt({name: self.stored(name, self.plan.specs[path].dtype) for name in sources})
         return self.stored(path, self.plan.specs[path].dtype)
 
     def stored(self, path: str, dtype: np.dtype[Any]) -> np.ndarray:
-        """A whole leaf as it lies in the file."""
+        """Returns a whole leaf as it lies in the file."""
         step = self.plan.steps[path]
         out = np.empty(step.shape, dtype)
         for names, layer in zip(step.layers, out if step.rule.stacked else [out], strict=True):
@@ -277,7 +280,7 @@ class _Reader:
         return out
 
     def layers(self, path: str) -> Iterator[Iterable[np.ndarray]]:
-        """A leaf of the result: its layers, each in pieces of some rows."""
+        """Yields the layers of a leaf of the result, each as pieces of some rows."""
         spec = self.plan.specs[path]
         if path in self.plan.adaptations or spec.nbytes <= _CHUNK:
             yield [self.leaf(path)]
@@ -287,7 +290,7 @@ class _Reader:
             yield self.chunks(step, names, spec.dtype)
 
     def chunks(self, step: Step, names: Sequence[str], dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-        """A layer of a leaf in pieces of some rows, always in the same buffer."""
+        """Yields a layer of a leaf in pieces of some rows, always in the same buffer."""
         count, *rest = step.layer_shape
         row_bytes = LeafSpec(tuple(rest), dtype).nbytes
         size = max(1, _CHUNK // row_bytes)
@@ -300,7 +303,7 @@ class _Reader:
             yield chunk
 
     def fill(self, step: Step, names: Sequence[str], parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
-        """Lays out `rows`, from row `start` on of a layer, and checks them while they are in a core's cache."""
+        """Fills `rows` with a layer from row `start` on, and checks them while they are in the cache of a core."""
         step.rule.op.load(parts, start, rows)
         if self.allow_nonfinite or _all_finite(rows):
             return
@@ -308,7 +311,7 @@ class _Reader:
             _check_finite(part, name, self.plan.checkpoint.tensors[name])
 
     def parts(self, names: Sequence[str], dtype: np.dtype[Any]) -> list[np.ndarray]:
-        """The torch tensors of one layer of a leaf, one behind the other in the same buffer."""
+        """Reads the torch tensors of one layer of a leaf, one behind the other in the same buffer."""
         ends = list(accumulate(self.plan.checkpoint.tensors[name].nbytes for name in names))
         buffer = self.buffer("parts", ends[-1])
         return [
@@ -330,7 +333,7 @@ class _Reader:
         return cast
 
     def buffer(self, name: str, size: int) -> np.ndarray:
-        """A flat uint8 buffer of `size` bytes; valid until this thread asks for one of the same name again."""
+        """Returns a flat uint8 buffer of `size` bytes. The thread's next call with this name uses it again."""
         have: np.ndarray | None = getattr(self.buffers, name, None)
         if have is None or have.nbytes < size:
             have = np.empty(max(size, _HUGE), np.uint8)
@@ -339,8 +342,8 @@ class _Reader:
 
 
 def _all_finite(array: np.ndarray) -> bool:
-    # One pass at the speed of the cache, without BLAS, whose threads would get in the way of ours. A sum of finite
-    # values overflows only beyond 1e30, and then the slow way decides.
+    # `einsum` makes one pass at the speed of the cache, and without BLAS, whose threads would disturb the two of the
+    # writer. A sum of finite values may overflow where values exceed 1e30; the slow way decides then.
     if array.dtype == np.float32 and np.isfinite(np.einsum("i->", array.reshape(-1))):
         return True
     return bool(np.isfinite(array.astype(np.float32) if array.dtype == _BFLOAT16 else array).all())

@@ -1,4 +1,4 @@
-"""What may be asked of an import. Light: the command line reads it before anything else is loaded."""
+"""The options of an import. This module imports little, because the command line reads it before NumPy is there."""
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from beit_jax.config import PositionResize, PresetName
 
 @dataclass(frozen=True)
 class Options:
-    """How to read a checkpoint, beyond reading it as it is."""
+    """How to read a checkpoint. By default it is read as it is."""
 
     weights: Literal["model", "ema"] | None = None
     """Which to take where a training checkpoint holds both: the trained weights or their moving average."""
@@ -35,7 +35,7 @@ class Options:
     """Record the SHA-256 of local source files too (a second per gigabyte); the hub's cache knows those of its own."""
 
     def asked(self) -> dict[str, Any]:
-        """Those that differ from their defaults, for the record."""
+        """Returns the options that differ from their defaults, for the record in the result."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
 

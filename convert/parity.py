@@ -1,4 +1,4 @@
-"""Does the converted model compute what PyTorch computes? Stage by stage, on the same input, against transformers."""
+"""Compares a converted model with transformers, stage by stage, on the same input."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +13,7 @@ import numpy as np
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import Source
+from beit_jax.json_file import read_json_array
 from beit_jax.models.build import build_model
 from beit_jax.models.interface import BeitOutput
 from beit_jax.tree import unflatten
@@ -20,18 +21,18 @@ from beit_jax.tree import unflatten
 from .importer import load
 
 TOLERANCE = 1e-5
-"""Largest absolute error of any value of a stage, times the stage's largest magnitude where that exceeds 1: float32
-carries seven digits, and real checkpoints have hidden states in the hundreds."""
+"""The largest absolute error of a stage may be this, times the stage's largest magnitude where that exceeds 1. float32
+carries seven digits, and the hidden states of real checkpoints are in the hundreds."""
 
-MASKED_SHARE = 0.4  # of the patches, in a model that predicts masked ones
+MASKED_SHARE = 0.4  # the share of patches that is masked, in a model that predicts masked patches
 
 
 @dataclass(frozen=True)
 class Stage:
-    """How far one stage of the model is from the reference.
+    """The distance of one stage of the model from the reference.
 
     Attributes:
-        max_error, mean_error: of absolute differences.
+        max_error, mean_error: the largest and the mean absolute difference.
         scale: the largest magnitude in the reference.
     """
 
@@ -58,10 +59,10 @@ def check(source: Source, pixel_values: np.ndarray | None = None, *, seed: int =
     Args:
         source: a directory in Hugging Face format.
         pixel_values: [b, h, w, c] float32; by default `batch` images of normal noise of the native size.
-        seed: of the noise and of the masked positions.
+        seed: for the noise and for the masked positions.
 
     Raises:
-        BeitJaxError: torch or transformers are not installed, or the source cannot be read.
+        BeitJaxError: torch or transformers is not installed, or the source cannot be read.
     """
     checkpoint = load(source)
     config = checkpoint.config
@@ -78,22 +79,19 @@ def check(source: Source, pixel_values: np.ndarray | None = None, *, seed: int =
 
 
 def read_report(path: Path) -> list[dict[str, Any]]:
-    """The stages that `beit-jax parity --json` printed into a file, as `Stage.as_dict` gives them.
+    """Returns the stages that `beit-jax parity --json` printed into a file, as `Stage.as_dict` gives them.
 
     Raises:
-        BeitJaxError: the file cannot be read, or it is something else.
+        BeitJaxError: the file cannot be read, or it is no such report.
     """
-    try:
-        report = json.loads(path.read_bytes(), parse_int=float)
-    except OSError as error:
-        raise BeitJaxError(f"{printable(path)}: cannot be read ({error.strerror}); give {_REPORT}") from None
-    except (ValueError, RecursionError) as error:
-        raise BeitJaxError(f"{printable(path)}: not JSON ({printable(error)}); give {_REPORT}") from None
-    if not isinstance(report, list) or not report:
-        raise BeitJaxError(f"{printable(path)}: expected a list of stages; give {_REPORT}")
+    report = read_json_array(path, advice=f"give {_REPORT}")
+    if not report:
+        raise BeitJaxError(f"{printable(path)}: expected a list of stages, found an empty one; give {_REPORT}")
     for number, stage in enumerate(report, 1):
         for name, kind in _FIELDS.items():
             value = stage.get(name) if isinstance(stage, dict) else None
+            if kind is float and type(value) is int:
+                value = stage[name] = float(str(value))  # infinite beyond the largest float
             if type(value) is not kind:
                 raise BeitJaxError(
                     f"{printable(path)}: stage {number}: {name}: expected {_KINDS[kind]}, found "
@@ -142,7 +140,7 @@ def _compare(name: str, found: np.ndarray, reference: np.ndarray) -> Stage:
 def _reference(
     source: Source, config: BeitConfig, pixel_values: np.ndarray, mask: np.ndarray | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The stages as transformers computes them, in order."""
+    """Yields the stages in order, as transformers computes them."""
     try:
         import torch
         import transformers
@@ -178,7 +176,7 @@ def _reference(
 
 
 def _channels_last(array: np.ndarray) -> np.ndarray:
-    """Maps [b, c, h, w] as [b, h, w, c]; anything else as it is."""
+    """Returns maps [b, c, h, w] as [b, h, w, c], and any other array as it is."""
     return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 
 

@@ -1,7 +1,7 @@
 """PyTorch tokenizers to Flax and back: DALL-E's two networks, and BEiT v2's VQ-KD.
 
-To add a naming, write its rules below and add a `TokenizerNaming` to `NAMINGS`; detection, checking, import and export
-follow from it. What a model is, is read from the shapes of its tensors: these files come without a configuration.
+To add a naming, write its rules below and add a `TokenizerNaming` to `NAMINGS`; recognition, checks, import and export
+follow from it. The shapes of the tensors say which model a file holds, because these files have no configuration.
 """
 
 import itertools
@@ -21,14 +21,14 @@ from beit_jax.tokenizers.build import TokenizerConfig, tokenizer_shapes
 from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, save_tokenizer
 from beit_jax.tokenizers.dvae import DvaeDecoderConfig, DvaeEncoderConfig
 from beit_jax.tokenizers.vqkd import VqkdConfig
+from beit_jax.version import __version__
 from beit_jax.weights.native import MODEL
 
 from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .formats.rules import CONV, LINEAR, Rule, Step, export, steps
-from .formats.unilm import BACKBONE
+from .formats.unilm import BACKBONE, HEAD_DIM
 from .validation import FLOATS
 
-_HEAD_DIM = 64  # of every published model; no tensor's shape tells it
 _GRID = 14  # tokens along each side of BEiT's 224 pixels
 _SHOWN = 10  # tensors named in a message
 
@@ -36,7 +36,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def _shape(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
-    """The shape of a tensor without which nothing can be said."""
+    """The shape of a tensor that every file of the kind has."""
     found = shapes.get(name)
     if found is None or len(found) != rank:
         raise BeitJaxError(f"expected a tensor {name} of {rank} dimensions, found {list(found) if found else 'none'}")
@@ -44,7 +44,7 @@ def _shape(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
 
 
 def _count(shapes: Shapes, name: str, start: int) -> int:
-    """How many tensors are called `name`, which has a ``{}``, with numbers from `start` on without a gap."""
+    """The number of tensors called `name`, where ``{}`` counts from `start` without a gap."""
     return next(i for i in itertools.count() if name.format(start + i) not in shapes)
 
 
@@ -52,7 +52,7 @@ def _count(shapes: Shapes, name: str, start: int) -> int:
 
 
 def _dvae_rules(config: DvaeEncoderConfig | DvaeDecoderConfig) -> list[Rule]:
-    """Names as in ``dall_e.Encoder().state_dict()``; convolutions there call their tensors w and b."""
+    """Names as in ``dall_e.Encoder().state_dict()``, whose convolutions call their tensors w and b."""
     names = {"blocks.input": "input", "blocks.output.conv": "output"}
     groups, blocks = range(1, config.group_count + 1), range(1, config.n_blk_per_group + 1)
     for group, block in itertools.product(groups, blocks):
@@ -151,17 +151,17 @@ def _vqkd_config(shapes: Shapes) -> VqkdConfig:
 
 def _transformer(shapes: Shapes, part: str) -> dict[str, int]:
     intermediate_size, hidden_size = _shape(shapes, f"{part}.blocks.0.mlp.fc1.weight", 2)
-    if hidden_size % _HEAD_DIM:
-        raise BeitJaxError(f"{part}: expected a hidden size in multiples of {_HEAD_DIM}, found {hidden_size}")
+    if hidden_size % HEAD_DIM:
+        raise BeitJaxError(f"{part}: expected a hidden size in multiples of {HEAD_DIM}, found {hidden_size}")
     return {
         "hidden_size": hidden_size,
         "num_hidden_layers": _count(shapes, f"{part}.blocks.{{}}.norm1.weight", 0),
-        "num_attention_heads": hidden_size // _HEAD_DIM,
+        "num_attention_heads": hidden_size // HEAD_DIM,
         "intermediate_size": intermediate_size,
     }
 
 
-# --- both -------------------------------------------------------------------------------------------------------------
+# --- All --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -169,11 +169,12 @@ class TokenizerNaming:
     """How one source names a tokenizer's tensors.
 
     Attributes:
-        kinds: the configurations of the models it can hold.
-        marker: a tensor that every file of this naming has and no other naming has.
-        config: the model, from the shapes of its tensors.
-        rules: for a configuration, its table.
-        derived: matches tensors that are no part of the tokenizer, and are therefore left out.
+        name: for people, and for the record in a converted tokenizer.
+        kinds: the classes of configurations that this naming has.
+        marker: a tensor that every file of this naming has, and no file of another.
+        config: returns the model that the shapes of its tensors tell.
+        rules: returns the rules for a configuration.
+        derived: matches the names of tensors that are no part of the tokenizer. They are left out.
     """
 
     name: str
@@ -200,10 +201,10 @@ NAMINGS = (DALL_E, FLAVA, VQKD)
 
 
 def is_tokenizer(source: Source, *, prefer: str | None = None) -> bool:
-    """Whether the tensors of a checkpoint are named as a tokenizer's.
+    """Returns True if the tensors of a checkpoint are named as a tokenizer's.
 
     Raises:
-        BeitJaxError: an unreadable file.
+        BeitJaxError: the file cannot be read.
     """
     with open_checkpoint(source.path, prefer=prefer) as checkpoint:
         return any(naming.marker in checkpoint.tensors for naming in NAMINGS)
@@ -213,21 +214,21 @@ def load(source: Source, *, prefer: str | None = None, allow_nonfinite: bool = F
     """Converts a tokenizer, or DALL-E's decoder, in memory, in float32.
 
     Args:
-        source: a state dict in any container that `open_checkpoint` reads, or one of OpenAI's pickled modules, of which
-            nothing is run.
-        prefer: which of several sets of weights in one training checkpoint (``model_ema``).
+        source: a state dict in any file that `open_checkpoint` reads, or one of OpenAI's pickled modules, which is read
+            without running it.
+        prefer: the set of weights to take from a training checkpoint with several (``model_ema``).
         allow_nonfinite: accept NaN and infinite weights.
 
     Raises:
-        BeitJaxError: an unreadable file; names of no tokenizer; tensors that are missing, unexpected, of another shape,
-            not floating point, NaN or infinite.
+        BeitJaxError: the file cannot be read; its names are no tokenizer's; tensors are missing, unexpected, of another
+            shape, not floating point, NaN or infinite.
     """
     with open_checkpoint(source.path, prefer=prefer) as checkpoint:
         naming = _recognise(checkpoint)
         config = _config(naming, checkpoint)
         planned = steps(naming.rules(config), tokenizer_shapes(config))
         dropped = {name for name in checkpoint.tensors if naming.derived.match(name)}
-        _check_fit(checkpoint, planned, dropped)
+        _check_tensors(checkpoint, planned, dropped)
         params = {path: _leaf(checkpoint, step, allow_nonfinite) for path, step in planned.items()}
         return TokenizerCheckpoint(config, params, _provenance(source, checkpoint, naming))
 
@@ -240,7 +241,7 @@ def convert(
     prefer: str | None = None,
     allow_nonfinite: bool = False,
 ) -> TokenizerCheckpoint:
-    """`load` into a native tokenizer at `destination`, which appears when it is complete and verified.
+    """Converts a tokenizer into a native one at `destination`, which appears when it is complete and verified.
 
     Args:
         overwrite: replace an existing destination, which stays whole until the new one is complete.
@@ -260,9 +261,12 @@ def convert(
 def to_torch(
     config: TokenizerConfig, params: Mapping[str, np.ndarray], naming: TokenizerNaming | None = None
 ) -> dict[str, np.ndarray]:
-    """The flat parameters of a tokenizer as torch tensors by name, contiguous, under the names of its first source.
+    """Returns the flat parameters of a tokenizer as contiguous torch tensors by name.
 
-    What comes out of a converted checkpoint equals the float32 tensors it was converted from bit for bit.
+    The float32 tensors of a converted checkpoint come back bit for bit.
+
+    Args:
+        naming: by default the first of `NAMINGS` that has such models.
 
     Raises:
         BeitJaxError: `naming` has no such model.
@@ -293,7 +297,7 @@ def _config(naming: TokenizerNaming, checkpoint: Checkpoint) -> TokenizerConfig:
         raise BeitJaxError(f"{printable(checkpoint.path, 1024)}: not a {naming.name} tokenizer: {error}") from None
 
 
-def _check_fit(checkpoint: Checkpoint, planned: Mapping[str, Step], dropped: set[str]) -> None:
+def _check_tensors(checkpoint: Checkpoint, planned: Mapping[str, Step], dropped: set[str]) -> None:
     """Compares names, shapes and dtypes; no tensor is read."""
     expected = {name: shape for step in planned.values() for name, shape in step.torch_shapes()}
     found = checkpoint.tensors
@@ -321,7 +325,7 @@ def _described(tensor: TensorInfo | tuple[int, ...] | None) -> str:
 
 
 def _leaf(checkpoint: Checkpoint, step: Step, allow_nonfinite: bool) -> np.ndarray:
-    """A whole leaf, stacked where its blocks are."""
+    """Reads a whole leaf; the leaves of blocks are stacked."""
     out = np.empty(step.shape, np.float32)
     for names, layer in zip(step.layers, out if step.rule.stacked else [out], strict=True):
         step.rule.op.load([_tensor(checkpoint, name, allow_nonfinite) for name in names], 0, layer)
@@ -340,9 +344,7 @@ def _tensor(checkpoint: Checkpoint, name: str, allow_nonfinite: bool) -> np.ndar
 
 
 def _provenance(source: Source, checkpoint: Checkpoint, naming: TokenizerNaming) -> dict[str, Any]:
-    """What the native checkpoint records about its origin."""
-    from beit_jax.version import __version__
-
+    """The origin of the weights, as the native checkpoint records it."""
     return {
         "source": source.name,
         "revision": source.revision,

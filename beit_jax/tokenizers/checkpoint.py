@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG, WEIGHTS
-from beit_jax.json_file import Fields, read_json
+from beit_jax.json_file import Fields, read_json, write_json
 from beit_jax.tokenizers.build import MODELS, TokenizerConfig, TokenizerModel, build_tokenizer, tokenizer_shapes
 from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoder
 from beit_jax.tokenizers.vqkd import VqkdTokenizer
@@ -50,7 +50,7 @@ def is_native_tokenizer(directory: Path) -> bool:
 def save_tokenizer(directory: Path, checkpoint: TokenizerCheckpoint) -> None:
     """Writes both files into an existing directory (see `beit_jax.atomic.new_directory`) and verifies the weights."""
     content = {"model_type": checkpoint.config.model_type} | dataclasses.asdict(checkpoint.config)
-    (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG, content)
     specs = {name: LeafSpec(leaf.shape, leaf.dtype) for name, leaf in checkpoint.params.items()}
     write_tensors(directory / WEIGHTS, specs, lambda name: [[checkpoint.params[name]]], checkpoint.provenance)
     verify(directory / WEIGHTS)

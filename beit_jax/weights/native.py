@@ -4,7 +4,6 @@ Tensors have flat names ``a/b/c``. The metadata of their file holds the provenan
 tensor, which is checked at every load.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from beit_jax.atomic import Contents, check_contents
 from beit_jax.config import BeitConfig
 from beit_jax.hub import CONFIG, PROCESSOR, WEIGHTS
 from beit_jax.images.processor import ImageProcessor
+from beit_jax.json_file import write_json
 from beit_jax.weights.tensors import LeafSpec, read_tensors, verify, write_tensors
 
 MODEL = Contents("model", (CONFIG, "checkpoint.pth"))
@@ -52,7 +52,7 @@ def save(directory: Path, checkpoint: NativeCheckpoint) -> None:
 def save_json(directory: Path, config: BeitConfig, processor: ImageProcessor) -> None:
     """Writes the two JSON files of a native checkpoint, readable by transformers as well."""
     for name, content in ((CONFIG, config.to_hf()), (PROCESSOR, processor.to_hf())):
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / name, content)
 
 
 def check_replaceable(destination: Path, source: Path | None = None) -> None:

@@ -5,7 +5,6 @@ alone accepts duplicate names (the last one wins), does not name a tensor that o
 gigabytes for a header of 100 MB. Source: https://github.com/safetensors/safetensors#format.
 """
 
-import json
 from typing import Any
 
 import ml_dtypes
@@ -13,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.json_file import DuplicateKeyError, parse_json
 
 from .weight_file import MAX_TENSORS, RandomAccessFile, TensorInfo, WeightFile, checked_info, shown
 
@@ -30,20 +30,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-
-
-class DuplicateKeyError(ValueError):
-    """A JSON object has one key twice; the message is the key."""
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An `object_pairs_hook` for `json.loads` that refuses a key that stands twice."""
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise DuplicateKeyError(key)
-        result[key] = value
-    return result
 
 
 class SafetensorsFile(WeightFile):
@@ -87,7 +73,7 @@ def _parse_header(file: RandomAccessFile, raw: bytes) -> dict[str, Any]:
     if not raw.startswith(b"{"):
         raise BeitJaxError(f"the header of {file.label} starts with {printable(raw[:8])}; expected a JSON object '{{'")
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+        header = parse_json(raw)
     except DuplicateKeyError as error:
         raise BeitJaxError(
             f"{file.label} names {printable(error)} twice in its header; expected every name once"

@@ -4,15 +4,14 @@ An index and its shards must agree completely. transformers is less strict: it f
 one of two copies of a tensor, and does not notice a tensor that is in another shard than the index says.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.json_file import DuplicateKeyError, parse_json
 
-from .safetensors_file import DuplicateKeyError, unique_keys
 from .weight_file import RandomAccessFile, TensorInfo, shown
 
 INDEX_SUFFIX = ".index.json"
@@ -101,8 +100,7 @@ def _load(path: Path, label: str) -> dict[str, Any]:
     try:
         if file.size > MAX_INDEX:
             raise BeitJaxError(f"{label} has {file.size} bytes; expected at most {MAX_INDEX}")
-        text = file.read(0, file.size, "the index").decode("utf-8")
-        content = json.loads(text, object_pairs_hook=unique_keys)
+        content = parse_json(file.read(0, file.size, "the index"))
     except DuplicateKeyError as error:
         raise BeitJaxError(f"{label} names {printable(error)} twice; expected every name once") from None
     except BeitJaxError:

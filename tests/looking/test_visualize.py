@@ -474,7 +474,7 @@ def test_parity_without_differences() -> None:
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("{}", "expected a list of stages"),
+        ("{}", "expected a JSON array, found a dict"),
         ("[]", "expected a list of stages"),
         ("[1]", "stage 1: name: expected a string, found null"),
         ('[{"name": "a", "max_error": "1"}]', 'stage 1: max_error: expected a number, found "1"'),
@@ -576,7 +576,7 @@ def test_the_ending_says_the_format(
         (["curves", "\x1b[31m"], r"\x1b[31m/metrics.jsonl: cannot be read"),
         (["curves", "run", "./run"], "run: given twice; name every run once"),
         (["curves"], "no runs given; name at least one directory"),
-        (["parity", "nowhere.json"], "nowhere.json: cannot be read (No such file or directory)"),
+        (["parity", "nowhere.json"], "nowhere.json: no such file"),
         (["parity", "run/metrics.jsonl"], "metrics.jsonl: not JSON"),
         (["attention", "CHECKPOINT", "nowhere.png"], "nowhere.png: no such file"),
         (["attention", "nowhere", "IMAGE"], "nowhere: no such file or directory"),
