@@ -1,6 +1,8 @@
-"""Settings of every test: float32 products in full precision, and compiled programs kept between runs."""
+"""Settings of every test: workers, products in full precision, quick compilation, programs kept between runs."""
 
 import os
+import subprocess
+import sys
 
 import hypothesis
 import jax
@@ -18,18 +20,67 @@ hypothesis.settings.register_profile("project", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("project")
 
 
+GIBIBYTES_OF_A_WORKER = 4
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Returns a worker for each core, as long as each has memory; 0, so no worker beside this process, for one core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
+    workers = min(cores, memory // GIBIBYTES_OF_A_WORKER)
+    return workers if workers > 1 else 0
+
+
+# Tests compile thousands of small programs and run each a few times. XLA's new emitters and LLVM's optimizations take
+# eight times as long to compile such a program, which computes the same sums either way. `tests/parity` and .ci/run's
+# second run of it compile as users do.
+QUICK_FLAG = "--xla_cpu_use_fusion_emitters=false"
+
+
+def compile_quickly(config: pytest.Config) -> None:
+    """Sets XLA's flags for this process and all that it starts, unless the environment has set flags."""
+    if "XLA_FLAGS" in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    if config.cache.get("xla/flag", None) != [jax.__version__, QUICK_FLAG]:
+        # XLA ends a process over a flag that it does not know, and another release may not know this one.
+        probe = [sys.executable, "-c", "import jax; jax.devices()"]
+        environment = os.environ | {"XLA_FLAGS": QUICK_FLAG, "JAX_PLATFORMS": "cpu"}
+        if subprocess.run(probe, env=environment, capture_output=True).returncode:
+            return
+        config.cache.set("xla/flag", [jax.__version__, QUICK_FLAG])
+    os.environ["XLA_FLAGS"] = QUICK_FLAG
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.pluginmanager.hasplugin("cacheprovider"):
+        compile_quickly(config)
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-ON_REQUEST = {"hub": "needs a network, downloads gigabytes", "slow": "takes minutes", "tpu": "needs libtpu"}
+ON_REQUEST = {
+    "hub": "needs a network, downloads gigabytes",
+    "slow": "takes minutes",
+    "thorough": "one more case of a quicker test",
+    "tpu": "needs libtpu",
+}
+# A worker takes whole files, in this order: no worker is left with a long file when the others have ended.
+LONGEST_FIRST = (
+    "test_unsupervised",
+    "test_hosts",
+    "test_finetuning",
+    "test_sharded_pretraining",
+    "test_sharding",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What cannot run everywhere, or takes long, runs by its marker's name only."""
+    """Puts the longest files first, and skips what cannot run everywhere or takes long unless its marker is named."""
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     for marker, reason in ON_REQUEST.items():
         skip = pytest.mark.skip(reason=f"{reason}; run: pytest -m {marker}")
         for item in items if marker not in config.getoption("markexpr") else ():

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ports import free_address
+from virtual import xla_flags
 
 from beit_jax.train.data.prepare import prepare_digits
 from beit_jax.train.distributed.peers import HUNG, LOST
@@ -109,7 +110,7 @@ class Pod:
     def environment(self) -> dict[str, str]:
         return os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": xla_flags(2),
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

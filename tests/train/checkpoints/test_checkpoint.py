@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import xxhash
 from orbax.checkpoint import v1 as ocp
+from virtual import xla_flags
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.train.checkpoints import digests
@@ -247,7 +248,7 @@ print("same")
 
 
 def test_another_mesh_gets_the_same_bits(tmp_path: Path) -> None:
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": xla_flags(8), "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", MESHES, str(tmp_path)],
         env=os.environ | flags,

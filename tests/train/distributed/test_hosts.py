@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from objectives import RUNS, SCENES, STEPS, prepare
 from ports import free_address
+from virtual import xla_flags
 
 SCRIPT = Path(__file__).parents[2] / "support" / "objectives.py"
 DEVICES = 4  # virtual ones of a process
@@ -27,7 +28,7 @@ Scores = dict[str, list[dict[str, float]]]
 def started(devices: int, *arguments: object, cache: Path) -> subprocess.Popen[str]:
     environment = os.environ | {
         # Programs are small: compiling them is what takes time, and most of it goes into optimizing machine code.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags(devices, "--xla_backend_optimization_level=0"),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",

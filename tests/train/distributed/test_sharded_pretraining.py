@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from virtual import xla_flags
 
 STEPS_SCRIPT = Path(__file__).parents[2] / "support" / "sharded_pretraining.py"
 LOSS = 1e-5
@@ -28,8 +29,9 @@ def steps() -> dict[str, Any]:
     environment = os.environ | {
         # Programs are small: compiling them is what takes time, and most of it goes into optimizing machine code.
         # All devices take operations in one order: with jax 0.12's concurrent one two collectives wait for each other.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+        "XLA_FLAGS": xla_flags(
+            8, "--xla_backend_optimization_level=0", "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+        ),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",

@@ -17,6 +17,7 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
+from virtual import xla_flags
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
@@ -204,7 +205,7 @@ def steps(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The output of `sharded_steps` in a process with eight devices."""
     environment = os.environ | {
         # Programs are small: compiling them is what takes time, and most of it goes into optimizing machine code.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags(8, "--xla_backend_optimization_level=0"),
         "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from ports import free_address
+from virtual import xla_flags
 
 import beit_jax
 from beit_jax.config import BeitConfig
@@ -244,7 +245,7 @@ def main(process: int, processes: int, address: str) -> None:
 def outcomes(devices: int, processes: int) -> list[dict[str, Any]]:
     address = free_address()
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "JAX_PLATFORMS": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),  # pytest's: the helpers of all tests are on it

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
+from virtual import xla_flags
 
 from beit_jax.train.objectives.codebook import averaged, counts, kmeans, mean_directions, perplexity, refined
 
@@ -165,7 +166,7 @@ def case() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_samples_on_eight_devices() -> None:
     """Sums are over all of them; the samples themselves are not sent around to be averaged."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": xla_flags(8), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, __file__], env=os.environ | flags, capture_output=True, text=True, timeout=300, check=False
     )

@@ -22,6 +22,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 from sklearn.datasets import load_digits
 from tolerances import GRADIENT, MODEL
+from virtual import xla_flags
 
 from beit_jax.config import BeitConfig
 from beit_jax.convert import load
@@ -438,7 +439,7 @@ def first_step() -> dict[str, Any]:
 
 
 def test_step_on_eight_devices() -> None:
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": xla_flags(8), "JAX_PLATFORMS": "cpu"}
     support = str(Path(__file__).parents[2] / "support")
     done = subprocess.run(
         [sys.executable, __file__],
