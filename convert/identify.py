@@ -1,4 +1,4 @@
-"""Which format a checkpoint is of, and which model it holds: by the pages in `formats`, one after the other."""
+"""Recognises a checkpoint: its format, the first page of `formats` that fits, and the model it holds."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace

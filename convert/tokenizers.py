@@ -166,7 +166,7 @@ def _transformer(shapes: Shapes, part: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class TokenizerNaming:
-    """How one source names a tokenizer's tensors.
+    """The names that one source gives to the tensors of a tokenizer.
 
     Attributes:
         name: for people, and for the record in a converted tokenizer.

@@ -88,7 +88,7 @@ def _advice(planned: Mapping[str, Step], expected: Shapes, found: Mapping[str, T
 
 
 def _layers(planned: Collection[Step], found: Mapping[str, TensorInfo]) -> int:
-    """How many layers the names in the file count."""
+    """The number of layers by the names in the file."""
     stacked = {name for step in planned if step.rule.stacked for name in step.rule.torch}
     patterns = [re.compile(re.escape(name).replace(r"\{i\}", r"(\d{1,6})")) for name in stacked]
     matches = [match for pattern in patterns for match in map(pattern.fullmatch, found) if match]

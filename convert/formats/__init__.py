@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from .format import SourceFormat
 
-# Page: the layout of `beit-jax export --to` that it writes, or None. A file is of the first format that fits, and a
-# model is written by the first that can hold it: a format that differs from another in few files stands before it.
+# The module of a page, and the layout of `beit-jax export --to` that it writes, or None. A file is of the first format
+# that fits, and the first that can hold a model writes it. A special case therefore stands before the general one.
 PAGES: Mapping[str, str | None] = {
     "transformers": "hf",
     "mmseg": "original",
@@ -24,7 +24,7 @@ PAGES: Mapping[str, str | None] = {
 }
 
 LAYOUTS = tuple(dict.fromkeys(layout for layout in PAGES.values() if layout))
-"""What ``--to`` may be; the first is the default."""
+"""The values of ``beit-jax export --to``; the first is the default."""
 
 if TYPE_CHECKING:
     Layout = str

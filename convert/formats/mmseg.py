@@ -51,7 +51,7 @@ def _config(tensors: Mapping[str, "TensorInfo"], metadata: Mapping[str, object],
     depth = _count(tensors, r"backbone\.blocks\.(\d+)\.norm1\.weight")
     if depth not in TAPS:
         raise BeitJaxError(
-            f"{file}: {depth} blocks; which of them feed the head is known for 12 and 24: write a config.json beside it"
+            f"{file}: {depth} blocks; the blocks that feed the head are known for 12 and 24 only: write a config.json"
         )
     side = round(max(table[0] - 3, 0) ** 0.5)
     if side * side + 3 != table[0] or side % 2 == 0:

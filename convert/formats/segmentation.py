@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SegmentationNames:
-    """How a source names the tensors of segmentation; the defaults are the words of mmseg, which transformers 4 kept.
+    """The names of the tensors of segmentation; the defaults are mmseg's words, which transformers 4 took over.
 
     Attributes:
         pyramid: the first, second and third layer with weights of fpn1, and the one layer of fpn2.

@@ -1,4 +1,4 @@
-"""The original code: unilm's BEiT, BEiT v2 and DiT, and data2vec_vision. timm kept these names.
+"""The original code: unilm's BEiT, BEiT v2 and DiT, and data2vec_vision. timm has the same names.
 
 Source: microsoft/unilm@768a3c8 beit/modeling_pretrain.py and modeling_finetune.py;
 facebookresearch/data2vec_vision@af9a363 beit/modeling_cyclical.py.

@@ -1,4 +1,4 @@
-"""Finds the weights among the entries of a training checkpoint, and keeps the settings beside them as plain data."""
+"""Finds the weights among the entries of a training checkpoint, and keeps the other settings as plain data."""
 
 import datetime
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ Tensor = PickledTensor | UnsupportedTensor
 
 @dataclass(frozen=True)
 class State:
-    """The weights by name, and the plain data beside them.
+    """The weights by name, and plain data of the other entries.
 
     Attributes:
         notes: lines for the user that say what was taken and what was left out.
@@ -59,7 +59,7 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
     if wrappers:
         wrapper = _choose(wrappers, prefer, label)
         notes.append(f"weights taken from {wrapper!r}")
-        beside = {key: value for key, value in top.items() if key != wrapper}
+        others = {key: value for key, value in top.items() if key != wrapper}
         mapping = top[wrapper]
         while not _holds_tensors(mapping):  # BEiT v2 files: "module" within "model"
             wrapper = _choose([key for key in WRAPPERS if _wraps_tensors(mapping.get(key))], None, label)
@@ -68,15 +68,15 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
     else:
         if prefer is not None and prefer != "model":
             raise BeitJaxError(f"{label} holds one state dict without a wrapper; expected {printable(prefer)}")
-        beside = {key: value for key, value in top.items() if not isinstance(value, Tensor)}
+        others = {key: value for key, value in top.items() if not isinstance(value, Tensor)}
         mapping = {key: value for key, value in top.items() if isinstance(value, Tensor)}
-        _refuse_nested(beside, bool(mapping), label)
+        _refuse_nested(others, bool(mapping), label)
     tensors = _named_tensors(mapping, label)
-    metadata, kept = _settings(beside)
+    metadata, noted = _settings(others)
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
         notes.append("prefix 'module.' removed from every name")
-    return State(tensors, metadata, (*notes, *kept))
+    return State(tensors, metadata, (*notes, *noted))
 
 
 def _holds_tensors(value: object) -> bool:
@@ -103,9 +103,9 @@ def _choose(wrappers: list[str], prefer: str | None, label: str) -> str:
     raise BeitJaxError(f"{label} holds weights under {found}: {wanted}")
 
 
-def _refuse_nested(beside: Mapping[object, object], flat: bool, label: str) -> None:
-    keys = ", ".join(printable(key) for key in list(beside)[:10]) or "nothing"
-    nested = [printable(key) for key, value in beside.items() if _holds_tensors(value)]
+def _refuse_nested(others: Mapping[object, object], flat: bool, label: str) -> None:
+    keys = ", ".join(printable(key) for key in list(others)[:10]) or "nothing"
+    nested = [printable(key) for key, value in others.items() if _holds_tensors(value)]
     if nested or not flat:
         inside = f", tensors only under {', '.join(nested[:10])}" if nested else ""
         raise BeitJaxError(
@@ -125,11 +125,11 @@ def _named_tensors(mapping: Mapping[object, object], label: str) -> dict[str, Te
     return tensors
 
 
-def _settings(beside: Mapping[object, object]) -> tuple[dict[str, object], list[str]]:
+def _settings(others: Mapping[object, object]) -> tuple[dict[str, object], list[str]]:
     """Returns the plain data of the entries beside the weights, and a note for each entry."""
     metadata: dict[str, object] = {}
     notes: list[str] = []
-    for key, value in list(beside.items())[:_MAX_ENTRIES]:
+    for key, value in list(others.items())[:_MAX_ENTRIES]:
         name = str(key)
         try:
             if name.startswith("optimizer"):
@@ -138,8 +138,8 @@ def _settings(beside: Mapping[object, object]) -> tuple[dict[str, object], list[
             notes.append(f"{printable(name)} ({_kind(value)}) kept as metadata")
         except _TooLarge:
             notes.append(f"{printable(name)} ({_kind(value)}) ignored")
-    if len(beside) > _MAX_ENTRIES:
-        notes.append(f"{len(beside) - _MAX_ENTRIES} further entries ignored")
+    if len(others) > _MAX_ENTRIES:
+        notes.append(f"{len(others) - _MAX_ENTRIES} further entries ignored")
     return metadata, notes
 
 

@@ -1,4 +1,4 @@
-"""Every way a Hugging Face directory may lie on disk gives the same parameters; what does not fit is named."""
+"""Every form of a Hugging Face directory gives the same parameters; errors name the tensors that do not fit."""
 
 import hashlib
 import json
@@ -239,7 +239,7 @@ def test_sha256_is_recorded_when_asked(source: Path, tmp_path: Path) -> None:
 
 
 def test_expected_sha256(source: Path, tmp_path: Path) -> None:
-    """A flipped bit in a value: nothing but the digest can tell."""
+    """Only a digest can show a flipped bit in a value."""
     content = bytearray((source / "model.safetensors").read_bytes())
     digest = hashlib.sha256(content).hexdigest()
     (tmp_path / "config.json").write_text((source / "config.json").read_text())

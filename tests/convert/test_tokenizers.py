@@ -1,4 +1,4 @@
-"""Tokenizers from every container they come in, and back; pickled modules are read and never run."""
+"""Tokenizers are converted from every kind of file and back; pickled modules are read and never run."""
 
 import json
 import subprocess
@@ -45,7 +45,7 @@ Classes = dict[str, type[nn.Module]]
 
 @pytest.fixture
 def classes(monkeypatch: pytest.MonkeyPatch) -> Classes:
-    """Modules that pickle under the names of the dall_e package, which is not needed for this."""
+    """Returns modules that pickle under the names of the dall_e package, without this package."""
     made: Classes = {}
     for home, names in {"encoder": ("Encoder", "EncoderBlock"), "decoder": ("Decoder",), "utils": ("Conv2d",)}.items():
         module = types.ModuleType(f"dall_e.{home}")

@@ -1,4 +1,4 @@
-"""The comparison behind `test_golden.py`, without a network: what it accepts, and what it notices."""
+"""The comparison of `test_golden.py`, without a network: it accepts right numbers and notices wrong ones."""
 
 import json
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def test_pytorchs_logits_are_accepted(hub: FakeHub, tmp_path: Path) -> None:
-    """All of it as with a published checkpoint: image and model come from a server."""
+    """Image and model come from a server, as those of a published checkpoint do."""
     names = ("config.json", "preprocessor_config.json", "model.safetensors")
     files = {name: (DIGITS / name).read_bytes() for name in names}
     hub.push("org/digits", files | {"image.png": IMAGE.read_bytes()})

@@ -1,4 +1,4 @@
-"""Good weight files: what is read equals what torch and safetensors read, bit for bit."""
+"""Good weight files: tensors equal those that torch and safetensors read, bit for bit."""
 
 import argparse
 import collections
@@ -160,7 +160,7 @@ def test_a_file_that_is_renamed_over_reads_on_as_it_was(tmp_path: Path) -> None:
 
 
 def test_unilm_fine_tuning_checkpoint(tmp_path: Path) -> None:
-    """Keys as the original training script saves them; the settings must come out as plain data."""
+    """The keys are those of the original training script. The settings must come out as plain data."""
     weights = {"patch_embed.proj.weight": torch.randn(4, 3, 2, 2), "fc_norm.bias": torch.zeros(4)}
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -54,7 +54,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 def recognisable(config: BeitConfig) -> BeitConfig:
-    """What names and shapes can tell of a configuration."""
+    """Returns the configuration as far as names and shapes can tell it."""
     return replace(
         config,
         layer_norm_eps=1e-6,
