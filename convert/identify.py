@@ -1,6 +1,6 @@
-"""Recognises a checkpoint: its format, the first page of `formats` that fits, and the model it holds."""
+"""Recognises a checkpoint: its format, the first of a list that fits, and the model it holds."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,6 @@ from beit_jax.images.processor import ImageProcessor, preset
 from beit_jax.json_file import read_json
 from beit_jax.variants import VARIANTS
 
-from . import formats
 from .files.checkpoint import Checkpoint
 from .formats.format import Description, Sighting, SourceFormat, default_preset
 
@@ -35,11 +34,17 @@ class Identity:
 
 
 def identify(
-    source: Source, checkpoint: Checkpoint, *, variant: str | None = None, image_preset: PresetName | None = None
+    source: Source,
+    checkpoint: Checkpoint,
+    formats: Sequence[SourceFormat],
+    *,
+    variant: str | None = None,
+    image_preset: PresetName | None = None,
 ) -> Identity:
     """Recognises a checkpoint.
 
     Args:
+        formats: the known formats, in the order in which they are asked.
         variant: a row of `VARIANTS` that is taken instead of ``config.json`` and of guesses.
         image_preset: taken instead of what the source says about images.
 
@@ -52,7 +57,7 @@ def identify(
     def content() -> Mapping[str, Any] | None:
         return read_json(config_file) if variant is None and config_file.exists() else None
 
-    naming, prefix, found = recognise(checkpoint.tensors.keys(), str(source.path), content)
+    naming, prefix, found = recognise(checkpoint.tensors.keys(), formats, str(source.path), content)
     if variant is None:
         description = naming.describe(
             Sighting(naming, prefix, checkpoint.tensors, checkpoint.metadata, found, str(source.path), config_file)
@@ -67,26 +72,30 @@ def identify(
 
 
 def recognise(
-    names: Collection[str], file: str, content: Callable[[], Mapping[str, Any] | None] = lambda: None
+    names: Collection[str],
+    formats: Sequence[SourceFormat],
+    file: str,
+    content: Callable[[], Mapping[str, Any] | None] = lambda: None,
 ) -> tuple[SourceFormat, str, Mapping[str, Any] | None]:
     """Returns the format of a file, the prefix of its backbone, and the content of its ``config.json``.
 
     Args:
-        names: of all tensors in the file.
-        file: for messages.
+        names: the names of all tensors in the file.
+        formats: the known formats, in the order in which they are asked.
+        file: the weights, for messages.
         content: reads ``config.json``; called when the names are those of some format. Returns None if there is none.
 
     Raises:
         BeitJaxError: the names are of no format. The message shows a few of them.
     """
-    possible = [(each, prefix) for each in formats.FORMATS if (prefix := each.prefix_in(names)) is not None]
+    possible = [(each, prefix) for each in formats if (prefix := each.prefix_in(names)) is not None]
     if possible:
         found = content()
         for naming, prefix in possible:
             if naming.matches(found):
                 return naming, prefix, found
     shown = ", ".join(printable(name, 60) for name in sorted(names)[:3])
-    known = ", ".join(each.name for each in formats.FORMATS)
+    known = ", ".join(each.name for each in formats)
     raise BeitJaxError(f"{file}: no BEiT names (known: {known}) among those of its {len(names)} tensors: {shown}, ...")
 
 

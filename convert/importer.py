@@ -27,6 +27,7 @@ from beit_jax.version import __version__
 from beit_jax.weights.native import MODEL, NativeCheckpoint, save_json
 from beit_jax.weights.tensors import LeafSpec, verify, write_tensors
 
+from . import formats
 from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .formats.format import SourceFormat
 from .formats.rules import Step, steps
@@ -104,7 +105,7 @@ def plan(source: Source, options: Options = DEFAULT) -> Plan:
 def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Plan:
     digests = _digests(checkpoint, options)
     tensors = checkpoint.tensors
-    found = identify(source, checkpoint, variant=options.variant, image_preset=options.image_preset)
+    found = identify(source, checkpoint, formats.FORMATS, variant=options.variant, image_preset=options.image_preset)
     naming, prefix = found.naming, found.prefix
     shapes = param_shapes(found.config)
     planned = steps([rule for rule in naming.rules(found.config, prefix) if rule.flax in shapes], shapes)

@@ -225,7 +225,7 @@ def test_statistics_live_in_the_native_checkpoint(source: Path, tmp_path: Path) 
 def test_another_depth_needs_a_configuration(theirs: Segmentor, tmp_path: Path) -> None:
     fewer = {name: t for name, t in theirs.state_dict().items() if ".blocks.11." not in name}
     torch.save({"state_dict": fewer}, tmp_path / "fewer.pth")
-    with pytest.raises(BeitJaxError, match="11 blocks; which of them feed the head is known for 12 and 24"):
+    with pytest.raises(BeitJaxError, match=r"11 blocks.*12 and 24"):
         load(resolve(tmp_path / "fewer.pth"))
 
 

@@ -151,4 +151,4 @@ def test_unknown_names_are_shown() -> None:
     with pytest.raises(
         BeitJaxError, match=r"^model.bin: no BEiT names .* among those of its 2 tensors: evil\\x1b\[0m, x, "
     ):
-        recognise({"x", "evil\x1b[0m"}, "model.bin")
+        recognise({"x", "evil\x1b[0m"}, FORMATS, "model.bin")
