@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import tyro
 from tyro.conf import FlagCreatePairsOff
@@ -32,9 +33,9 @@ class Command:
     function: str
     summary: str
 
-    def load(self) -> Callable[..., int]:
+    def load(self) -> Callable[..., Any]:
         """Imports the module and returns the function."""
-        function: Callable[..., int] = getattr(import_module(f"beit_jax.cli.{self.module}"), self.function)
+        function: Callable[..., Any] = getattr(import_module(f"beit_jax.cli.{self.module}"), self.function)
         return function
 
 
@@ -158,7 +159,7 @@ def commands(arguments: Sequence[str]) -> dict[str, Callable[..., int]]:
     """Name to function of all commands. Only the named command is imported; the others are there for ``--help``."""
     first = arguments[0] if arguments else ""
     every = first.startswith("--tyro-")  # tyro's completion scripts hold the options of all commands
-    found = {}
+    found: dict[str, Callable[..., int]] = {}
     for name, command in {**COMMANDS, **RECIPE_COMMANDS}.items():
         if not every and name != first:
             found[name] = _placeholder(command.summary)
