@@ -23,7 +23,6 @@ from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.adapt import Adaptation, adaptations
 from beit_jax.models.build import param_shapes
 from beit_jax.terminal import Progress, no_progress
-from beit_jax.version import __version__
 from beit_jax.weights.native import MODEL, NativeCheckpoint, save_json
 from beit_jax.weights.tensors import LeafSpec, verify, write_tensors
 
@@ -33,6 +32,7 @@ from .formats.format import SourceFormat
 from .formats.rules import Step, steps
 from .identify import identify
 from .options import DEFAULT, Options
+from .provenance import provenance
 from .validation import FLOATS, check_tensors
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -76,15 +76,7 @@ class Plan:
 
     def provenance(self) -> dict[str, Any]:
         """Returns the origin of the weights, as the native checkpoint records it."""
-        return {
-            "source": self.source.name,
-            "revision": self.source.revision,
-            "files": dict(self.digests),
-            "format": self.checkpoint.format,
-            "naming": self.naming.name,
-            "options": self.options.asked(),
-            "converter": f"beit-jax {__version__}",
-        }
+        return provenance(self.source, self.checkpoint, self.naming.name, self.digests, self.options.asked())
 
 
 def plan(source: Source, options: Options = DEFAULT) -> Plan:

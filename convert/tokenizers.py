@@ -21,12 +21,12 @@ from beit_jax.tokenizers.build import TokenizerConfig, tokenizer_shapes
 from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, save_tokenizer
 from beit_jax.tokenizers.dvae import DvaeDecoderConfig, DvaeEncoderConfig
 from beit_jax.tokenizers.vqkd import VqkdConfig
-from beit_jax.version import __version__
 from beit_jax.weights.native import MODEL
 
 from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .formats.rules import CONV, LINEAR, Rule, Step, export, steps
 from .formats.unilm import BACKBONE, HEAD_DIM
+from .provenance import provenance
 from .validation import FLOATS
 
 _GRID = 14  # tokens along each side of BEiT's 224 pixels
@@ -230,7 +230,8 @@ def load(source: Source, *, prefer: str | None = None, allow_nonfinite: bool = F
         dropped = {name for name in checkpoint.tensors if naming.derived.match(name)}
         _check_tensors(checkpoint, planned, dropped)
         params = {path: _leaf(checkpoint, step, allow_nonfinite) for path, step in planned.items()}
-        return TokenizerCheckpoint(config, params, _provenance(source, checkpoint, naming))
+        digests = {file.name: recorded_sha256(file) for file in checkpoint.files}
+        return TokenizerCheckpoint(config, params, provenance(source, checkpoint, naming.name, digests))
 
 
 def convert(
@@ -341,16 +342,3 @@ def _tensor(checkpoint: Checkpoint, name: str, allow_nonfinite: bool) -> np.ndar
             "range of float32; repair the file, or pass --allow-nonfinite"
         )
     return tensor
-
-
-def _provenance(source: Source, checkpoint: Checkpoint, naming: TokenizerNaming) -> dict[str, Any]:
-    """The origin of the weights, as the native checkpoint records it."""
-    return {
-        "source": source.name,
-        "revision": source.revision,
-        "files": {file.name: recorded_sha256(file) for file in checkpoint.files},
-        "format": checkpoint.format,
-        "naming": naming.name,
-        "options": {},
-        "converter": f"beit-jax {__version__}",
-    }
