@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.json_file import parse_json
 
 FILE = "manifest.json"
 FORMAT = "beit-jax training checkpoint 1"
@@ -129,7 +130,7 @@ def read_manifest(directory: Path) -> Manifest:
         BeitJaxError: the manifest has another format, or cannot be read, for a reason other than damage.
     """
     try:
-        signed = json.loads((directory / FILE).read_bytes())
+        signed = parse_json((directory / FILE).read_bytes())
         content = signed["content"]
         intact = signed["xxh3_128"] == _content_digest(content)
     except OSError as error:

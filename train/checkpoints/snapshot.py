@@ -100,7 +100,7 @@ def _start(index: tuple[slice, ...]) -> tuple[int, ...]:
 
 
 def place(array: np.ndarray, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    """Places an array on the devices by its sharding; without a sharding, on the first device."""
+    """Places an array of any shape on the devices by its sharding; without a sharding, on the first device."""
     sharding = abstract.sharding or SingleDeviceSharding(jax.local_devices()[0])
     placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     assert placed.dtype == abstract.dtype  # float64 and int64 would be narrowed where JAX does not have them enabled

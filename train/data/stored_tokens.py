@@ -21,7 +21,7 @@ from jaxtyping import Int, Int32
 
 from beit_jax.atomic import Contents, check_destination, new_directory
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.json_file import Fields, read_json
+from beit_jax.json_file import Fields, read_json, write_json
 from beit_jax.terminal import Progress, no_progress
 from beit_jax.tree import flatten
 
@@ -200,7 +200,7 @@ def write_tokens(
             "sha256": out.sha256.hexdigest(),
             "contract": _as_stored(contract),
         }
-        (partial / DESCRIPTION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(partial / DESCRIPTION, content)
         synchronise(partial)
         StoredTokens.open(partial, contract, digest=True)
     synchronise_entry(directory.parent)

@@ -49,7 +49,7 @@ def from_first(find: Callable[[], Any]) -> Any:
 
 
 def on_host(leaf: jax.Array) -> np.ndarray:
-    """The whole array, gathered from all processes that hold parts of it."""
+    """The whole array, of any shape, gathered from all processes that hold parts of it."""
     if leaf.is_fully_addressable:
         return np.asarray(leaf)
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
