@@ -107,6 +107,7 @@ def test_demo_and_classify_need_no_private_jax(tmp_path: Path) -> None:
     assert list((tmp_path / "cache" / "beit-jax").iterdir())
 
 
+@pytest.mark.slow
 def test_training_needs_no_private_jax(tmp_path: Path) -> None:
     guarded("prepare", "digits", tmp_path / "data")
     short = ["--optim.epochs", "0.1", "--optim.warmup-epochs", "0", "--data.workers", "0"]
