@@ -206,7 +206,8 @@ KILLED = """
 # Converts once for every directory, and is killed at the moment the directory is named after.
 import os, signal, sys
 from pathlib import Path
-from beit_jax.convert import checkpoint, importer
+from beit_jax.convert import importer
+from beit_jax.convert.files import checkpoint
 from beit_jax.hub import resolve
 
 def die(*arguments, **options):
@@ -514,13 +515,13 @@ def test_float64_beyond_float32(work: Path, variation: Callable[..., Path], refu
 @pytest.mark.parametrize(
     ("config", "advice"),
     [
-        ({"num_attention_heads": 8}, "The file has 4 attention heads, num_attention_heads says 8"),
-        ({"num_attention_heads": 2}, "The file has 4 attention heads, num_attention_heads says 2"),
-        ({"id2label": {str(i): str(i) for i in range(21841)}}, "The file has 10 classes, id2label has 21841"),
-        ({"id2label": {"0": "no", "1": "yes"}}, "The file has 10 classes, id2label has 2"),
-        ({"num_hidden_layers": 12}, "The file has 4 layers, num_hidden_layers says 12"),
-        ({"num_hidden_layers": 3}, "The file has 4 layers, num_hidden_layers says 3"),
-        ({"image_size": 64}, "The table is of a 8 x 8 grid, image_size and patch_size say (16, 16)"),
+        ({"num_attention_heads": 8}, "4 attention heads, num_attention_heads says 8"),
+        ({"num_attention_heads": 2}, "4 attention heads, num_attention_heads says 2"),
+        ({"id2label": {str(i): str(i) for i in range(21841)}}, "10 classes, id2label has 21841"),
+        ({"id2label": {"0": "no", "1": "yes"}}, "10 classes, id2label has 2"),
+        ({"num_hidden_layers": 12}, "4 layers, num_hidden_layers says 12"),
+        ({"num_hidden_layers": 3}, "4 layers, num_hidden_layers says 3"),
+        ({"image_size": 64}, "8 x 8 grid, image_size and patch_size say (16, 16)"),
     ],
 )  # fmt: skip
 def test_a_configuration_of_another_model(
