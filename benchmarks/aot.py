@@ -76,7 +76,7 @@ def compiled(kind: Kind | None, recipe_name: str, name: str, *, largest: bool) -
 
     from beit_jax.train.distributed.topology import parse_topology
     from beit_jax.train.forecast.aot import report
-    from beit_jax.train.recipes.finetuning import recipe_named
+    from beit_jax.train.recipes import recipe_named
 
     topology, recipe = parse_topology(name), recipe_named(recipe_name)
     if kind is None:
@@ -165,7 +165,7 @@ def versions() -> str:
 
 def cases() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Every row: its name, the recipe, the topology, and how the recipe is laid out."""
-    from beit_jax.train.recipes.finetuning import recipe_named
+    from beit_jax.train.recipes import recipe_named
 
     for kind in KINDS:
         for topology in TOPOLOGIES:

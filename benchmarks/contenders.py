@@ -101,28 +101,31 @@ def _our_step(job: Job) -> Call:
 
     from beit_jax.train.data.stored_tokens import StoredTokens
     from beit_jax.train.forecast.aot import abstract_program
-    from beit_jax.train.recipe import NOTHING, DataOptions, OptimOptions, Recipe
+    from beit_jax.train.objectives.classification import ClassificationRecipe
+    from beit_jax.train.objectives.masked_tokens import MaskedTokensRecipe
+    from beit_jax.train.recipe import AugmentOptions, DataOptions, OptimOptions
     from beit_jax.weights import load
 
     inputs, start = job.inputs, load(Path(job.directory, "native"))
     pretrains, (depth, image) = job.kind == "pretrain", (start.config.num_hidden_layers, start.config.image_size[0])
     size = {12: "base", 24: "large"}[depth]
-    recipe = Recipe(
-        job.kind,
-        objective="masked_tokens" if pretrains else "classification",
-        augment=replace(NOTHING, smoothing=SMOOTHING),
-        data=DataOptions(batch_size=len(inputs["image"])),
-        optim=OptimOptions(lr=RATE, weight_decay=DECAY, warmup_epochs=0),
+    data = DataOptions(batch_size=len(inputs["image"]))
+    optim = OptimOptions(lr=RATE, weight_decay=DECAY, warmup_epochs=0)
+    plain = AugmentOptions(randaugment=None, erasing=0.0, smoothing=SMOOTHING)
+    recipe = (
+        MaskedTokensRecipe(job.kind, data=data, optim=optim)
+        if pretrains
+        else ClassificationRecipe(job.kind, data=data, optim=optim, augment=plain)
     )
     variant = f"beit_{size}_patch16_224" + ("_pt22k" if pretrains else "")
     model = replace(recipe.model, variant=variant, image_size=image, dtype=job.dtype, drop_path=0.0)
     program = abstract_program(replace(recipe, model=model), jax.devices(), classes=1000)
-    sources = replace(program.task.sources, start=start)
+    sources = replace(program.objective.sources, start=start)
     if pretrains:
         stored = StoredTokens(Path(), start.config.vocab_size or 0, 0, 0.0, np.zeros((0, 0)))
         sources = replace(sources, tokens=stored)
-    program = replace(program, task=replace(program.task, sources=sources))
-    names = program.task.batch(1)
+    program = replace(program, objective=program.objective.replaced(sources=sources))
+    names = program.objective.batch(1)
     state, batch = program.first_state(), {name: jax.device_put(inputs[name]) for name in names}
 
     def call() -> Any:

@@ -25,7 +25,7 @@ from beit_jax.train.distributed.collectives import on_host
 from beit_jax.train.loop.plan import Plan, make_plan
 from beit_jax.train.loop.run import Outcome, train
 from beit_jax.train.recipe import Recipe
-from beit_jax.train.recipes.finetuning import recipe_named
+from beit_jax.train.recipes import recipe_named
 from beit_jax.tree import flatten
 from beit_jax.weights import NativeCheckpoint
 

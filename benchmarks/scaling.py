@@ -47,7 +47,7 @@ from beit_jax.train.costs.hlo import BETWEEN_SLICES
 from beit_jax.train.distributed.topology import CHIPS, GIB, parse_topology
 from beit_jax.train.forecast.aot import report
 from beit_jax.train.recipe import Recipe
-from beit_jax.train.recipes.finetuning import recipe_named
+from beit_jax.train.recipes import recipe_named
 
 HERE = Path(__file__).parent
 PAGE, RECORDS, COMPILED = HERE / "scaling.md", HERE / "scaling.json", HERE / "aot.json"

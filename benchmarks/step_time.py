@@ -126,19 +126,19 @@ def workload(recipe: Recipe) -> Workload:
         BeitJaxError: a recipe that describes no model.
     """
     program = _program(recipe)
-    config, task, state, remat = program.config, program.task, program.abstract_state, recipe.model.remat
+    config, objective, state, remat = program.config, program.objective, program.abstract_state, recipe.model.remat
     sizes = {name: prod(shape) for name, shape in param_shapes(config).items()}
     own = flops(config).training()
     again = flops(config).training(remat) - own
     return Workload(
         name=recipe.name,
         batch=recipe.data.batch_size,
-        flops=task.flops + again,
-        model_flops=task.flops,
+        flops=objective.flops + again,
+        model_flops=objective.flops,
         parameters=_elements(state.params),
         narrow=sum(size for name, size in sizes.items() if first_match(_NARROW, name)),
-        frozen=_elements(state.ema),
-        teacher_flops=task.flops - own if state.ema else 0.0,
+        frozen=_elements(state.average) + _elements(state.frozen),
+        teacher_flops=objective.flops - own if state.average or state.frozen else 0.0,
         tokens=1 + config.grid[0] * config.grid[1],
         width=config.hidden_size,
         heads=config.num_attention_heads,
@@ -157,8 +157,8 @@ def kept_bytes(recipe: Recipe) -> int:
     program = _program(recipe)
     dtype, remat = recipe.model.dtype, recipe.model.remat
     with traced_for_several_devices():
-        # A task may leave out the block that is computed again.
-        return max(program.task.activations, activation_bytes(program.config, dtype=dtype, remat=remat))
+        # An objective may leave out the block that is computed again.
+        return max(program.objective.activations, activation_bytes(program.config, dtype=dtype, remat=remat))
 
 
 def _program(recipe: Recipe) -> Program:
@@ -411,7 +411,7 @@ def memory(work: Workload, layout: Layout, kept: int) -> Memory:
     return estimate.memory(
         FLOAT32 * work.parameters,
         images * kept,
-        beside=FLOAT32 * work.frozen,
+        others=FLOAT32 * work.frozen,
         accumulate=layout.parts,
         shards=round(layout.fsdp * layout.tensor),
     )

@@ -1,16 +1,17 @@
 """Commands on recipes: `train`, `tokenize` and `aot`.
 
-As in `beit_jax.cli.main`, imports wait until a command runs.
+`beit_jax.cli.main` imports this module when one of these commands is named: recipes import their objectives, and
+objectives import JAX.
 """
 
 import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -24,24 +25,10 @@ if TYPE_CHECKING:
     from beit_jax.train.forecast.preview import Preview
     from beit_jax.train.loop.run import Outcome
 
-from beit_jax.train.recipe import (
-    AugmentOptions,
-    Data2vecOptions,
-    DataOptions,
-    DvaeOptions,
-    HostOptions,
-    MaskOptions,
-    ModelOptions,
-    OptimOptions,
-    Recipe,
-    Resume,
-    RunOptions,
-    SegmentationOptions,
-    TokenOptions,
-    VqkdOptions,
-    check,
-)
-from beit_jax.train.recipes.finetuning import RECIPES, recipe_named
+with train_extra():
+    from beit_jax.train.objectives import objective_of
+    from beit_jax.train.recipe import HostOptions, Recipe, Resume, spelled
+    from beit_jax.train.recipes import RECIPES, recipe_named
 
 
 @dataclass(frozen=True)
@@ -60,38 +47,50 @@ class Reads:
     """Native checkpoint whose features a tokenizer learns from."""
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """All of a recipe that can be changed."""
+Options = Any
+"""A dataclass of the groups of options of one kind of recipe, which `_options` makes."""
+_DATA = "batches"  # field of the group that is called data on the command line, where --data names a directory
 
-    model: ModelOptions
-    batches: Annotated[DataOptions, arg(name="data")]
-    augment: AugmentOptions
-    segment: SegmentationOptions
-    mask: MaskOptions
-    tokens: TokenOptions
-    data2vec: Data2vecOptions
-    vqkd: VqkdOptions
-    dvae: DvaeOptions
-    optim: OptimOptions
-    run: RunOptions
 
-    @classmethod
-    def of(cls, recipe: Recipe) -> "Numbers":
-        """Those of a recipe."""
-        values = {entry.name: getattr(recipe, entry.name) for entry in fields(cls) if entry.name != "batches"}
-        return cls(batches=recipe.data, **values)
+def _options(recipe: Recipe) -> tuple[type[Options], Options]:
+    """The options of a recipe for the command line: their type, and their values as defaults."""
+    entries = [
+        (_DATA, Annotated[kind, arg(name="data")]) if name == "data" else (name, kind)
+        for name, kind in recipe.group_types().items()
+    ]
+    kind = make_dataclass("RecipeOptions", entries, frozen=True)
+    return kind, kind(**{_DATA if name == "data" else name: options for name, options in recipe.groups().items()})
 
-    def recipe(self, name: str, given: Recipe) -> Recipe:
-        """`given` with these numbers, checked.
 
-        Raises:
-            BeitJaxError: a number out of its range, or that the objective does not use.
-        """
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "batches"}
-        changed = replace(given, name=name, data=self.batches, **values)
-        check(changed)
-        return changed
+def _changed(recipe: Recipe, name: str, options: Options) -> Recipe:
+    """The recipe with other options, checked.
+
+    Raises:
+        BeitJaxError: an option out of its range.
+    """
+    values = {"data" if field == _DATA else field: value for field, value in vars(options).items()}
+    changed = replace(recipe, name=name, **values)
+    changed.check()
+    return changed
+
+
+def _refuse_unread(recipe: Recipe, arguments: Sequence[str]) -> None:
+    """Refuses an option of another objective in one line.
+
+    Raises:
+        BeitJaxError: the recipe's objective does not read an option that another objective reads.
+    """
+    read = _names(type(recipe))
+    elsewhere = set().union(*(_names(type(build())) for build in RECIPES.values())) - read
+    for argument in arguments:
+        name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
+        if argument.startswith("--") and name in elsewhere:
+            raise BeitJaxError(f"--{spelled(name)}: {recipe.objective} does not use it, leave it out")
+
+
+def _names(kind: type[Recipe]) -> set[str]:
+    """Every option of a kind of recipe, as "group.option"."""
+    return {f"{group}.{entry.name}" for group, options in kind.group_types().items() for entry in fields(options)}
 
 
 _RecipeName = Annotated[str, arg(metavar="RECIPE", help=f"One of: {', '.join(RECIPES)}.")]
@@ -105,7 +104,7 @@ def train_command(arguments: Sequence[str]) -> Callable[..., int]:
         BeitJaxError: no such recipe; names the nearest.
     """
     given = _named(arguments, "train")
-    defaults = Numbers.of(given)
+    kind, defaults = _options(given)
 
     def train(
         recipe: Positional[_RecipeName],
@@ -122,9 +121,9 @@ def train_command(arguments: Sequence[str]) -> Callable[..., int]:
         ] = False,
         json: Json = False,
         hosts: HostOptions = HostOptions(),
-        numbers: Annotated[Numbers, arg(name="")] = defaults,
+        options: Annotated[kind, arg(name="")] = defaults,  # type: ignore[valid-type]
     ) -> int:
-        resolved = numbers.recipe(recipe, given)
+        resolved = _changed(given, recipe, options)
         return _train(resolved, data, out, reads, resume, hosts, dry_run=dry_run, json=json)
 
     train.__doc__ = _HELP.format(about=_about(given))
@@ -185,7 +184,7 @@ def _told(found: "Outcome | Preview", peers: "Peers", *, json: bool) -> None:
 def tokenize_command(arguments: Sequence[str]) -> Callable[..., int]:
     """The function behind `beit-jax tokenize`, as `train_command`'s."""
     given = _named(arguments, "tokenize")
-    defaults = Numbers.of(given)
+    kind, defaults = _options(given)
 
     def tokenize(
         recipe: Positional[_RecipeName],
@@ -196,10 +195,10 @@ def tokenize_command(arguments: Sequence[str]) -> Callable[..., int]:
         epochs: Annotated[float | None, arg(help="Epochs to store; by default all of the recipe's.")] = None,
         overwrite: Annotated[bool, arg(help="Replace DIR if it exists; it stays whole until the new one is.")] = False,
         json: Json = False,
-        numbers: Annotated[Numbers, arg(name="")] = defaults,
+        options: Annotated[kind, arg(name="")] = defaults,  # type: ignore[valid-type]
     ) -> int:
-        resolved = numbers.recipe(recipe, given)
-        if resolved.objective != "masked_tokens":
+        resolved = _changed(given, recipe, options)
+        if "stored_tokens" not in objective_of(resolved).reads:
             raise BeitJaxError(f"{given.name}: {resolved.objective} predicts no tokens; choose another recipe")
         if epochs is not None:
             if not 0.0 < epochs < math.inf:
@@ -227,11 +226,11 @@ _TOKENIZE_HELP = """Compute the visual tokens of pre-training once, for runs tha
 
 def _tokenize(recipe: Recipe, data: Path, tokenizer: Path, out: Path, *, overwrite: bool, json: bool) -> int:
     with train_extra():
-        from beit_jax.train.loop.plan import make_plan, store_tokens
+        from beit_jax.train.loop.plan import make_plan
 
     plan = make_plan(recipe, data, tokenizer=tokenizer)
     progress = partial(image_progress, description="tokenizing")
-    positions = store_tokens(plan, out, progress, overwrite=overwrite)
+    positions = plan.objective.store_tokens(plan.training, out, progress, overwrite=overwrite)
     if json:
         print_json({"directory": str(out), "images": positions, "epochs": recipe.optim.epochs})
     else:
@@ -242,7 +241,7 @@ def _tokenize(recipe: Recipe, data: Path, tokenizer: Path, out: Path, *, overwri
 def aot_command(arguments: Sequence[str]) -> Callable[..., int]:
     """The function behind `beit-jax aot`, as `train_command`'s."""
     given = _named(arguments, "aot")
-    defaults = Numbers.of(given)
+    kind, defaults = _options(given)
 
     def aot(
         recipe: Positional[_RecipeName],
@@ -253,9 +252,9 @@ def aot_command(arguments: Sequence[str]) -> Callable[..., int]:
         classes: Annotated[int | None, arg(help="Of the data; by default as the variant was published with.")] = None,
         quick: Annotated[bool, arg(help="Compile once: do not look for the largest batch that fits.")] = False,
         json: Json = False,
-        numbers: Annotated[Numbers, arg(name="")] = defaults,
+        options: Annotated[kind, arg(name="")] = defaults,  # type: ignore[valid-type]
     ) -> int:
-        return _aot(numbers.recipe(recipe, given), topology, classes, quick=quick, json=json)
+        return _aot(_changed(given, recipe, options), topology, classes, quick=quick, json=json)
 
     aot.__doc__ = _AOT_HELP.format(about=_about(given))
     return aot
@@ -292,9 +291,17 @@ def _aot(recipe: Recipe, topology: str, classes: int | None, *, quick: bool, jso
 
 
 def _named(arguments: Sequence[str], command: str) -> Recipe:
-    """The recipe that the command line names; one of defaults where it names none."""
+    """The recipe that the command line names; a recipe of defaults where it names none.
+
+    Raises:
+        BeitJaxError: no such recipe; an option that its objective does not read.
+    """
     name = arguments[1] if len(arguments) > 1 and arguments[0] == command else ""
-    return recipe_named(name) if name and not name.startswith("-") else Recipe(name="")
+    if not name or name.startswith("-"):
+        return Recipe()
+    recipe = recipe_named(name)
+    _refuse_unread(recipe, arguments)
+    return recipe
 
 
 def _about(given: Recipe) -> str | None:

@@ -49,7 +49,7 @@ from beit_jax.models.build import num_params
 from beit_jax.train.costs.hlo import BETWEEN_SLICES
 from beit_jax.train.distributed.topology import CHIPS, Topology, parse_topology
 from beit_jax.train.forecast.aot import abstract_program
-from beit_jax.train.recipes.finetuning import recipe_named
+from beit_jax.train.recipes import recipe_named
 
 ROOT = Path(__file__).parents[2]
 V5E = CHIPS["v5e"]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from cases import thorough
 from flax import nnx
 from tolerances import GRADIENT, MARGIN, TRAINING
 
@@ -361,7 +362,7 @@ def assert_went_the_same_way(start: Arrays, found: Arrays, expected: Arrays) -> 
         assert np.abs(found[name] - leaf).max() <= TRAINING * movement, name
 
 
-@pytest.mark.parametrize("pair", CASES, indirect=True)
+@pytest.mark.parametrize("pair", thorough(CASES, but=["BEiT v2", "data2vec"]), indirect=True)
 def test_five_steps(pair: Pair) -> None:
     """Parameters, and data2vec's teacher: at the start the student's copy, as in a run."""
     case, theirs, ours = pair

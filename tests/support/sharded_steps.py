@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from beit_jax.config import BeitConfig
 from beit_jax.models.build import abstract_model
 from beit_jax.train.distributed.sharding import init_sharded, make_mesh, place, put_batch, replicated, state_shardings
-from beit_jax.train.recipe import AugmentOptions, ModelOptions, OptimOptions, Recipe
-from beit_jax.train.step.objective import classification
+from beit_jax.train.objectives.classification import ClassificationRecipe, classification
+from beit_jax.train.recipe import AugmentOptions, ModelOptions, OptimOptions
 from beit_jax.train.step.optim import optimizer
 from beit_jax.train.step.schedule import decay_table
 from beit_jax.train.step.state import State, initial_state
@@ -39,7 +39,7 @@ CONFIG = BeitConfig(
     hidden_dropout_prob=0.1,
     labels=tuple("abcdefgh"),
 )
-RECIPE = Recipe(
+RECIPE = ClassificationRecipe(
     name="sharded",
     model=ModelOptions(dtype="float32", remat="block"),
     augment=AugmentOptions(mixup=0.8, cutmix=1.0, erasing=0.25),
@@ -77,7 +77,7 @@ class Run:
     def __init__(self, config: BeitConfig) -> None:
         graph, self.shapes = abstract_model(config)
         tx, rates = optimizer(RECIPE.optim, config), np.full(STEPS, RATE, np.float32)
-        self.initial = partial(initial_state, tx=tx, ema=True)
+        self.initial = partial(initial_state, tx=tx, average=True)
         self.step = make_train_step(
             graph,
             classification(RECIPE, config),
@@ -122,7 +122,7 @@ def on_mesh(shape: tuple[int, int, int], expected: State) -> dict[str, Any]:
     return {
         "losses": losses,
         "params": difference(state.params, expected.params),
-        "ema": difference(state.ema, expected.ema),
+        "average": difference(state.average, expected.average),
         "before": before,
         "after": placement(state),
         "collectives": collectives(step),
@@ -142,7 +142,7 @@ def difference(a: Nested, b: Nested) -> float:
 
 def placement(state: State) -> dict[str, Any]:
     """Bytes in all, bytes on every device, and the shape of what a device holds of every parameter."""
-    parts = {"params": state.params, "moments": state.opt, "ema": state.ema}
+    parts = {"params": state.params, "moments": state.opt, "average": state.average}
     return {
         "total": {part: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for part, tree in parts.items()},
         "held": {part: held(tree) for part, tree in parts.items()},

@@ -15,24 +15,19 @@ import jax
 
 from beit_jax.config import BeitConfig
 from beit_jax.models.partition import BATCH_AXES
-from beit_jax.tokenizers.dvae import DvaeEncoderConfig
-from beit_jax.tokenizers.tokenizer import TokenizerCheckpoint
-from beit_jax.tokenizers.vqkd import VqkdConfig
 from beit_jax.variants import VARIANTS
-from beit_jax.weights.native import NativeCheckpoint
 
 from ..costs.estimate import compiled_bytes
 from ..costs.hlo import BETWEEN_SLICES, Work, work
 from ..distributed.sharding import check_batch, make_mesh
 from ..distributed.topology import GIB, Topology
-from ..loop.plan import KINDS
+from ..initial.model_config import DIGITS
 from ..loop.program import Program, learning_rates
-from ..objectives.model_config import DIGITS, image_processor, model_config
-from ..objectives.task import Sources
+from ..objectives import objective_of
 from ..recipe import Recipe
 from ..step.optim import optimizer
 
-IMAGENET, ADE20K, SCANS = 1_281_167, 20_210, 1_347  # images of an epoch, by which schedules are as long as they are
+SCANS = 1_347  # images of an epoch of scikit-learn's digits, by which schedules are as long as they are
 Say = Callable[[str], None]
 
 
@@ -216,7 +211,7 @@ def report(
         mesh=mesh,
         memory=first.needed,
         work=None if first.compiled is None else work(first.compiled.as_text() or "", topology.slice_chips),
-        model_flops=program.task.flops * size,
+        model_flops=program.objective.flops * size,
         largest=largest_batch(first, attempt, unit, topology.chip.hbm) if largest else None,
         seconds=first.seconds,
     )
@@ -234,15 +229,15 @@ def abstract_program(
     Raises:
         BeitJaxError: a mesh or batch that does not fit the devices; a recipe that describes no model.
     """
-    kind = KINDS[recipe.objective]
+    kind = objective_of(recipe)
     labels = _labels(recipe, classes)
-    sources = _sources(recipe, labels)
+    sources = kind.abstract_sources(recipe, labels)
     config = kind.configure(recipe, labels, sources)
-    rates = learning_rates(recipe, images or _images(recipe))
+    rates = learning_rates(recipe, images or (SCANS if recipe.model.variant == DIGITS else kind.epoch_images))
     mesh = make_mesh(recipe.run.mesh, devices)
     check_batch(recipe.data.batch_size, mesh, parts=recipe.optim.accumulate)
-    task = kind(recipe, config, sources, len(rates))
-    return Program(recipe, config, mesh, task, optimizer(recipe.optim, config), rates)
+    objective = kind(recipe, config, sources, len(rates))
+    return Program(recipe, config, mesh, objective, optimizer(recipe.optim, config), rates)
 
 
 def compile_step(program: Program) -> Attempt:
@@ -328,25 +323,3 @@ def _labels(recipe: Recipe, classes: int | None) -> tuple[str, ...]:
     variant = VARIANTS.get(recipe.model.variant, BeitConfig())
     published = 10 if recipe.model.variant == DIGITS else len(variant.labels)
     return tuple(f"LABEL_{i}" for i in range(classes or published))
-
-
-def _images(recipe: Recipe) -> int:
-    if recipe.model.variant == DIGITS:
-        return SCANS
-    return ADE20K if recipe.objective == "segmentation" else IMAGENET
-
-
-def _sources(recipe: Recipe, labels: tuple[str, ...]) -> Sources:
-    """What the recipe reads, without values: the published tokenizers, and encoders of the recipe's own size."""
-    tokenizer = VqkdConfig() if recipe.tokens.aggregate_from else DvaeEncoderConfig()
-    features = model_config(recipe.model, labels) if recipe.objective == "linear_probe" else None
-    teacher = model_config(recipe.model, (), task="features") if recipe.objective == "vqkd" else None
-
-    def checkpoint(config: BeitConfig | None) -> NativeCheckpoint | None:
-        return None if config is None else NativeCheckpoint(config, image_processor(recipe, config), {})
-
-    return Sources(
-        start=checkpoint(features),
-        tokenizer=TokenizerCheckpoint(tokenizer, {}) if recipe.objective == "masked_tokens" else None,
-        teacher=checkpoint(teacher),
-    )

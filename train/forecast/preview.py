@@ -11,7 +11,7 @@ from beit_jax.tree import Nested
 
 from ..costs.estimate import Memory, memory
 from ..loop.plan import Plan
-from ..recipe import Recipe, groups
+from ..recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Preview:
 
     def lines(self) -> list[str]:
         """For people."""
-        read = {group: vars(getattr(self.recipe, group)) for group in groups(self.recipe.objective)}
+        read = {group: vars(options) for group, options in self.recipe.groups().items()}
         settings = [f"{group}.{name} = {value}" for group, values in read.items() for name, value in values.items()]
         devices = " x ".join(f"{size} {axis}" for axis, size in self.mesh.items())
         return [
@@ -80,11 +80,11 @@ def preview(plan: Plan) -> Preview:
         training_images=len(plan.training),
         validation_images=0 if plan.validation is None else len(plan.validation),
         classes=plan.config.num_labels,
-        flops_per_image=plan.task.flops,
+        flops_per_image=plan.objective.flops,
         memory=memory(
             4 * learned,
-            images * plan.task.activations,
-            beside=4 * _count(plan.abstract_state.ema),
+            images * plan.objective.activations,
+            others=4 * (_count(plan.abstract_state.average) + _count(plan.abstract_state.frozen)),
             accumulate=recipe.optim.accumulate,
             shards=mesh["fsdp"] * mesh["tensor"],
         ),

@@ -1,5 +1,6 @@
 """A run from beginning to end: `plan` resolves it, `run` carries it out.
 
-`program` is the compiled step with its shapes and places, `contract` what a run's directory promises, `log` what people see,
-`watch` what ends a run from outside. May import: everything of training but `..forecast`.
+`program` is the compiled step with its shapes and places, `contract` what a run's directory promises, `log`, `records`
+and `timing` what people see, `watch` what ends a run from outside. May import: the library, and every room of training
+below; no forecast, no command.
 """

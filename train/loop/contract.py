@@ -64,7 +64,7 @@ def begin(plan: "Plan", out: Path, resume: Resume, peers: Peers) -> list[str]:
         "devices": devices,
         "out": str(out.absolute()),
     }
-    peers.agree(here | {"mesh": dict(plan.mesh.shape)} | record, patience=PATIENCE)
+    peers.compare(here | {"mesh": dict(plan.mesh.shape)} | record, patience=PATIENCE)
     notes: list[str] = from_first(lambda: _begin(out, resume, record, plan.recipe))
     return notes
 
@@ -129,6 +129,7 @@ def _compare(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any], rec
     then = {**earlier, "recipe": _as_read(Fields(earlier, str(path)).typed("recipe", dict, {}), recipe, path)}
     found = list(changes(then, _as_json(now)))
     fatal = [change for change in found if change[0] not in FREE and not change[0].startswith("versions.")]
+    fatal.sort(key=lambda change: change[0] not in ("recipe.objective", "recipe.name"))  # the rest follows from them
     if fatal:
         name, old, new = fatal[0]
         more = f" (and {len(fatal) - 1} more changes)" if len(fatal) > 1 else ""

@@ -1,7 +1,8 @@
-"""What the steps of a run compute and where their arrays lie: all that compiling needs, and no data."""
+"""The compiled step of a run: what it computes and where its arrays lie. Compiling needs no data."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -12,11 +13,13 @@ from beit_jax.config import BeitConfig
 from beit_jax.tree import Nested
 
 from ..distributed.sharding import batch_sharding, init_sharded, place, state_shardings
-from ..objectives.task import Draw, Shapes, Start, Task
 from ..recipe import Recipe
 from ..step.schedule import decay_table, poly_table, schedule_table
-from ..step.state import State, initial_state
+from ..step.state import Draw, Parts, State, initial_state
 from ..step.step import make_train_step
+
+if TYPE_CHECKING:
+    from ..objectives.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Program:
     recipe: Recipe
     config: BeitConfig
     mesh: Mesh
-    task: Task
+    objective: "Objective[Recipe]"
     tx: optax.GradientTransformation
     rates: np.ndarray
 
@@ -45,8 +48,8 @@ class Program:
         """The compiled step, a `TrainStep`; it consumes the state it is given."""
         optim = self.recipe.optim
         step = make_train_step(
-            self.task.graph,
-            self.task.objective,
+            self.objective.graph,
+            self.objective.criterion,
             self.tx,
             self.rates,
             accumulate=optim.accumulate,
@@ -75,19 +78,19 @@ class Program:
         )
 
     @property
-    def abstract_batch(self) -> Shapes:
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and places of a batch."""
         sharding = batch_sharding(self.mesh)
         return {
             name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-            for name, shape in self.task.batch(self.recipe.data.batch_size).items()
+            for name, shape in self.objective.batch(self.recipe.data.batch_size).items()
         }
 
     def first_state(self) -> State:
         """The state before the first step, drawn or read, each part of it where it belongs."""
         # Step keys are made from the seed too: the initial draw takes another branch of it.
-        first = self.task.first(jax.random.fold_in(jax.random.key(self.recipe.run.seed), 2**31))
-        placed = Start(*(self._placed(part) for part in (first.params, first.stats, first.beside)))
+        first = self.objective.initial(jax.random.fold_in(jax.random.key(self.recipe.run.seed), 2**31))
+        placed = Parts(*(self._placed(part) for part in (first.params, first.stats, first.frozen)))
         return init_sharded(self._state, self.mesh, placed)
 
     def _placed(self, part: Nested | Draw) -> Nested:
@@ -97,10 +100,12 @@ class Program:
 
     @cached_property
     def _shapes(self) -> State:
-        return jax.eval_shape(self._state, self.task.shapes())
+        return jax.eval_shape(self._state, self.objective.shapes())
 
-    def _state(self, start: Start) -> State:
-        return replace(initial_state(start.params, self.tx), stats=start.stats, ema=start.beside)
+    def _state(self, parts: Parts) -> State:
+        average = self.recipe.optim.ema is not None
+        state = initial_state(parts.params, self.tx, average=average, frozen=parts.frozen)
+        return replace(state, stats=parts.stats)
 
 
 def learning_rates(recipe: Recipe, images: int) -> np.ndarray:

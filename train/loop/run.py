@@ -201,7 +201,7 @@ class _Run:
 
     def interrupted(self) -> bool:
         """Whether a signal asked to stop; then the state is saved."""
-        if not self.peers.agreed(self.step) or self.step == self.plan.steps:
+        if not self.peers.stops_after(self.step) or self.step == self.plan.steps:
             return False
         self._record()
         self._settle()
@@ -266,7 +266,7 @@ class _Run:
         self.pending.clear()
         means = {name: float(np.mean([entry[name] for entry in metrics])) for name in metrics[0]} if metrics else {}
         means.pop("finite", None)
-        self.log.hosts(self.step, hosts)
+        self.log.host_times(self.step, hosts)
         self.log.write(self.step, means | interval.rates(self.operations, self.peak) | {"skipped": skipped})
         if (slow := straggler(hosts)) is not None:
             self._once("hosts", slow)

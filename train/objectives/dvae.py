@@ -8,12 +8,18 @@ Source: arXiv 2102.12092 ("the paper" here), section 2.1 and appendix A. The cod
 the networks are those of `beit_jax.tokenizers.dvae`.
 """
 
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated, Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
+from beit_jax.config import BeitConfig
+from beit_jax.errors import BeitJaxError
 from beit_jax.tokenizers.dvae import (
     DvaeDecoder,
     DvaeDecoderConfig,
@@ -24,9 +30,90 @@ from beit_jax.tokenizers.dvae import (
 )
 from beit_jax.tree import Nested
 
-from ..recipe import DvaeOptions, Recipe
-from ..step.objective import Batch, Metrics, Objective
+from ..recipe import COUNT, NOT_NEGATIVE, SHARE, TWO_POSITIVE, Recipe
+from ..step.criterion import Batch, Criterion, Metrics
+from ..step.state import Initial, Parts, State
 from .codebook import counts, perplexity
+from .objective import Result, Sources
+from .unlabelled import UnlabelledImages, UnlabelledRecipe
+
+
+@dataclass(frozen=True)
+class DvaeOptions:
+    """Training of a tokenizer of DALL-E's kind. Source: arXiv 2102.12092, appendix A."""
+
+    vocab_size: Annotated[int, COUNT] = 8192
+    width: Annotated[int, COUNT] = 256
+    """Channels of the encoder's first group and of the decoder's last."""
+    groups: Annotated[int, COUNT] = 4
+    """Groups of blocks; a token covers 2 ** (groups - 1) pixels along each axis."""
+    blocks: Annotated[int, COUNT] = 2
+    """Residual blocks of a group."""
+    embedding: Annotated[int, COUNT] = 128
+    """Channels of a token's embedding in the decoder."""
+    temperature: Annotated[tuple[float, float], TWO_POSITIVE] = (1.0, 1 / 16)
+    """Of the relaxed one-hot codes, at the start and at the end of its cosine."""
+    temperature_share: Annotated[float, SHARE] = 0.5
+    """Share of the run over which the temperature falls; in the paper 150,000 of 3,000,000 steps."""
+    divergence: Annotated[float, NOT_NEGATIVE] = 6.6
+    """Final weight of the Kullback-Leibler divergence of a token's distribution from the uniform one."""
+    divergence_share: Annotated[float, SHARE] = 0.1
+    """Share of the run over which that weight grows from zero; in the paper 5,000 of its steps."""
+
+
+@dataclass(frozen=True)
+class DvaeRecipe(UnlabelledRecipe):
+    """A run that trains a tokenizer of DALL-E's kind, with its decoder."""
+
+    objective: ClassVar[str] = "dvae"
+    dvae: DvaeOptions = field(default_factory=DvaeOptions)
+
+    def check(self) -> None:
+        super().check()
+        self.check_without_average()
+        self.check_without_layers()
+
+    def for_tpus(self) -> "DvaeRecipe":
+        """A convolutional network has no blocks to compute again; its feature maps want many chips."""
+        recipe = super().for_tpus()
+        return replace(recipe, topology="v5e:8x8", model=replace(recipe.model, remat="none"))
+
+
+@dataclass(frozen=True)
+class Dvae(UnlabelledImages[DvaeRecipe]):
+    """A tokenizer of DALL-E's kind and its decoder learn from images alone."""
+
+    @classmethod
+    def configure(cls, recipe: Recipe, labels: tuple[str, ...], sources: Sources) -> BeitConfig:
+        """The configuration of a model that would have these tokens for patches; only its image size counts."""
+        assert isinstance(recipe, DvaeRecipe)
+        if recipe.model.image_size is None:
+            raise BeitJaxError("--model.image-size: expected pixels of the tokenizer's images, found None")
+        side = recipe.model.image_size
+        encoder, _ = configs(recipe.dvae, (side, side))
+        return BeitConfig(image_size=(side, side), patch_size=(encoder.stride, encoder.stride))
+
+    @property
+    def graph(self) -> nnx.GraphDef[Any]:
+        dtype = jnp.dtype(self.recipe.model.dtype)
+        return abstract_dvae(self.recipe.dvae, self.config.image_size, dtype=dtype)[0]
+
+    @property
+    def criterion(self) -> Criterion:
+        return dvae(self.recipe, self.steps)
+
+    def shapes(self) -> Parts:
+        return Parts(abstract_dvae(self.recipe.dvae, self.config.image_size)[1], {}, {})
+
+    def initial(self, key: Key[Array, ""]) -> Initial:
+        return Initial(partial(initial_dvae, self.recipe.dvae, self.config.image_size, key), {}, {})
+
+    def results(self, state: State) -> dict[str, Result]:
+        encoder, decoder = configs(self.recipe.dvae, self.config.image_size)
+        return {
+            "tokenizer": Result(encoder, encoder_params(state.params)),
+            "decoder": Result(decoder, decoder_params(state.params)),
+        }
 
 
 class DiscreteVae(nnx.Module):
@@ -86,7 +173,7 @@ def decoder_params(params: Nested) -> Nested:
     return params["decoder"]
 
 
-def dvae(recipe: Recipe, steps: int) -> Objective:
+def dvae(recipe: DvaeRecipe, steps: int) -> Criterion:
     """Images themselves: ``image`` uint8 [b, h, w, 3].
 
     The loss is the negative evidence lower bound, in nats, over the number of values of an image (pixels times
@@ -145,7 +232,7 @@ def dvae(recipe: Recipe, steps: int) -> Objective:
             "divergence_weight": _cosine(step, 0.0, options.divergence, options.divergence_share * steps),
         }
 
-    return Objective(prepare, loss, schedule)
+    return Criterion(prepare, loss, schedule)
 
 
 def code_noise(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:

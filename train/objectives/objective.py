@@ -26,7 +26,7 @@ from ..initial.model_config import image_processor, model_config
 from ..initial.parameters import Scheme, from_checkpoint, initial_params
 from ..recipe import Recipe
 from ..step.criterion import Criterion
-from ..step.state import State, divided, variables
+from ..step.state import Draw, Initial, Parts, State, divided, variables
 
 if TYPE_CHECKING:
     from beit_jax.tokenizers.build import TokenizerConfig
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 RecipeT = TypeVar("RecipeT", bound=Recipe, covariant=True)
 Shapes = dict[str, jax.ShapeDtypeStruct]
-Draw = Callable[[], Nested]
-"""Draws parameters; traceable."""
 SourceName = Literal["init", "tokenizer", "decoder", "stored_tokens", "teacher"]
 """What a run may read besides its data: the options that name it."""
 IMAGENET = 1_281_167
@@ -64,31 +62,6 @@ class Sources:
     decoder: "TokenizerCheckpoint | None" = None
     teacher: NativeCheckpoint | None = None
     tokens: "StoredTokens | None" = None
-
-
-@dataclass(frozen=True)
-class Initial:
-    """The values that a state begins with: arrays of the host, or functions that draw them on the devices.
-
-    Attributes:
-        params: what gradients move.
-        stats: running statistics; empty for models without.
-        frozen: a second network, which nothing moves (a tokenizer, a teacher, a backbone); empty for most objectives.
-    """
-
-    params: Nested | Draw
-    stats: Nested | Draw
-    frozen: Nested | Draw
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a state that come from an objective, as arrays or as shapes; the fields are those of `Initial`."""
-
-    params: Nested
-    stats: Nested
-    frozen: Nested
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from ..initial.model_config import model_config
 from ..initial.parameters import initial_params
 from ..recipe import COUNT, NOT_NEGATIVE, RATE, Recipe
 from ..step.criterion import Batch, Criterion, Metrics
-from ..step.state import State, divided, variables
+from ..step.state import Initial, Parts, State, divided, variables
 from .codebook import averaged, counts, kmeans, perplexity
-from .objective import Initial, Parts, Result, Sources
+from .objective import Result, Sources
 from .teachers import Teacher, abstract_teacher, teacher_params
 from .unlabelled import UnlabelledImages, UnlabelledRecipe
 

@@ -1,1 +1,38 @@
-"""The published runs as values. TODO"""
+"""The published runs, one function each: docstring = source, hardware and expected result; body = the numbers.
+
+`beit-jax train NAME --data DIR --out DIR` carries one out; every number can be changed on the command line. Batch sizes
+are global (GPUs x images x accumulation of the original). A new recipe is a function in one of these modules, and its
+name in ``RECIPES`` at the module's end. May import: `..objectives`, `..recipe`.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from types import MappingProxyType
+
+from beit_jax.errors import BeitJaxError, printable
+
+from ..recipe import Recipe
+
+MODULES = ("finetuning", "segmentation", "pretraining", "tokenizers", "digits")
+"""Modules of this package, whose ``RECIPES`` are listed in this order."""
+
+RECIPES: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
+    {build.__name__: build for module in MODULES for build in import_module(f"{__name__}.{module}").RECIPES}
+)
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        BeitJaxError: no such recipe; names the nearest.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.0)[0]
+        raise BeitJaxError(
+            f"no recipe is called {printable(name)}; the nearest is {near} (beit-jax train --help lists all)"
+        )
+    recipe = replace(RECIPES[name](), name=name)
+    return recipe if name.startswith("digits") else recipe.for_tpus()

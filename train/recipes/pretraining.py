@@ -1,35 +1,23 @@
-"""The published pre-training runs, as `recipes` holds the others; and tokenizers, and digits.
+"""Pre-training on visual tokens and on a teacher's features.
 
-Numbers: microsoft/unilm@768a3c8 beit/README.md, beit/get_started_for_pretraining.md, beit2/PRETRAINING.md and
-beit2/TOKENIZER.md; facebookresearch/data2vec_vision@af9a363 beit/README.md; arXiv 2102.12092 appendix A for the dVAE.
-Everything the commands there do not say is the default of their programs. Learning rates are not scaled by batches.
+Numbers: microsoft/unilm@768a3c8 beit/README.md, beit/get_started_for_pretraining.md and beit2/PRETRAINING.md;
+facebookresearch/data2vec_vision@af9a363 beit/README.md. What the commands there do not say is the default of their
+programs. Learning rates are not scaled by batches.
 """
 
 from dataclasses import replace
 
-from ..recipe import (
-    NOTHING,
-    Data2vecOptions,
-    DataOptions,
-    DvaeOptions,
-    MaskOptions,
-    ModelOptions,
-    OptimOptions,
-    Recipe,
-    RunOptions,
-    TokenOptions,
-    VqkdOptions,
-)
+from ..objectives.data2vec import Data2vecOptions, Data2vecRecipe
+from ..objectives.masked_tokens import MaskedTokensRecipe, TokenOptions
+from ..recipe import CropOptions, DataOptions, MaskOptions, ModelOptions, OptimOptions, RunOptions
 
 _IMAGENET22K = 14_197_122
-_VIEWS = replace(NOTHING, color_jitter=0.4)
+_VIEWS = CropOptions(color_jitter=0.4)
 
 
-def _beit(variant: str, *, epochs: float, warmup: float) -> Recipe:
+def _beit(variant: str, *, epochs: float, warmup: float) -> MaskedTokensRecipe:
     """A line of BEiT's pre-training: 2048 images a step, 75 of 196 patches hidden."""
-    return Recipe(
-        name="",
-        objective="masked_tokens",
+    return MaskedTokensRecipe(
         model=ModelOptions(variant=variant, drop_path=0.1),
         data=DataOptions(batch_size=2048),
         augment=_VIEWS,
@@ -38,11 +26,11 @@ def _beit(variant: str, *, epochs: float, warmup: float) -> Recipe:
     )
 
 
-def _imagenet_statistics(recipe: Recipe) -> Recipe:
+def _imagenet_statistics(recipe: MaskedTokensRecipe) -> MaskedTokensRecipe:
     return replace(recipe, data=replace(recipe.data, statistics="imagenet"))
 
 
-def beit_base_pt22k() -> Recipe:
+def beit_base_pt22k() -> MaskedTokensRecipe:
     """BEiT-B on ImageNet-22k: `beit_base_patch16_224_pt22k`. 16 V100 x 128, 150 epochs, 10,000 steps of warmup.
 
     `--tokenizer` is DALL-E's encoder, converted.
@@ -50,7 +38,7 @@ def beit_base_pt22k() -> Recipe:
     return _beit("beit_base_patch16_224_pt22k", epochs=150, warmup=10_000 / (_IMAGENET22K // 2048))
 
 
-def beit_large_pt22k() -> Recipe:
+def beit_large_pt22k() -> MaskedTokensRecipe:
     """BEiT-L on ImageNet-22k: `beit_large_patch16_224_pt22k`. As `beit_base_pt22k`; its command was never published.
 
     Layer scale starts at 1e-5, which is published. Blocks are computed again on the way back, to fit into 16 GB.
@@ -59,12 +47,12 @@ def beit_large_pt22k() -> Recipe:
     return replace(recipe, model=replace(recipe.model, variant="beit_large_patch16_224_pt22k"))
 
 
-def beit_base_pt1k() -> Recipe:
+def beit_base_pt1k() -> MaskedTokensRecipe:
     """BEiT-B on ImageNet-1k for 800 epochs, with shared position bias. 16 V100 x 128."""
     return _imagenet_statistics(_beit("beit_base_patch16_224_pt22k", epochs=800, warmup=10))
 
 
-def beit_base_pt1k_800ep() -> Recipe:
+def beit_base_pt1k_800ep() -> MaskedTokensRecipe:
     """The model that attention maps were published of: absolute positions, no layer scale. As `beit_base_pt1k`."""
     return _imagenet_statistics(_beit("beit_base_patch16_224_pt1k_800ep", epochs=800, warmup=10))
 
@@ -72,7 +60,7 @@ def beit_base_pt1k_800ep() -> Recipe:
 # --- BEiT v2: the tokens of VQ-KD, exactly 75 patches, and two more blocks that read the ninth (of L: the 21st).
 
 
-def _beitv2(variant: str, *, epochs: float, aggregate_from: int, drop_path: float, beta2: float) -> Recipe:
+def _beitv2(variant: str, *, epochs: float, aggregate_from: int, drop_path: float, beta2: float) -> MaskedTokensRecipe:
     recipe = _imagenet_statistics(_beit(variant, epochs=epochs, warmup=10))
     return replace(
         recipe,
@@ -84,7 +72,7 @@ def _beitv2(variant: str, *, epochs: float, aggregate_from: int, drop_path: floa
     )
 
 
-def beitv2_base_pt1k() -> Recipe:
+def beitv2_base_pt1k() -> MaskedTokensRecipe:
     """BEiT v2 B on ImageNet-1k, 1600 epochs: 85.5 top-1 fine-tuned. 16 V100 x 128.
 
     `--tokenizer` is vqkd_encoder_base_decoder_3x768x12_clip, converted.
@@ -92,17 +80,17 @@ def beitv2_base_pt1k() -> Recipe:
     return _beitv2("beit_base_patch16_224_pt22k", epochs=1600, aggregate_from=9, drop_path=0.1, beta2=0.999)
 
 
-def beitv2_base_pt1k_300e() -> Recipe:
+def beitv2_base_pt1k_300e() -> MaskedTokensRecipe:
     """BEiT v2 B on ImageNet-1k, 300 epochs: 85.0 top-1 fine-tuned."""
     return _beitv2("beit_base_patch16_224_pt22k", epochs=300, aggregate_from=9, drop_path=0.0, beta2=0.98)
 
 
-def beitv2_large_pt1k() -> Recipe:
+def beitv2_large_pt1k() -> MaskedTokensRecipe:
     """BEiT v2 L on ImageNet-1k, 1600 epochs: 87.3 top-1 fine-tuned. 64 V100 x 32."""
     return _beitv2("beit_large_patch16_224_pt22k", epochs=1600, aggregate_from=21, drop_path=0.1, beta2=0.999)
 
 
-def beitv2_large_pt1k_300e() -> Recipe:
+def beitv2_large_pt1k_300e() -> MaskedTokensRecipe:
     """BEiT v2 L on ImageNet-1k, 300 epochs: 86.6 top-1 fine-tuned."""
     return _beitv2("beit_large_patch16_224_pt22k", epochs=300, aggregate_from=21, drop_path=0.0, beta2=0.98)
 
@@ -110,10 +98,8 @@ def beitv2_large_pt1k_300e() -> Recipe:
 # --- data2vec: 120 of 196 patches, the last six blocks of a teacher of constant decay.
 
 
-def _data2vec(model: ModelOptions, *, batch_size: int, lr: float, warmup: float, ema: float) -> Recipe:
-    return Recipe(
-        name="",
-        objective="data2vec",
+def _data2vec(model: ModelOptions, *, batch_size: int, lr: float, warmup: float, ema: float) -> Data2vecRecipe:
+    return Data2vecRecipe(
         model=model,
         data=DataOptions(batch_size=batch_size, statistics="imagenet"),
         augment=_VIEWS,
@@ -124,19 +110,19 @@ def _data2vec(model: ModelOptions, *, batch_size: int, lr: float, warmup: float,
     )
 
 
-def data2vec_base_800() -> Recipe:
+def data2vec_base_800() -> Data2vecRecipe:
     """data2vec B on ImageNet-1k, 800 epochs: 84.2 top-1 fine-tuned. 16 GPUs x 128."""
     model = ModelOptions(variant="data2vec_vision_base", drop_path=0.25, attention_dropout=0.05)
     return _data2vec(model, batch_size=2048, lr=2e-3, warmup=10, ema=0.9998)
 
 
-def data2vec_large_800() -> Recipe:
+def data2vec_large_800() -> Data2vecRecipe:
     """data2vec L on ImageNet-1k, the first 800 epochs. 64 GPUs x 64."""
     model = ModelOptions(variant="data2vec_vision_large", drop_path=0.2, attention_dropout=0.15, layer_scale=1e-5)
     return _data2vec(model, batch_size=4096, lr=1e-3, warmup=80, ema=0.9998)
 
 
-def data2vec_large_1600() -> Recipe:
+def data2vec_large_1600() -> Data2vecRecipe:
     """data2vec L, 800 epochs more: 86.6 top-1 fine-tuned. `--init` is what the first stage left in ``student/``.
 
     The teacher starts as a copy of that student, with a slower decay.
@@ -145,99 +131,7 @@ def data2vec_large_1600() -> Recipe:
     return replace(recipe, optim=replace(recipe.optim, warmup_epochs=40, ema=0.9999))
 
 
-# --- Tokenizers
-
-
-def vqkd_base() -> Recipe:
-    """BEiT v2's tokenizer, vqkd_encoder_base_decoder_3x768x12, on ImageNet-1k. 8 V100 x 64, 100 epochs.
-
-    CLIP B/16 and DINO B/16 taught the published ones; `--teacher` is any native checkpoint.
-    """
-    return Recipe(
-        name="",
-        objective="vqkd",
-        model=ModelOptions(variant="beit_base_patch16_224_pt22k", drop_path=0.0),
-        data=DataOptions(batch_size=512),
-        augment=NOTHING,
-        vqkd=VqkdOptions(),
-        optim=OptimOptions(lr=2e-4, min_lr=1e-5, epochs=100, warmup_epochs=10, weight_decay=1e-4, beta2=0.99),
-        run=RunOptions(eval_every_epochs=5.0),
-    )
-
-
-def dvae() -> Recipe:
-    """A tokenizer of DALL-E's size, and its decoder, from one's own images at 112 pixels, 196 tokens each.
-
-    The paper trained 3,000,000 steps of 512 images at 256 pixels on 250 million images; here the length is in epochs.
-    """
-    return Recipe(
-        name="",
-        objective="dvae",
-        model=ModelOptions(image_size=112, drop_path=0.0, dtype="float32"),
-        data=DataOptions(batch_size=512),
-        augment=replace(NOTHING, interpolation="lanczos"),
-        dvae=DvaeOptions(),
-        optim=OptimOptions(lr=1e-4, min_lr=1.25e-6, epochs=50, warmup_epochs=1, weight_decay=1e-4),
-        run=RunOptions(eval_every_epochs=5.0),
-    )
-
-
-# --- Handwritten digits: pre-training in minutes on two cores. At 16 pixels a patch covers 2 x 2 of the scan's pixels.
-
-_DIGITS = replace(
-    NOTHING, crop_scale=(0.7, 1.0), crop_ratio=(0.85, 1.18), interpolation="bilinear", flip=0.0
-)  # as `digits_finetune`
-_DIGITS_RUN = RunOptions(log_every=20, save_every=1000, eval_every_epochs=20)
-
-
-def digits_tokenizer() -> Recipe:
-    """A small dVAE for 8x8 digits: 16 tokens an image."""
-    return Recipe(
-        name="",
-        objective="dvae",
-        model=ModelOptions(image_size=16, drop_path=0.0, dtype="float32"),
-        data=DataOptions(batch_size=32, eval_batch_size=90, workers=0),
-        augment=_DIGITS,
-        dvae=DvaeOptions(
-            vocab_size=64, width=16, groups=3, blocks=1, embedding=32, divergence=3.0, temperature_share=0.9
-        ),
-        optim=OptimOptions(lr=5e-3, epochs=15, warmup_epochs=1, weight_decay=1e-4, clip=1.0),
-        run=_DIGITS_RUN,
-    )
-
-
-def digits_pretrain() -> Recipe:
-    """BEiT on 8x8 digits. `--tokenizer` is what `digits_tokenizer` made.
-
-    Probe the result by `beit-jax train digits_probe --model.image-size 16 --init RUN/model`.
-    """
-    return Recipe(
-        name="",
-        objective="masked_tokens",
-        model=ModelOptions(variant="digits", image_size=16, drop_path=0.0, dtype="float32"),
-        data=DataOptions(batch_size=32, eval_batch_size=90, workers=0),
-        augment=_DIGITS,
-        mask=MaskOptions(patches=6, min_block=2),
-        tokens=TokenOptions(interpolation="bicubic"),
-        optim=OptimOptions(lr=1.5e-3, min_lr=1e-5, epochs=100, warmup_epochs=5, clip=3.0),
-        run=_DIGITS_RUN,
-    )
-
-
-def digits_data2vec() -> Recipe:
-    """data2vec on 8x8 digits, its teacher's decay growing from 0.99 to 0.999."""
-    recipe = digits_pretrain()
-    return replace(
-        recipe,
-        objective="data2vec",
-        mask=MaskOptions(patches=9, min_block=2),
-        tokens=TokenOptions(),
-        data2vec=Data2vecOptions(target_layers=2, beta=2.0),
-        optim=replace(recipe.optim, ema=0.999, ema_start=0.99, ema_steps=1000),
-    )
-
-
-PRETRAINING = (
+RECIPES = (
     beit_base_pt22k,
     beit_large_pt22k,
     beit_base_pt1k,
@@ -249,9 +143,4 @@ PRETRAINING = (
     data2vec_base_800,
     data2vec_large_800,
     data2vec_large_1600,
-    vqkd_base,
-    dvae,
-    digits_tokenizer,
-    digits_pretrain,
-    digits_data2vec,
 )

@@ -1,5 +1,5 @@
 """One optimizer step: a pure function from state and batch to state and metrics.
 
-`state` is what it reads and writes, `objective` what it calls for the loss, `optim` and `schedule` how parameters move. May
-import: the ground and models of `beit_jax`, `..recipe`.
+`state` is what a step reads and writes, `criterion` the loss that it differentiates, `optim` and `schedule` say how
+parameters move, `step` puts these together. May import: the ground and models of the library, `..recipe`.
 """

@@ -1,6 +1,6 @@
 """The state of a training run: one pytree of nested dicts, saved, sharded and donated as such."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,34 @@ import optax
 from jaxtyping import Array, Int
 
 from beit_jax.tree import Nested, flatten, unflatten
+
+Draw = Callable[[], Nested]
+"""Draws parameters; traceable."""
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The values that a state begins with: arrays of the host, or functions that draw them on the devices.
+
+    Attributes:
+        params: what gradients move.
+        stats: running statistics; empty for models without.
+        frozen: a second network, which nothing moves (a tokenizer, a teacher, a backbone); empty for most objectives.
+    """
+
+    params: Nested | Draw
+    stats: Nested | Draw
+    frozen: Nested | Draw
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Parts:
+    """The same parts of a state as arrays or as shapes; the fields mean what those of `Initial` mean."""
+
+    params: Nested
+    stats: Nested
+    frozen: Nested
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +50,9 @@ class State:
         params: what gradients move, float32.
         stats: running statistics of batch norm; empty for models without.
         opt: the optimizer's state, float32.
-        ema: what is kept beside `params`: their moving average, or a frozen model; empty for most runs.
+        average: moving average of `params`, float32; empty where the run keeps none.
+        frozen: parameters of a second network, which nothing moves: a tokenizer, a teacher or a backbone; empty for
+            most runs.
         bad: steps in a row, up to now, that were skipped because loss or gradient was not finite.
         skipped: all such steps.
     """
@@ -31,20 +61,27 @@ class State:
     params: Nested
     stats: Nested
     opt: Any
-    ema: Nested
+    average: Nested
+    frozen: Nested
     bad: Int[Array, ""]
     skipped: Int[Array, ""]
 
 
 def initial_state(
-    params: Nested, tx: optax.GradientTransformation, *, statistics: Collection[str] = (), ema: bool = False
+    params: Nested,
+    tx: optax.GradientTransformation,
+    *,
+    statistics: Collection[str] = (),
+    average: bool = False,
+    frozen: Nested | None = None,
 ) -> State:
     """The state before the first step. Traceable: `jax.eval_shape` of it is what sharding and restoring ask for.
 
     Args:
         params: all that the model is merged from.
         statistics: flat names of running statistics among them, `beit_jax.models.build.statistics`.
-        ema: whether to keep a moving average. It starts as a copy: donating the state must donate no buffer twice.
+        average: whether to keep a moving average. It starts as a copy: donating the state must donate no buffer twice.
+        frozen: parameters of a second network.
     """
     learned, stats = divided(params, statistics)
     return State(
@@ -52,14 +89,38 @@ def initial_state(
         params=learned,
         stats=stats,
         opt=tx.init(learned),
-        ema=jax.tree.map(jnp.copy, learned) if ema else {},
+        average=jax.tree.map(jnp.copy, learned) if average else {},
+        frozen={} if frozen is None else frozen,
         bad=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
     )
 
 
+def to_saved(state: State) -> dict[str, Any]:
+    """The state as training checkpoints name its parts. Takes arrays or shapes.
+
+    Files have one place, ``ema``, for the average or, where there is no average, for the frozen network; a state that
+    has both keeps the second as ``frozen``. Runs of earlier versions are read by the same names.
+    """
+    saved = {name: getattr(state, name) for name in ("step", "params", "stats", "opt", "bad", "skipped")}
+    both = {"frozen": state.frozen} if state.average and state.frozen else {}
+    return saved | both | {"ema": state.average or state.frozen}
+
+
+def from_saved(saved: Mapping[str, Any], like: State) -> State:
+    """The inverse of `to_saved`.
+
+    Args:
+        like: a state of the same run, or its shapes; says which network lies under ``ema``.
+    """
+    rest = {name: value for name, value in saved.items() if name not in ("ema", "frozen")}
+    if not like.average:
+        return State(average={}, frozen=saved["ema"], **rest)
+    return State(average=saved["ema"], frozen=saved.get("frozen", {}), **rest)
+
+
 def divided(tree: Nested, statistics: Collection[str]) -> tuple[Nested, Nested]:
-    """What gradients move, and the running statistics, which are named flat: what `variables` puts together."""
+    """The parameters that gradients move, and the running statistics of the given flat names; undone by `variables`."""
     flat = flatten(tree)
     return (
         unflatten({name: leaf for name, leaf in flat.items() if name not in statistics}),
@@ -68,5 +129,5 @@ def divided(tree: Nested, statistics: Collection[str]) -> tuple[Nested, Nested]:
 
 
 def variables(params: Nested, stats: Nested) -> Nested:
-    """What the model is merged from: parameters (or their average) and running statistics, as one."""
+    """Parameters (or their average) and running statistics as one tree, from which the model is merged."""
     return unflatten(flatten(params) | flatten(stats))

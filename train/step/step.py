@@ -1,4 +1,4 @@
-"""One optimizer step, for any objective and model: a pure function from state and batch to state and metrics."""
+"""One optimizer step, for any loss and model: a pure function from state and batch to state and metrics."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ from beit_jax.models.build import Model
 from beit_jax.models.segmenter import batch_statistics
 from beit_jax.tree import Nested
 
-from .objective import Batch, Metrics, Objective
+from .criterion import Batch, Criterion, Metrics
 from .optim import ema_update
 from .state import State, variables
 
@@ -27,7 +27,7 @@ _Parts = tuple[Batch, Key[Array, " parts"]]
 
 def make_train_step(
     graph: nnx.GraphDef[Model],
-    objective: Objective,
+    criterion: Criterion,
     tx: optax.GradientTransformation,
     rates: np.ndarray,
     *,
@@ -42,7 +42,7 @@ def make_train_step(
 
     Args:
         graph: the model without its parameters.
-        objective: what is learned.
+        criterion: the loss, with the preparation of its batch.
         tx: as `optim.optimizer` makes it, without learning rate.
         rates: [steps] float32, the learning rate of every step.
         accumulate: parts of the batch that are computed one after the other; their gradients are averaged.
@@ -60,30 +60,31 @@ def make_train_step(
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         prepare_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-        scalars = {name: jnp.broadcast_to(value, accumulate) for name, value in objective.schedule(state.step).items()}
-        prepared = split(objective.prepare(batch, prepare_key), accumulate)
+        scalars = {name: jnp.broadcast_to(value, accumulate) for name, value in criterion.schedule(state.step).items()}
+        prepared = split(criterion.prepare(batch, prepare_key), accumulate)
         parts = {**prepared, **scalars}, jax.random.split(loss_key, accumulate)
-        differentiate = partial(_differentiate, graph, objective, state.params, state.ema or None)
+        differentiate = partial(_differentiate, graph, criterion, state.params, state.frozen or state.average or None)
         stats, gradients, metrics = _average(differentiate, state.stats, parts)
 
         norm, rate = optax.tree.norm(gradients), jnp.asarray(table)[state.step]
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt = tx.update(gradients, state.opt, state.params)
         params = jax.tree.map(lambda leaf, update: leaf - rate * update, state.params, updates)
-        average = state.ema
+        average = state.average
         if averaging is not None:
             average = ema_update(average, params, *(jnp.asarray(column)[state.step] for column in averaging))
-        new = {"params": params, "stats": stats, "opt": opt, "ema": average}
+        new = {"params": params, "stats": stats, "opt": opt, "average": average}
         old = {name: getattr(state, name) for name in new}
         after = State(
             step=state.step + 1,
             bad=jnp.where(finite, 0, state.bad + 1),
             skipped=state.skipped + jnp.where(finite, 0, 1),
+            frozen=state.frozen,
             **_chosen(finite, new, old),
         )
         metrics |= {"grad_norm": norm, "learning_rate": rate, "finite": finite}
         if averaging is not None:
-            metrics |= {"ema_distance": _distance(after.ema, after.params)}
+            metrics |= {"ema_distance": _distance(after.average, after.params)}
         return after, metrics
 
     return step
@@ -107,14 +108,14 @@ def split(batch: Batch, parts: int) -> Batch:
 
 
 def _differentiate(
-    graph: nnx.GraphDef[Model], objective: Objective, params: Nested, teacher: Nested | None, stats: Nested, part: _Part
+    graph: nnx.GraphDef[Model], criterion: Criterion, params: Nested, teacher: Nested | None, stats: Nested, part: _Part
 ) -> tuple[Nested, Nested, Metrics]:
     """New running statistics, gradients and metrics of one part of a batch."""
     batch, key = part
 
     def loss(params: Nested) -> tuple[Array, tuple[Nested, Metrics]]:
         model = nnx.merge(graph, variables(params, stats))
-        value, metrics = objective.loss(model, batch, key, teacher)
+        value, metrics = criterion.loss(model, batch, key, teacher)
         return value, (batch_statistics(model), metrics | {"loss": value})
 
     gradients, (stats, metrics) = jax.grad(loss, has_aux=True)(params)

@@ -15,7 +15,7 @@ from beit_jax.train.distributed.topology import GIB, parse_topology
 from beit_jax.train.forecast.aot import Attempt, Report, abstract_program, largest_batch, memory_needed, report
 from beit_jax.train.loop.plan import make_plan
 from beit_jax.train.recipe import Recipe
-from beit_jax.train.recipes.finetuning import recipe_named
+from beit_jax.train.recipes import recipe_named
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: jax[tpu]")
 
@@ -57,7 +57,7 @@ def test_schedules_are_as_long_as_a_run_is(name: str, steps: int) -> None:
 @pytest.mark.parametrize("name", ["beit_base_pt1k", "beitv2_base_pt1k", "data2vec_base_800", "vqkd_base", "dvae"])
 def test_tokenizers_and_teachers_are_there_by_their_shapes(name: str) -> None:
     program = abstract_program(_for_one_device(name), jax.devices()[:1])
-    frozen = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.ema))
+    frozen = sum(leaf.size for leaf in jax.tree.leaves((program.abstract_state.average, program.abstract_state.frozen)))
     # DALL-E's encoder as published; VQ-KD's 12 + 3 blocks of 7.09; a teacher as large as the model.
     millions = {
         "beit_base_pt1k": 53.8,

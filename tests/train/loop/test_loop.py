@@ -27,7 +27,8 @@ from beit_jax.train.loop.plan import Plan, make_plan
 from beit_jax.train.loop.run import NotFinite, train
 from beit_jax.train.loop.watch import INTERRUPTED
 from beit_jax.train.recipe import Recipe
-from beit_jax.train.recipes.finetuning import recipe_named
+from beit_jax.train.recipes import recipe_named
+from beit_jax.train.step.state import from_saved, to_saved
 
 STEPS = 48
 OPTIONS = {
@@ -108,12 +109,12 @@ def newest(out: Path) -> int:
 def sha256(plan: Plan, out: Path) -> dict[str, str]:
     """Of the parameters, the optimizer's state and the average in the last checkpoint, and of its step."""
     with Checkpoints(out / "checkpoints", keep=2) as checkpoints:
-        restored = checkpoints.restore(plan.abstract_state)
+        restored = checkpoints.restore(to_saved(plan.abstract_state))
     assert restored is not None
-    found = {}
-    for name in ("step", "params", "opt", "ema"):
+    state, found = from_saved(restored.state, plan.abstract_state), {}
+    for name in ("step", "params", "opt", "average"):
         digest = hashlib.sha256()
-        for leaf in jax.tree.leaves(getattr(restored.state, name)):
+        for leaf in jax.tree.leaves(getattr(state, name)):
             digest.update(np.ascontiguousarray(leaf).tobytes())
         found[name] = digest.hexdigest()
     return found

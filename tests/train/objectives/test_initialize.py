@@ -15,6 +15,7 @@ import pytest
 import reference
 import torch
 from scipy.stats import ks_2samp
+from virtual import xla_flags
 
 from beit_jax.config import BeitConfig
 from beit_jax.convert import Options, load
@@ -22,7 +23,7 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.images import ImageProcessor
 from beit_jax.models.build import build_model, param_shapes, statistics
-from beit_jax.train.objectives.initialize import Scheme, from_checkpoint, initial_params
+from beit_jax.train.initial.parameters import Scheme, from_checkpoint, initial_params
 from beit_jax.tree import flatten, unflatten
 from beit_jax.variants import VARIANTS
 from beit_jax.weights import NativeCheckpoint
@@ -229,7 +230,7 @@ from functools import partial
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from beit_jax.config import BeitConfig
-from beit_jax.train.objectives.initialize import initial_params
+from beit_jax.train.initial.parameters import initial_params
 from beit_jax.tree import flatten
 draw = partial(initial_params, BeitConfig.from_hf(eval(sys.argv[1])), "finetune")
 split, whole = (NamedSharding(jax.make_mesh((2,), ("fsdp",)), PartitionSpec(*spec)) for spec in ((None, "fsdp"), ()))
@@ -243,7 +244,7 @@ np.savez(sys.argv[2], **{name.replace("/", "|"): leaf for name, leaf in params.i
 
 def test_drawn_in_shards_it_is_the_same(tmp_path: Path) -> None:
     """To float32 rounding: a compiled program may merge a scale with the division by depth."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(2), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", SHARDED, repr(TINY.to_hf()), str(tmp_path / "drawn.npz")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

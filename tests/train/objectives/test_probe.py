@@ -22,8 +22,9 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.models.build import Model, abstract_model, build_model, param_shapes
 from beit_jax.train.distributed.sharding import make_mesh
 from beit_jax.train.evaluation.neighbours import knn
-from beit_jax.train.evaluation.probe import (
+from beit_jax.train.objectives.linear_probe import (
     Heads,
+    LinearProbeRecipe,
     ProbeScores,
     abstract_probe,
     block_features,
@@ -34,8 +35,8 @@ from beit_jax.train.evaluation.probe import (
     summed_cross_entropy,
     token_features,
 )
-from beit_jax.train.recipe import DataOptions, Recipe
-from beit_jax.train.step.state import State, initial_state
+from beit_jax.train.recipe import DataOptions
+from beit_jax.train.step.state import initial_state
 from beit_jax.train.step.step import make_train_step
 from beit_jax.tree import flatten, unflatten
 
@@ -105,7 +106,7 @@ def test_initial_heads_are_drawn_as_the_original_draws_them() -> None:
 
 
 def objective_and_inputs() -> tuple[Any, Any, dict[str, Any], dict[str, Any], Any]:
-    recipe = Recipe(name="probe", objective="linear_probe", data=DataOptions(statistics="imagenet"))
+    recipe = LinearProbeRecipe(name="probe", data=DataOptions(statistics="imagenet"))
     objective = linear_probe(recipe, abstract_model(CONFIG)[0])
     graph, _ = abstract_probe(CONFIG, CLASSES)
     heads = jax.tree.map(lambda leaf: leaf * 10, probe_params(CONFIG, CLASSES, jax.random.key(1)))
@@ -149,14 +150,14 @@ def test_the_engine_trains_heads_and_leaves_the_backbone_alone(accumulate: int) 
     objective, graph, heads, backbone, _ = objective_and_inputs()
     tx, rates = optax.scale_by_adam(), np.full(3, 0.01, np.float32)
     step = jax.jit(make_train_step(graph, objective, tx, rates, accumulate=accumulate))
-    state = State(**{**vars(initial_state(heads, tx)), "ema": backbone})
+    state = initial_state(heads, tx, frozen=backbone)
     losses = []
     for _ in range(3):
         state, metrics = step(state, on_device(random_batch()))
         losses.append(float(metrics["loss"]))
     assert losses == sorted(losses, reverse=True)
     assert set(flatten(state.params)) == {"heads/kernel", "heads/bias"}
-    for before, after in zip(jax.tree.leaves(backbone), jax.tree.leaves(state.ema), strict=True):
+    for before, after in zip(jax.tree.leaves(backbone), jax.tree.leaves(state.frozen), strict=True):
         assert np.array_equal(before, after)
 
 

@@ -16,8 +16,10 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.build import Model, abstract_model, statistics
 from beit_jax.models.segmenter import batch_statistics
-from beit_jax.train.recipe import OptimOptions, Recipe
-from beit_jax.train.step.objective import Batch, Metrics, Objective, segmentation, soft_cross_entropy
+from beit_jax.train.objectives.classification import soft_cross_entropy
+from beit_jax.train.objectives.segmentation import SegmentationRecipe, segmentation
+from beit_jax.train.recipe import OptimOptions
+from beit_jax.train.step.criterion import Batch, Criterion, Metrics
 from beit_jax.train.step.optim import ema_update, optimizer
 from beit_jax.train.step.state import State, initial_state, variables
 from beit_jax.train.step.step import make_train_step, split
@@ -69,7 +71,7 @@ def cheap_loss(model: Model, batch: Batch, key: Any, teacher: Nested | None) -> 
     return value, {"draw": jax.random.uniform(key), "teacher": jnp.asarray(teacher is not None)}
 
 
-OBJECTIVE = Objective(prepare, loss)
+OBJECTIVE = Criterion(prepare, loss)
 
 
 def drawn(config: BeitConfig) -> Nested:
@@ -80,7 +82,7 @@ def drawn(config: BeitConfig) -> Nested:
 
 
 def fresh(tx: optax.GradientTransformation | None = None, ema: bool = True) -> State:
-    return initial_state(drawn(CONFIG), optimizer(OPTIM, CONFIG) if tx is None else tx, ema=ema)
+    return initial_state(drawn(CONFIG), optimizer(OPTIM, CONFIG) if tx is None else tx, average=ema)
 
 
 def batch(seed: int = 0, **bad: int) -> Batch:
@@ -119,7 +121,7 @@ def test_a_bad_step_changes_no_bit(kind: str, accumulate: int, good_steps: int) 
     loss_is_finite, norm_is_finite = (bool(np.isfinite(metrics[name])) for name in ("loss", "grad_norm"))
     assert (loss_is_finite, norm_is_finite) == ("of a finite loss" in kind, "with finite gradients" in kind)
     assert not metrics["finite"]
-    for name in ("params", "opt", "ema"):
+    for name in ("params", "opt", "average"):
         assert same_bits(getattr(after, name), getattr(state, name)), name
     assert (after.step, after.bad, after.skipped) == (good_steps + 1, 1, 1)
 
@@ -137,7 +139,7 @@ def test_after_bad_steps_training_goes_on(accumulate: int) -> None:
     assert (state.step, state.bad, state.skipped) == (5, 0, 3)
     assert metrics["finite"] and metrics["learning_rate"] == RATES[4]
     expected, _ = step(replace(good, step=jnp.asarray(4, jnp.int32)), batch(2))
-    for name in ("params", "opt", "ema"):
+    for name in ("params", "opt", "average"):
         assert same_bits(getattr(state, name), getattr(expected, name)), name
 
 
@@ -165,7 +167,7 @@ def test_a_step_subtracts_rate_times_update_then_moves_the_average() -> None:
     gradients = gradient(state.params, batch(1))
     updates, _ = jax.jit(tx.update)(gradients, state.opt, state.params)
     params = jax.tree.map(lambda leaf, update: leaf - RATES[1] * update, state.params, updates)
-    for found, expected in ((after.params, params), (after.ema, ema_update(state.ema, params, 0.9, 0.1))):
+    for found, expected in ((after.params, params), (after.average, ema_update(state.average, params, 0.9, 0.1))):
         for name, leaf in flatten(expected).items():
             np.testing.assert_allclose(flatten(found)[name], leaf, rtol=0, atol=1e-6, err_msg=name)
     norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(gradients)))
@@ -203,7 +205,7 @@ def test_parts_take_turns_so_that_devices_keep_their_samples() -> None:
 def cheap(averages: bool = False, **options: Any) -> Callable[..., tuple[State, Metrics]]:
     graph, _ = abstract_model(CONFIG)
     options["decays"] = DECAYS if averages else None
-    return jax.jit(make_train_step(graph, Objective(prepare, cheap_loss), optax.identity(), RATES, **options))
+    return jax.jit(make_train_step(graph, Criterion(prepare, cheap_loss), optax.identity(), RATES, **options))
 
 
 def test_randomness_follows_seed_and_step_alone() -> None:
@@ -230,7 +232,7 @@ def test_preparation_sees_the_whole_batch_and_loss_its_parts_with_different_rand
         return cheap_loss(model, batch, key, teacher)
 
     graph, _ = abstract_model(CONFIG)
-    step = make_train_step(graph, Objective(prepare, loss), optax.identity(), RATES, accumulate=SIZE)
+    step = make_train_step(graph, Criterion(prepare, loss), optax.identity(), RATES, accumulate=SIZE)
     numbered = batch() | {"target": np.eye(SIZE, dtype=np.float32)}
     jax.block_until_ready(jax.jit(step)(fresh(optax.identity()), numbered))
     jax.effects_barrier()
@@ -241,7 +243,7 @@ def test_preparation_sees_the_whole_batch_and_loss_its_parts_with_different_rand
 @pytest.mark.parametrize("ema", [True, False])
 def test_an_objective_gets_the_average_as_its_teacher(ema: bool) -> None:
     after, metrics = cheap(averages=ema)(fresh(optax.identity(), ema=ema), batch())
-    assert metrics["teacher"] == ema and bool(after.ema) == ema
+    assert metrics["teacher"] == ema and bool(after.average) == ema
 
 
 def test_the_same_run_twice_gives_the_same_bits() -> None:
@@ -277,7 +279,7 @@ def averaging() -> Callable[..., tuple[State, Metrics]]:
     """A table in which every number differs, and gains are not one minus decays."""
     graph, _ = abstract_model(CONFIG)
     decays = np.stack([np.linspace(0.9, 0.35, len(RATES)), np.linspace(0.2, 0.4, len(RATES))], 1).astype(np.float32)
-    step = make_train_step(graph, Objective(prepare, loss), optax.identity(), RATES + 0.1, decays=decays)
+    step = make_train_step(graph, Criterion(prepare, loss), optax.identity(), RATES + 0.1, decays=decays)
     return jax.jit(lambda state, batch: (*step(state, batch), jnp.asarray(decays)[state.step]))
 
 
@@ -289,8 +291,8 @@ def test_the_averages_decay_is_the_steps_row_of_the_table() -> None:
         after, metrics, row = averaging()(state, batch(i, s0=NAN_LOSS if bad else GOOD))
         assert metrics["finite"] == (not bad)
         decay, gain = (1.0, 0.0) if bad else (float(number) for number in row)
-        for name, leaf in flatten(after.ema).items():
-            expected = decay * flatten(state.ema)[name] + gain * flatten(after.params)[name]
+        for name, leaf in flatten(after.average).items():
+            expected = decay * flatten(state.average)[name] + gain * flatten(after.params)[name]
             np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-6, err_msg=name)
         rows.append((decay, gain))
         state = after
@@ -300,19 +302,19 @@ def test_the_averages_decay_is_the_steps_row_of_the_table() -> None:
 def test_ema_distance_is_relative_to_the_parameters_after_the_step() -> None:
     state = fresh(optax.identity())
     after, metrics, _ = averaging()(state, batch())
-    difference = jax.tree.map(lambda average, leaf: np.asarray(average) - np.asarray(leaf), after.ema, after.params)
+    difference = jax.tree.map(lambda average, leaf: np.asarray(average) - np.asarray(leaf), after.average, after.params)
     assert metrics["ema_distance"] == pytest.approx(norm(difference) / norm(after.params), rel=1e-5)
     assert metrics["ema_distance"] > 0.01
-    before = jax.tree.map(lambda average, leaf: np.asarray(average) - np.asarray(leaf), after.ema, state.params)
+    before = jax.tree.map(lambda average, leaf: np.asarray(average) - np.asarray(leaf), after.average, state.params)
     assert norm(before) / norm(state.params) != pytest.approx(float(metrics["ema_distance"]), rel=1e-3)
 
 
 def test_what_stands_beside_the_parameters_without_decays_is_kept_and_not_measured() -> None:
     """As a tokenizer, which is no average and need not look like the parameters."""
     frozen = {"tokenizer": {"kernel": jnp.arange(4.0)}}
-    state = replace(fresh(optax.identity(), ema=False), ema=frozen)
+    state = replace(fresh(optax.identity(), ema=False), frozen=frozen)
     after, metrics = cheap()(state, batch())
-    assert same_bits(after.ema, frozen) and metrics["teacher"] and "ema_distance" not in metrics
+    assert same_bits(after.frozen, frozen) and metrics["teacher"] and "ema_distance" not in metrics
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -330,7 +332,7 @@ def test_every_part_of_a_batch_finds_the_schedules_scalars(accumulate: int) -> N
         return {"temperature": 1.0 / (1.0 + step), "number": step * 3}
 
     graph, _ = abstract_model(CONFIG)
-    objective = Objective(prepare, loss, schedule)
+    objective = Criterion(prepare, loss, schedule)
     step = jax.jit(make_train_step(graph, objective, optax.identity(), RATES, accumulate=accumulate))
     state = fresh(optax.identity(), ema=False)
     for i in range(3):
@@ -345,7 +347,7 @@ def test_every_part_of_a_batch_finds_the_schedules_scalars(accumulate: int) -> N
 @cache
 def segmentation_step() -> Callable[[State, Batch], tuple[State, Metrics]]:
     graph, _ = abstract_model(SEGMENTER)
-    objective = segmentation(Recipe("test"), SEGMENTER)
+    objective = segmentation(SegmentationRecipe("test"), SEGMENTER)
     return jax.jit(
         make_train_step(graph, objective, optimizer(OPTIM, SEGMENTER), RATES[1:], accumulate=2, decays=DECAYS)
     )
@@ -353,7 +355,7 @@ def segmentation_step() -> Callable[[State, Batch], tuple[State, Metrics]]:
 
 def segmentation_state() -> State:
     params = drawn(SEGMENTER)
-    return initial_state(params, optimizer(OPTIM, SEGMENTER), statistics=statistics(SEGMENTER), ema=True)
+    return initial_state(params, optimizer(OPTIM, SEGMENTER), statistics=statistics(SEGMENTER), average=True)
 
 
 def segmentation_batch() -> Batch:
@@ -368,7 +370,7 @@ def test_running_statistics_go_from_part_to_part() -> None:
     state = segmentation_state()
     assert flatten(state.stats).keys() == statistics(SEGMENTER)
     assert not flatten(state.params).keys() & statistics(SEGMENTER)
-    assert jax.tree.structure(state.ema) == jax.tree.structure(state.params)
+    assert jax.tree.structure(state.average) == jax.tree.structure(state.params)
     after, metrics = segmentation_step()(state, segmentation_batch())
     assert metrics["finite"]
 

@@ -148,8 +148,8 @@ _OPTIONAL = [
 def from_checkpoint(checkpoint: NativeCheckpoint, target: BeitConfig, key: Key[Array, ""]) -> tuple[Nested, Report]:
     """The parameters that training `target` starts from, float32 NumPy arrays, and what happened on the way.
 
-    The encoder is taken over, its position tables and patch projection adapted by `beit_jax.models.adapt`. The norm before a
-    masked-image head becomes the final norm of an encoder that pools its class token, and the other way round; for one
+    The encoder is taken over, its position tables and patch projection adapted by `beit_jax.models.adapt`. The norm
+    before a masked-image head becomes the final norm of an encoder that pools its class token, and the other way round; for one
     that pools the mean it is dropped, as in the original. A classifier is kept where labels and pooling are the same,
     and drawn anew otherwise.
 

@@ -5,7 +5,7 @@ from importlib.resources import as_file, files
 
 from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.processor import ImageProcessor, Within, ade20k_processor, preset
+from beit_jax.images.processor import ImageProcessor, preset
 from beit_jax.variants import VARIANTS
 
 from ..recipe import STATISTICS, ModelOptions, Recipe
@@ -61,13 +61,9 @@ def image_processor(recipe: Recipe, config: BeitConfig) -> ImageProcessor:
     """How images are prepared for evaluation and use: the original's resize and crop, the recipe's statistics.
 
     The shorter side is resized to the size over 0.875, then the centre is cut; from 384 pixels on nothing is cut.
-    Source: microsoft/unilm@768a3c8 beit/datasets.py `build_transform`. Digits are resized as they are; images to
-    segment fit into the recipe's bounds and are not cut.
+    Source: microsoft/unilm@768a3c8 beit/datasets.py `build_transform`. Digits are resized as they are.
     """
     mean, std = STATISTICS[recipe.data.statistics]
-    if config.task == "semantic_segmentation":
-        long, short = recipe.segment.scale
-        return replace(ade20k_processor(short), resize=Within(short, long), mean=mean, std=std)
     if recipe.model.variant == DIGITS:
         return ImageProcessor(resize=config.image_size, resample="bilinear", mean=mean, std=std)
     return preset("unilm_eval", config.image_size, mean=mean, std=std)

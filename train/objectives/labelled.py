@@ -1,0 +1,66 @@
+"""Images of one label each: the input of classification and of linear probes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from beit_jax.images.processor import ImageProcessor
+
+from ..augmentation.classification import train_transform
+from ..data.datasets import Dataset, open_dataset
+from ..data.evaluation_batches import eval_batches
+from ..recipe import STATISTICS, AugmentOptions, Recipe
+from .objective import Objective, Shapes
+
+if TYPE_CHECKING:
+    from ..evaluation.accuracy import HostBatch
+    from .objective import Images
+
+
+@dataclass(frozen=True)
+class LabelledRecipe(Recipe):
+    """A run on labelled images, with the augmentation of a classifier."""
+
+    augment: AugmentOptions = field(default_factory=AugmentOptions)
+
+    def check(self) -> None:
+        super().check()
+        self.check_pairs(self.augment)
+
+
+LabelledT = TypeVar("LabelledT", bound=LabelledRecipe, covariant=True)
+
+
+class LabelledImages(Objective[LabelledT]):
+    """The input: ``image`` uint8 [b, h, w, 3] and ``label`` int32 [b]."""
+
+    @staticmethod
+    def open(directory: Path, split: str) -> "Images":
+        return open_dataset(directory, split)
+
+    @property
+    def transform(self) -> Callable[..., Any]:
+        mean, _ = STATISTICS[self.recipe.data.statistics]
+        return train_transform(self.recipe.augment, self.config.image_size, mean)
+
+    def batch(self, size: int) -> Shapes:
+        return {
+            "image": jax.ShapeDtypeStruct((size, *self.config.image_size, 3), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+        }
+
+    def evaluation_batches(self, images: "Images", processor: ImageProcessor) -> "Iterator[HostBatch]":
+        """This host's share of the images to evaluate."""
+        assert isinstance(images, Dataset)
+        return eval_batches(
+            images,
+            processor,
+            self.recipe.eval_batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=self.recipe.data.workers,
+        )
