@@ -152,10 +152,10 @@ Without a change, on the topology that each names (`beit-jax aot RECIPE`): eleve
 Mesh: data x fsdp x tensor. Batch: the published one, of all chips; parts: computed one after the other. The columns
 from TFLOP on are of one chip in one step. Collectives: how many, and the MB that reach a chip; "between slices" crosses
 the data centre's network, everything else stays within a slice. Step: the longest of products, memory and networks by
-the data sheets (`train/distributed/topology.py` names them), and their sum. Compiler: what libtpu reckons with for all kernels in a
-row, transfers apart; for v6e the clock that would turn its cycles into time is not published. Utilisation: the model's
-own operations, without what is computed again, over the chips' peak, if a step took these bounds. Largest: the largest
-batch that fits in as many parts, where it was looked for (`--largest`).
+the data sheets (`train/distributed/topology.py` names them), and their sum. Compiler: what libtpu reckons with for all
+kernels in a row, transfers apart; for v6e the clock that would turn its cycles into time is not published. Utilisation:
+the model's own operations, without what is computed again, over the chips' peak, if a step took these bounds. Largest:
+the largest batch that fits in as many parts, where it was looked for (`--largest`).
 """
 
 

@@ -3,7 +3,8 @@
    python benchmarks/scaling.py              writes benchmarks/scaling.md in half a minute; compiles nothing
    python benchmarks/scaling.py --compile    first compiles what benchmarks/scaling.json lacks (pip install 'jax[tpu]')
 
-The formulas are benchmarks/step_time.py. benchmarks/aot.json and benchmarks/scaling.json hold compiled programs to check them.
+The formulas are benchmarks/step_time.py. benchmarks/aot.json and benchmarks/scaling.json hold compiled programs to
+check them.
 """
 
 import argparse
@@ -359,9 +360,10 @@ def page() -> str:
 _TEXT = """# A step on 8 to 1024 chips, on paper
 
 `python benchmarks/scaling.py`: nothing was run or compiled for this page. Each time is a formula of
-`benchmarks/step_time.py` over the chip's data sheet (`train/distributed/topology.py`), so all of them are bounds: no program reaches the
-peak. Blocks are computed again on the way back (`--model.remat block`), batches are the published ones, in as few
-parts as fit. Slices: 2x4, 8x8, 16x16 chips; 1,024 chips are four slices of 256, the most that v5e and v6e have.
+`benchmarks/step_time.py` over the chip's data sheet (`train/distributed/topology.py`), so all of them are bounds: no
+program reaches the peak. Blocks are computed again on the way back (`--model.remat block`), batches are the published
+ones, in as few parts as fit. Slices: 2x4, 8x8, 16x16 chips; 1,024 chips are four slices of 256, the most that v5e and
+v6e have.
 
 ## Which mesh to pick
 
@@ -436,8 +438,8 @@ programs below.
 ## The formulas beside compiled programs
 
 Programs of libtpu 0.0.42.1, those of [aot.md](aot.md) and of `python benchmarks/scaling.py --compile`; "a of b: q" is
-the formula, the program, and their ratio. tests/benchmarks/test_step_time.py holds products to 1.5 % and bytes within a slice
-to 0.78 to 1.17 (on data alone in one slice to 6 %), and traffic of main memory to 0.8 to 1.35.
+the formula, the program, and their ratio. tests/benchmarks/test_step_time.py holds products to 1.5 % and bytes
+within a slice to 0.78 to 1.17 (on data alone in one slice to 6 %), and traffic of main memory to 0.8 to 1.35.
 
 {checks}
 

@@ -149,9 +149,9 @@ def from_checkpoint(checkpoint: NativeCheckpoint, target: BeitConfig, key: Key[A
     """The parameters that training `target` starts from, float32 NumPy arrays, and what happened on the way.
 
     The encoder is taken over, its position tables and patch projection adapted by `beit_jax.models.adapt`. The norm
-    before a masked-image head becomes the final norm of an encoder that pools its class token, and the other way round; for one
-    that pools the mean it is dropped, as in the original. A classifier is kept where labels and pooling are the same,
-    and drawn anew otherwise.
+    before a masked-image head becomes the final norm of an encoder that pools its class token, and the other way round.
+    For an encoder that pools the mean this norm is dropped, as in the original. A classifier is kept where labels and
+    pooling are the same, and drawn anew otherwise.
 
     Args:
         key: draws what starts new, as `initial_params` does.
