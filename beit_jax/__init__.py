@@ -16,6 +16,9 @@ Speed      keep_freed_memory
 
 `beit_jax.convert` is the converter and the parity check, `beit_jax.train` trains. A name is imported when it is first
 used, because importing JAX takes longer than ``beit-jax --help`` may. No other module imports this one's names.
+
+The modules in this folder are the ground on which all rooms stand: errors, files, outputs, locks, configurations, names
+of models. May import: only each other.
 """
 
 from importlib import import_module

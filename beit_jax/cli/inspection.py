@@ -15,7 +15,8 @@ from beit_jax.weights.native import is_native
 from beit_jax.weights.tensors import FORMAT, read_metadata, read_specs
 
 if TYPE_CHECKING:
-    from beit_jax.convert import Options, Plan
+    from beit_jax.convert.importer import Plan
+    from beit_jax.convert.options import Options
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ def inspect(source: Source, options: "Options | None" = None, *, tensors: bool =
         if is_native_tokenizer(source.path):
             return describe_tokenizer(read_tokenizer(source.path))
         return _native(source, tensors)
-    from beit_jax.convert import Options, plan, tokenizers
+    from beit_jax.convert import tokenizers
+    from beit_jax.convert.importer import plan
+    from beit_jax.convert.options import Options
 
     options = options or Options()
     if tokenizers.is_tokenizer(source, prefer=options.weights):
