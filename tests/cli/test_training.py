@@ -216,7 +216,8 @@ def test_help_names_where_what_is_read_comes_from(
         main([command, recipe, "--help"])
     shown = capsys.readouterr().out
     assert source in shown and f"beit-jax {command}" in shown.split("Try:")[1]
-    assert "--mask.patches" in shown and "--tokenizer" in shown
+    assert "--tokenizer" in shown
+    assert ("--mask.patches" in shown) == ("mask" in recipe_named(recipe).groups()), "options that are read, no others"
 
 
 def test_images_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +260,8 @@ def test_without_the_extra_a_line_says_what_to_install(digits: Path, tmp_path: P
         ("dvae", "--mask.exact"),
         ("digits_finetune", "--mask.patches"),
         ("digits_finetune", "--dvae.width"),
-        ("digits_finetune", "--segment.flip"),
+        ("digits_finetune", "--segment.scale"),
+        ("beit_base_ade20k", "--augment.mixup"),
         ("digits_probe", "--segment.flip"),
     ],
 )

@@ -25,7 +25,7 @@ from beit_jax.train.initial import model_config as resolve
 from beit_jax.train.loop.plan import Plan, make_plan
 from beit_jax.train.loop.run import train
 from beit_jax.train.objectives.segmentation import Segmentation, SegmentationOptions
-from beit_jax.train.recipe import AugmentOptions, Recipe
+from beit_jax.train.recipe import Recipe
 from beit_jax.train.recipes import recipe_named
 from beit_jax.train.step.optim import layer_scales, weight_decay_mask
 from beit_jax.train.step.schedule import poly_table
@@ -264,10 +264,8 @@ def test_data_of_another_kind_is_refused(recipe: Recipe, data: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"augment": AugmentOptions(mixup=0.8)}, r"--augment.mixup: segmentation does not use it.*found 0.8"),
         ({"segment": SegmentationOptions(scale=(32, 64))}, r"--segment.scale: expected pixels of the long edge"),
         ({"segment": SegmentationOptions(max_class_share=0.0)}, r"--segment.max-class-share: expected a number"),
-        ({"objective": "classification"}, r"--segment.scale: classification does not use it"),
     ],
 )
 def test_options_that_cannot_be(recipe: Recipe, change: dict[str, Any], message: str) -> None:
