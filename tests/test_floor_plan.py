@@ -1,76 +1,193 @@
-"""Imports only go down the floor plan, and the library never needs torch."""
+"""The floor plan: rooms of few modules, and imports that only go down. The library imports no torch."""
 
 import ast
+import re
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Lowest first. A module may import, at its top, only modules that stand before it. Imports inside functions are the
-# deliberate exceptions: the command line and `hub` reach the converter when they need it, `kept` the models.
-LIBRARY = [
-    "errors", "allocator", "terminal", "arguments", "tree", "json_file", "config", "variants", "published", "resize",
-    "image_config", "image_io", "images", "label_maps", "position", "adapt", "partition", "activations", "attention",
-    "layers", "dense", "encoder", "segmenter", "heads", "output", "weights", "dvae", "vqkd", "tokenizer", "hub",
-    "predictor", "predict", "kept", "segmentation", "pictures", "interpret", "visualize", "inspection", "reconstruct",
-    "demo",
-]  # fmt: skip
-CONVERT = [
-    "options", "weight_file", "safetensors_file", "msgpack_file", "pickle_names", "pickle_machine",
-    "pickle_container", "pickle_module", "pickle_state", "pickle_file", "shard_index", "checkpoint", "rules",
-    "tables", "fit", "mmseg", "identify", "importer", "exporter", "tokenizers", "parity",
-]  # fmt: skip
-TRAIN = [
-    "recipe", "pretraining_recipes", "recipes", "resolve", "schedule", "kernels", "resample", "smooth", "randaugment",
-    "decode", "augment", "masking", "views", "segmentation_augment", "mixing", "builders", "prepare", "data", "state",
-    "optim", "initialize",
-    "segmentation", "objectives", "codebook", "teachers", "vqkd", "dvae", "pretraining", "topology", "sharding", "step",
-    "hosts", "peers", "cluster", "lock", "digests", "step_files", "snapshot", "checkpoint", "log", "watch", "estimate",
-    "evaluate", "accuracy", "labelled", "confusion", "probe", "stored_tokens", "task", "supervised", "unsupervised",
-    "program", "plan", "preview", "hlo", "aot", "scaling", "contract", "loop", "commands",
-]  # fmt: skip
-COMMANDS = ["plot_commands", "__main__"]
+FOLDERS = {"beit_jax": "beit_jax", "convert": "beit_jax.convert", "train": "beit_jax.train"}
+# Packages, lowest first. A module may import modules of its own package and of the packages above it in this list.
+# `beit_jax` is the ground: the modules that lie in that folder itself. `beit_jax.convert` and `beit_jax.train` are the
+# modules at those folders' doors.
 ORDER = [
-    *(f"beit_jax.{name}" for name in LIBRARY),
-    *(f"beit_jax.convert.{name}" for name in CONVERT),
-    *(f"beit_jax.train.{name}" for name in TRAIN),
-    *(f"beit_jax.{name}" for name in COMMANDS),
+    "beit_jax",
+    "beit_jax.images",
+    "beit_jax.weights",
+    "beit_jax.models",
+    "beit_jax.tokenizers",
+    "beit_jax.convert.pickles",
+    "beit_jax.convert.files",
+    "beit_jax.convert.formats",
+    "beit_jax.convert",
+    "beit_jax.inference",
+    "beit_jax.looking",
+    "beit_jax.train",
+    "beit_jax.train.costs",
+    "beit_jax.train.distributed",
+    "beit_jax.train.checkpoints",
+    "beit_jax.train.augmentation",
+    "beit_jax.train.data",
+    "beit_jax.train.evaluation",
+    "beit_jax.train.initial",
+    "beit_jax.train.step",
+    "beit_jax.train.objectives",
+    "beit_jax.train.recipes",
+    "beit_jax.train.loop",
+    "beit_jax.train.forecast",
+    "beit_jax.cli",
 ]
-FILES = {
-    f"beit_jax.{name}": ROOT / "beit_jax" / f"{name}.py" for name in [*LIBRARY, *COMMANDS]
-} | {f"beit_jax.convert.{name}": ROOT / "convert" / f"{name}.py" for name in CONVERT} | {
-    f"beit_jax.train.{name}": ROOT / "train" / f"{name}.py" for name in TRAIN
-}  # fmt: skip
+MOST_MODULES = 15
+LONGEST_CHAIN = 12
 
 
-def imports(module: str) -> set[str]:
-    """Modules of this project that a module imports when it is imported."""
-    package = module.rpartition(".")[0]
-    found = set()
-    for node in ast.parse(FILES[module].read_text()).body:  # top level only: not inside functions or TYPE_CHECKING
-        if isinstance(node, ast.ImportFrom):
-            base = f"{package}.{node.module}" if node.level else node.module or ""
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+def _modules() -> dict[str, Path]:
+    """Returns the file of every module by its name; a package's name stands for its `__init__`."""
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
     return found
 
 
-def test_every_module_has_its_place() -> None:
-    files = {path for room in ("beit_jax", "convert", "train") for path in (ROOT / room).glob("*.py")}
-    assert files - set(FILES.values()) == {ROOT / room / "__init__.py" for room in ("beit_jax", "convert", "train")}
+FILES = _modules()
+PACKAGES = {name: path for name, path in FILES.items() if path.name == "__init__.py"}
+# The face is what people import: `beit_jax/__init__.py`, and `__main__`, which `python -m beit_jax` runs.
+MODULES = [name for name in FILES if name not in PACKAGES and name != "beit_jax.__main__"]
+FACES = ("beit_jax", "beit_jax.__main__", "beit_jax.convert", "beit_jax.images", "beit_jax.weights")
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_go_down(module: str) -> None:
-    above = set(ORDER[ORDER.index(module) :]) | {"train", "convert"}
-    if module.startswith("beit_jax.train."):  # training reads native checkpoints only
-        above |= {"beit_jax.convert", *(f"beit_jax.convert.{name}" for name in CONVERT)}
+When = Literal["import", "call", "table", "never"]
+
+
+class Import(NamedTuple):
+    """One imported name, ours or another's, and when it is imported.
+
+    Attributes:
+        when: when the module is imported, when a function runs, by name from a table, or for type checkers only.
+    """
+
+    name: str
+    when: When
+
+
+def _package(module: str) -> str:
+    return module if module in PACKAGES else module.rpartition(".")[0]
+
+
+def _read(node: ast.AST, package: str, when: When) -> Iterator[Import]:
+    match node:
+        case ast.Import(names=names):
+            yield from (Import(alias.name, when) for alias in names)
+        case ast.ImportFrom(module=module, names=names, level=level):
+            parents = package.split(".")[: len(package.split(".")) - level + 1] if level else []
+            base = ".".join([*parents, *([module] if module else [])])
+            for alias in names:
+                inside = f"{base}.{alias.name}"  # `from package import module`, or a name that a module defines
+                foreign = base.partition(".")[0] != "beit_jax"
+                yield Import(inside if foreign or inside in FILES else base, when)
+        case ast.Call(func=ast.Name(id="import_module"), args=[ast.Constant(value=str(name)), *_]):
+            yield Import(name, when)
+        case ast.Call(func=ast.Name(id="import_module"), args=[ast.JoinedStr(), *_]) if package not in FACES:
+            # A table of names, as of source formats and commands: any module of the package.
+            yield from (Import(name, "table") for name in MODULES if _package(name) == package)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        when = "call" if when == "import" else when
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        for child in node.body:
+            yield from _read(child, package, "never")
+        for child in node.orelse:
+            yield from _read(child, package, when)
     else:
-        above |= {"beit_jax.train"}
-    assert not imports(module) & above
+        for child in ast.iter_child_nodes(node):
+            yield from _read(child, package, when)
 
 
-@pytest.mark.parametrize("module", ORDER)
+@cache
+def imports(module: str) -> tuple[Import, ...]:
+    """Returns all imports of a module: relative and absolute, at its top and in its functions."""
+    return tuple(_read(ast.parse(FILES[module].read_text()), _package(module), "import"))
+
+
+def needed(module: str, *without: When) -> set[str]:
+    """Returns the modules of this project that a module imports sooner or later."""
+    whens = {"import", "call", "table"} - {*without}
+    return {found.name for found in imports(module) if found.when in whens and found.name in FILES} - {module}
+
+
+def chains(*without: When) -> dict[str, list[str]]:
+    """Returns the longest chain of imports that ends with each module; fails at a cycle."""
+    known: dict[str, list[str]] = {}
+
+    def follow(module: str, above: tuple[str, ...]) -> list[str]:
+        if module in above:
+            pytest.fail("a cycle: " + " > ".join([*above[above.index(module) :], module]))
+        if module not in known:
+            below = [follow(name, (*above, module)) for name in sorted(needed(module, *without))]
+            known[module] = [*max(below, key=len, default=[]), module]
+        return known[module]
+
+    return {module: follow(module, ()) for module in FILES}
+
+
+def test_every_package_has_its_place() -> None:
+    assert set(PACKAGES) == set(ORDER)
+    folders = {path.parent for path in FILES.values()}
+    assert folders == {path.parent for path in PACKAGES.values()}, "a folder without an __init__.py"
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_a_room_has_few_modules(package: str) -> None:
+    assert len(list(PACKAGES[package].parent.glob("[!_]*.py"))) <= MOST_MODULES
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_a_room_says_what_it_may_import(package: str) -> None:
+    """Its docstring names every room that its modules import; "the library", "below" and "everything" name several."""
+    docstring = " ".join((ast.get_docstring(ast.parse(PACKAGES[package].read_text())) or "").split())
+    named = re.search(r"May import:? (.*)", docstring)
+    assert named, f"{PACKAGES[package].relative_to(ROOT)} does not say what the room may import"
+    for module in (name for name in MODULES if _package(name) == package):
+        for name in (name for name in needed(module) if _package(name) not in (package, "beit_jax")):
+            words = ["everything", "below", *name.split(".")[-2:]]
+            words += [] if name.startswith(("beit_jax.convert.", "beit_jax.train.")) else ["the library"]
+            assert any(word in named[1] for word in words), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module: str) -> None:
+    """Imports inside functions count: what a module needs later it needs."""
+    below = ORDER[: ORDER.index(_package(module)) + 1]
+    assert {name for name in needed(module) if _package(name) not in below} == set()
+
+
+def test_there_are_no_cycles() -> None:
+    chains()
+
+
+def test_no_chain_of_imports_is_long() -> None:
+    """Rows of a table do not count: who reads a table need not read what it lists."""
+    longest = max(chains("table").values(), key=len)
+    assert len(longest) <= LONGEST_CHAIN, " > ".join(longest)
+
+
+def test_modules_are_imported_where_they_are_defined() -> None:
+    """No module goes through an `__init__` that only collects names: that is for users of the library."""
+    assert [(module, found.name) for module in MODULES for found in imports(module) if found.name in FACES] == []
+
+
+def test_training_reads_native_checkpoints_only() -> None:
+    training = [module for module in FILES if module.startswith("beit_jax.train")]
+    converter = [(module, found.name) for module in training for found in imports(module) if "convert" in found.name]
+    assert converter == []
+
+
+@pytest.mark.parametrize("module", FILES)
 def test_torch_is_not_imported(module: str) -> None:
-    assert not any(name.partition(".")[0] in ("torch", "transformers", "timm") for name in imports(module))
+    tops = {found.name.partition(".")[0] for found in imports(module) if found.when == "import"}
+    assert not tops & {"torch", "transformers", "timm"}
