@@ -89,11 +89,11 @@ def no_records(data: Path) -> None:
         (lambda at: shard(at, 2).write_bytes(os.urandom(70_000)), r"-00002-of-00004: expected 10 records, found none"),
         (lambda at: shard(at, 2).unlink(), r"-00002-of-00004: no such file, a part of the data set"),
         (lambda at: os.replace(shard(at, 3), at / "elsewhere"), r"-00003-of-00004: no such file"),
-        (lambda at: (at / INFO).unlink(), r"no data set here \(no dataset_info.json\); write one: beit-jax prepare"),
+        (lambda at: (at / INFO).unlink(), r"no dataset_info.json.*beit-jax prepare"),
         (lambda at: (at / INFO).write_text("{"), r"dataset_info.json: damaged"),
         (lambda at: (at / "features.json").unlink(), r"dataset_info.json: damaged"),
         (lambda at: (at / "features.json").write_text("[]"), r"dataset_info.json: damaged"),
-        (lambda at: edit(at / INFO, fileFormat="tfrecord"), r"expected array_record files, found tfrecord; convert"),
+        (lambda at: edit(at / INFO, fileFormat="tfrecord"), r"dataset_info.json: .*array_record.*tfrecord"),
         (no_records, r"the split train has no records"),
     ],
 )

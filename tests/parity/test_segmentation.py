@@ -19,7 +19,7 @@ from beit_jax.convert import load, parity, to_torch
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.models.build import Model, statistics
-from beit_jax.train.objectives.segmentation_loss import segmentation_loss
+from beit_jax.train.objectives.segmentation import segmentation_loss
 from beit_jax.tree import flatten
 
 Converted = Callable[[torch.nn.Module], Model]
@@ -76,6 +76,7 @@ def test_data2vec(converted: Converted) -> None:
     assert_allclose(run(converted(theirs), pixel_values).logits, channels_last(expected), rtol=0.0, atol=SEGMENTATION)
 
 
+@pytest.mark.thorough
 def test_base_size_at_640_pixels(converted: Converted) -> None:
     """BEiT-base as published for ADE20K: 163 million parameters, 150 classes, every layer wide."""
     theirs = reference.random_model(
