@@ -23,7 +23,7 @@ def drawn(case: str) -> tuple[str, list[np.ndarray]]:
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def testprojections_and_their_gradients(case: str, several: bool) -> None:
+def test_projections_and_their_gradients(case: str, several: bool) -> None:
     """Against float64 by NumPy."""
     spec, arrays = drawn(case)
     x, kernel, bias = (array.astype(np.float64) for array in arrays)
