@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
@@ -93,7 +93,7 @@ def patch_grid(config: BeitConfig, pixel_shape: tuple[int, ...]) -> Grid:
 
 
 def checked_mask(config: BeitConfig, mask: ArrayLike, shape: tuple[int, ...]) -> Array:
-    """`bool_masked_pos` as a boolean array.
+    """`bool_masked_pos` as a boolean array [batch, patches].
 
     Raises:
         BeitJaxError: the model has no mask token, or the mask has not this shape (batch, patches).
@@ -130,7 +130,7 @@ def tap_buffer(taps: tuple[int, ...], embedded: Float[Array, "b n d"]) -> Float[
 
 
 def write_tap(
-    buffer: Float[Array, "places b n d"] | None, state: Float[Array, "b n d"], slot: Array | None
+    buffer: Float[Array, "places b n d"] | None, state: Float[Array, "b n d"], slot: Int[Array, ""] | None
 ) -> Float[Array, "places b n d"] | None:
     """The buffer after a block wrote its output to its place."""
     return None if buffer is None else jax.lax.dynamic_update_index_in_dim(buffer, state, slot, 0)

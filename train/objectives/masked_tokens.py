@@ -169,7 +169,7 @@ class MaskedTokens(MaskedImages[MaskedTokensRecipe], WholeModel[MaskedTokensReci
         return jax.tree.map(jnp.asarray, unflatten(self.tokenizer.params))
 
     def extend(self, batch: dict[str, np.ndarray], positions: np.ndarray) -> dict[str, np.ndarray]:
-        """The batch with its stored tokens."""
+        """The batch with its stored tokens, those of the images at these positions [b]."""
         stored = self.sources.tokens
         return batch if stored is None else batch | {"tokens": stored.at(positions)}
 
