@@ -81,8 +81,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Puts the longest files first, and skips what cannot run everywhere or takes long unless its marker is named."""
     places = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
-    for marker, reason in ON_REQUEST.items():
-        skip = pytest.mark.skip(reason=f"{reason}; run: pytest -m {marker}")
-        for item in items if marker not in config.getoption("markexpr") else ():
-            if item.get_closest_marker(marker):
-                item.add_marker(skip)
+    asked = config.getoption("markexpr")
+    for item in items:
+        markers = [marker for marker in ON_REQUEST if item.get_closest_marker(marker)]
+        if "slow" in markers and "thorough" in markers:
+            markers.remove("thorough")  # slow cases of a thorough test run with the other slow ones
+        for marker in markers:
+            if marker not in asked:
+                item.add_marker(pytest.mark.skip(reason=f"{ON_REQUEST[marker]}; run: pytest -m {marker}"))

@@ -186,6 +186,7 @@ def test_one_is_killed(pod: Pod, uninterrupted: Path, tmp_path: Path) -> None:
     assert_same_bits(out, uninterrupted)
 
 
+@pytest.mark.thorough
 def test_the_leader_is_killed(pod: Pod, tmp_path: Path) -> None:
     """It holds the coordination service: JAX itself ends the others, at once, unless this program is faster."""
     killed, other = pod.run(tmp_path / "run", fault="kill", culprit=0)
@@ -203,6 +204,7 @@ def test_one_is_suspended(pod: Pod, tmp_path: Path) -> None:
     assert (other.after or 0.0) < 15
 
 
+@pytest.mark.thorough
 def test_one_hangs(pod: Pod, tmp_path: Path) -> None:
     """The watchdog finds it, here after fifteen seconds; who waits for it says whom, and it says where it stands."""
     other, hung = pod.run(tmp_path / "run", "--run.hang-minutes", "0.25", fault="hang")
@@ -214,6 +216,7 @@ def test_one_hangs(pod: Pod, tmp_path: Path) -> None:
     assert 3 in saved(tmp_path / "run")
 
 
+@pytest.mark.thorough
 def test_one_reads_an_odd_batch(pod: Pod, tmp_path: Path) -> None:
     other, guilty = pod.run(tmp_path / "run", fault="batch")
     assert (guilty.code, other.code) == (2, LOST)
@@ -241,6 +244,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(
     assert_same_bits(out, uninterrupted)
 
 
+@pytest.mark.thorough
 def test_without_jaxs_store_processes_still_compare_and_still_stop_together(
     pod: Pod, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -258,6 +262,7 @@ def test_without_jaxs_store_processes_still_compare_and_still_stop_together(
     assert_same_bits(out, uninterrupted)
 
 
+@pytest.mark.thorough
 def test_a_second_signal_ends_all_at_once(pod: Pod, tmp_path: Path) -> None:
     other, guilty = pod.run(tmp_path / "run", fault="term twice")
     assert (guilty.code, other.code) == (INTERRUPTED, LOST)
@@ -269,7 +274,7 @@ def test_a_second_signal_ends_all_at_once(pod: Pod, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hosts", "mesh"),
     [
-        pytest.param(1, ("1", "2", "1"), id="one host, parameters split"),
+        pytest.param(1, ("1", "2", "1"), id="one host, parameters split", marks=pytest.mark.thorough),
         pytest.param(4, ("2", "4", "1"), id="four hosts, parameters split", marks=pytest.mark.slow),
     ],
 )
@@ -315,6 +320,7 @@ def test_others_that_do_not_come(pod: Pod, tmp_path: Path) -> None:
 # --- What is told -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_slow_host_is_named(pod: Pod, uninterrupted: Path, tmp_path: Path) -> None:
     """Half a second for every batch, in one of them; not a word where all are as fast."""
     ended = pod.run(tmp_path / "run", fault="slow")

@@ -93,7 +93,7 @@ def no_records(data: Path) -> None:
         (lambda at: (at / INFO).write_text("{"), r"dataset_info.json: damaged"),
         (lambda at: (at / "features.json").unlink(), r"dataset_info.json: damaged"),
         (lambda at: (at / "features.json").write_text("[]"), r"dataset_info.json: damaged"),
-        (lambda at: edit(at / INFO, fileFormat="tfrecord"), r"dataset_info.json: .*array_record.*tfrecord"),
+        (lambda at: edit(at / INFO, fileFormat="tfrecord"), r"array_record.*tfrecord"),
         (no_records, r"the split train has no records"),
     ],
 )

@@ -1,11 +1,11 @@
 """Short runs of every objective, by one process or by one of several.
 
-Run as a script: ``objectives.py ROOT OUT [COORDINATOR PROCESSES PROCESS]``. ROOT, which `prepare` fills, holds what
-the runs read; each leaves its directory in OUT.
+Run as a script: ``objectives.py ROOT OUT OBJECTIVE,... [COORDINATOR PROCESSES PROCESS]``. ROOT, which `prepare` fills,
+holds what the runs read; each leaves its directory in OUT.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,10 +133,11 @@ def write_scene(root: Path, part: str, i: int) -> None:
         Image.fromarray(array).save(path)
 
 
-def run_all(root: Path, out: Path) -> None:
+def run_all(objectives: Sequence[str], root: Path, out: Path) -> None:
     out.mkdir(exist_ok=True)
     variant = resolve._variant
-    for objective, (name, changes, reads) in RUNS.items():
+    for objective in objectives:
+        name, changes, reads = RUNS[objective]
         segments = objective == "segmentation"
         resolve._variant = (lambda name: SEGMENTER) if segments else variant
         recipe = recipe_with(name, changes)
@@ -149,7 +150,7 @@ def run_all(root: Path, out: Path) -> None:
 if __name__ == "__main__":
     root, out = map(Path, sys.argv[1:3])
     hosts = HostOptions(alone=True)
-    if len(sys.argv) > 3:
-        hosts = HostOptions(sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    if len(sys.argv) > 4:
+        hosts = HostOptions(sys.argv[4], int(sys.argv[5]), int(sys.argv[6]))
     with joined(hosts):
-        run_all(root, out)
+        run_all(sys.argv[3].split(","), root, out)

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import thorough
 from objectives import RUNS, SCENES, STEPS, prepare
 from ports import free_address
 from virtual import xla_flags
 
 SCRIPT = Path(__file__).parents[2] / "support" / "objectives.py"
 DEVICES = 4  # virtual ones of a process
+QUICK = ("classification", "masked_tokens")
 LOSS = 1e-5
 """Between losses of magnitude 0.5 to 8, in float32: sums over devices of one process are taken in another order than
 those over several."""
@@ -54,35 +56,42 @@ def finished(children: list[subprocess.Popen[str]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Scores]:
-    """The scores by objective, for a number of processes and of devices of each."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int, str], Scores]:
+    """The scores by objective, for a number of processes and of devices of each, of all objectives of one group."""
     root = tmp_path_factory.mktemp("objectives")
     prepare(root)
 
     @cache
-    def run(processes: int, devices: int) -> Scores:
-        out = root / f"{processes}x{devices}"
+    def run(processes: int, devices: int, group: str) -> Scores:
+        out = root / f"{processes}x{devices} {group}"
         out.mkdir()
         if processes == 1:
-            finished([started(devices, root, out, cache=root / "cache")])
+            finished([started(devices, root, out, group, cache=root / "cache")])
         else:
-            place = (root, out, free_address(), processes)
+            place = (root, out, group, free_address(), processes)
             finished([started(devices, *place, index, cache=root / "cache") for index in range(processes)])
-        records = {name: (out / name / "metrics.jsonl").read_text().splitlines() for name in RUNS}
+        records = {name: (out / name / "metrics.jsonl").read_text().splitlines() for name in group.split(",")}
         return {name: [json.loads(line) for line in lines] for name, lines in records.items()}
 
-    return run
+    return lambda processes, devices, objective: run(processes, devices, group_of(objective))
+
+
+def group_of(objective: str) -> str:
+    """Returns the objectives that run in one process with this one: those of the quick run, or the others."""
+    return ",".join(name for name in RUNS if (name in QUICK) == (objective in QUICK))
 
 
 COUNTS = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("processes", COUNTS)
-@pytest.mark.parametrize("objective", RUNS)
-def test_losses_are_those_of_one_process(runs: Callable[[int, int], Scores], objective: str, processes: int) -> None:
+@pytest.mark.parametrize("objective", thorough(RUNS, but=QUICK))
+def test_losses_are_those_of_one_process(
+    runs: Callable[[int, int, str], Scores], objective: str, processes: int
+) -> None:
     """On as many devices. Mixing, erasing, masks, dropout and noise included, which follow an image's place."""
     found, expected = (
-        [record["loss"] for record in runs(*shape)[objective] if "loss" in record]
+        [record["loss"] for record in runs(*shape, objective)[objective] if "loss" in record]
         for shape in ((processes, DEVICES), (1, processes * DEVICES))
     )
     assert len(found) == len(expected) == (STEPS if objective != "segmentation" else STEPS * (SCENES // 16))
@@ -91,14 +100,14 @@ def test_losses_are_those_of_one_process(runs: Callable[[int, int], Scores], obj
 
 
 @pytest.mark.parametrize("processes", COUNTS)
-@pytest.mark.parametrize("objective", RUNS)
+@pytest.mark.parametrize("objective", thorough(RUNS, but=QUICK))
 def test_evaluations_are_those_of_one_process(
-    runs: Callable[[int, int], Scores], objective: str, processes: int
+    runs: Callable[[int, int, str], Scores], objective: str, processes: int
 ) -> None:
     """Counts exactly: of 450 images that no batch of 96 divides, and of segmented pixels."""
 
     def scores(shape: tuple[int, int]) -> dict[str, Any]:
-        (found,) = [record for record in runs(*shape)[objective] if "loss" not in record]
+        (found,) = [record for record in runs(*shape, objective)[objective] if "loss" not in record]
         return found
 
     found, expected = scores((processes, DEVICES)), scores((1, processes * DEVICES))

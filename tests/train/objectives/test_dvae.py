@@ -252,6 +252,7 @@ def digit_images(split: str) -> np.ndarray:
     return np.stack([np.asarray(p.convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)) for p in pictures])
 
 
+@pytest.mark.thorough
 def test_digits() -> None:
     """Held-out digits of 8 x 8 tokens look like themselves, and the vocabulary is in use."""
     options = DvaeOptions(

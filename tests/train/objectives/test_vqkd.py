@@ -468,6 +468,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return np.stack(pictures[:1500]), np.stack(pictures[1500:])
 
 
+@pytest.mark.thorough
 def test_digits() -> None:
     """The tokens tell more of a classifier's features than positions do, and at least two thirds of them are used."""
     source = load(resolve(Path(str(files("beit_jax") / "digits"))))
