@@ -1,4 +1,4 @@
-"""What every training run has: frozen dataclasses of options, each with the range of its values beside it.
+"""The options of every training run: frozen dataclasses, each option with the range of its values.
 
 An objective's own options stand in its file (`beit_jax.train.objectives`), the published runs in
 `beit_jax.train.recipes`. Nothing here imports JAX. May import: the ground.
@@ -63,18 +63,18 @@ class ModelOptions:
     drop_path: Annotated[float, RATE] = 0.1
     """Stochastic depth of the last block; grows linearly from 0 at the first."""
     dropout: Annotated[float, RATE] = 0.0
-    """Of tokens and of the outputs of attention and MLP."""
+    """Dropout rate of tokens and of the outputs of attention and MLP."""
     attention_dropout: Annotated[float, RATE] = 0.0
-    """Of attention probabilities."""
+    """Dropout rate of attention probabilities."""
     layer_scale: float | None = None
     """Initial layer scale of a model drawn at random; by default the variant's. A checkpoint brings its own."""
     pooling: Literal["mean", "cls"] = "mean"
-    """What the classifier sees: the mean patch token, or the class token."""
+    """The features that the classifier reads: the mean patch token, or the class token."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """What matrix products compute in. Parameters, optimizer and residual stream are float32 always."""
+    """The dtype of matrix products. Parameters, optimizer and residual stream are always float32."""
     remat: Literal["none", "block", "dots"] = "dots"
-    """What the backward pass computes again: nothing, whole blocks, or blocks without the products with parameters,
-    which costs little time if any: keeping and reading the rest takes time too."""
+    """The backward pass computes nothing again, whole blocks, or blocks without the products with parameters. The last
+    costs little time if any, because keeping and reading the rest takes time too."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ class OptimOptions:
     layer_decay: Annotated[float, PART] = 1.0
     """Learning rate of each layer over that of the next; 1 for none."""
     decay_bias_tables: bool = True
-    """Whether weight decay applies to relative position bias tables of blocks."""
+    """Apply weight decay to the relative position bias tables of blocks."""
     decay_class_token: bool = False
-    """Whether weight decay applies to the class token; the original's does so in segmentation only."""
+    """Apply weight decay to the class token; the original does so in segmentation only."""
     beta1: Annotated[float, RATE] = 0.9
     beta2: Annotated[float, RATE] = 0.999
     epsilon: Annotated[float, POSITIVE] = 1e-8
@@ -175,7 +175,7 @@ class CropOptions:
 
 @dataclass(frozen=True)
 class AugmentOptions(CropOptions):
-    """What happens to the training images of a classifier.
+    """The augmentation of a classifier's training images.
 
     Source: timm 0.3.2 `create_transform`, unilm beit/datasets.py.
     """
@@ -198,7 +198,7 @@ class AugmentOptions(CropOptions):
 
 @dataclass(frozen=True)
 class SceneOptions:
-    """What happens to training images and their label maps, in this order.
+    """The augmentation of training images and their label maps, in this order.
 
     Source: microsoft/unilm@768a3c8 beit/semantic_segmentation/configs/_base_/datasets/ade20k.py.
     """
@@ -212,7 +212,7 @@ class SceneOptions:
     flip: Annotated[float, SHARE] = 0.5
     """Probability of a horizontal flip."""
     photometric: bool = True
-    """Whether brightness, contrast, saturation and hue are distorted."""
+    """Distort brightness, contrast, saturation and hue."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class MaskOptions:
     min_aspect: Annotated[float, PART] = 0.3
     """Smallest height over width of a block; the largest is its inverse."""
     exact: bool = False
-    """Whether single patches make up the exact number in the end, as in BEiT v2; BEiT's count varies a little."""
+    """Fill up with single patches to the exact number, as BEiT v2 does; BEiT's count varies a little."""
 
 
 # --- Options of a command, not of a run

@@ -33,7 +33,7 @@ with train_extra():
 
 @dataclass(frozen=True)
 class Reads:
-    """What a run reads besides its data."""
+    """Files that a run reads besides its data."""
 
     init: Annotated[Path | None, arg(metavar="CHECKPOINT")] = None
     """Native checkpoint to start from; by default parameters are drawn at random."""
@@ -168,15 +168,15 @@ def _train(
     with cluster.joined(hosts) as peers:
         plan = make_plan(recipe, data, **vars(reads))
         if dry_run:
-            _told(preview(plan), peers, json=json)
+            _print_once(preview(plan), peers, json=json)
             return 0
         outcome = loop.train(plan, out, resume=resume, peers=peers)
-        _told(outcome, peers, json=json)
+        _print_once(outcome, peers, json=json)
         return outcome.exit_code
 
 
-def _told(found: "Outcome | Preview", peers: "Peers", *, json: bool) -> None:
-    """Prints, in the first process."""
+def _print_once(found: "Outcome | Preview", peers: "Peers", *, json: bool) -> None:
+    """Prints the result, in the first process only."""
     if peers.index == 0:
         print_json(found.as_dict()) if json else print_lines(found.lines())
 

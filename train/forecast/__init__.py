@@ -1,4 +1,4 @@
-"""What a run would be, without running it: `preview` from its shapes, `aot` from the compiled step.
+"""Forecasts of a run that is not run: `preview` from its shapes, `aot` from the compiled step.
 
 May import: everything of training but the commands.
 """

@@ -1,4 +1,4 @@
-"""What a run would be, without running it: numbers that follow from its shapes."""
+"""A preview of a run: numbers that follow from its shapes, without running it."""
 
 from dataclasses import asdict, dataclass
 from math import prod

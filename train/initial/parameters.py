@@ -26,7 +26,7 @@ Shapes = Mapping[str, Shape]
 Draw = Callable[[Key[Array, ""], Shape, DTypeLike], Float[Array, "..."]]
 
 CLASSIFIER_SCALE = 0.001
-"""Of the weights a classifier starts with when it is fine-tuned: the original's --init_scale."""
+"""Scale of the weights that a classifier starts fine-tuning with: the original's --init_scale."""
 
 
 # --- Drawn ------------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def _by_depth(draw: Draw, first: int = 0) -> Draw:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a checkpoint's tensors that were not simply taken over. Encoder names begin with ``beit/``.
+    """The fate of a checkpoint's tensors that were not simply taken over. Encoder names begin with ``beit/``.
 
     Attributes:
         adapted: parameters made from the checkpoint's by resizing or copying to every layer.
@@ -233,7 +233,7 @@ def _check_complete(checkpoint: NativeCheckpoint) -> None:
 
 
 def _check_same_function(source: BeitConfig, target: BeitConfig) -> None:
-    """What computes differently without any tensor showing it."""
+    """Differences of two configurations that no tensor shows."""
     for field in ("hidden_act", "layer_norm_eps"):
         old, new = getattr(source, field), getattr(target, field)
         if old != new:

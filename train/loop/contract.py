@@ -1,4 +1,4 @@
-"""What a run's directory promises: recipe, data, start and versions it was begun with; checked when it goes on."""
+"""The record of a run: the recipe, data, sources and versions it was begun with, compared when it goes on."""
 
 import json
 import platform

@@ -2,9 +2,9 @@
 
 A run is a directory: ``run.json`` (recipe, data, versions), ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``, with
 several hosts ``hosts.jsonl`` (where the time of each went) and, at the end, ``model/``, a native checkpoint that
-`classify`, `export` and `parity` take as it is, or whatever the task makes instead. Started again with the same
-directory it continues from its last good checkpoint and, on the same machines and mesh, ends in the same bits as if it
-had never stopped: a batch follows from seed and step, and so does all randomness of a step.
+`classify`, `export` and `parity` take as it is, or the other results of the objective. A run that is started again with
+the same directory continues from its last good checkpoint. On the same machines and mesh it ends in the same bits as a
+run that never stopped: a batch follows from seed and step, and so does all randomness of a step.
 """
 
 from collections.abc import Iterator, Mapping
@@ -164,8 +164,8 @@ class _Run:
         )
         self.expected = _described(plan.objective.batch(len(self.rows)))
         self.named = 0  # unreadable records
-        self.told: set[str] = set()  # of the task's warnings
-        self.settled = max(round(plan.recipe.optim.warmup_epochs * plan.steps_per_epoch), plan.steps // 10)
+        self.warned: set[str] = set()  # names of the warnings that were printed
+        self.warn_after = max(round(plan.recipe.optim.warmup_epochs * plan.steps_per_epoch), plan.steps // 10)
         self.operations, devices = plan.objective.flops, plan.mesh.devices
         peak = peak_flops(devices.flat[0].device_kind)
         self.peak = None if peak is None else peak * devices.size
@@ -200,16 +200,16 @@ class _Run:
         self._poll()
 
     def interrupted(self) -> bool:
-        """Whether a signal asked to stop; then the state is saved."""
+        """Returns True if a signal asked to stop; then the state is saved."""
         if not self.peers.stops_after(self.step) or self.step == self.plan.steps:
             return False
         self._record()
-        self._settle()
+        self._wait_until_saved()
         return True
 
     def results(self) -> tuple[Path, ...]:
         """Writes the models of a run that came to its end."""
-        self._settle()
+        self._wait_until_saved()
         if not self.scores:  # nothing to evaluate, or the run had come to its end before
             self._evaluate()
         written = []
@@ -270,14 +270,14 @@ class _Run:
         self.log.write(self.step, means | interval.rates(self.operations, self.peak) | {"skipped": skipped})
         if (slow := straggler(hosts)) is not None:
             self._once("hosts", slow)
-        for warning in self.plan.objective.warnings(means) if self.step > self.settled else ():
+        for warning in self.plan.objective.warnings(means) if self.step > self.warn_after else ():
             self._once(warning.partition(" ")[0], warning)
 
     def _once(self, name: str, warning: str) -> None:
         """Warns, the first time: what is true stays true for many records."""
-        if name not in self.told:
+        if name not in self.warned:
             self.log.note(f"warning: step {self.step:,}: {warning}")
-        self.told.add(name)
+        self.warned.add(name)
 
     def _save(self) -> None:
         """Begins a checkpoint of this step, unless there is one."""
@@ -293,7 +293,7 @@ class _Run:
             return
         self._save()
 
-    def _settle(self) -> None:
+    def _wait_until_saved(self) -> None:
         """Waits until this step is saved."""
         while self.checkpoints.newest != self.step:
             self._save()

@@ -1,4 +1,4 @@
-"""What a run learns: one file an objective, and one line in `OBJECTIVES`.
+"""Objectives: the things that a run can learn. Each is one file, and one line in `OBJECTIVES`.
 
 An objective's file holds its options, its recipe (the groups of options that it reads, and their rules), its input, its
 loss, the network that it keeps beside the parameters, its evaluation, its results, and what it costs. `objective` is

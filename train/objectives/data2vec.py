@@ -33,7 +33,7 @@ class Data2vecOptions:
     target_layers: Annotated[int, COUNT] = 6
     """Last blocks of the teacher whose outputs, normalised, are averaged."""
     normalise_mean: bool = True
-    """Whether the average is normalised once more, as in every published run."""
+    """Normalise the average once more, as every published run does."""
     beta: Annotated[float, NOT_NEGATIVE] = 2.0
     """Where the loss turns from quadratic to linear."""
 
@@ -96,16 +96,17 @@ class Data2vec(MaskedImages[Data2vecRecipe], WholeModel[Data2vecRecipe]):
 
 
 def data2vec(recipe: Data2vecRecipe, graph: nnx.GraphDef[BeitForMaskedImageModeling]) -> Criterion:
-    """What a teacher, the moving average of the model, makes of hidden patches when it sees all: smooth L1.
+    """Smooth L1 between the model's predictions of hidden patches and the teacher's features of them.
 
-    The model is one for masked image modelling whose "vocabulary" are the features: its head maps them to themselves.
+    The teacher is the moving average of the model, and sees all patches. The model is one for masked image modelling
+    whose head maps features to features.
 
     Args:
         graph: the model without its parameters.
 
     Source: facebookresearch/data2vec_vision@af9a363 beit/engine_for_cyclical.py, described in arXiv 2202.03555
-    section 3. There the teacher computes in float32; here it does in what `model.dtype` says, with the same float32
-    residual stream and norms.
+    section 3. The teacher there computes in float32. The teacher here computes products in `model.dtype`, with the same
+    float32 residual stream and norms.
     """
 
     def prepare(batch: Batch, key: Key[Array, ""]) -> Batch:

@@ -52,7 +52,7 @@ class DvaeOptions:
     embedding: Annotated[int, COUNT] = 128
     """Channels of a token's embedding in the decoder."""
     temperature: Annotated[tuple[float, float], TWO_POSITIVE] = (1.0, 1 / 16)
-    """Of the relaxed one-hot codes, at the start and at the end of its cosine."""
+    """Temperature of the relaxed one-hot codes, at the start and at the end of its cosine."""
     temperature_share: Annotated[float, SHARE] = 0.5
     """Share of the run over which the temperature falls; in the paper 150,000 of 3,000,000 steps."""
     divergence: Annotated[float, NOT_NEGATIVE] = 6.6
@@ -164,12 +164,12 @@ def initial_dvae(options: DvaeOptions, image_size: tuple[int, int], key: Key[Arr
 
 
 def encoder_params(params: Nested) -> Nested:
-    """Of the parameters of a `DiscreteVae`, those of the tokenizer: `DvaeEncoder`'s."""
+    """The tokenizer's part of the parameters of a `DiscreteVae`: those of `DvaeEncoder`."""
     return params["encoder"]
 
 
 def decoder_params(params: Nested) -> Nested:
-    """Of the parameters of a `DiscreteVae`, those of `DvaeDecoder`."""
+    """The decoder's part of the parameters of a `DiscreteVae`: those of `DvaeDecoder`."""
     return params["decoder"]
 
 

@@ -56,7 +56,7 @@ class LinearProbeRecipe(LabelledRecipe):
 
 @dataclass(frozen=True)
 class Probe(LabelledImages[LinearProbeRecipe]):
-    """Linear heads on every block of a checkpoint's encoder, which the state keeps beside them and nothing moves.
+    """Linear heads learn on every block of a checkpoint's encoder. The encoder is the state's frozen network.
 
     Raises:
         BeitJaxError: there is no checkpoint.
@@ -127,7 +127,7 @@ class Heads(nnx.Module):
 
 
 class LinearProbe(nnx.Module):
-    """What a probe trains: heads on all blocks of an encoder, without the encoder.
+    """The model that a probe trains: heads on all blocks of an encoder, without the encoder.
 
     Source: microsoft/unilm@006195f beit/run_linear_eval.py.
     """
@@ -161,10 +161,10 @@ def block_features(backbone: Model, pixel_values: Float[Array, "b h w c"]) -> Fl
 
 
 def linear_probe(recipe: LinearProbeRecipe, backbone: nnx.GraphDef[Model]) -> Criterion:
-    """The objective of a probe: ``image`` uint8 [b, h, w, 3] and ``label`` int32 [b]; losses of all blocks are summed.
+    """The sum over all blocks of the cross entropy: ``image`` uint8 [b, h, w, 3] and ``label`` int32 [b].
 
-    Its model is a `LinearProbe`; its teacher are the parameters of the backbone, which nothing moves. A run keeps them
-    as the state's `ema`, without a decay: so they are placed, donated and saved like everything else.
+    The model is a `LinearProbe`. The backbone is the state's frozen network, so it is placed, donated and saved with the
+    state.
     """
 
     def prepare(batch: Batch, key: Key[Array, ""]) -> Batch:
@@ -189,7 +189,7 @@ def summed_cross_entropy(logits: Float[Array, "layers b classes"], labels: Int[A
 
 @dataclass(frozen=True)
 class ProbeScores:
-    """What the head of every block finds.
+    """Scores of the head of every block.
 
     Attributes:
         images: how many were classified.
@@ -207,7 +207,7 @@ class ProbeScores:
 
     @property
     def top1(self) -> float:
-        """Of the best block."""
+        """Top-1 accuracy of the best block."""
         return share(self.correct[self.best - 1], self.images)
 
     def as_dict(self) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def describe(scores: ProbeScores) -> list[str]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ProbeCounts:
-    """What one batch adds, int32."""
+    """Counts of one batch, int32."""
 
     images: Int[Array, ""]
     correct: Int[Array, " layers"]

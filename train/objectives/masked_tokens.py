@@ -55,9 +55,9 @@ class TokenOptions:
     interpolation: Literal["bicubic", "lanczos"] = "lanczos"
     """How the crop becomes the tokenizer's view."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the tokenizer computes in. OpenAI's dVAE ran in float16 on GPUs; near ties may then fall otherwise."""
+    """The dtype of the tokenizer. OpenAI's dVAE ran in float16 on GPUs; near ties may then fall otherwise."""
     aggregate_from: Annotated[int, WHOLE] = 0
-    """BEiT v2: the block whose patches the aggregation layers read beside the final class token; 0: none."""
+    """BEiT v2: the block whose patches the aggregation layers read with the final class token; 0: none."""
     aggregation_layers: Annotated[int, WHOLE] = 0
     """BEiT v2: blocks that must predict the tokens once more, from that class token and those early patches."""
 
@@ -184,7 +184,7 @@ class MaskedTokens(MaskedImages[MaskedTokensRecipe], WholeModel[MaskedTokensReci
         return self.replaced(sources=replace(self.sources, tokens=tokens))
 
     def token_contract(self, images: "Images") -> dict[str, Any]:
-        """What tokens must have been computed from to be those of this run, for JSON."""
+        """The inputs that tokens of this run must have been computed from, for JSON."""
         recipe = self.recipe
         return token_contract(images.contract(), recipe.run.seed, self.views, self.tokenizer, recipe.tokens.dtype)
 
@@ -264,10 +264,10 @@ def _check_decoder(decoder: TokenizerConfig, tokenizer: TokenizerConfig) -> None
 
 
 def masked_tokens(recipe: MaskedTokensRecipe, tokenizer: nnx.GraphDef[Any] | None) -> Criterion:
-    """The visual tokens of hidden patches, from the patches that are seen: cross entropy.
+    """Cross entropy of the visual tokens of hidden patches, which the model predicts from the other patches.
 
-    The tokenizer's parameters are the teacher, which nothing moves: a state keeps them as its `ema`, without a decay.
-    It sees ``token_image`` uint8 [b, height, width, 3], or the image where there is none.
+    The tokenizer is the state's frozen network. It sees ``token_image`` uint8 [b, height, width, 3], or the image where
+    there is none.
 
     Args:
         tokenizer: a `beit_jax.tokenizers.interface.Tokenizer` without parameters; None: batches hold ``tokens`` int32

@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 RecipeT = TypeVar("RecipeT", bound=Recipe, covariant=True)
 Shapes = dict[str, jax.ShapeDtypeStruct]
 SourceName = Literal["init", "tokenizer", "decoder", "stored_tokens", "teacher"]
-"""What a run may read besides its data: the options that name it."""
+"""The options that name what a run reads besides its data."""
 IMAGENET = 1_281_167
 """Training images of ImageNet-1k, by which schedules are as long as they are where there is no data."""
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What a run reads besides its data.
+    """Checkpoints and tokens that a run reads besides its data.
 
     Attributes:
         start: the checkpoint that training starts from; None: parameters are drawn at random.
@@ -74,7 +74,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Objective(Generic[RecipeT]):
-    """What a run learns: its input, its loss, what it keeps beside the parameters, its evaluation and its results.
+    """An objective: input, loss, second network, evaluation, results and costs of a run.
 
     A subclass implements what raises `NotImplementedError` here. `WholeModel` does so for a model of this library that
     learns as a whole, `labelled.LabelledImages` and `unlabelled.UnlabelledImages` do so for two kinds of input.
@@ -90,9 +90,9 @@ class Objective(Generic[RecipeT]):
     steps: int
 
     reads: ClassVar[frozenset[SourceName]] = frozenset()
-    """What `Sources` may hold for this objective. Other options that name a source are refused."""
+    """The sources that the objective reads. Other options that name a source are refused."""
     needs_validation: ClassVar[bool] = True
-    """Whether the data must have a validation split."""
+    """True if the data must have a validation split."""
     evaluation: ClassVar[Literal["batches", "whole batches", "single images"]] = "batches"
     """How images are evaluated: in batches of which the last may be smaller, in whole ones, or one by one."""
     epoch_images: ClassVar[int] = IMAGENET
@@ -109,7 +109,7 @@ class Objective(Generic[RecipeT]):
 
     @classmethod
     def abstract_sources(cls, recipe: Recipe, labels: tuple[str, ...]) -> Sources:
-        """What the recipe reads, without values, for a program that is compiled but not run."""
+        """The sources of the recipe without values, for a program that is compiled but not run."""
         return Sources()
 
     @staticmethod
@@ -155,7 +155,7 @@ class Objective(Generic[RecipeT]):
 
     @property
     def transform(self) -> Callable[..., Any]:
-        """What the host does to a training image, as the data's `train_batches` calls it."""
+        """The host's augmentation of a training image, as the data's `train_batches` calls it."""
         raise NotImplementedError
 
     def batch(self, size: int) -> Shapes:
@@ -174,7 +174,7 @@ class Objective(Generic[RecipeT]):
 
     @property
     def graph(self) -> nnx.GraphDef[Any]:
-        """What is trained, without its parameters."""
+        """The trained network without its parameters."""
         raise NotImplementedError
 
     @property

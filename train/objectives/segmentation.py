@@ -47,7 +47,7 @@ BAND = 32  # rows of labels whose logits exist at a time
 
 @dataclass(frozen=True)
 class SegmentationOptions(SceneOptions):
-    """What happens to training images and their label maps, in this order, and how validation images are run.
+    """The augmentation of training images and their label maps, in this order, and the evaluation of validation images.
 
     Source: microsoft/unilm@768a3c8 beit/semantic_segmentation/configs/_base_/datasets/ade20k.py.
     """

@@ -77,7 +77,7 @@ class UnlabelledImages(Objective[UnlabelledT]):
 
     @property
     def views(self) -> ViewsTransform:
-        """What of an image training and evaluation may need."""
+        """The views of an image that training and evaluation need."""
         return ViewsTransform(self.recipe.augment, self.config.image_size, None, "bicubic", self.mask)
 
     @property
@@ -86,7 +86,7 @@ class UnlabelledImages(Objective[UnlabelledT]):
 
     @property
     def mask(self) -> BlockMask | None:
-        """What is hidden; None: nothing."""
+        """Draws the hidden patches of an image; None hides nothing."""
         return None
 
     def batch(self, size: int) -> Shapes:

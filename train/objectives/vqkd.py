@@ -43,11 +43,11 @@ class VqkdOptions:
     codebook_dim: Annotated[int, COUNT] = 32
     decoder_layers: Annotated[int, COUNT] = 3
     decay: Annotated[float, RATE] = 0.99
-    """Of the moving averages that are the codes."""
+    """Decay of the moving averages that are the codes."""
     commitment: Annotated[float, NOT_NEGATIVE] = 1.0
     """Weight of the distance between features and their codes."""
     kmeans: bool = True
-    """Whether the codes start as clusters of the first batch's features; at random otherwise."""
+    """Start with codes that are clusters of the first batch's features, not with random ones."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,7 @@ def vqkd(recipe: VqkdRecipe, teacher_graph: nnx.GraphDef[Any]) -> Criterion:
     some patch's in the batch, and ``perplexity``, how many they are as it were, by their frequencies.
 
     Args:
-        teacher_graph: a `Teacher` without parameters. These are the objective's teacher; a run keeps them as the
-            state's `ema`, without a decay.
+        teacher_graph: a `Teacher` without parameters. Its parameters are the state's frozen network.
     """
     options = recipe.vqkd
 

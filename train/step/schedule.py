@@ -1,4 +1,4 @@
-"""What changes from step to step of a run, computed before it starts: learning rate, decay of the average."""
+"""Schedules, computed before a run starts: the learning rate and the decay of the average at every step."""
 
 import numpy as np
 
