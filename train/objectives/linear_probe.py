@@ -163,8 +163,8 @@ def block_features(backbone: Model, pixel_values: Float[Array, "b h w c"]) -> Fl
 def linear_probe(recipe: LinearProbeRecipe, backbone: nnx.GraphDef[Model]) -> Criterion:
     """The sum over all blocks of the cross entropy: ``image`` uint8 [b, h, w, 3] and ``label`` int32 [b].
 
-    The model is a `LinearProbe`. The backbone is the state's frozen network, so it is placed, donated and saved with the
-    state.
+    The model is a `LinearProbe`. The backbone is the state's frozen network, so it is placed, donated and saved with
+    the state.
     """
 
     def prepare(batch: Batch, key: Key[Array, ""]) -> Batch:
