@@ -65,6 +65,7 @@ ON_REQUEST = {
     "hub": "needs a network, downloads gigabytes",
     "slow": "takes minutes",
     "thorough": "one more case of a quicker test",
+    "exact": "compares the bits of two programs (with XLA_FLAGS= before it)",
     "tpu": "needs libtpu",
 }
 # A worker takes whole files, in this order: no worker is left with a long file when the others have ended.

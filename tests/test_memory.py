@@ -61,6 +61,7 @@ def page_faults(*arguments: str) -> int:
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+@pytest.mark.thorough
 def test_a_call_finds_the_memory_of_the_last_one() -> None:
     assert page_faults() > 16_000
     assert page_faults("kept") < 16

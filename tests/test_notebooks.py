@@ -127,6 +127,7 @@ def test_conversion_agrees_with_pytorch_and_damage_does_not(run: Run) -> None:
     assert re.search(r"block 1 +error 0.0e\+00\nblock 2 +error [1-9]\.\de-01\n", text)
 
 
+@pytest.mark.thorough
 def test_any_other_checkpoint_is_converted_and_checked(run: Run, tmp_path: Path) -> None:
     reference = pytest.importorskip("reference", reason="a checkpoint to check needs pip install 'beit-jax[torch]'")
     model = reference.random_model(task="masked_image_modeling", **reference.BIAS["shared"], **reference.TINY)
@@ -136,21 +137,25 @@ def test_any_other_checkpoint_is_converted_and_checked(run: Run, tmp_path: Path)
     assert "transformers on the export: equal" in notebooks.text(notebook)
 
 
+@pytest.mark.thorough
 def test_neighbours_are_of_the_same_class(run: Run) -> None:
     assert number("k-NN accuracy", run("2_own_images")) > 0.97
 
 
+@pytest.mark.thorough
 def test_own_images_are_prepared_and_searched(run: Run, folder: Path) -> None:
     changes = {"DATA = None": f"DATA = {str(folder)!r}", "facebook/data2vec-vision-base-ft1k": str(DIGITS)}
     assert number("k-NN accuracy", run("2_own_images", changes)) > 0.7
 
 
+@pytest.mark.thorough
 def test_own_images_are_evaluated(run: Run, folder: Path) -> None:
     names = dict.fromkeys(("facebook/data2vec-vision-base-ft1k", "microsoft/beit-base-patch16-224"), str(DIGITS))
     notebook = run("3_evaluate", {"DATA = None": f"DATA = {str(folder)!r}"} | names)
     assert number(re.escape(str(DIGITS)) + " +checkpoint's +top-1", notebook) == 100
 
 
+@pytest.mark.thorough
 def test_evaluation_tells_a_trained_model_from_a_random_one(run: Run) -> None:
     notebook = run("3_evaluate")
     assert number("embedded digits BEiT +checkpoint's +top-1", notebook) == 98.89  # as PyTorch's, expected.json

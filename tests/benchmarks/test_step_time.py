@@ -317,6 +317,7 @@ def test_a_recipe_is_described_by_its_own_model(remat: Any) -> None:
         assert kept_bytes(recipe) == KEPT
 
 
+@pytest.mark.thorough
 def test_aggregation_layers_are_described() -> None:
     """Two blocks more, the frozen tokenizer, and a head that predicts twice."""
     found = workload(recipe_named("beitv2_base_pt1k"))

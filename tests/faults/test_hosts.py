@@ -24,6 +24,8 @@ from beit_jax.train.distributed.peers import HUNG, LOST
 from beit_jax.train.loop.watch import INTERRUPTED
 from beit_jax.weights import load
 
+pytestmark = pytest.mark.thorough  # two processes for every test
+
 SCRIPT = Path(__file__).parents[1] / "support" / "host.py"
 LIMIT = 240.0  # seconds for a run of seconds: the machine may be busy
 STEPS, BATCH = 10, 32
@@ -186,7 +188,6 @@ def test_one_is_killed(pod: Pod, uninterrupted: Path, tmp_path: Path) -> None:
     assert_same_bits(out, uninterrupted)
 
 
-@pytest.mark.thorough
 def test_the_leader_is_killed(pod: Pod, tmp_path: Path) -> None:
     """It holds the coordination service: JAX itself ends the others, at once, unless this program is faster."""
     killed, other = pod.run(tmp_path / "run", fault="kill", culprit=0)
@@ -204,7 +205,6 @@ def test_one_is_suspended(pod: Pod, tmp_path: Path) -> None:
     assert (other.after or 0.0) < 15
 
 
-@pytest.mark.thorough
 def test_one_hangs(pod: Pod, tmp_path: Path) -> None:
     """The watchdog finds it, here after fifteen seconds; who waits for it says whom, and it says where it stands."""
     other, hung = pod.run(tmp_path / "run", "--run.hang-minutes", "0.25", fault="hang")
@@ -216,7 +216,6 @@ def test_one_hangs(pod: Pod, tmp_path: Path) -> None:
     assert 3 in saved(tmp_path / "run")
 
 
-@pytest.mark.thorough
 def test_one_reads_an_odd_batch(pod: Pod, tmp_path: Path) -> None:
     other, guilty = pod.run(tmp_path / "run", fault="batch")
     assert (guilty.code, other.code) == (2, LOST)
@@ -244,7 +243,6 @@ def test_a_signal_to_one_stops_all_after_the_same_step(
     assert_same_bits(out, uninterrupted)
 
 
-@pytest.mark.thorough
 def test_without_jaxs_store_processes_still_compare_and_still_stop_together(
     pod: Pod, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -262,7 +260,6 @@ def test_without_jaxs_store_processes_still_compare_and_still_stop_together(
     assert_same_bits(out, uninterrupted)
 
 
-@pytest.mark.thorough
 def test_a_second_signal_ends_all_at_once(pod: Pod, tmp_path: Path) -> None:
     other, guilty = pod.run(tmp_path / "run", fault="term twice")
     assert (guilty.code, other.code) == (INTERRUPTED, LOST)
@@ -320,7 +317,6 @@ def test_others_that_do_not_come(pod: Pod, tmp_path: Path) -> None:
 # --- What is told -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.thorough
 def test_a_slow_host_is_named(pod: Pod, uninterrupted: Path, tmp_path: Path) -> None:
     """Half a second for every batch, in one of them; not a word where all are as fast."""
     ended = pod.run(tmp_path / "run", fault="slow")

@@ -230,7 +230,7 @@ def case() -> Case:
 def train_ours(case: Case, data: list[np.ndarray], recipe: Recipe) -> tuple[list[dict[str, float]], State]:
     names = tokenizer_statistics(TINY)
     tx, objective = optimizer(recipe.optim, TINY.encoder), vqkd(recipe, case.graph)
-    state = replace(initial_state(case.nested(), tx, statistics=names), average=jax.tree.map(jnp.copy, case.teacher))
+    state = initial_state(case.nested(), tx, statistics=names, frozen=jax.tree.map(jnp.copy, case.teacher))
     graph, logs = abstract_tokenizer(TINY)[0], []
     step = jax.jit(make_train_step(graph, objective, tx, RATES, accumulate=recipe.optim.accumulate), donate_argnums=0)
     for images in data:

@@ -16,6 +16,8 @@ from objectives import RUNS, SCENES, STEPS, prepare
 from ports import free_address
 from virtual import xla_flags
 
+pytestmark = pytest.mark.thorough  # two processes for every objective
+
 SCRIPT = Path(__file__).parents[2] / "support" / "objectives.py"
 DEVICES = 4  # virtual ones of a process
 QUICK = ("classification", "masked_tokens")

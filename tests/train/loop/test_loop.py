@@ -124,6 +124,7 @@ def records(out: Path) -> list[Mapping[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.thorough
 def test_killed_five_times_a_run_ends_in_the_same_bits(
     plan: Plan, digits: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:

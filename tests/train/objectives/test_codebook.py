@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -166,7 +167,8 @@ def case() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_samples_on_eight_devices() -> None:
     """Sums are over all of them; the samples themselves are not sent around to be averaged."""
-    flags = {"XLA_FLAGS": xla_flags(8), "JAX_PLATFORMS": "cpu"}
+    support = str(Path(__file__).parents[2] / "support")
+    flags = {"XLA_FLAGS": xla_flags(8), "JAX_PLATFORMS": "cpu", "PYTHONPATH": support}
     done = subprocess.run(
         [sys.executable, __file__], env=os.environ | flags, capture_output=True, text=True, timeout=300, check=False
     )

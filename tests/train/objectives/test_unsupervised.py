@@ -329,6 +329,7 @@ def test_validation_is_of_the_state_and_as_often_as_asked(masked: Done) -> None:
 # --- What they make is of use -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.exact
 def test_stored_tokens_are_those_computed_on_the_way(masked: Done, places: Places, tmp_path: Path) -> None:
     """Same losses, parameters and scores, bit for bit; the tokenizer is not on the devices."""
     assert masked.plan.objective.store_tokens(masked.plan.training, tmp_path / "tokens") == STEPS * BATCH
@@ -481,6 +482,7 @@ def newest(out: Path) -> int:
     return max((int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdigit()), default=-1)
 
 
+@pytest.mark.thorough
 def test_killed_and_continued_visual_tokens_end_in_the_same_bits(masked: Done, places: Places, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(places, out)
