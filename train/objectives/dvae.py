@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
+from beit_jax.models.interface import abstract_module
 from beit_jax.tokenizers.dvae import (
     DvaeDecoder,
     DvaeDecoderConfig,
@@ -152,10 +153,9 @@ def configs(options: DvaeOptions, image_size: tuple[int, int]) -> tuple[DvaeEnco
 def abstract_dvae(
     options: DvaeOptions, image_size: tuple[int, int], *, dtype: DTypeLike = jnp.float32
 ) -> tuple[nnx.GraphDef[DiscreteVae], Nested]:
-    """A model without memory: what `nnx.merge` needs besides the parameters, and the parameters' shapes, nested."""
+    """The graph of a `DiscreteVae` and the shapes of its parameters, nested."""
     both = configs(options, image_size)
-    graph, state = nnx.split(nnx.eval_shape(lambda: DiscreteVae(*both, dtype=dtype, rngs=nnx.Rngs(0))))
-    return graph, nnx.to_pure_dict(state)
+    return abstract_module(lambda: DiscreteVae(*both, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def initial_dvae(options: DvaeOptions, image_size: tuple[int, int], key: Key[Array, ""]) -> Nested:

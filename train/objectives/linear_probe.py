@@ -16,6 +16,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.build import Model, abstract_model
+from beit_jax.models.interface import abstract_module
 from beit_jax.terminal import Advance
 from beit_jax.tree import Nested
 from beit_jax.weights.native import NativeCheckpoint
@@ -137,9 +138,8 @@ class LinearProbe(nnx.Module):
 
 
 def abstract_probe(config: BeitConfig, classes: int) -> tuple[nnx.GraphDef[LinearProbe], Nested]:
-    """A probe without memory: what `nnx.merge` needs besides the parameters, and their shapes, nested."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: LinearProbe(config, classes, rngs=nnx.Rngs(0))))
-    return graph, nnx.to_pure_dict(state)
+    """The graph of a `LinearProbe` and the shapes of its parameters, nested."""
+    return abstract_module(lambda: LinearProbe(config, classes, rngs=nnx.Rngs(0)))
 
 
 def probe_params(config: BeitConfig, classes: int, key: Key[Array, ""]) -> Nested:

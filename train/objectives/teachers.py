@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.encoder import BeitModel
-from beit_jax.models.interface import patch_grid
+from beit_jax.models.interface import abstract_module, patch_grid
 from beit_jax.models.layers import layer_norm
 from beit_jax.tree import Nested, flatten, unflatten
 from beit_jax.weights.native import NativeCheckpoint
@@ -89,10 +89,8 @@ def abstract_teacher(
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[nnx.GraphDef[EncoderTeacher], Nested]:
-    """An `EncoderTeacher` without memory: its graph, and the shapes of its parameters, nested. Arguments as there."""
-    teacher = nnx.eval_shape(lambda: EncoderTeacher(config, mean, std, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(teacher)
-    return graph, nnx.to_pure_dict(state)
+    """The graph of an `EncoderTeacher` of these arguments, and the shapes of its parameters, nested."""
+    return abstract_module(lambda: EncoderTeacher(config, mean, std, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def teacher_params(checkpoint: NativeCheckpoint) -> Nested:
