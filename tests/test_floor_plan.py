@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -191,3 +192,8 @@ def test_training_reads_native_checkpoints_only() -> None:
 def test_torch_is_not_imported(module: str) -> None:
     tops = {found.name.partition(".")[0] for found in imports(module) if found.when == "import"}
     assert not tops & {"torch", "transformers", "timm"}
+
+
+def test_the_wheel_holds_every_package() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(PACKAGES)
