@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
 import select
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
+
+_NUMBER = re.compile(r"-|[-+]?\d[\d.,]*(e[-+]?\d+)?( \w| %)?|")
 
 Advance = Callable[[int], None]  # called with the work done since the last call, in bytes, records or images
 Bar = AbstractContextManager[Advance]
@@ -36,17 +41,16 @@ def print_json(value: Any) -> None:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table on standard output, as wide as its content needs."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    """Prints a table on standard output, as wide as its content needs: no cell is cut or wrapped, on any terminal.
 
-    table = Table(*head, box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: brackets in file names are no markup
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 200)  # a pipe has no width, and nothing may be cut
+    Columns of numbers, in which "-" stands for none, are aligned on the right.
+    """
+    columns = list(zip(*rows, strict=True)) or [()] * len(head)
+    widths = [max(map(len, (title, *column))) for title, column in zip(head, columns, strict=True)]
+    aligned = [str.rjust if column and all(map(_NUMBER.fullmatch, column)) else str.ljust for column in columns]
+    for row in (head, ["-" * width for width in widths], *rows):
+        cells = (align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True))
+        print("  ".join(cells).rstrip())
 
 
 def reader_left() -> bool:
@@ -59,15 +63,19 @@ def reader_left() -> bool:
     return left
 
 
-def byte_progress(total: int) -> Bar:
-    """A progress bar in bytes, on a terminal; elsewhere nothing is shown."""
+def byte_progress(total: int, description: str = "converting and verifying") -> Bar:
+    """Progress in bytes: a bar on a terminal; elsewhere lines, if it takes long."""
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    return _bar("converting and verifying", total, DownloadColumn(), TransferSpeedColumn())
+    return _bar(description, total, "bytes", DownloadColumn(), TransferSpeedColumn())
 
 
-def image_progress(total: int, description: str = "segmenting") -> Bar:
-    """A progress bar in images, with their rate and the time left, on a terminal; elsewhere nothing is shown."""
+def image_progress(total: int, description: str = "segmenting", first: str | None = None) -> Bar:
+    """Progress in images, with their rate and the time left: a bar on a terminal; elsewhere lines, if it takes long.
+
+    Args:
+        first: what happens until the first images are done, in the place of `description`: "compiling".
+    """
     from rich.progress import MofNCompleteColumn, ProgressColumn, Task
     from rich.text import Text
 
@@ -75,22 +83,62 @@ def image_progress(total: int, description: str = "segmenting") -> Bar:
         def render(self, task: Task) -> Text:
             return Text("" if task.speed is None else f"{task.speed:.2f} images/s")
 
-    return _bar(description, total, MofNCompleteColumn(), Rate())
+    return _bar(description, total, "images", MofNCompleteColumn(), Rate(), first=first)
 
 
 @contextmanager
-def _bar(description: str, total: int, *columns: "ProgressColumn") -> Iterator[Advance]:
+def _bar(
+    description: str, total: int, unit: str, *columns: "ProgressColumn", first: str | None = None
+) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        with _Lines(description, total, unit, first) as lines:
+            yield lines.advance
+        return
+    # Only the bar gives way on a narrow terminal.
     with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
+        TextColumn("{task.description}"), BarColumn(None), *columns, TimeRemainingColumn(), console=console, expand=True
     ) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda done: bar.update(task, advance=done)
+        task = bar.add_task(first or description, total=total)
+
+        def advance(done: int) -> None:
+            bar.update(task, advance=done, description=description)
+
+        yield advance
+
+
+class _Lines:
+    """Progress as lines on standard error, which is no terminal. Work of less than `SILENCE` seconds writes nothing.
+
+    A thread writes the lines, because the work may be a single call that lasts: a compiler's.
+    """
+
+    SILENCE = 2.0
+    LONGEST_PAUSE = 60.0
+
+    def __init__(self, description: str, total: int, unit: str, first: str | None) -> None:
+        self._description, self._total, self._unit, self._first = description, total, unit, first
+        self._done = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._write, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def advance(self, done: int) -> None:
+        self._done += done
+
+    def _write(self) -> None:
+        pause, began = self.SILENCE, time.monotonic()
+        while not self._stop.wait(pause):
+            what = self._description if self._done or self._first is None else self._first
+            say(f"{what}: {self._done:,} of {self._total:,} {self._unit} after {time.monotonic() - began:.0f} s")
+            pause = min(2 * pause, self.LONGEST_PAUSE)

@@ -72,3 +72,29 @@ VARIANTS: Mapping[str, BeitConfig] = MappingProxyType(
         "dit_large_finetuned_rvlcdip": _classes(_absolute(_LARGE), 16),
     }
 )
+
+PARAMETERS: Mapping[str, int] = MappingProxyType(
+    {
+        "beit_base_patch16_224_pt22k": 91_965_776,
+        "beit_large_patch16_224_pt22k": 311_534_016,
+        "beit_base_patch16_224_pt22k_ft22k": 102_557_713,
+        "beit_large_patch16_224_pt22k_ft22k": 325_792_593,
+        "beit_base_patch16_224": 86_530_984,
+        "beit_base_patch16_384": 86_744_104,
+        "beit_large_patch16_224": 304_430_568,
+        "beit_large_patch16_384": 304_998_888,
+        "beit_large_patch16_512": 305_674_728,
+        "beit_base_patch16_224_pt1k_800ep": 92_089_856,
+        "beit_base_patch16_640_ade20k": 163_407_980,
+        "beit_large_patch16_640_ade20k": 441_271_084,
+        "data2vec_vision_base": 85_665_360,
+        "data2vec_vision_large": 303_136_192,
+        "data2vec_vision_base_ft1k": 86_530_984,
+        "data2vec_vision_large_ft1k": 304_430_568,
+        "dit_base": 92_108_288,
+        "dit_large": 311_724_032,
+        "dit_base_finetuned_rvlcdip": 85_820_176,
+        "dit_large_finetuned_rvlcdip": 303_342_608,
+    }
+)
+"""The number of parameters of every variant: `models.build.num_params`, which needs JAX to count them."""

@@ -1,4 +1,4 @@
-"""Commands on checkpoints: `demo`, `list`, `inspect`, `convert`, `export` and `parity`. Imports wait until one runs."""
+"""Commands on checkpoints: `demo`, `inspect`, `convert`, `export` and `parity`. Imports wait until one runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -31,27 +31,6 @@ def demo(*, out: Path = Path("beit-jax-demo"), json: Json = False) -> int:
     else:
         print_lines(demonstration.describe(result))
     return 0 if result.passed else 1
-
-
-def list_published(*, json: Json = False) -> int:
-    """List the published checkpoints: name, size, accuracy and where they are.
-
-    Try:
-      beit-jax list
-      beit-jax list --json
-    """
-    from dataclasses import asdict
-
-    from beit_jax.published import PUBLISHED
-
-    if json:
-        print_json([asdict(row) for row in PUBLISHED])
-        return 0
-    print_table(
-        ["name", "variant", "format", "result", "where"],
-        [[row.name, row.variant or "-", row.format, row.result or "-", row.where] for row in PUBLISHED],
-    )
-    return 0
 
 
 def inspect(

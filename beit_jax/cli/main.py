@@ -47,7 +47,7 @@ COMMANDS: Mapping[str, Command] = {
         "torch.",
     ),
     "list": Command(
-        "conversion", "list_published", "List the published checkpoints: name, size, accuracy and where they are."
+        "listing", "list_published", "List the published checkpoints: name, size, accuracy and where they are."
     ),
     "inspect": Command(
         "conversion",
