@@ -1,7 +1,10 @@
 """The error for a mistake of the user: one line that says what is wrong, where, and what to do."""
 
+import re
 from pathlib import PurePath
 from typing import ClassVar
+
+_UNSAFE = re.compile(r"[^ -~]")
 
 
 class BeitJaxError(ValueError):
@@ -11,13 +14,23 @@ class BeitJaxError(ValueError):
 
 
 def printable(name: object, limit: int | None = None) -> str:
-    """Makes text safe for a terminal: control characters are escaped, and the text is cut after `limit` characters.
+    """Makes text safe for a terminal: all but printable ASCII is escaped, and of long text both ends are kept.
+
+    Safe text stays as it is, so that nothing is escaped twice. Text without a visible character is put into quotes.
 
     Args:
         name: text from a file or from the user.
-        limit: by default 120 characters; 1024 for paths, whose end matters most.
+        limit: the most characters; by default 120, and 1024 for paths.
     """
     if limit is None:
         limit = 1024 if isinstance(name, PurePath) else 120
-    text = str(name).encode("unicode_escape").decode("ascii")
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    text = str(name)
+    text = _UNSAFE.sub(_escaped, text if text.strip() else repr(text))
+    if len(text) <= limit:
+        return text
+    end = (limit - 3) // 3  # the end of a name often says more than its middle
+    return f"{text[: limit - 3 - end]}...{text[len(text) - end :]}"
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode("ascii")

@@ -1,21 +1,24 @@
 """Image files, PIL images of any mode and arrays to 8-bit PIL images. Every error is one line that names the image."""
 
+import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, cast
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.containers import DamageError, check_container
 
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 Mode: TypeAlias = Literal["RGB", "L"]
 
 MAX_PIXELS: Final = 89_478_485  # the size above which Pillow warns of a decompression bomb
+MAX_FILE: Final = 1 << 30  # bytes: MAX_PIXELS of 16-bit RGBA, uncompressed, and a third more
 # Pillow reads more formats, some of them by other programs (EPS by Ghostscript), which untrusted files must not start.
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
 
@@ -27,21 +30,49 @@ def open_image(path: str | os.PathLike[str], mode: Mode = "RGB") -> Image.Image:
     """Decodes an image file to 8-bit RGB, or greyscale with `mode` "L", and applies its EXIF orientation.
 
     The pixels are those of `transformers.image_utils.load_image`, except for 16-bit greyscale (see `to_rgb`). An
-    animated file gives its first frame. JPEG has no checksum, so that damage inside a file may go unnoticed.
+    animated file gives its first frame. The checks of the file's format are used; `containers` says which have none.
 
     Raises:
         BeitJaxError: the file is missing, not one of FORMATS, truncated, damaged, or larger than MAX_PIXELS.
     """
+    return decode_image(read_image_file(path), printable(os.fspath(path)), mode)
+
+
+def read_image_file(path: str | os.PathLike[str], kind: str = "an image file") -> bytes:
+    """The bytes of a regular file.
+
+    Args:
+        kind: what the file should be, for errors.
+
+    Raises:
+        BeitJaxError: the path names no regular file, or one that cannot be read or is larger than MAX_FILE.
+    """
     name, file = printable(os.fspath(path)), Path(path)
     if not file.is_file():
-        found = "a directory" if file.is_dir() else "no such file"
-        raise BeitJaxError(f"{name}: {found}; give the path of an image file")
+        found = "a directory" if file.is_dir() else "no regular file" if file.exists() else "no such file"
+        raise BeitJaxError(f"{name}: {found}; give the path of {kind}")
     try:
-        stream = file.open("rb")
+        size = file.stat().st_size
+        if size > MAX_FILE:
+            raise BeitJaxError(f"{name}: {size:,} bytes, expected {kind} of at most {MAX_FILE:,}")
+        return file.read_bytes()
     except OSError as error:
-        raise BeitJaxError(f"{name}: cannot be read ({error.strerror}); check its permissions") from error
-    with stream:
-        return _convert(_decode(stream, name), mode, name)
+        raise BeitJaxError(f"{name}: cannot be read ({error.strerror}); check its permissions and the disk") from error
+
+
+def decode_image(
+    data: bytes, name: str, mode: Mode = "RGB", *, oriented: bool = True, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Decodes the bytes of an image file, as `open_image` does.
+
+    Args:
+        name: of the image, for errors; printable.
+        oriented: apply the EXIF orientation.
+
+    Raises:
+        BeitJaxError: not one of FORMATS, truncated, damaged, or more than `max_pixels`.
+    """
+    return _convert(_decode(data, name, oriented, max_pixels), mode, name)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -80,6 +111,23 @@ def load_image(image: ImageLike, mode: Mode, name: str) -> Image.Image:
     return _convert(image, mode, name)
 
 
+def image_list(images: ImageLike | Iterable[ImageLike]) -> tuple[list[ImageLike], bool]:
+    """One image or several as a list; and True if it was one.
+
+    One image is a path, a PIL image, or an array [h, w], [h, w, 1] or [h, w, 3]. Everything else that can be iterated
+    is several images: a list of these kinds, or an array [b, h, w, c].
+    """
+    one = isinstance(images, str | bytes | os.PathLike | Image.Image) or not isinstance(images, Iterable)
+    if one or getattr(images, "ndim", None) in (0, 2, 3):
+        return [cast(ImageLike, images)], True
+    return list(images), False
+
+
+def image_name(image: ImageLike, place: int) -> str:
+    """The name of an image in errors: its path, or its place among the images."""
+    return printable(Path(image)) if isinstance(image, str | os.PathLike) else f"image {place}"
+
+
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
     shaped = array.ndim >= 2 and array.shape[2:] in ((), (1,), (3,)) and array.size > 0
     if array.dtype != np.uint8 or not shaped:
@@ -88,8 +136,8 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
 
 
-def _decode(stream: IO[bytes], name: str) -> Image.Image:
-    head = stream.read(64)
+def _decode(data: bytes, name: str, oriented: bool, max_pixels: int) -> Image.Image:
+    head = data[:64]
     if not head:
         raise BeitJaxError(f"{name}: empty file, expected an image; fetch or export it again")
     if head.startswith(b"version https://git-lfs"):
@@ -98,10 +146,17 @@ def _decode(stream: IO[bytes], name: str) -> Image.Image:
         raise BeitJaxError(f"{name}: an HTML page, expected an image; fetch the image itself")
     with _one_line(name), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(stream, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:  # independent of Image.MAX_IMAGE_PIXELS
-            raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels, expected at most {MAX_PIXELS}")
-        return ImageOps.exif_transpose(image)
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError as error:
+            found, formats = f"{len(data)} bytes that begin {data[:12]!r}", ", ".join(FORMATS)
+            raise BeitJaxError(
+                f"{name}: not a readable image: expected one of {formats}, found {found}; fetch or convert it"
+            ) from error
+        if image.width * image.height > max_pixels:  # independent of Image.MAX_IMAGE_PIXELS
+            raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels, expected at most {max_pixels}")
+        check_container(data, image.format)
+        return ImageOps.exif_transpose(image) if oriented else image
 
 
 def _convert(image: Image.Image, mode: Mode, name: str) -> Image.Image:
@@ -135,9 +190,8 @@ def _one_line(name: str) -> Iterator[None]:
         yield
     except BeitJaxError:
         raise
-    except UnidentifiedImageError as error:
-        formats = ", ".join(FORMATS)
-        raise BeitJaxError(f"{name}: not a readable image, expected one of {formats}; fetch or convert it") from error
+    except DamageError as error:
+        raise BeitJaxError(f"{name}: damaged or truncated image ({error}); fetch or export it again") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BeitJaxError(f"{name}: too large ({printable(error)}); scale it down first") from error
     except Exception as error:

@@ -4,14 +4,15 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 import numpy as np
 from jaxtyping import Integer
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.files import MAX_PIXELS
+from beit_jax.images.containers import check_container
+from beit_jax.images.files import MAX_PIXELS, read_image_file
 
 IGNORED: Final = 255
 _MODES: Final = frozenset({"L", "P", "1", "I", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -25,10 +26,7 @@ def read_label_map(path: str | os.PathLike[str]) -> LabelMap:
     Raises:
         BeitJaxError: the file is missing, no PNG, damaged or too large, or its pixels are colours.
     """
-    name = printable(Path(path))
-    if not Path(path).is_file():
-        raise BeitJaxError(f"{name}: no such file; give the path of a label map")
-    return _decoded(Path(path), name)
+    return decode_label_map(read_image_file(path, "a label map"), printable(Path(path)))
 
 
 def decode_label_map(data: bytes, name: str) -> LabelMap:
@@ -40,21 +38,21 @@ def decode_label_map(data: bytes, name: str) -> LabelMap:
     Raises:
         BeitJaxError: the bytes are no PNG, damaged or too large, or the pixels are colours.
     """
-    return _decoded(io.BytesIO(data), name)
-
-
-def _decoded(file: Path | IO[bytes], name: str) -> LabelMap:
     try:
-        with Image.open(file, formats=("PNG",)) as image:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BeitJaxError(f"{name}: {image.width}x{image.height} pixels, expected at most {MAX_PIXELS}")
             if image.mode not in _MODES:
                 raise BeitJaxError(
                     f"{name}: mode {printable(image.mode)} holds colours, expected class numbers (a greyscale PNG)"
                 )
+            check_container(data, image.format)
             return np.asarray(image).astype(np.int32)
     except BeitJaxError:
         raise
+    except UnidentifiedImageError as error:
+        found = f"{len(data)} bytes that begin {data[:12]!r}"
+        raise BeitJaxError(f"{name}: not a readable PNG, found {found}; export it again") from error
     except Exception as error:  # Pillow's parsers let out errors of many classes
         raise BeitJaxError(f"{name}: not a readable PNG ({printable(error)}); export it again") from error
 

@@ -7,7 +7,7 @@ in the centre crop, for which there is the field `crop_rounding`.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -18,7 +18,15 @@ from PIL import Image
 
 from beit_jax.config import PresetName
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.files import MAX_PIXELS, ImageLike, load_image, open_image, to_rgb
+from beit_jax.images.files import (
+    MAX_PIXELS,
+    ImageLike,
+    image_list,
+    image_name,
+    load_image,
+    open_image,
+    to_rgb,
+)
 from beit_jax.images.preprocessor_config import RESAMPLES, ROUNDINGS, Resample, Rounding, Within, processor_fields
 from beit_jax.json_file import read_json
 from beit_jax.resize import linear_taps
@@ -92,27 +100,29 @@ class ImageProcessor:
             if not valid:
                 raise BeitJaxError(f"image processor: {key} is {printable(getattr(self, key))}, expected {expected}")
 
-    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Float32[np.ndarray, "b h w c"]:
-        """Computes the pixel values of one image (b = 1) or of a sequence.
+    def __call__(self, images: ImageLike | Iterable[ImageLike]) -> Float32[np.ndarray, "b h w c"]:
+        """Computes the pixel values of one image (b = 1) or of several.
 
         Args:
             images: paths (EXIF orientation is applied), PIL images (it is not, as in transformers) or uint8 arrays
-                [h, w], [h, w, 1] or [h, w, 3].
+                [h, w], [h, w, 1] or [h, w, 3]; or an array [b, h, w, c] of several.
 
         Raises:
             BeitJaxError: an image of another type, an unreadable file, or images whose results differ in size.
         """
-        if isinstance(images, str | os.PathLike | Image.Image | np.ndarray):
-            images = [images]
-        batch = [self._one(image, number) for number, image in enumerate(images)]
-        sizes = sorted({pixels.shape[:2] for pixels in batch})
-        if len(sizes) != 1:
-            found = ", ".join(f"{height}x{width}" for height, width in sizes[:4]) or "no images"
-            raise BeitJaxError(f"images: expected at least one, all of one size, found {found}; resize or crop them")
-        return np.stack(batch)
+        return batch_of(
+            [self.one(image, image_name(image, place)) for place, image in enumerate(image_list(images)[0])]
+        )
 
-    def _one(self, image: ImageLike, number: int) -> Float32[np.ndarray, "h w c"]:
-        name = printable(os.fspath(image)) if isinstance(image, str | os.PathLike) else f"image {number}"
+    def one(self, image: ImageLike, name: str) -> Float32[np.ndarray, "h w c"]:
+        """Computes the pixel values of one image.
+
+        Args:
+            name: of the image, for errors.
+
+        Raises:
+            BeitJaxError: an image of another type, or an unreadable file.
+        """
         pil = load_image(image, "RGB" if self.num_channels == 3 else "L", name)
         if self.resize is not None:
             height, width = _target(self.resize, pil.height, pil.width, name)
@@ -217,6 +227,19 @@ class ImageProcessor:
         if self.mean is not None and self.std is not None:
             steps.append(f"mean {_brief(self.mean)} std {_brief(self.std)}")
         return ", ".join(steps) or "pixels as they are"
+
+
+def batch_of(pixels: Sequence[Float32[np.ndarray, "h w c"]]) -> Float32[np.ndarray, "b h w c"]:
+    """Puts the pixel values of images together.
+
+    Raises:
+        BeitJaxError: there are none, or their sizes differ.
+    """
+    sizes = sorted({values.shape[:2] for values in pixels})
+    if len(sizes) != 1:
+        found = ", ".join(f"{height}x{width}" for height, width in sizes[:4]) or "no images"
+        raise BeitJaxError(f"images: expected at least one, all of one size, found {found}; resize or crop them")
+    return np.stack(pixels)
 
 
 def preset(

@@ -5,15 +5,12 @@ Unlike `beit_jax.open_image`, decoding ignores EXIF orientation. torchvision's `
 images differ from that call: they are scaled here, and saturate there.
 """
 
-import io
 from typing import Final, TypeAlias
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
 
-from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.files import FORMATS, load_image
+from beit_jax.images.files import decode_image
 
 try:
     import simplejpeg
@@ -36,11 +33,13 @@ def decode(data: bytes, name: str) -> Pixels:
         name: the name of the record in errors; printable.
 
     Raises:
-        BeitJaxError: no image, a truncated or visibly damaged one, or more than MAX_PIXELS. JPEG has no checksum, so
-            damage inside a file may pass unnoticed.
+        BeitJaxError: no image, a truncated or damaged one, or more than MAX_PIXELS. `beit_jax.images.containers` says
+            which formats have a checksum; JPEG has none.
     """
     pixels = _colour_jpeg(data)
-    return np.asarray(_any_format(data, name)) if pixels is None else pixels
+    if pixels is not None:
+        return pixels
+    return np.asarray(decode_image(data, name, oriented=False, max_pixels=MAX_PIXELS))
 
 
 def _colour_jpeg(data: bytes) -> Pixels | None:
@@ -53,19 +52,3 @@ def _colour_jpeg(data: bytes) -> Pixels | None:
         return np.asarray(simplejpeg.decode_jpeg(data))
     except ValueError:  # Pillow decides whether the file is damaged, and reports it
         return None
-
-
-def _any_format(data: bytes, name: str) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        found = f"{len(data)} bytes that begin {printable(data[:12])}" if data else "nothing"
-        raise BeitJaxError(f"{name}: expected one of {', '.join(FORMATS)}, found {found}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BeitJaxError(f"{name}: too large ({printable(error)})") from error
-    except Exception as error:  # Pillow's plugins raise whatever their parsing of untrusted bytes meets
-        found = printable(f"{type(error).__name__}: {error}")
-        raise BeitJaxError(f"{name}: damaged image ({found}); replace it") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise BeitJaxError(f"{name}: {image.width}x{image.height} pixels, expected at most {MAX_PIXELS}; scale it down")
-    return load_image(image, "RGB", name)

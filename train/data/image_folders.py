@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Final
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.listing import SUFFIXES, image_files
 
-from .listing import SPLIT_FOLDERS, SUFFIXES, check_folder, class_folders, class_images, image_files
+from .listing import SPLIT_FOLDERS, check_folder, class_folders, class_images
 from .sources import Example, Source, Split, check_share, classification_features, name_hash, read_bytes, utf8
 
 Labelled = Sequence[tuple[Path, int]]

@@ -1,27 +1,18 @@
-"""Lists the images below a folder, or those of a tree with a folder per class; for `prepare` and for `evaluate`."""
+"""Lists the images of a tree with a folder per class, or with annotations; for `prepare` and for `evaluate`."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.listing import SUFFIXES, image_files
 
-SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 SPLIT_FOLDERS: Final[Mapping[str, tuple[str, ...]]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val"),
     "test": ("test",),
 }
 """The names that the folder of a split may have."""
-
-
-def image_files(root: Path) -> list[Path]:
-    """The images at any depth below a folder, sorted by path.
-
-    A file is an image if its suffix is one of `SUFFIXES`. Hidden files, and files in hidden folders, are left out.
-    """
-    found = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and not _is_hidden(path, root))
-    return sorted(path for path in found if path.is_file())
 
 
 def class_folders(root: Path) -> list[Path]:
@@ -85,7 +76,3 @@ def check_folder(root: Path, kind: str = "") -> None:
     if not root.is_dir():
         expected, found = f"a folder of {kind}" if kind else "a folder", "a file" if root.exists() else "nothing"
         raise BeitJaxError(f"{printable(root)}: expected {expected}, found {found}")
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)

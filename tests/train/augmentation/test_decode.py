@@ -146,7 +146,7 @@ WHOLE_JPEG, WHOLE_PNG = encoded(picture(60, 80), "JPEG"), encoded(picture(60, 80
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "found nothing"),
+        (b"", "empty file"),
         (b"hello world, no image", "expected one of JPEG, PNG"),
         (b"\xff\xd8\xff" + bytes(100), "x: "),
         (WHOLE_JPEG[: len(WHOLE_JPEG) // 2], "truncated"),
