@@ -14,9 +14,11 @@
 import subprocess
 import sys
 
-REPOSITORY = ""  # in Colab: the git repository of this package, such as https://host/name/beit-jax.git
+REPOSITORY = ""  # in Colab: where this package is cloned from, such as "https://host/name/beit-jax.git"
 JAX = "jax"  # in Colab: "jax[cuda12]" on a runtime with a GPU, "jax[tpu]" on one with a TPU
 if "google.colab" in sys.modules:
+    if not REPOSITORY:
+        raise SystemExit("Say where this package is cloned from: fill in REPOSITORY above, and run this cell again.")
     package = f"beit-jax[train] @ git+{REPOSITORY}"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", package, JAX], check=True)
 # %matplotlib inline
