@@ -13,8 +13,8 @@
 So a changed byte in a PNG or in a deflated TIFF is always noticed. Elsewhere a file that was cut off is noticed, and a
 changed byte only where it breaks the structure. Only of an animation is what follows the first frame not looked at.
 
-zlib's checksum inside a PNG is not computed a second time: inflating twice would nearly double the time of decoding, and
-the CRC-32 covers it.
+zlib's checksum inside a PNG is not computed as well: the CRC-32 covers it, and inflating a second time would nearly
+double the time of decoding.
 """
 
 import zlib

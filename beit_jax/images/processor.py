@@ -110,9 +110,8 @@ class ImageProcessor:
         Raises:
             BeitJaxError: an image of another type, an unreadable file, or images whose results differ in size.
         """
-        return batch_of(
-            [self.one(image, image_name(image, place)) for place, image in enumerate(image_list(images)[0])]
-        )
+        listed, _ = image_list(images)
+        return batch_of([self.one(image, image_name(image, place)) for place, image in enumerate(listed)])
 
     def one(self, image: ImageLike, name: str) -> Float32[np.ndarray, "h w c"]:
         """Computes the pixel values of one image.

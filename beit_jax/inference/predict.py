@@ -1,8 +1,9 @@
 """Labels and features of images, by a model or from a checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +50,37 @@ def build(checkpoint: NativeCheckpoint, *, dtype: DTypeLike = jnp.float32) -> Mo
     return build_model(checkpoint.config, unflatten(float32_params(checkpoint)), dtype=dtype)
 
 
+@overload
+def classify(  # type: ignore[overload-overlap]  # text is a path, and not a sequence of images
+    model: Model, processor: ImageProcessor, images: ImageLike, *, top: int = 5, batch_size: int = 8
+) -> list[Guess]: ...
+
+
+@overload
 def classify(
-    model: Model, processor: ImageProcessor, images: Sequence[ImageLike], *, top: int = 5, batch_size: int = 8
-) -> list[list[Guess]]:
-    """The `top` most probable classes of every image, most probable first.
+    model: Model, processor: ImageProcessor, images: Iterable[ImageLike], *, top: int = 5, batch_size: int = 8
+) -> list[list[Guess]]: ...
+
+
+def classify(
+    model: Model,
+    processor: ImageProcessor,
+    images: ImageLike | Iterable[ImageLike],
+    *,
+    top: int = 5,
+    batch_size: int = 8,
+) -> list[Guess] | list[list[Guess]]:
+    """The `top` most probable classes of an image, most probable first; or such a list for every image.
+
+    Args:
+        images: one image: a path, a PIL image or a uint8 array [h, w], [h, w, 1] or [h, w, 3]; or several of them, or
+            an array [b, h, w, c].
+
+    Returns:
+        For one image its classes, for several a list with the classes of each.
 
     Raises:
-        BeitJaxError: a model without a classifier, or an image that cannot be read.
+        BeitJaxError: a model without a classifier, an image that cannot be read, or a number below 1.
     """
     return predictor(model, processor).classify(images, top=top, batch_size=batch_size)
 
@@ -63,19 +88,24 @@ def classify(
 def features(
     model: Model,
     processor: ImageProcessor,
-    images: Sequence[ImageLike],
+    images: ImageLike | Iterable[ImageLike],
     *,
     pooling: Pooling = "pooled",
     batch_size: int = 8,
-) -> Float[np.ndarray, "images *tokens d"]:
-    """Features of every image, float32.
+) -> Float[np.ndarray, "*images d"]:
+    """Features of an image, or of every image, float32.
 
     Args:
+        images: as in `classify`.
         pooling: "mean" of the patch tokens; the "cls" token; all "tokens", class token first; or "pooled": the model's
             own pooled output, and the mean of the patch tokens if the model pools nothing.
 
+    Returns:
+        For one image [d], or [1 + patches, d] of "tokens"; for several the same with a first axis of images, which may
+        be none.
+
     Raises:
-        BeitJaxError: an image that cannot be read.
+        BeitJaxError: an image that cannot be read, images that differ in size, or a batch size below 1.
     """
     return predictor(model, processor).features(images, pooling=pooling, batch_size=batch_size)
 

@@ -1,7 +1,8 @@
 """Images to labels and features by a given forward pass. Imports no Flax, which `program_cache` does without."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import jax.numpy as jnp
@@ -11,12 +12,18 @@ from jaxtyping import Array, Float
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
-from beit_jax.images.files import ImageLike
-from beit_jax.images.processor import ImageProcessor
+from beit_jax.images.bad_images import BadImages
+from beit_jax.images.files import ImageLike, image_list, image_name
+from beit_jax.images.processor import ImageProcessor, batch_of
+from beit_jax.terminal import Advance
 from beit_jax.weights.native import NativeCheckpoint
 
 Pooling = Literal["pooled", "mean", "cls", "tokens"]
 OutputName = Pooling | Literal["logits"]
+
+
+def ignore(done: int) -> None:
+    """Shows no progress."""
 
 
 def float32_params(checkpoint: NativeCheckpoint) -> dict[str, Array]:
@@ -46,29 +53,101 @@ class Predictor:
     processor: ImageProcessor
     compute: Callable[[ArrayLike, OutputName], Array]
 
-    def classify(self, images: Sequence[ImageLike], *, top: int, batch_size: int) -> list[list[Guess]]:
-        """The same as `beit_jax.classify`."""
+    def classify(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        top: int,
+        batch_size: int,
+        bad: BadImages | None = None,
+        advance: Advance = ignore,
+    ) -> list[Guess] | list[list[Guess]]:
+        """The same as `beit_jax.classify`; arguments as those of `outputs`."""
+        check_counts(top=top, batch_size=batch_size)
         labels = self.config.labels
         if self.config.task != "image_classification" or not labels:
             raise BeitJaxError(f"this model has no classifier (its task is {self.config.task}); use features instead")
+        listed, one = image_list(images)
         guesses = []
-        for logits in self._run(images, batch_size, "logits"):
+        for logits in self.outputs(listed, "logits", batch_size=batch_size, bad=bad, advance=advance):
             powers = np.exp(logits - logits.max())  # NumPy, because JAX would have to compile it
             probabilities = powers / powers.sum()
             best = np.argsort(-probabilities, kind="stable")[:top]
             guesses.append([Guess(int(i), labels[i], float(probabilities[i])) for i in best])
-        return guesses
+        return guesses[0] if one else guesses
 
     def features(
-        self, images: Sequence[ImageLike], *, pooling: Pooling, batch_size: int
-    ) -> Float[np.ndarray, "images *tokens d"]:
-        """The same as `beit_jax.features`."""
-        return np.stack(list(self._run(images, batch_size, pooling)))
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        pooling: Pooling,
+        batch_size: int,
+        bad: BadImages | None = None,
+        advance: Advance = ignore,
+    ) -> Float[np.ndarray, "*images d"]:
+        """The same as `beit_jax.features`; arguments as those of `outputs`."""
+        check_counts(batch_size=batch_size)
+        listed, one = image_list(images)
+        found = list(self.outputs(listed, pooling, batch_size=batch_size, bad=bad, advance=advance))
+        if one:
+            return found[0]
+        return np.stack(found) if found else np.zeros((0, *self._feature_shape(pooling)), np.float32)
 
-    def _run(self, images: Sequence[ImageLike], batch_size: int, output: OutputName) -> Iterator[np.ndarray]:
-        """Yields the output of one image after the other. The last batch is padded: one program serves all."""
+    def _feature_shape(self, pooling: Pooling) -> tuple[int, ...]:
+        """The shape of the features of an image of the model's own size."""
+        (rows, columns), width = self.config.grid, self.config.hidden_size
+        return (1 + rows * columns, width) if pooling == "tokens" else (width,)
+
+    def outputs(
+        self,
+        images: Sequence[ImageLike],
+        output: OutputName,
+        *,
+        batch_size: int,
+        bad: BadImages | None = None,
+        advance: Advance = ignore,
+    ) -> Iterator[np.ndarray]:
+        """Yields the output of one image after the other. The last batch is padded: one program serves all.
+
+        Args:
+            bad: notes the images that cannot be read, which are left out; by default the first one is an error.
+            advance: called with the number of images after every batch, with those that were left out.
+
+        Raises:
+            BeitJaxError: an image cannot be read and is not left out.
+        """
         size = max(1, min(batch_size, len(images)))
-        for start in range(0, len(images), size):
-            batch = list(images[start : start + size])
-            padded = np.pad(self.processor(batch), [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)])
+        places = iter(range(len(images)))
+        done = 0
+        while batch := list(islice(self._readable(images, places, bad), size)):
+            pixels = batch_of([values for _, values in batch])
+            padded = np.pad(pixels, [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)])
             yield from np.asarray(self.compute(padded, output))[: len(batch)]
+            last = batch[-1][0] + 1
+            advance(last - done)
+            done = last
+        advance(len(images) - done)  # the last ones may all be bad
+
+    def _readable(
+        self, images: Sequence[ImageLike], places: Iterator[int], bad: BadImages | None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields the place and the pixel values of the next images that can be read."""
+        for place in places:
+            image = images[place]
+            try:
+                yield place, self.processor.one(image, image_name(image, place))
+            except BeitJaxError as error:
+                if bad is None:
+                    raise
+                bad.note(place, error)
+
+
+def check_counts(**counts: int) -> None:
+    """Refuses numbers that must be at least 1, by their names: ``top``, ``batch_size``.
+
+    Raises:
+        BeitJaxError: names the first such number.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise BeitJaxError(f"{name}: expected an integer of at least 1, found {count}")

@@ -10,21 +10,20 @@ Source: microsoft/unilm@768a3c8 beit/semantic_segmentation, whose mmseg 0.11 sli
 averages the probabilities of scales and flips.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
-from PIL import Image
 
 from beit_jax.config import BeitConfig
-from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.files import MAX_PIXELS, ImageLike, load_image
+from beit_jax.errors import BeitJaxError
+from beit_jax.images.files import MAX_PIXELS, ImageLike, image_list, image_name, load_image
 from beit_jax.images.label_maps import LabelMap
 from beit_jax.images.processor import ImageProcessor, Within
 from beit_jax.models.build import Model
@@ -69,45 +68,80 @@ class Inference:
             raise BeitJaxError(f"batch size: expected a positive integer, found {self.batch_size}")
 
 
+    @property
+    def averages(self) -> bool:
+        """True if several views of an image are averaged."""
+        return len(self.scales) * (1 + self.flip) > 1
+
+
 DEFAULT = Inference()
 
 
-def segment(model: Model, processor: ImageProcessor, image: ImageLike, how: Inference = DEFAULT) -> LabelMap:
-    """The most probable class of every pixel of the image, [h, w] int32.
+@overload
+def segment(  # type: ignore[overload-overlap]  # text is a path, and not a sequence of images
+    model: Model, processor: ImageProcessor, image: ImageLike, how: Inference = DEFAULT
+) -> LabelMap: ...
+
+
+@overload
+def segment(
+    model: Model, processor: ImageProcessor, image: Iterable[ImageLike], how: Inference = DEFAULT
+) -> list[LabelMap]: ...
+
+
+def segment(
+    model: Model, processor: ImageProcessor, image: ImageLike | Iterable[ImageLike], how: Inference = DEFAULT
+) -> LabelMap | list[LabelMap]:
+    """The most probable class of every pixel of an image, [h, w] int32; or a list of such maps.
+
+    Args:
+        image: one image: a path, a PIL image or a uint8 array [h, w], [h, w, 1] or [h, w, 3]; or several of them of any
+            sizes, or an array [b, h, w, c].
+
+    Returns:
+        For one image its map, for several a list of maps.
 
     Raises:
         BeitJaxError: a model for another task, a processor that crops, or an image that cannot be read.
     """
-    if len(how.scales) * (1 + how.flip) > 1:
-        return class_probabilities(model, processor, image, how).argmax(axis=-1).astype(np.int32)
-    return _map(model, processor, image, how, "labels")
+    images, one = image_list(image)
+    found = [_labels(model, processor, single, image_name(single, place), how) for place, single in enumerate(images)]
+    return found[0] if one else found
+
+
+def _labels(model: Model, processor: ImageProcessor, image: ImageLike, name: str, how: Inference) -> LabelMap:
+    if how.averages:
+        return _map(model, processor, image, name, how, "probabilities").argmax(axis=-1).astype(np.int32)
+    return _map(model, processor, image, name, how, "labels")
 
 
 def class_logits(
     model: Model, processor: ImageProcessor, image: ImageLike, how: Inference = DEFAULT
 ) -> Float32[np.ndarray, "h w classes"]:
-    """The logits of every pixel of the image, at one scale and without flip. 150 classes take 600 bytes a pixel.
+    """The logits of every pixel of one image, at one scale and without flip. 150 classes take 600 bytes a pixel.
 
     Raises:
         BeitJaxError: as `segment`; several scales or flips were asked for, and logits are not averaged.
     """
-    if len(how.scales) * (1 + how.flip) > 1:
+    if how.averages:
         raise BeitJaxError("logits of several scales or flips are not averaged: ask for probabilities")
-    return _map(model, processor, image, how, "logits")
+    return _map(model, processor, image, image_name(image, 0), how, "logits")
 
 
 def class_probabilities(
     model: Model, processor: ImageProcessor, image: ImageLike, how: Inference = DEFAULT
 ) -> Float32[np.ndarray, "h w classes"]:
-    """The probabilities of every pixel of the image, averaged over scales and flips. As large as `class_logits`.
+    """The probabilities of every pixel of one image, averaged over scales and flips. As large as `class_logits`.
 
     Raises:
         BeitJaxError: as `segment`.
     """
-    return _map(model, processor, image, how, "probabilities")
+    return _map(model, processor, image, image_name(image, 0), how, "probabilities")
 
 
-def _map(model: Model, processor: ImageProcessor, image: ImageLike, how: Inference, kind: MapKind) -> np.ndarray:
+def _map(
+    model: Model, processor: ImageProcessor, image: ImageLike, name: str, how: Inference, kind: MapKind
+) -> np.ndarray:
     """The map of one kind for the whole image: the mean over its views."""
     if not isinstance(model, BeitForSemanticSegmentation):
         raise BeitJaxError(f"this model does not segment (its task is {model.config.task})")
@@ -116,7 +150,6 @@ def _map(model: Model, processor: ImageProcessor, image: ImageLike, how: Inferen
             "the image processor crops, so part of the image would have no label; set do_center_crop false"
         )
     config = model.config
-    name = "image" if isinstance(image, Image.Image | np.ndarray) else printable(image)
     picture = load_image(image, "RGB" if processor.num_channels == 3 else "L", name)
     size, views = (picture.height, picture.width), list(_views(processor, how, config))
     shape = size if kind == "labels" else (*size, config.num_labels)

@@ -4,7 +4,7 @@ There are two decoded images. One has the tokenizer's tokens everywhere; no pred
 predicted tokens in the hidden places.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from beit_jax.atomic import new_file
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.files import ImageLike, load_image, open_image
+from beit_jax.images.files import ImageLike, image_list, image_name, load_image, open_image
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.build import Model
 from beit_jax.models.interface import patch_grid
@@ -35,7 +35,7 @@ _GAP, _CAPTION, _FONT = 4, 20, 13
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """Images with hidden patches, and the predictions for these patches.
+    """Images with hidden patches, and the predictions for these patches; a single image has no axis b.
 
     Attributes:
         original: the images in the model's size, before normalisation.
@@ -46,12 +46,12 @@ class Reconstruction:
         right: number of hidden tokens of every image that were predicted right.
     """
 
-    original: UInt8[np.ndarray, "b h w 3"]
-    masked: UInt8[np.ndarray, "b h w 3"]
-    tokenizer: UInt8[np.ndarray, "b h2 w2 3"]
-    predicted: UInt8[np.ndarray, "b h2 w2 3"]
-    hidden: Int[np.ndarray, " b"]
-    right: Int[np.ndarray, " b"]
+    original: UInt8[np.ndarray, "*b h w 3"]
+    masked: UInt8[np.ndarray, "*b h w 3"]
+    tokenizer: UInt8[np.ndarray, "*b h2 w2 3"]
+    predicted: UInt8[np.ndarray, "*b h2 w2 3"]
+    hidden: Int[np.ndarray, "*b"]
+    right: Int[np.ndarray, "*b"]
 
     @property
     def correct(self) -> float:
@@ -70,17 +70,22 @@ def reconstruct(
     processor: ImageProcessor,
     tokenizer: Tokenizer,
     decoder: DvaeDecoder,
-    images: Sequence[ImageLike],
-    masks: Bool[np.ndarray, "b patches"],
+    images: ImageLike | Iterable[ImageLike],
+    masks: Bool[np.ndarray, "*b patches"],
 ) -> Reconstruction:
-    """Hides patches of images from a model and decodes the tokens that the model predicts for them.
+    """Hides patches of an image, or of several, from a model and decodes the tokens that the model predicts for them.
 
     The tokenizer gets the images resized to its own pixels per token by Pillow's Lanczos filter. If the processor
     crops, the tokenizer gets the crop in the model's size instead.
 
     Args:
         model: a masked image model that was trained on the tokens of `tokenizer`.
-        masks: True where a patch is hidden; row by row from the top.
+        images: one image: a path, a PIL image or a uint8 array [h, w], [h, w, 1] or [h, w, 3]; or several of them, or
+            an array [b, h, w, c].
+        masks: True where a patch is hidden; row by row from the top. For one image [patches].
+
+    Returns:
+        For one image its reconstruction, whose arrays have no axis of images; for several, one with that axis.
 
     Raises:
         BeitJaxError: the model has another task; the tokens of the tokenizer do not stand for pixels; model, tokenizer
@@ -88,7 +93,9 @@ def reconstruct(
             image.
     """
     student, encoder = _check_parts(model, tokenizer, decoder)
-    loaded = [load_image(image, "RGB", f"image {number}") for number, image in enumerate(images)]
+    listed, one = image_list(images)
+    loaded = [load_image(image, "RGB", image_name(image, place)) for place, image in enumerate(listed)]
+    masks = masks[None] if one and masks.ndim == 1 else masks
     original = replace(processor, rescale_factor=None, mean=None, std=None)(loaded).astype(np.uint8)
     grid = patch_grid(student.config, original.shape)
     _check_masks(masks, (len(loaded), grid[0] * grid[1]))
@@ -103,7 +110,8 @@ def reconstruct(
     decoded, predicted, right = (np.concatenate(part)[: len(loaded)] for part in zip(*parts, strict=True))
     hidden = _spread(masks, grid, student.config.patch_size)[..., None]
     masked = np.where(hidden, np.uint8(GREY), original)
-    return Reconstruction(original, masked, decoded, predicted, masks.sum(axis=1), right)
+    arrays = (original, masked, decoded, predicted, masks.sum(axis=1), right)
+    return Reconstruction(*(array[0] for array in arrays) if one else arrays)
 
 
 def reconstruct_files(
@@ -145,10 +153,11 @@ def check_output(output: Path) -> None:
 
 def grid_picture(found: Reconstruction) -> UInt8[np.ndarray, "height width 3"]:
     """Draws a row for every image, in four columns with captions. Small images are enlarged by a whole factor."""
-    columns = (found.original, found.masked, found.tokenizer, found.predicted)
+    parts = (found.original, found.masked, found.tokenizer, found.predicted)
+    columns = [part if part.ndim == 4 else part[None] for part in parts]
     sides = np.max([part.shape[1:3] for part in columns], axis=0)
     height, width = (int(side) * max(1, -(-CELL // int(sides.min()))) for side in sides)
-    size = len(columns) * (width + _GAP) + _GAP, len(found.original) * (height + _GAP) + _CAPTION
+    size = len(columns) * (width + _GAP) + _GAP, len(columns[0]) * (height + _GAP) + _CAPTION
     canvas = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=_FONT)
     for column, (caption, part) in enumerate(zip(CAPTIONS, columns, strict=True)):

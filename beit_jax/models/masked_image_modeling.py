@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from beit_jax.config import BeitConfig
+from beit_jax.errors import BeitJaxError
 from beit_jax.models.encoder import BeitModel
 from beit_jax.models.interface import REMAT, ArrayLike, BeitOutput, Remat, patch_grid
 from beit_jax.models.layers import Block, dense, layer_norm, stacked_blocks
@@ -84,7 +85,12 @@ class BeitForMaskedImageModeling(nnx.Module):
             predicted: the patches to predict, whose logits are [b, k, vocab_size]; by default all, masked or not. The
                 head's cost is in proportion to their number.
             aggregate: True to fill `aggregated_logits` too, for models with aggregation layers.
+
+        Raises:
+            BeitJaxError: as `BeitModel.__call__`; `aggregate` for a model without aggregation layers.
         """
+        if aggregate and not self.config.aggregation_layers:
+            raise BeitJaxError("aggregate: this model has no aggregation layers (aggregation_layers is 0); leave it out")
         every = tuple(sorted({*taps, self.config.aggregate_from})) if aggregate else taps
         output = self.beit(
             pixel_values,
