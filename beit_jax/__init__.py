@@ -7,7 +7,7 @@
 Models     BeitModel, BeitForMaskedImageModeling, BeitForImageClassification, BeitForSemanticSegmentation, BeitBackbone,
            BeitOutput
 Describing BeitConfig, VARIANTS
-Loading    from_pretrained, build_model, NativeCheckpoint, load, save
+Loading    from_pretrained, save_pretrained, build_model, NativeCheckpoint, load, save
 Images     ImageProcessor, preset, open_image
 Using      classify, features, segment
 Looking    interpret: attention, rollout, position bias as arrays; visualize: pictures of them, by matplotlib
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from beit_jax.errors import BeitJaxError
     from beit_jax.images.processor import ImageProcessor, open_image, preset
     from beit_jax.inference.predict import classify, features, from_pretrained
+    from beit_jax.inference.saving import save_pretrained
     from beit_jax.inference.segmentation import segment
     from beit_jax.looking import interpret as interpret
     from beit_jax.looking import visualize as visualize
@@ -66,6 +67,7 @@ _HOME = {
     "NativeCheckpoint": "weights.native",
     "load": "weights.native",
     "save": "weights.native",
+    "save_pretrained": "inference.saving",
     "segment": "inference.segmentation",
 }
 
@@ -93,6 +95,7 @@ __all__ = [
     "open_image",
     "preset",
     "save",
+    "save_pretrained",
     "segment",
 ]
 

@@ -1,0 +1,66 @@
+"""Writes a live model as a native checkpoint."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from beit_jax.atomic import check_destination, new_directory
+from beit_jax.errors import BeitJaxError
+from beit_jax.images.processor import ImageProcessor
+from beit_jax.models.build import Model, param_shapes
+from beit_jax.tree import flatten
+from beit_jax.weights.native import NATIVE, NativeCheckpoint, save
+
+_KEPT = (jnp.float32, jnp.bfloat16)
+
+
+def save_pretrained(
+    directory: str | os.PathLike[str],
+    model: Model,
+    processor: ImageProcessor,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a live model as a native checkpoint, which `load`, `from_pretrained` and every command read.
+
+    The directory appears when all of it is written and verified. On several hosts one process writes.
+
+    Args:
+        model: as `from_pretrained` or `build_model` made it, with parameters of float32 or bfloat16 on any devices of
+            this process.
+        processor: turns images into the model's input.
+        provenance: JSON values to record beside the weights: where they came from.
+        overwrite: replace a native checkpoint that stands there.
+
+    Raises:
+        BeitJaxError: the directory exists or cannot be written; a parameter has another shape than `model.config` says,
+            is of another dtype, or lies on another host.
+    """
+    destination = Path(directory)
+    check_destination(destination, overwrite=overwrite, contents=NATIVE)
+    params = flatten(nnx.to_pure_dict(nnx.state(model)))
+    shapes = param_shapes(model.config)
+    if params.keys() != shapes.keys():
+        odd = ", ".join(sorted(params.keys() ^ shapes.keys()))
+        raise BeitJaxError(f"{odd}: expected the parameters that model.config describes, found others")
+    for name, leaf in params.items():
+        if leaf.shape != shapes[name]:
+            raise BeitJaxError(f"{name}: expected shape {shapes[name]} by model.config, found {leaf.shape}")
+        if leaf.dtype not in _KEPT:
+            raise BeitJaxError(f"{name}: expected float32 or bfloat16, found {leaf.dtype}; cast the parameters first")
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            raise BeitJaxError(
+                f"{name}: lies on other hosts as well; jax.experimental.multihost_utils.process_allgather it first"
+            )
+    checkpoint = NativeCheckpoint(
+        model.config, processor, {name: np.asarray(leaf) for name, leaf in params.items()}, dict(provenance or {})
+    )
+    with new_directory(destination, overwrite=overwrite, contents=NATIVE) as partial:
+        save(partial, checkpoint)
