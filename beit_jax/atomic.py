@@ -1,11 +1,17 @@
-"""Outputs that appear whole or not at all: each is written beside its destination, and renamed when it is complete."""
+"""Outputs that appear whole or not at all: each is written beside its destination, and renamed when it is complete.
+
+Nothing is removed or replaced that this library did not write: a directory is replaced only if it is of the kind of
+output that takes its place (`Contents`), and whatever else is found in it is refused or kept.
+"""
 
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from beit_jax.errors import BeitJaxError, printable
@@ -14,20 +20,36 @@ from beit_jax.lock import exclusive
 
 @dataclass(frozen=True)
 class Contents:
-    """A kind of output directory. A directory that holds anything else is never replaced.
+    """A kind of output directory, by which an earlier output is told from what belongs to a person.
 
     Attributes:
-        name: what such a directory holds, for messages: "model".
-        files: names of files; a directory of this kind has at least one of them.
+        name: what such a directory holds, for messages: "native checkpoint".
+        files: patterns of the names of its files, which lie in it flat. Nothing else belongs to it.
+        written: True for a directory that this library wrote.
     """
 
     name: str
     files: tuple[str, ...]
+    written: Callable[[Path], bool]
+
+    def others(self, directory: Path) -> list[Path]:
+        """What is in a directory and not of this kind, sorted by name."""
+        return sorted(entry for entry in directory.iterdir() if not self._owns(entry))
+
+    def _owns(self, entry: Path) -> bool:
+        matches = any(fnmatchcase(entry.name, pattern) for pattern in self.files)
+        return matches and not (os.path.isdir(entry) and not os.path.islink(entry))
 
 
 @contextmanager
 def new_directory(
-    destination: Path, *, overwrite: bool = False, contents: Contents | None = None, need_bytes: int = 0
+    destination: Path,
+    *,
+    overwrite: bool = False,
+    contents: Contents | None = None,
+    keep_others: bool = False,
+    source: Path | None = None,
+    need_bytes: int = 0,
 ) -> Iterator[Path]:
     """Yields a directory to write into. It becomes `destination` when the block ends without an exception.
 
@@ -36,84 +58,113 @@ def new_directory(
 
     Args:
         overwrite: replace an existing directory, which stays whole until the new one is complete.
-        contents: replace only an empty directory or one of this kind.
+        contents: the kind of the new directory. Only an earlier one of this kind, or an empty directory, is replaced.
+        keep_others: what is in the old directory and not of this kind moves into the new one. It is refused otherwise.
+        source: what the block reads, as in `check_destination`.
         need_bytes: refuse at once if the disk has less free space.
 
     Raises:
-        BeitJaxError: the destination exists or holds something else than `contents`; its parent is missing or
-            read-only; the disk is full, or becomes full; another process is writing to the same destination.
+        BeitJaxError: the destination exists, or holds something else than `contents` or the source; its parent is
+            missing or read-only; its name is too long; the disk is full, or becomes full; another process is writing to
+            the same destination.
     """
-    _check_parent(destination)
-    partial, old = _sibling(destination, "partial"), _sibling(destination, "old")
-    lock = exclusive(_sibling(destination, "lock"), destination, remove=True)
-    with _full_disk_explained(destination), lock:
-        _restore(destination)
-        check_destination(destination, overwrite=overwrite, contents=contents)
+
+    def check() -> None:
+        check_destination(destination, overwrite=overwrite, contents=contents, keep_others=keep_others, source=source)
+
+    _check_place(destination)
+    partial, lock = _sibling(destination, "partial"), _sibling(destination, "lock")
+    interrupted = os.path.lexists(lock)  # a process that ends by itself removes its lock last
+    with _explained(destination), exclusive(lock, destination, remove=True):
+        if not interrupted:
+            _refuse_strangers(destination)
+        _restore(destination, contents)
+        check()
         _check_space(destination.parent, need_bytes)
         try:
             partial.mkdir()
             yield partial
-            # Again: another program may have made the destination meanwhile.
-            check_destination(destination, overwrite=overwrite, contents=contents)
+            check()  # again: another program may have made the destination, or put something into it, meanwhile
             if destination.exists():
-                destination.rename(old)
+                destination.rename(_sibling(destination, "old"))
             partial.rename(destination)
         finally:
-            _restore(destination)
+            _restore(destination, contents)
 
 
 def check_destination(
-    destination: Path, *, overwrite: bool, contents: Contents | None = None, source: Path | None = None
+    destination: Path,
+    *,
+    overwrite: bool,
+    contents: Contents | None = None,
+    keep_others: bool = False,
+    source: Path | None = None,
 ) -> None:
     """Refuses a destination that `new_directory` would refuse, before any work is done.
 
     Args:
-        contents: as in `new_directory`.
+        contents, keep_others: as in `new_directory`.
         source: a file or directory that the work reads, and that must not be replaced by its result.
 
     Raises:
-        BeitJaxError: as `new_directory`; or the destination holds the source.
+        BeitJaxError: as `new_directory`.
     """
-    _check_parent(destination)
+    _check_place(destination)
     if not os.path.lexists(destination):
         return
+    name = printable(destination)
     if not overwrite:
-        raise BeitJaxError(f"{destination}: already exists; pass --overwrite to replace it, or choose another name")
+        raise BeitJaxError(f"{name}: already exists; pass --overwrite to replace it, or choose another name")
     if not destination.is_dir() or destination.is_symlink() or destination.is_mount():
         raise BeitJaxError(
-            f"{destination}: expected a directory to replace, found a file, a link or a mount point; "
-            "choose another name"
+            f"{name}: expected a directory to replace, found a file, a link or a mount point; choose another name"
         )
-    if contents is not None:
-        check_contents(destination, contents, source)
+    if source is not None and any(_is_in(path, destination) for path in _read_from(source)):
+        raise BeitJaxError(f"{name}: holds the source itself, which --overwrite never replaces; choose another name")
+    if any(destination.iterdir()):
+        _check_contents(destination, contents, keep_others)
 
 
-def check_contents(destination: Path, contents: Contents, source: Path | None = None) -> None:
-    """Refuses to replace a directory that is neither empty nor of this kind, or that holds the source.
+def _check_contents(destination: Path, contents: Contents | None, keep_others: bool) -> None:
+    """Refuses to replace a directory that is not of this kind."""
+    name, kind = printable(destination), "output" if contents is None else contents.name
+    if contents is None or not (contents.written(destination) or keep_others):
+        raise BeitJaxError(
+            f"{name}: holds no {kind} that beit-jax wrote; --overwrite replaces nothing else: choose another name"
+        )
+    others = contents.others(destination)
+    if others and not keep_others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise BeitJaxError(
+            f"{name}: holds {printable(others[0].name)}{more}, which is no part of a {kind}: --overwrite would delete "
+            "it; move it away or choose another name"
+        )
 
-    Raises:
-        BeitJaxError: naming the directory.
-    """
-    if not destination.is_dir() or not any(destination.iterdir()):
-        return
-    if not any((destination / name).exists() for name in contents.files):
-        raise BeitJaxError(f"{printable(destination)}: holds no {contents.name}; --overwrite replaces nothing else")
-    if source is not None and source.resolve().is_relative_to(destination.resolve()):
-        raise BeitJaxError(f"{printable(destination)}: holds the source itself; choose another name")
+
+def _read_from(source: Path) -> Iterator[Path]:
+    """The source and, if it is a directory, its entries: they may be links to anywhere."""
+    yield source
+    if os.path.isdir(source):
+        yield from Path(source).iterdir()
+
+
+def _is_in(path: Path, directory: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
 
 
 @contextmanager
-def new_file(destination: Path) -> Iterator[Path]:
+def new_file(destination: Path, *, inputs: Iterable[Path] = ()) -> Iterator[Path]:
     """Yields the path of a file to write. It replaces `destination` when the block ends without an exception.
 
+    Args:
+        inputs: files that the work reads, none of which its result replaces.
+
     Raises:
-        BeitJaxError: the destination is a directory, its parent is missing or read-only, or the disk becomes full.
+        BeitJaxError: as `check_file`; or the disk becomes full.
     """
-    if destination.is_dir():
-        raise BeitJaxError(f"{destination}: expected a file name, found a directory")
-    _check_parent(destination)
+    check_file(destination, inputs=inputs)
     partial = _sibling(destination, f"partial-{os.getpid()}")
-    with _full_disk_explained(destination):
+    with _explained(destination):
         try:
             yield partial
             os.replace(partial, destination)
@@ -121,44 +172,128 @@ def new_file(destination: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def _check_parent(destination: Path) -> None:
+def check_file(destination: Path, *, inputs: Iterable[Path] = ()) -> None:
+    """Refuses a file that `new_file` would refuse, before any work is done.
+
+    Raises:
+        BeitJaxError: the destination is no regular file, a broken link, or one of the inputs; its name is too long; its
+            parent is missing or read-only.
+    """
+    name = printable(destination)
+    if os.path.isdir(destination):
+        raise BeitJaxError(f"{name}: expected a file name, found a directory")
+    _check_place(destination)
+    if not os.path.lexists(destination):
+        return
+    if not os.path.isfile(destination):
+        raise BeitJaxError(f"{name}: expected a file name, found a broken link, a device or a pipe; choose another")
+    for path in inputs:
+        if os.path.exists(path) and os.path.samefile(path, destination):
+            raise BeitJaxError(f"{name}: is an input itself, which the result would replace; choose another name")
+
+
+def _check_place(destination: Path) -> None:
+    """Refuses a name that cannot be made: in this directory, of this length."""
+    name, parent = printable(destination), destination.parent
     if destination.name in ("", ".."):
-        raise BeitJaxError(f"{destination}: expected the name of something to create, found an existing directory")
-    parent = destination.parent
-    if not parent.is_dir():
-        raise BeitJaxError(f"{destination}: the directory {parent} does not exist; create it first")
+        raise BeitJaxError(f"{name}: expected the name of something to create, found an existing directory")
+    place = printable(parent)
+    try:
+        mode = os.stat(parent).st_mode
+        longest = os.pathconf(parent, "PC_NAME_MAX")
+    except FileNotFoundError:
+        raise BeitJaxError(f"{name}: the directory {place} does not exist; create it first") from None
+    except NotADirectoryError:
+        raise BeitJaxError(f"{name}: {place} lies in a file, not in a directory; choose another place") from None
+    except OSError as error:
+        raise BeitJaxError(f"{name}: {place} cannot be used ({error.strerror}); choose another place") from None
+    except ValueError as error:
+        raise BeitJaxError(f"{name}: no name of a file ({printable(error)}); choose another") from None
+    if not stat.S_ISDIR(mode):
+        raise BeitJaxError(f"{name}: {place} is a file, not a directory; choose another place")
     if not os.access(parent, os.W_OK):
-        raise BeitJaxError(f"{destination}: the directory {parent} is not writable")
+        raise BeitJaxError(f"{name}: the directory {place} is not writable")
+    # A file beside the destination has a longer name than the destination.
+    spare = len(os.fsencode(_sibling(destination, f"partial-{os.getpid()}").name)) - longest
+    if spare > 0:
+        length = len(os.fsencode(destination.name))
+        raise BeitJaxError(
+            f"{printable(destination.name)}: cannot be created, the name is too long: {length} bytes, expected at most "
+            f"{length - spare}"
+        )
 
 
 def _check_space(directory: Path, need_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < need_bytes:
-        raise BeitJaxError(f"{directory}: {need_bytes:,} bytes are needed, {free:,} are free; free space and run again")
+        raise BeitJaxError(
+            f"{printable(directory)}: {need_bytes:,} bytes are needed, {free:,} are free; free space and run again"
+        )
+
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full; nothing was kept, free space and run again",
+    errno.EDQUOT: "the disk is full for you (quota); nothing was kept, free space and run again",
+    errno.EFBIG: "a file may not become that large here; nothing was kept, see ulimit -f and the file system's limit",
+}
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
 @contextmanager
-def _full_disk_explained(destination: Path) -> Iterator[None]:
+def _explained(destination: Path) -> Iterator[None]:
+    """Makes one line of what the system says about writing. Errors of reading anything else pass."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise BeitJaxError(f"{destination}: the disk is full; nothing was kept, free space and run again") from error
+        name = printable(destination)
+        if error.errno in _REASONS:
+            raise BeitJaxError(f"{name}: {_REASONS[error.errno]}") from error
+        if error.errno in _REFUSED and error.filename is not None and _is_beside(error.filename, destination):
+            raise BeitJaxError(f"{name}: cannot be written ({error.strerror}); choose another place") from error
+        raise
+
+
+def _is_beside(name: str | bytes | int, destination: Path) -> bool:
+    return not isinstance(name, int) and _is_in(Path(os.fsdecode(name)), destination.parent)
 
 
 def _sibling(destination: Path, suffix: str) -> Path:
     return destination.with_name(f".{destination.name}.{suffix}")
 
 
-def _restore(destination: Path) -> None:
+def _remains(destination: Path) -> tuple[Path, Path]:
+    """Where the new and the old output stand while one takes the place of the other."""
+    return _sibling(destination, "partial"), _sibling(destination, "old")
+
+
+def _refuse_strangers(destination: Path) -> None:
+    """Refuses to remove files of such names that no interrupted call left, because none left its lock."""
+    for path in _remains(destination):
+        if os.path.lexists(path):
+            raise BeitJaxError(
+                f"{printable(path)}: expected nothing of this name, which is for unfinished outputs; "
+                "move it away or remove it"
+            )
+
+
+def _restore(destination: Path, contents: Contents | None) -> None:
     """Moves an old output back if no new one took its place, and removes what is not the output."""
-    partial, old = _sibling(destination, "partial"), _sibling(destination, "old")
+    partial, old = _remains(destination)
     if old.exists() and not destination.exists():
         old.rename(destination)
-    for rest in (partial, old):
-        try:
-            if rest.exists():
-                shutil.rmtree(rest)
-        except OSError as error:
-            raise BeitJaxError(f"{rest}: left over and cannot be removed ({error.strerror}); remove it") from error
+    try:
+        if old.exists() and contents is not None:
+            for entry in contents.others(old):
+                _move_into(entry, destination)
+        for rest in filter(Path.exists, (partial, old)):
+            shutil.rmtree(rest)
+    except OSError as error:
+        left = printable(error.filename or partial)
+        raise BeitJaxError(f"{left}: left over and cannot be removed ({error.strerror}); remove it") from error
+
+
+def _move_into(entry: Path, directory: Path) -> None:
+    """Moves what is not ours out of an old output."""
+    if os.path.lexists(directory / entry.name):
+        raise BeitJaxError(f"{printable(entry)}: not written by beit-jax, and its name is taken; move it away")
+    entry.rename(directory / entry.name)

@@ -45,6 +45,14 @@ def read_json_array(path: Path, *, advice: str) -> list[Any]:
     return content
 
 
+def has_value(path: Path, key: str, value: object) -> bool:
+    """Returns True if a file is a JSON object with this value under this key."""
+    try:
+        return bool(read_json(path).get(key) == value)
+    except BeitJaxError:
+        return False
+
+
 class DuplicateKeyError(ValueError):
     """A JSON object has one key twice; the message is the key."""
 

@@ -5,13 +5,18 @@ from pathlib import Path
 
 import numpy as np
 
-from beit_jax.atomic import check_destination, new_directory
+from beit_jax.atomic import Contents, check_destination, new_directory
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.weights.native import MODEL, NativeCheckpoint
+from beit_jax.hub import CONFIG, PROCESSOR
+from beit_jax.weights.native import NativeCheckpoint
 
 from .formats import LAYOUTS, writers
 from .formats.format import SourceFormat
+from .formats.writing import PTH, SAFETENSORS, is_written_here
+
+EXPORT = Contents("export", (CONFIG, PROCESSOR, SAFETENSORS, PTH), is_written_here)
+"""What an export may replace: an earlier export, but no native checkpoint and nobody else's model."""
 
 
 def to_torch(
@@ -31,13 +36,22 @@ def to_torch(
     return naming.to_torch(config, params)
 
 
-def export(checkpoint: NativeCheckpoint, destination: Path, layout: str, *, overwrite: bool = False) -> list[str]:
+def export(
+    checkpoint: NativeCheckpoint,
+    destination: Path,
+    layout: str,
+    *,
+    overwrite: bool = False,
+    source: Path | None = None,
+) -> list[str]:
     """Writes a PyTorch checkpoint as a new directory, whole or not at all.
 
     Args:
         layout: one of `LAYOUTS`. hf is for transformers' ``from_pretrained``, timm for
             ``timm.create_model("local-dir:...")``, original for unilm's scripts or, with a segmentation model, mmseg.
             original needs torch to write.
+        overwrite: replace an earlier export, which stays whole until the new one is complete.
+        source: where the checkpoint was read from, which is never replaced.
 
     Returns:
         Notes for the user: facts of the checkpoint that have no place in the layout.
@@ -46,11 +60,23 @@ def export(checkpoint: NativeCheckpoint, destination: Path, layout: str, *, over
         BeitJaxError: the layout has no such model; torch is missing; the destination cannot be written.
     """
     naming = _writer(layout, checkpoint.config)
-    check_destination(destination, overwrite=overwrite, contents=MODEL)
+    check_export(destination, layout, checkpoint.config, overwrite=overwrite, source=source)
     size = sum(leaf.nbytes for leaf in checkpoint.params.values())
-    with new_directory(destination, overwrite=overwrite, contents=MODEL, need_bytes=size) as directory:
+    with new_directory(destination, overwrite=overwrite, contents=EXPORT, source=source, need_bytes=size) as directory:
         assert naming.write is not None  # `writers`
         return naming.write(naming, directory, checkpoint)
+
+
+def check_export(
+    destination: Path, layout: str, config: BeitConfig, *, overwrite: bool = False, source: Path | None = None
+) -> None:
+    """Refuses what `export` would refuse, before the checkpoint is read.
+
+    Raises:
+        BeitJaxError: the layout has no such model, or the destination cannot be written.
+    """
+    _writer(layout, config)
+    check_destination(destination, overwrite=overwrite, contents=EXPORT, source=source)
 
 
 def _writer(layout: str, config: BeitConfig) -> SourceFormat:

@@ -4,27 +4,24 @@ Nothing is guessed: every tensor of the source is used, or known to be computed 
 filled exactly once.
 """
 
-import hashlib
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from beit_jax.atomic import check_destination, new_directory
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.hub import WEIGHTS, Source, recorded_sha256
+from beit_jax.hub import WEIGHTS, Source
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.adapt import Adaptation, adaptations
 from beit_jax.models.build import param_shapes
 from beit_jax.terminal import Progress, no_progress
-from beit_jax.weights.native import MODEL, NativeCheckpoint, save_json
-from beit_jax.weights.tensors import LeafSpec, verify, write_tensors
+from beit_jax.weights.native import NATIVE, NativeCheckpoint, save_json
+from beit_jax.weights.sizes import check_sizes
+from beit_jax.weights.tensors import LeafSpec
 
 from . import formats
 from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
@@ -32,12 +29,12 @@ from .formats.format import SourceFormat
 from .formats.rules import Step, steps
 from .identify import identify
 from .options import DEFAULT, Options
+from .provenance import digests as find_digests
 from .provenance import provenance
+from .reading import BFLOAT16, LeafReader
 from .validation import FLOATS, check_tensors
 
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_CHUNK = 1 << 21  # bytes that are laid out, hashed and written while they are in the cache of a core
-_HUGE = 1 << 23  # from this many bytes on, NumPy's memory comes in huge pages where the system has them
+_PLANNED_AT_ONCE = 1 << 14  # sizes with which a plan takes no time
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,10 @@ class Plan:
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
 
+    @property
+    def reader(self) -> LeafReader:
+        return LeafReader(self.checkpoint, self.steps, self.specs, self.adaptations, self.options.allow_nonfinite)
+
     def provenance(self) -> dict[str, Any]:
         """Returns the origin of the weights, as the native checkpoint records it."""
         return provenance(self.source, self.checkpoint, self.naming.name, self.digests, self.options.asked())
@@ -95,14 +96,24 @@ def plan(source: Source, options: Options = DEFAULT) -> Plan:
 
 
 def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Plan:
-    digests = _digests(checkpoint, options)
+    digests = find_digests(checkpoint, options)
     tensors = checkpoint.tensors
-    found = identify(source, checkpoint, formats.FORMATS, variant=options.variant, image_preset=options.image_preset)
+    found = identify(source, checkpoint, formats.FORMATS, options)
     naming, prefix = found.naming, found.prefix
+    held = {name: info.shape for name, info in tensors.items()}
+    check_sizes(found.config, held, found.origin or str(source.path), str(source.path), at_least=_PLANNED_AT_ONCE)
     shapes = param_shapes(found.config)
-    planned = steps([rule for rule in naming.rules(found.config, prefix) if rule.flax in shapes], shapes)
-    dropped, notes = _left_out(naming, prefix, tensors)
-    check_tensors(planned, tensors, set(dropped), found.config, str(source.path))
+    rules = [rule for rule in naming.rules(found.config, prefix) if rule.flax in shapes]
+    nameless = shapes.keys() - {rule.flax for rule in rules}
+    if nameless:
+        raise BeitJaxError(
+            f"{found.origin or source.path}: describes a model with {printable(min(nameless))} and {len(nameless) - 1} "
+            f"more parameters that {naming.name} files have no names for; correct it, or convert the original file"
+        )
+    planned = steps(rules, shapes)
+    used = {name for step in planned.values() for names in step.layers for name in names}
+    dropped, notes = _left_out(naming, prefix, tensors, used)
+    check_tensors(planned, tensors, set(dropped), found.config, str(source.path), found.origin)
     target = _target(found.config, options)
     adapted = adaptations(found.config, target)
     specs = {
@@ -151,16 +162,16 @@ def convert(
         BeitJaxError: as `plan`; NaN or infinite weights; a destination that cannot be written, or that is no model or
             holds the source. Nothing is left behind.
     """
-    check_destination(destination, overwrite=overwrite, contents=MODEL, source=source.path)
+    rules = {"overwrite": overwrite, "contents": NATIVE, "source": source.path}
+    check_destination(destination, **rules)
     decided = plan(source, options)
     with (
         decided.checkpoint,
-        new_directory(destination, overwrite=overwrite, contents=MODEL, need_bytes=decided.nbytes) as directory,
+        new_directory(destination, **rules, need_bytes=decided.nbytes) as directory,
         progress(2 * decided.nbytes) as advance,
     ):
         save_json(directory, decided.config, decided.processor)
-        write_tensors(directory / WEIGHTS, decided.specs, _Reader(decided).layers, decided.provenance(), advance)
-        verify(directory / WEIGHTS, advance)
+        decided.reader.write(directory / WEIGHTS, decided.provenance(), advance)
     return decided
 
 
@@ -172,31 +183,8 @@ def load(source: Source, options: Options = DEFAULT) -> NativeCheckpoint:
     """
     decided = plan(source, options)
     with decided.checkpoint:
-        reader = _Reader(decided)
-        params = {path: reader.leaf(path) for path in decided.specs}
+        params = decided.reader.params()
     return NativeCheckpoint(decided.config, decided.processor, params, decided.provenance())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _digests(checkpoint: Checkpoint, options: Options) -> dict[str, str | None]:
-    """SHA-256 of the weight files. Only an expected digest can show a flipped bit in a safetensors file."""
-    asked = options.sha256 or options.expect_sha256 is not None
-    found = {file.name: _sha256(file) if asked else recorded_sha256(file) for file in checkpoint.files}
-    expected = options.expect_sha256
-    if expected is None:
-        return found
-    if len(found) > 1:
-        raise BeitJaxError(f"{checkpoint.path}: --expect-sha256 is of one file, found {len(found)} shards")
-    digest = found[checkpoint.files[0].name]
-    if not expected or digest is None or not digest.startswith(expected.lower()):
-        raise BeitJaxError(
-            f"{checkpoint.files[0]}: sha256 {printable(expected)} expected, {digest} found; download the file again"
-        )
-    return found
 
 
 def _target(config: BeitConfig, options: Options) -> BeitConfig:
@@ -206,10 +194,10 @@ def _target(config: BeitConfig, options: Options) -> BeitConfig:
         changes["position_bias"] = options.position_bias
     if options.position_resize:
         changes["position_resize"] = options.position_resize
-    if options.patch_size:
+    if options.patch_size is not None:
         changes["patch_size"] = _pair(options.patch_size)
         changes["image_size"] = tuple(n * p for n, p in zip(config.grid, changes["patch_size"], strict=True))
-    if options.image_size:
+    if options.image_size is not None:
         changes["image_size"] = _pair(options.image_size)
     return replace(config, **changes)
 
@@ -219,11 +207,11 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _left_out(
-    naming: SourceFormat, prefix: str, tensors: Mapping[str, TensorInfo]
+    naming: SourceFormat, prefix: str, tensors: Mapping[str, TensorInfo], used: Collection[str]
 ) -> tuple[tuple[str, ...], list[str]]:
     """Tensors that are not this model's, and notes for the user about those that were learned."""
     derived = [name for name in tensors if naming.derived.search(name)]
-    foreign = [name for name in tensors if naming.foreign.search(name)]
+    foreign = [name for name in tensors if naming.foreign.search(name) and name not in used]
     host = [name for name in tensors if prefix in naming.hosts and not name.startswith(prefix)]
     notes = []
     if foreign:
@@ -236,7 +224,7 @@ def _left_out(
 def _leaf_dtype(steps: Sequence[Step], tensors: Mapping[str, TensorInfo]) -> np.dtype[Any]:
     """bfloat16 stays bfloat16. Any other dtype becomes float32, which holds every float16 exactly."""
     stored = {tensors[name].dtype for step in steps for names in step.layers for name in names}
-    return _BFLOAT16 if stored == {_BFLOAT16} else np.dtype(np.float32)
+    return BFLOAT16 if stored == {BFLOAT16} else np.dtype(np.float32)
 
 
 def _dtype_notes(planned: Mapping[str, Step], tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -245,109 +233,6 @@ def _dtype_notes(planned: Mapping[str, Step], tensors: Mapping[str, TensorInfo])
     said = {
         np.float16: "float16 widened to float32",
         np.float64: "float64 rounded to float32",
-        _BFLOAT16: "kept bfloat16",
+        BFLOAT16: "kept bfloat16",
     }
     return [f"{count[np.dtype(dtype)]} tensors {what}" for dtype, what in said.items() if count[np.dtype(dtype)]]
-
-
-class _Reader:
-    """Reads planned leaves layer by layer. Threads use their buffers again, because fresh memory costs page faults."""
-
-    def __init__(self, decided: Plan):
-        self.plan, self.allow_nonfinite = decided, decided.options.allow_nonfinite
-        self.buffers = threading.local()
-
-    def leaf(self, path: str) -> np.ndarray:
-        """Returns a whole leaf of the result."""
-        if path in self.plan.adaptations:
-            sources, adapt = self.plan.adaptations[path]
-            return adapt({name: self.stored(name, self.plan.specs[path].dtype) for name in sources})
-        return self.stored(path, self.plan.specs[path].dtype)
-
-    def stored(self, path: str, dtype: np.dtype[Any]) -> np.ndarray:
-        """Returns a whole leaf as it lies in the file."""
-        step = self.plan.steps[path]
-        out = np.empty(step.shape, dtype)
-        for names, layer in zip(step.layers, out if step.rule.stacked else [out], strict=True):
-            self.fill(step, names, self.parts(names, dtype), 0, layer)
-        return out
-
-    def layers(self, path: str) -> Iterator[Iterable[np.ndarray]]:
-        """Yields the layers of a leaf of the result, each as pieces of some rows."""
-        spec = self.plan.specs[path]
-        if path in self.plan.adaptations or spec.nbytes <= _CHUNK:
-            yield [self.leaf(path)]
-            return
-        step = self.plan.steps[path]
-        for names in step.layers:
-            yield self.chunks(step, names, spec.dtype)
-
-    def chunks(self, step: Step, names: Sequence[str], dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-        """Yields a layer of a leaf in pieces of some rows, always in the same buffer."""
-        count, *rest = step.layer_shape
-        row_bytes = LeafSpec(tuple(rest), dtype).nbytes
-        size = max(1, _CHUNK // row_bytes)
-        buffer = self.buffer("chunk", min(size, count) * row_bytes)
-        parts = self.parts(names, dtype)
-        for start in range(0, count, size):
-            rows = min(size, count - start)
-            chunk = buffer[: rows * row_bytes].view(dtype).reshape(rows, *rest)
-            self.fill(step, names, parts, start, chunk)
-            yield chunk
-
-    def fill(self, step: Step, names: Sequence[str], parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
-        """Fills `rows` with a layer from row `start` on, and checks them while they are in the cache of a core."""
-        step.rule.op.load(parts, start, rows)
-        if self.allow_nonfinite or _all_finite(rows):
-            return
-        for name, part in zip(names, parts, strict=True):
-            _check_finite(part, name, self.plan.checkpoint.tensors[name])
-
-    def parts(self, names: Sequence[str], dtype: np.dtype[Any]) -> list[np.ndarray]:
-        """Reads the torch tensors of one layer of a leaf, one behind the other in the same buffer."""
-        ends = list(accumulate(self.plan.checkpoint.tensors[name].nbytes for name in names))
-        buffer = self.buffer("parts", ends[-1])
-        return [
-            self.tensor(name, buffer[start:end], dtype)
-            for name, start, end in zip(names, [0, *ends], ends, strict=False)
-        ]
-
-    def tensor(self, name: str, buffer: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-        info = self.plan.checkpoint.tensors[name]
-        stored = self.plan.checkpoint.read(name, buffer)
-        if stored.dtype == dtype:
-            return stored
-        if not self.allow_nonfinite:
-            _check_finite(stored, name, info)
-        with np.errstate(over="ignore"):
-            cast = stored.astype(dtype)
-        if not self.allow_nonfinite and not _all_finite(cast):
-            raise BeitJaxError(f"{info.file}: {printable(name)}: {stored.dtype} values beyond the range of {dtype}")
-        return cast
-
-    def buffer(self, name: str, size: int) -> np.ndarray:
-        """Returns a flat uint8 buffer of `size` bytes. The thread's next call with this name uses it again."""
-        have: np.ndarray | None = getattr(self.buffers, name, None)
-        if have is None or have.nbytes < size:
-            have = np.empty(max(size, _HUGE), np.uint8)
-            setattr(self.buffers, name, have)
-        return have[:size]
-
-
-def _all_finite(array: np.ndarray) -> bool:
-    # `einsum` makes one pass at the speed of the cache, and without BLAS, whose threads would disturb the two of the
-    # writer. A sum of finite values may overflow where values exceed 1e30; the slow way decides then.
-    if array.dtype == np.float32 and np.isfinite(np.einsum("i->", array.reshape(-1))):
-        return True
-    return bool(np.isfinite(array.astype(np.float32) if array.dtype == _BFLOAT16 else array).all())
-
-
-def _check_finite(array: np.ndarray, name: str, info: TensorInfo) -> None:
-    if _all_finite(array):
-        return
-    bad = ~np.isfinite(array.astype(np.float64)).reshape(-1)
-    first = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), array.shape))
-    raise BeitJaxError(
-        f"{info.file}: {printable(name)}: {int(bad.sum())} of {array.size} values are NaN or infinite, "
-        f"the first at {list(first)}; repair the file, or pass --allow-nonfinite"
-    )

@@ -1,12 +1,16 @@
 """The origin of converted weights, as a native checkpoint records it."""
 
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from beit_jax.hub import Source
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.hub import Source, recorded_sha256
 from beit_jax.version import __version__
 
 from .files.checkpoint import Checkpoint
+from .options import Options
 
 
 def provenance(
@@ -32,3 +36,31 @@ def provenance(
         "options": dict(options),
         "converter": f"beit-jax {__version__}",
     }
+
+
+def digests(checkpoint: Checkpoint, options: Options) -> dict[str, str | None]:
+    """Returns the SHA-256 of every weight file by its name, None where it is neither asked for nor known.
+
+    Only an expected digest can show a flipped bit in a safetensors file.
+
+    Raises:
+        BeitJaxError: the digest of the file is not the expected one.
+    """
+    asked = options.sha256 or options.expect_sha256 is not None
+    found = {file.name: _sha256(file) if asked else recorded_sha256(file) for file in checkpoint.files}
+    expected = options.expect_sha256
+    if expected is None:
+        return found
+    if len(found) > 1:
+        raise BeitJaxError(f"{checkpoint.path}: --expect-sha256 is of one file, found {len(found)} shards")
+    digest = found[checkpoint.files[0].name]
+    if not expected or digest is None or not digest.startswith(expected.lower()):
+        raise BeitJaxError(
+            f"{checkpoint.files[0]}: sha256 {printable(expected)} expected, {digest} found; download the file again"
+        )
+    return found
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -16,20 +16,26 @@ import numpy as np
 
 from beit_jax.atomic import check_destination, new_directory
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.hub import Source, recorded_sha256
+from beit_jax.hub import WEIGHTS, Source
+from beit_jax.terminal import Progress, no_progress
 from beit_jax.tokenizers.build import TokenizerConfig, tokenizer_shapes
-from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, save_tokenizer
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, save_config
 from beit_jax.tokenizers.dvae import DvaeDecoderConfig, DvaeEncoderConfig
 from beit_jax.tokenizers.vqkd import VqkdConfig
-from beit_jax.weights.native import MODEL
+from beit_jax.weights.native import NATIVE
+from beit_jax.weights.tensors import LeafSpec
 
 from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .formats.rules import CONV, LINEAR, Rule, Step, export, steps
-from .formats.unilm import BACKBONE, HEAD_DIM
+from .formats.unilm import BACKBONE
+from .options import DEFAULT, Options
+from .provenance import digests as find_digests
 from .provenance import provenance
+from .reading import LeafReader
 from .validation import FLOATS
 
 _GRID = 14  # tokens along each side of BEiT's 224 pixels
+_HEAD_DIM = 64  # channels of an attention head in every published tokenizer
 _SHOWN = 10  # tensors named in a message
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -66,7 +72,7 @@ def _dvae_rules(config: DvaeEncoderConfig | DvaeDecoderConfig) -> list[Rule]:
     ]
 
 
-def _dvae_config(shapes: Shapes) -> DvaeEncoderConfig | DvaeDecoderConfig:
+def _dvae_config(shapes: Shapes, num_heads: int | None = None) -> DvaeEncoderConfig | DvaeDecoderConfig:
     first_out, first_in, size, _ = _shape(shapes, "blocks.input.w", 4)
     last_out, last_in, _, _ = _shape(shapes, "blocks.output.conv.w", 4)
     groups = _count(shapes, "blocks.group_{}.block_1.res_path.conv_1.w", 1)
@@ -89,7 +95,7 @@ def _flava_rules(config: DvaeEncoderConfig) -> list[Rule]:
     return [replace(rule, torch=tuple(map(_to_flava, rule.torch))) for rule in _dvae_rules(config)]
 
 
-def _flava_config(shapes: Shapes) -> DvaeEncoderConfig:
+def _flava_config(shapes: Shapes, num_heads: int | None = None) -> DvaeEncoderConfig:
     config = _dvae_config({_from_flava(name): shape for name, shape in shapes.items()})
     if isinstance(config, DvaeDecoderConfig):
         raise BeitJaxError("expected the encoder: its first convolution has 7 x 7 pixels")
@@ -133,30 +139,32 @@ def _vqkd_rules(config: VqkdConfig) -> list[Rule]:
     return list(_VQKD_RULES)
 
 
-def _vqkd_config(shapes: Shapes) -> VqkdConfig:
+def _vqkd_config(shapes: Shapes, num_heads: int | None = None) -> VqkdConfig:
     _, _, *patch = _shape(shapes, "encoder.patch_embed.proj.weight", 4)
     side = math.isqrt(max(_shape(shapes, "encoder.pos_embed", 3)[1] - 1, 0))  # another count does not fit later on
     vocab_size, codebook_dim = _shape(shapes, "quantize.embedding.weight", 2)
-    decoder = {f"decoder_{name}": value for name, value in _transformer(shapes, "decoder").items()}
+    decoder = {f"decoder_{name}": value for name, value in _transformer(shapes, "decoder", num_heads).items()}
     return VqkdConfig(
         image_size=(side * patch[0], side * patch[1]),
         patch_size=(patch[0], patch[1]),
         vocab_size=vocab_size,
         codebook_dim=codebook_dim,
         target_size=_shape(shapes, "decode_task_layer.2.weight", 2)[0],
-        **_transformer(shapes, "encoder"),
+        **_transformer(shapes, "encoder", num_heads),
         **decoder,
     )
 
 
-def _transformer(shapes: Shapes, part: str) -> dict[str, int]:
+def _transformer(shapes: Shapes, part: str, num_heads: int | None) -> dict[str, int]:
     intermediate_size, hidden_size = _shape(shapes, f"{part}.blocks.0.mlp.fc1.weight", 2)
-    if hidden_size % HEAD_DIM:
-        raise BeitJaxError(f"{part}: expected a hidden size in multiples of {HEAD_DIM}, found {hidden_size}")
+    if num_heads is None and hidden_size % _HEAD_DIM:
+        raise BeitJaxError(
+            f"{part}: nothing shows the number of attention heads for {hidden_size} channels; pass --num-heads"
+        )
     return {
         "hidden_size": hidden_size,
         "num_hidden_layers": _count(shapes, f"{part}.blocks.{{}}.norm1.weight", 0),
-        "num_attention_heads": hidden_size // HEAD_DIM,
+        "num_attention_heads": num_heads or hidden_size // _HEAD_DIM,
         "intermediate_size": intermediate_size,
     }
 
@@ -172,7 +180,8 @@ class TokenizerNaming:
         name: for people, and for the record in a converted tokenizer.
         kinds: the classes of configurations that this naming has.
         marker: a tensor that every file of this naming has, and no file of another.
-        config: returns the model that the shapes of its tensors tell.
+        config: returns the model that the shapes of its tensors tell, with the number of attention heads that the user
+            states, or None.
         rules: returns the rules for a configuration.
         derived: matches the names of tensors that are no part of the tokenizer. They are left out.
     """
@@ -180,7 +189,7 @@ class TokenizerNaming:
     name: str
     kinds: tuple[type[TokenizerConfig], ...]
     marker: str
-    config: Callable[[Shapes], TokenizerConfig]
+    config: Callable[[Shapes, int | None], TokenizerConfig]
     rules: Callable[[Any], list[Rule]]
     derived: re.Pattern[str] = re.compile(r"(?!)")
 
@@ -200,63 +209,147 @@ VQKD = TokenizerNaming(
 NAMINGS = (DALL_E, FLAVA, VQKD)
 
 
-def is_tokenizer(source: Source, *, prefer: str | None = None) -> bool:
+@dataclass(frozen=True)
+class TokenizerPlan:
+    """The plan of an import, made before any tensor is read.
+
+    Attributes:
+        steps: for every leaf of the tokenizer, the tensors that fill it.
+        notes: lines for the user.
+        digests: SHA-256 of every weight file, if it was asked for or is known.
+    """
+
+    source: Source
+    config: TokenizerConfig
+    checkpoint: Checkpoint
+    naming: TokenizerNaming
+    steps: Mapping[str, Step]
+    notes: tuple[str, ...]
+    options: Options
+    digests: Mapping[str, str | None]
+
+    @property
+    def reader(self) -> LeafReader:
+        """Reads the leaves, in float32."""
+        specs = {path: LeafSpec(step.shape, np.dtype(np.float32)) for path, step in self.steps.items()}
+        return LeafReader(self.checkpoint, self.steps, specs, allow_nonfinite=self.options.allow_nonfinite)
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(step.shape) for step in self.steps.values())
+
+    def provenance(self) -> dict[str, Any]:
+        """Returns the origin of the weights, as the native tokenizer records it."""
+        return provenance(self.source, self.checkpoint, self.naming.name, self.digests, self.options.asked())
+
+
+def is_tokenizer(source: Source, options: Options = DEFAULT) -> bool:
     """Returns True if the tensors of a checkpoint are named as a tokenizer's.
 
     Raises:
         BeitJaxError: the file cannot be read.
     """
-    with open_checkpoint(source.path, prefer=prefer) as checkpoint:
+    with open_checkpoint(source.path, prefer=options.weights, format=options.format) as checkpoint:
         return any(naming.marker in checkpoint.tensors for naming in NAMINGS)
 
 
-def load(source: Source, *, prefer: str | None = None, allow_nonfinite: bool = False) -> TokenizerCheckpoint:
-    """Converts a tokenizer, or DALL-E's decoder, in memory, in float32.
+def plan(source: Source, options: Options = DEFAULT) -> TokenizerPlan:
+    """Reads names and shapes of a tokenizer, or of DALL-E's decoder, and checks that they belong together.
 
     Args:
         source: a state dict in any file that `open_checkpoint` reads, or one of OpenAI's pickled modules, which is read
             without running it.
-        prefer: the set of weights to take from a training checkpoint with several (``model_ema``).
-        allow_nonfinite: accept NaN and infinite weights.
 
     Raises:
         BeitJaxError: the file cannot be read; its names are no tokenizer's; tensors are missing, unexpected, of another
-            shape, not floating point, NaN or infinite.
+            shape or not floating point; an option that a tokenizer has no use for.
     """
-    with open_checkpoint(source.path, prefer=prefer) as checkpoint:
-        naming = _recognise(checkpoint)
-        config = _config(naming, checkpoint)
-        planned = steps(naming.rules(config), tokenizer_shapes(config))
-        dropped = {name for name in checkpoint.tensors if naming.derived.match(name)}
-        _check_tensors(checkpoint, planned, dropped)
-        params = {path: _leaf(checkpoint, step, allow_nonfinite) for path, step in planned.items()}
-        digests = {file.name: recorded_sha256(file) for file in checkpoint.files}
-        return TokenizerCheckpoint(config, params, provenance(source, checkpoint, naming.name, digests))
+    checkpoint = open_checkpoint(source.path, prefer=options.weights, format=options.format)
+    try:
+        return _plan(source, checkpoint, options)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> TokenizerPlan:
+    naming = _recognise(checkpoint)
+    _check_options(naming, options)
+    digests = find_digests(checkpoint, options)
+    config = _config(naming, checkpoint, options.num_heads)
+    planned = steps(naming.rules(config), tokenizer_shapes(config))
+    dropped = {name for name in checkpoint.tensors if naming.derived.match(name)}
+    _check_tensors(checkpoint, planned, dropped)
+    notes = (*checkpoint.notes, *_assumed(config, options))
+    return TokenizerPlan(source, config, checkpoint, naming, planned, notes, options, digests)
+
+
+def _assumed(config: TokenizerConfig, options: Options) -> list[str]:
+    """Says what no tensor shows."""
+    if not isinstance(config, VqkdConfig) or options.num_heads is not None:
+        return []
+    return [
+        f"{config.num_attention_heads} attention heads of {_HEAD_DIM} channels, as in the published tokenizers: no "
+        "tensor shows it; --num-heads says otherwise"
+    ]
+
+
+def load(source: Source, options: Options = DEFAULT) -> TokenizerCheckpoint:
+    """Converts a tokenizer, or DALL-E's decoder, in memory, in float32.
+
+    Raises:
+        BeitJaxError: as `plan`; NaN or infinite weights.
+    """
+    decided = plan(source, options)
+    with decided.checkpoint:
+        return TokenizerCheckpoint(decided.config, decided.reader.params(), decided.provenance())
 
 
 def convert(
     source: Source,
     destination: Path,
+    options: Options = DEFAULT,
     *,
     overwrite: bool = False,
-    prefer: str | None = None,
-    allow_nonfinite: bool = False,
-) -> TokenizerCheckpoint:
-    """Converts a tokenizer into a native one at `destination`, which appears when it is complete and verified.
+    progress: Progress = no_progress,
+) -> TokenizerPlan:
+    """Converts a tokenizer into a native one at `destination`, as `beit_jax.convert.convert` does with a model.
 
     Args:
-        overwrite: replace an existing destination, which stays whole until the new one is complete.
+        overwrite, progress: as there.
 
     Raises:
-        BeitJaxError: as `load`; a destination that cannot be written, that holds no model, or that holds the source.
-            Nothing is left behind.
+        BeitJaxError: as `load`; a destination that cannot be written, or that is no native checkpoint or holds the
+            source. Nothing is left behind.
     """
-    check_destination(destination, overwrite=overwrite, contents=MODEL, source=source.path)
-    checkpoint = load(source, prefer=prefer, allow_nonfinite=allow_nonfinite)
-    need_bytes = sum(leaf.nbytes for leaf in checkpoint.params.values())
-    with new_directory(destination, overwrite=overwrite, contents=MODEL, need_bytes=need_bytes) as directory:
-        save_tokenizer(directory, checkpoint)
-    return checkpoint
+    check_destination(destination, overwrite=overwrite, contents=NATIVE, source=source.path)
+    decided = plan(source, options)
+    need_bytes = 4 * decided.parameters
+    with (
+        decided.checkpoint,
+        new_directory(
+            destination, overwrite=overwrite, contents=NATIVE, source=source.path, need_bytes=need_bytes
+        ) as directory,
+        progress(2 * need_bytes) as advance,
+    ):
+        save_config(directory, decided.config)
+        decided.reader.write(directory / WEIGHTS, decided.provenance(), advance)
+    return decided
+
+
+_USED = ("weights", "format", "allow_nonfinite", "expect_sha256", "sha256")
+
+
+def _check_options(naming: TokenizerNaming, options: Options) -> None:
+    """Refuses options that only a model has a use for.
+
+    Raises:
+        BeitJaxError: names the options.
+    """
+    used = (*_USED, "num_heads") if VqkdConfig in naming.kinds else _USED
+    unused = [f"--{name.replace('_', '-')}" for name in options.asked() if name not in used]
+    if unused:
+        raise BeitJaxError(f"{', '.join(unused)}: the file is a {naming.name} tokenizer, which has no use for it")
 
 
 def to_torch(
@@ -290,10 +383,10 @@ def _recognise(checkpoint: Checkpoint) -> TokenizerNaming:
     )
 
 
-def _config(naming: TokenizerNaming, checkpoint: Checkpoint) -> TokenizerConfig:
+def _config(naming: TokenizerNaming, checkpoint: Checkpoint, num_heads: int | None) -> TokenizerConfig:
     shapes = {name: info.shape for name, info in checkpoint.tensors.items() if not naming.derived.match(name)}
     try:
-        return naming.config(shapes)
+        return naming.config(shapes, num_heads)
     except BeitJaxError as error:
         raise BeitJaxError(f"{printable(checkpoint.path, 1024)}: not a {naming.name} tokenizer: {error}") from None
 
@@ -323,22 +416,3 @@ def _described(tensor: TensorInfo | tuple[int, ...] | None) -> str:
             return f"{list(shape)} of {dtype}"
         case shape:
             return f"{list(shape)}"
-
-
-def _leaf(checkpoint: Checkpoint, step: Step, allow_nonfinite: bool) -> np.ndarray:
-    """Reads a whole leaf; the leaves of blocks are stacked."""
-    out = np.empty(step.shape, np.float32)
-    for names, layer in zip(step.layers, out if step.rule.stacked else [out], strict=True):
-        step.rule.op.load([_tensor(checkpoint, name, allow_nonfinite) for name in names], 0, layer)
-    return out
-
-
-def _tensor(checkpoint: Checkpoint, name: str, allow_nonfinite: bool) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        tensor = checkpoint.read(name).astype(np.float32, copy=False)
-    if not allow_nonfinite and not np.isfinite(tensor).all():
-        raise BeitJaxError(
-            f"{printable(checkpoint.path, 1024)}: {printable(name)}: holds NaN or infinite values, or such beyond the "
-            "range of float32; repair the file, or pass --allow-nonfinite"
-        )
-    return tensor

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from beit_jax.atomic import check_destination, new_directory, new_file
+from beit_jax.atomic import Contents, check_destination, new_directory, new_file
 from beit_jax.errors import BeitJaxError
 
 TIMEOUT = 30  # seconds, of every child process
-OLD = {"out": None, "out/config": b"old", "out/sub": None, "out/sub/weights": b"old"}
-NEW = {"out": None, "out/config": b"new", "out/sub": None, "out/sub/weights": b"new"}
+OLD = {"out": None, "out/config": b"old", "out/weights": b"old"}
+NEW = {"out": None, "out/config": b"new", "out/weights": b"new"}
 
 
 def tree(root: Path) -> dict[str, bytes | str | None]:
@@ -35,12 +35,14 @@ def tree(root: Path) -> dict[str, bytes | str | None]:
 
 def fill(directory: Path, content: str) -> None:
     (directory / "config").write_text(content)
-    (directory / "sub").mkdir()
-    (directory / "sub" / "weights").write_text(content)
+    (directory / "weights").write_text(content)
+
+
+KIND = Contents("model", ("config", "weights"), lambda directory: (directory / "config").is_file())
 
 
 def make(destination: Path, content: str = "new", *, overwrite: bool = False) -> None:
-    with new_directory(destination, overwrite=overwrite) as partial:
+    with new_directory(destination, overwrite=overwrite, contents=KIND) as partial:
         fill(partial, content)
 
 
@@ -111,7 +113,10 @@ def test_a_failure_changes_nothing(
 ) -> None:
     if before:
         make(work / "out", "old")
-    with pytest.raises(failure, match="sentinel"), new_directory(work / "out", overwrite=True) as partial:
+    with (
+        pytest.raises(failure, match="sentinel"),
+        new_directory(work / "out", overwrite=True, contents=KIND) as partial,
+    ):
         fill(partial, "new")
         assert OLD.items() <= tree(work).items() or not before
         raise failure("sentinel")
@@ -132,17 +137,52 @@ def test_an_existing_directory_is_kept(work: Path) -> None:
 
 def test_overwrite_keeps_the_old_one_until_the_end(work: Path) -> None:
     make(work / "out", "old")
-    with new_directory(work / "out", overwrite=True) as partial:
+    with new_directory(work / "out", overwrite=True, contents=KIND) as partial:
         fill(partial, "new")
         assert OLD.items() <= tree(work).items()
     assert tree(work) == NEW
 
 
-def test_overwrite_leaves_nothing_of_the_old_one(work: Path) -> None:
+def test_overwrite_refuses_what_is_not_its_own(work: Path) -> None:
     make(work / "out", "old")
-    (work / "out" / "extra").write_text("old")
-    make(work / "out", overwrite=True)
-    assert tree(work) == NEW
+    (work / "out" / "notes.txt").write_text("a person's")
+    before = tree(work)
+    refusal(lambda: make(work / "out", overwrite=True), work / "out", "notes.txt", "move it away")
+    assert tree(work) == before
+
+
+def test_what_is_kept_moves_into_the_new_one(work: Path) -> None:
+    make(work / "out", "old")
+    (work / "out" / "notes").mkdir()
+    (work / "out" / "notes" / "a.txt").write_text("a person's")
+    with new_directory(work / "out", overwrite=True, contents=KIND, keep_others=True) as partial:
+        fill(partial, "new")
+    assert tree(work) == NEW | {"out/notes": None, "out/notes/a.txt": b"a person's"}
+    before = tree(work)
+    with (
+        pytest.raises(ValueError, match="sentinel"),
+        new_directory(work / "out", overwrite=True, contents=KIND, keep_others=True),
+    ):
+        raise ValueError("sentinel")
+    assert tree(work) == before
+
+
+@pytest.mark.parametrize("content", [{"thesis.tex": "years of work"}, {"weights": "somebody else's"}])
+def test_only_its_own_kind_is_replaced(work: Path, content: dict[str, str]) -> None:
+    (work / "out").mkdir()
+    for name, text in content.items():
+        (work / "out" / name).write_text(text)
+    before = tree(work)
+    refusal(lambda: make(work / "out", overwrite=True), work / "out", "holds no model", "choose another name")
+    assert tree(work) == before
+
+
+def test_strangers_with_our_names_are_kept(work: Path) -> None:
+    (work / ".out.old").mkdir()
+    (work / ".out.old" / "backup").write_text("years of work")
+    before = tree(work)
+    refusal(lambda: make(work / "out"), work / ".out.old", "move it away")
+    assert tree(work) == before
 
 
 def test_overwrite_needs_nothing_to_replace(work: Path) -> None:
@@ -207,7 +247,8 @@ def test_a_missing_parent(work: Path) -> None:
 
 def test_a_parent_that_is_a_file(work: Path) -> None:
     (work / "file").write_text("kept")
-    refusal(lambda: make(work / "file" / "out"), work / "file", "does not exist")
+    refusal(lambda: make(work / "file" / "out"), work / "file", "is a file")
+    refusal(lambda: make(work / "file" / "sub" / "out"), work / "file", "lies in a file")
     assert tree(work) == {"file": b"kept"}
 
 
@@ -243,7 +284,7 @@ def test_the_disk_becomes_full(work: Path, code: int) -> None:
     make(work / "out", "old")
 
     def run_out() -> None:
-        with new_directory(work / "out", overwrite=True) as partial:
+        with new_directory(work / "out", overwrite=True, contents=KIND) as partial:
             fill(partial, "new")
             raise OSError(code, os.strerror(code))
 
@@ -261,8 +302,8 @@ def test_modes_are_those_of_the_umask(
     make(work / "out")
     with new_file(work / "file") as partial:
         partial.write_text("new")
-    found = {name: stat.S_IMODE((work / name).stat().st_mode) for name in ("out", "out/sub", "out/config", "file")}
-    assert found == {"out": directory, "out/sub": directory, "out/config": file, "file": file}
+    found = {name: stat.S_IMODE((work / name).stat().st_mode) for name in ("out", "out/config", "file")}
+    assert found == {"out": directory, "out/config": file, "file": file}
 
 
 # Killed
@@ -271,16 +312,16 @@ KILLED_EVERYWHERE = """
 # Makes (or replaces) a directory once for every change of the file system that this takes, killed before that change.
 import os, signal, sys
 from pathlib import Path
-from beit_jax.atomic import new_directory
+from beit_jax.atomic import Contents, new_directory
 
+KIND = Contents("model", ("config", "weights"), lambda directory: True)
 overwrite, root = sys.argv[1] == "overwrite", Path(sys.argv[2])
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "fcntl.flock"}
 
 def write(destination, content):
-    with new_directory(destination, overwrite=overwrite) as partial:
+    with new_directory(destination, overwrite=overwrite, contents=KIND) as partial:
         (partial / "config").write_text(content)
-        (partial / "sub").mkdir()
-        (partial / "sub" / "weights").write_text(content)
+        (partial / "weights").write_text(content)
 
 def child(moment):
     seen = 0
@@ -317,7 +358,7 @@ def test_killed_before_any_change(work: Path, overwrite: bool) -> None:
     statuses = [int(line) for line in result.stdout.split()]
     assert statuses[-1] == 0, result.stderr
     assert set(statuses[:-1]) == {-signal.SIGKILL}
-    assert len(statuses) > 8  # lock, directory, two files, renames, removals
+    assert len(statuses) > 7  # lock, directory, two files, renames, removals
     left_behind = 0
     for moment in range(1, len(statuses)):
         place = work / str(moment)
@@ -330,7 +371,7 @@ def test_killed_before_any_change(work: Path, overwrite: bool) -> None:
             assert tree(place) == OLD
         make(place / "out", "newest", overwrite=bool(whole) or overwrite)
         assert tree(place) == {name: content and b"newest" for name, content in NEW.items()}
-    assert left_behind > 5
+    assert left_behind > 4
 
 
 def test_remains_of_a_process_with_our_id(work: Path) -> None:
@@ -343,6 +384,7 @@ def test_remains_of_a_process_with_our_id(work: Path) -> None:
 
 
 def test_remains_that_cannot_be_removed(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (work / ".out.lock").touch()
     (work / ".out.partial").mkdir()
 
     def refuse(path: Path) -> None:
@@ -363,8 +405,7 @@ with new_directory(Path(sys.argv[1])) as partial:
     (partial / "config").write_text("new")
     print("ready", flush=True)
     sys.stdin.readline()
-    (partial / "sub").mkdir()
-    (partial / "sub" / "weights").write_text("new")
+    (partial / "weights").write_text("new")
 """
 
 
@@ -414,13 +455,14 @@ CROWD = """
 import os, sys, time
 from pathlib import Path
 from beit_jax.errors import BeitJaxError
-from beit_jax.atomic import new_directory
+from beit_jax.atomic import Contents, new_directory
 
+KIND = Contents("model", ("a", "b"), lambda directory: True)
 destination = Path(sys.argv[1])
 
 def replace(content):
     try:
-        with new_directory(destination, overwrite=True) as partial:
+        with new_directory(destination, overwrite=True, contents=KIND) as partial:
             assert not list(partial.iterdir())
             for name in ("a", "b"):
                 (partial / name).write_text(content)
@@ -507,6 +549,6 @@ def test_a_file_that_cannot_be(work: Path, monkeypatch: pytest.MonkeyPatch, name
     (work / "directory").mkdir()
     (work / "file").write_text("kept")
     monkeypatch.chdir(work)
-    with pytest.raises(BeitJaxError, match=r"found a directory|does not exist"), new_file(Path(name)):
+    with pytest.raises(BeitJaxError, match=r"found a directory|does not exist|is a file"), new_file(Path(name)):
         raise AssertionError("the block must not run")
     assert tree(work) == {"directory": None, "file": b"kept"}

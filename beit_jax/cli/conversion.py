@@ -80,19 +80,18 @@ def convert(
       beit-jax convert encoder.pkl dvae-encoder
 
     Args:
-        overwrite: Replace DEST if it exists. The old one stays until the new one is complete.
+        overwrite: Replace DEST if it is a native checkpoint. The old one stays until the new one is complete.
     """
     from beit_jax.atomic import check_destination
-    from beit_jax.cli.inspection import describe_plan, describe_tokenizer, plan_as_dict
+    from beit_jax.cli.inspection import describe_plan, describe_tokenizer_plan, plan_as_dict
     from beit_jax.convert import importer, tokenizers
+    from beit_jax.weights.native import NATIVE
 
-    check_destination(dest, overwrite=overwrite)  # before anything is downloaded
+    check_destination(dest, overwrite=overwrite, contents=NATIVE)  # before anything is downloaded
     where = hub.resolve(source)
-    if tokenizers.is_tokenizer(where, prefer=options.weights):
-        tokenizer = tokenizers.convert(
-            where, dest, overwrite=overwrite, prefer=options.weights, allow_nonfinite=options.allow_nonfinite
-        )
-        found = describe_tokenizer(tokenizer)
+    if tokenizers.is_tokenizer(where, options):
+        decided = tokenizers.convert(where, dest, options, overwrite=overwrite, progress=byte_progress)
+        found = describe_tokenizer_plan(decided)
         if json:
             print_json(found.as_dict | {"destination": str(dest)})
         else:
@@ -124,15 +123,16 @@ def export(
 
     Args:
         to: The layout.
-        overwrite: Replace DEST if it exists. The old one stays until the new one is complete.
+        overwrite: Replace DEST if it is an earlier export. The old one stays until the new one is complete.
     """
     from beit_jax.convert import exporter
     from beit_jax.hub import WEIGHTS
-    from beit_jax.weights.native import is_native, load
+    from beit_jax.weights.native import is_native, load, read_config
 
     if not is_native(native):
         raise BeitJaxError(f"{printable(native)}: not a native checkpoint (no {WEIGHTS}); convert it first")
-    notes = exporter.export(load(native), dest, to, overwrite=overwrite)
+    exporter.check_export(dest, to, read_config(native), overwrite=overwrite, source=native)
+    notes = exporter.export(load(native), dest, to, overwrite=overwrite, source=native)
     print_lines([f"{dest}: written for {to}", *(f"note: {note}" for note in notes)])
     return 0
 

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import printable
-from beit_jax.hub import CONFIG, PROCESSOR, WEIGHTS, Source
+from beit_jax.hub import PROCESSOR, WEIGHTS, Source
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.build import num_params
+from beit_jax.tokenizers.build import TokenizerConfig
 from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, is_native_tokenizer, read_tokenizer
-from beit_jax.weights.native import is_native
+from beit_jax.weights.native import is_native, read_config
 from beit_jax.weights.tensors import FORMAT, read_metadata, read_specs
 
 if TYPE_CHECKING:
     from beit_jax.convert.importer import Plan
     from beit_jax.convert.options import Options
+    from beit_jax.convert.tokenizers import TokenizerPlan
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ def inspect(source: Source, options: "Options | None" = None, *, tensors: bool =
     from beit_jax.convert.options import Options
 
     options = options or Options()
-    if tokenizers.is_tokenizer(source, prefer=options.weights):
-        return describe_tokenizer(
-            tokenizers.load(source, prefer=options.weights, allow_nonfinite=options.allow_nonfinite)
-        )
+    if tokenizers.is_tokenizer(source, options):
+        tokenizer = tokenizers.plan(source, options)
+        with tokenizer.checkpoint:
+            return describe_tokenizer_plan(tokenizer)
     decided = plan(source, options)
     with decided.checkpoint:
         listed = {name: (info.shape, str(info.dtype)) for name, info in decided.checkpoint.tensors.items()}
@@ -58,15 +60,28 @@ def inspect(source: Source, options: "Options | None" = None, *, tensors: bool =
 
 
 def describe_tokenizer(checkpoint: TokenizerCheckpoint) -> Inspection:
-    """Describes a converted tokenizer."""
-    config = asdict(checkpoint.config)
+    """Describes a native tokenizer."""
     parameters = sum(leaf.size for leaf in checkpoint.params.values())
+    return _tokenizer(checkpoint.config, checkpoint.provenance, parameters)
+
+
+def describe_tokenizer_plan(plan: "TokenizerPlan") -> Inspection:
+    """Describes a planned or finished conversion of a tokenizer."""
+    return _tokenizer(plan.config, plan.provenance(), plan.parameters, plan.notes)
+
+
+def _tokenizer(
+    config: TokenizerConfig, provenance: Mapping[str, Any], parameters: int, notes: Iterable[str] = ()
+) -> Inspection:
+    fields = asdict(config)
     lines = [
-        *_describe_provenance(checkpoint.provenance),
-        f"model        {checkpoint.config.model_type}, {parameters:,} parameters",
-        f"config       {', '.join(f'{name} {value}' for name, value in config.items())}",
+        *_describe_provenance(provenance),
+        f"model        {config.model_type}, {parameters:,} parameters",
+        f"config       {', '.join(f'{name} {value}' for name, value in fields.items())}",
+        *(f"note         {note}" for note in notes),
     ]
-    return Inspection(lines, {"provenance": checkpoint.provenance, "parameters": parameters, "config": config})
+    found = {"provenance": dict(provenance), "parameters": parameters, "config": fields}
+    return Inspection(lines, found | ({"notes": list(notes)} if notes else {}))
 
 
 def describe_plan(plan: "Plan") -> list[str]:
@@ -93,7 +108,7 @@ def plan_as_dict(plan: "Plan") -> dict[str, Any]:
 
 
 def _native(source: Source, tensors: bool) -> Inspection:
-    config = BeitConfig.from_file(source.path / CONFIG)
+    config = read_config(source.path)
     processor = ImageProcessor.from_file(source.path / PROCESSOR)
     provenance = json.loads(read_metadata(source.path / WEIGHTS)["provenance"])
     listed = read_specs(source.path / WEIGHTS)

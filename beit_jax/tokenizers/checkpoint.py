@@ -5,7 +5,6 @@ native models have them (`beit_jax.weights.native`).
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors.numpy import load_file
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG, WEIGHTS
@@ -23,7 +21,8 @@ from beit_jax.tokenizers.build import MODELS, TokenizerConfig, TokenizerModel, b
 from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoder
 from beit_jax.tokenizers.vqkd import VqkdTokenizer
 from beit_jax.tree import unflatten
-from beit_jax.weights.tensors import LeafSpec, read_metadata, verify, write_tensors
+from beit_jax.weights.sizes import check_sizes
+from beit_jax.weights.tensors import LeafSpec, read_metadata, read_specs, read_tensors, verify, write_tensors
 
 _CONFIGS: Mapping[str, type[TokenizerConfig]] = {kind.model_type: kind for kind in MODELS}  # type: ignore[attr-defined]
 
@@ -49,11 +48,15 @@ def is_native_tokenizer(directory: Path) -> bool:
 
 def save_tokenizer(directory: Path, checkpoint: TokenizerCheckpoint) -> None:
     """Writes both files into an existing directory (see `beit_jax.atomic.new_directory`) and verifies the weights."""
-    content = {"model_type": checkpoint.config.model_type} | dataclasses.asdict(checkpoint.config)
-    write_json(directory / CONFIG, content)
+    save_config(directory, checkpoint.config)
     specs = {name: LeafSpec(leaf.shape, leaf.dtype) for name, leaf in checkpoint.params.items()}
     write_tensors(directory / WEIGHTS, specs, lambda name: [[checkpoint.params[name]]], checkpoint.provenance)
     verify(directory / WEIGHTS)
+
+
+def save_config(directory: Path, config: TokenizerConfig) -> None:
+    """Writes the ``config.json`` of a native tokenizer."""
+    write_json(directory / CONFIG, {"model_type": config.model_type} | dataclasses.asdict(config))
 
 
 def read_tokenizer(directory: Path) -> TokenizerCheckpoint:
@@ -62,12 +65,9 @@ def read_tokenizer(directory: Path) -> TokenizerCheckpoint:
     Raises:
         BeitJaxError: a file is missing, damaged, or does not fit the other, naming the file and the tensor.
     """
-    path = directory / WEIGHTS
     config = _read_config(directory / CONFIG)
-    provenance = json.loads(read_metadata(path)["provenance"])
-    verify(path)
-    params = load_file(path)
-    _check_shapes(path, config, params)
+    _check_header(directory, config)
+    params, provenance = read_tensors(directory / WEIGHTS)
     return TokenizerCheckpoint(config, params, provenance)
 
 
@@ -122,11 +122,15 @@ def _read_config(path: Path) -> TokenizerConfig:
         raise BeitJaxError(f"{path}: {error}") from None
 
 
-def _check_shapes(path: Path, config: TokenizerConfig, params: Mapping[str, np.ndarray]) -> None:
+def _check_header(directory: Path, config: TokenizerConfig) -> None:
+    """Compares a configuration with the names and shapes of the tensors beside it; no tensor is read."""
+    path = directory / WEIGHTS
+    read_metadata(path)
+    shapes = {name: shape for name, (shape, _) in read_specs(path).items()}
+    check_sizes(config, shapes, str(directory / CONFIG), str(path))
     expected = tokenizer_shapes(config)
-    for name in sorted(expected.keys() | params.keys()):
-        want = expected.get(name)
-        have = params[name].shape if name in params else None
+    for name in sorted(expected.keys() | shapes.keys()):
+        want, have = expected.get(name), shapes.get(name)
         if want != have:
             raise BeitJaxError(
                 f"{path}: {printable(name)}: expected {_shape(want)} by {CONFIG}, found {_shape(have)}; convert again"

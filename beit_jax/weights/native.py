@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from beit_jax.atomic import Contents, check_contents
+from beit_jax.atomic import Contents
 from beit_jax.config import BeitConfig
 from beit_jax.hub import CONFIG, PROCESSOR, WEIGHTS
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.json_file import write_json
-from beit_jax.weights.tensors import LeafSpec, read_tensors, verify, write_tensors
+from beit_jax.weights.leaves import check_config
+from beit_jax.weights.tensors import LeafSpec, read_metadata, read_specs, read_tensors, verify, write_tensors
 
-MODEL = Contents("model", (CONFIG, "checkpoint.pth"))
-"""Directories that a converted or exported model may replace; ``checkpoint.pth`` is an exported one."""
+NATIVE = Contents("native checkpoint", (CONFIG, PROCESSOR, WEIGHTS), lambda directory: is_native(directory))
+"""What a native checkpoint of a model or of a tokenizer may replace."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +56,27 @@ def save_json(directory: Path, config: BeitConfig, processor: ImageProcessor) ->
         write_json(directory / name, content)
 
 
-def check_replaceable(destination: Path, source: Path | None = None) -> None:
-    """Refuses to replace a directory that holds something else than a model, or that holds the source.
-
-    Raises:
-        BeitJaxError: naming the directory.
-    """
-    check_contents(destination, MODEL, source)
-
-
 def load(directory: Path) -> NativeCheckpoint:
     """Reads a native checkpoint and checks every tensor against its recorded digest.
 
     Raises:
-        BeitJaxError: a file is missing or damaged; names the file and the tensor.
+        BeitJaxError: a file is missing or damaged, or ``config.json`` describes another model than the tensors; names
+            the file, the key and the tensor.
     """
-    config = BeitConfig.from_file(directory / CONFIG)
+    config = read_config(directory)
     processor = ImageProcessor.from_file(directory / PROCESSOR)
     params, provenance = read_tensors(directory / WEIGHTS)
     return NativeCheckpoint(config, processor, params, provenance)
+
+
+def read_config(directory: Path) -> BeitConfig:
+    """Reads the configuration and compares it with the header of the weights; no tensor is read.
+
+    Raises:
+        BeitJaxError: as `load`.
+    """
+    config = BeitConfig.from_file(directory / CONFIG)
+    read_metadata(directory / WEIGHTS)
+    shapes = {name: shape for name, (shape, _) in read_specs(directory / WEIGHTS).items()}
+    check_config(config, shapes, directory / CONFIG, directory / WEIGHTS)
+    return config

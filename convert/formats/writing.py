@@ -1,26 +1,77 @@
 """Files of an exported checkpoint: safetensors as torch libraries expect them, and ``.pth``."""
 
+import json
 import os
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from beit_jax.errors import BeitJaxError
+from beit_jax.hub import CONFIG, PROCESSOR
+from beit_jax.version import __version__
+
+if TYPE_CHECKING:
+    from beit_jax.weights.native import NativeCheckpoint
+
+
+SAFETENSORS, PTH = "model.safetensors", "checkpoint.pth"
+"""The files of weights; an export has one of them."""
+
+_MARK = "beit_jax"
+"""In every file of weights, so that an export is known as one. Who trains it further writes a file without it."""
+
+
+def is_written_here(directory: Path) -> bool:
+    """Returns True if the weights in a directory are those of an export, unchanged by other programs."""
+    present = [directory / name for name in (SAFETENSORS, PTH) if os.path.lexists(directory / name)]
+    return bool(present) and all(map(_is_marked, present))
+
+
+def _is_marked(path: Path) -> bool:
+    try:
+        if path.name == SAFETENSORS:
+            with safe_open(path, framework="numpy") as file:
+                return _MARK in (file.metadata() or {})
+        with zipfile.ZipFile(path) as archive:  # a pickle is not run to find a word in it
+            pickles = [entry for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
+            return any(_MARK.encode() in archive.read(entry) for entry in pickles if entry.file_size < _LONGEST_PICKLE)
+    except (OSError, SafetensorError, zipfile.BadZipFile):
+        return False
+
+
+_LONGEST_PICKLE = 1 << 26  # bytes; it has names and shapes only
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes contiguous tensors with the metadata that transformers asks for, readable as the umask says."""
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    """Writes contiguous tensors with the metadata that transformers asks for, readable as the umask says.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt", _MARK: __version__})
+    except SafetensorError as error:  # it says only in its text what the system said
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
     path.chmod(0o666 & ~_umask())  # the library writes for the owner alone
 
 
-def write_pth(path: Path, wrapper: str, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes ``{wrapper: state dict}`` by `torch.save`.
+def write_pth(path: Path, wrapper: str, tensors: Mapping[str, np.ndarray], checkpoint: "NativeCheckpoint") -> None:
+    """Writes ``{wrapper: state dict}`` by `torch.save`, and what no tensor says as the text of two JSON files.
+
+    Without that text the number of attention heads, labels, images and more would be lost.
 
     Raises:
         BeitJaxError: torch is not installed.
+        OSError: the file cannot be written.
     """
     try:
         import torch
@@ -33,7 +84,12 @@ def write_pth(path: Path, wrapper: str, tensors: Mapping[str, np.ndarray]) -> No
         else torch.from_numpy(t)
         for name, t in tensors.items()
     }
-    torch.save({wrapper: as_torch}, path)
+    texts = {CONFIG: json.dumps(checkpoint.config.to_hf()), PROCESSOR: json.dumps(checkpoint.processor.to_hf())}
+    try:
+        with path.open("wb") as file:
+            torch.save({wrapper: as_torch} | texts, file)
+    except RuntimeError as error:  # torch's own, after the system's
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def _umask() -> int:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from weight_files import refusal
 
-from beit_jax.convert import tokenizers
+from beit_jax.convert import Options, tokenizers
 from beit_jax.convert.files.checkpoint import open_checkpoint
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
@@ -277,7 +277,7 @@ def test_tensors_that_do_not_fit(
 def test_nonfinite_values_on_request(classes: Classes, tmp_path: Path) -> None:
     tensors = encoder(classes).state_dict() | {"blocks.output.conv.b": torch.full((24,), torch.inf)}
     torch.save(tensors, tmp_path / "encoder.pth")
-    checkpoint = tokenizers.load(resolve(tmp_path / "encoder.pth"), allow_nonfinite=True)
+    checkpoint = tokenizers.load(resolve(tmp_path / "encoder.pth"), Options(allow_nonfinite=True))
     assert np.isinf(checkpoint.params["output/bias"]).all()
 
 

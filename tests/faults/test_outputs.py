@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from beit_jax import weights
 from beit_jax.cli.main import main
-from beit_jax.convert import importer
+from beit_jax.convert import importer, reading
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 
@@ -74,11 +74,16 @@ def work(tmp_path: Path) -> Path:
     return path
 
 
+def earlier(directory: Path) -> None:
+    """Makes what `convert --overwrite` takes for an earlier result, by the name of its weights."""
+    directory.mkdir()
+    (directory / weights.WEIGHTS).write_text("years of work")
+
+
 @pytest.fixture
 def occupied(work: Path) -> Tree:
     """``out`` exists in `work`, and is not to be touched."""
-    (work / "out").mkdir()
-    (work / "out" / "config.json").write_text("years of work")
+    earlier(work / "out")
     return tree(work)
 
 
@@ -206,7 +211,7 @@ KILLED = """
 # Converts once for every directory, and is killed at the moment the directory is named after.
 import os, signal, sys
 from pathlib import Path
-from beit_jax.convert import importer
+from beit_jax.convert import importer, reading
 from beit_jax.convert.files import checkpoint
 from beit_jax.hub import resolve
 
@@ -221,7 +226,7 @@ def while_writing():
     checkpoint.Checkpoint.read = limited
 
 def before_verifying():
-    importer.verify = die
+    reading.verify = die
 
 def around_a_rename(number, *, after):
     rename, calls = Path.rename, []
@@ -266,8 +271,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for directory in directories:
         directory.mkdir(parents=True)
         if directory.parent.name == "overwrite":
-            (directory / "out").mkdir()
-            (directory / "out" / "config.json").write_text("years of work")
+            earlier(directory / "out")
     arguments = [sys.executable, "-c", KILLED, str(DIGITS), *map(str, directories)]
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT)
     assert list(map(int, result.stdout.split())) == [-signal.SIGKILL] * len(directories), result.stderr
@@ -278,7 +282,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed(killed: Path, expected: Tree, mode: str, moment: str) -> None:
     """SIGKILL leaves no output or a whole one; the next run needs no help and leaves no temporary files."""
     work, overwrite = killed / mode / moment, mode == "overwrite"
-    old: Tree = {"out": None, "out/config.json": b"years of work"} if overwrite else {}
+    old: Tree = {"out": None, f"out/{weights.WEIGHTS}": b"years of work"} if overwrite else {}
     left = tree(work)
     assert any(name.startswith(".out") for name in left)  # it could not clean up
     whole = {name: content for name, content in left.items() if name.split("/")[0] == "out"}
@@ -342,8 +346,7 @@ def slow(wait: str, *arguments: object) -> subprocess.Popen[str]:
 )
 def test_interrupted(work: Path, number: signal.Signals, code: int, message: str, options: list[str]) -> None:
     if options:
-        (work / "out").mkdir()
-        (work / "out" / "config.json").write_text("years of work")
+        earlier(work / "out")
     before = tree(work)
     with slow("moment", "convert", DIGITS, work / "out", *options) as process:
         during = tree(work)
@@ -389,7 +392,7 @@ def test_the_destination_is_checked_before_the_source_is_read(
     (work / "file").write_text("kept")
     refuse(source, source)  # it is the source that is complained about, where the destination is right
     refuse(source, work / "no", "does not exist", "create it first", to="no/out")
-    refuse(source, work / "file", "does not exist", to="file/out")
+    refuse(source, work / "file", "is a file", to="file/out")
     refuse(source, "expected the name", to="..")
     refuse(source, work / "file", "already exists", to="file")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # faked: root may write everywhere
@@ -432,16 +435,15 @@ def test_a_disk_that_changes_what_was_written(
     overwrite: bool,
 ) -> None:
     if overwrite:
-        (work / "out").mkdir()
-        (work / "out" / "config.json").write_text("years of work")
-    verify = importer.verify
+        earlier(work / "out")
+    verify = reading.verify
 
     def after_damage(path: Path, *arguments: Any) -> None:
-        assert not (work / "out" / weights.WEIGHTS).exists()
+        assert overwrite or not (work / "out").exists()
         damage(path)
         verify(path, *arguments)
 
-    monkeypatch.setattr(importer, "verify", after_damage)
+    monkeypatch.setattr(reading, "verify", after_damage)
     refuse(DIGITS, needle, weights.WEIGHTS, options=("--overwrite",) if overwrite else ())
 
 
@@ -528,7 +530,7 @@ def test_a_configuration_of_another_model(
     variation: Callable[..., Path], refuse: Callable[..., str], config: dict[str, Any], advice: str
 ) -> None:
     source = variation(**config)
-    refuse(source, source, advice, "correct config.json")
+    refuse(source, advice, f"correct {source / weights.CONFIG}")
 
 
 def rename(old: str, new: str) -> Callable[[Tensors], None]:
@@ -570,7 +572,7 @@ def test_overwrite_replaces_models_only(tmp_path: Path) -> None:
 
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
-    with pytest.raises(BeitJaxError, match=rf"{tmp_path}/home: holds no model"):
+    with pytest.raises(BeitJaxError, match=rf"{tmp_path}/home: holds no native checkpoint"):
         convert(Source(DIGITS, "digits"), tmp_path / "home", overwrite=True)
     copy = tmp_path / "copy"
     shutil.copytree(DIGITS, copy)

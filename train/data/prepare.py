@@ -20,6 +20,7 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from beit_jax.atomic import Contents, check_destination, new_directory
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.json_file import has_value
 from beit_jax.terminal import Advance, Progress, no_progress
 
 from .ade20k import ade20k
@@ -30,7 +31,11 @@ from .shards import INFO, ShardWriter, check_shards
 from .sources import Example, Source
 
 VERSION: Final = "1.0.0"
-CONTENTS: Final = Contents("data set", (INFO,))
+CONTENTS: Final = Contents(
+    "data set",
+    (INFO, "features.json", "*.array_record-*", "*.labels.txt"),
+    lambda directory: has_value(directory / INFO, "moduleName", __name__),  # TFDS's own data sets are somebody's
+)
 _AHEAD: Final = 64  # examples that are checked while others are written
 
 

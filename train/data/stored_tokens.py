@@ -21,7 +21,7 @@ from jaxtyping import Int, Int32
 
 from beit_jax.atomic import Contents, check_destination, new_directory
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.json_file import Fields, read_json, write_json
+from beit_jax.json_file import Fields, has_value, read_json, write_json
 from beit_jax.terminal import Progress, no_progress
 from beit_jax.tree import flatten
 
@@ -30,8 +30,10 @@ from ..checkpoints.digests import synchronise, synchronise_entry
 from .workers import Batch
 
 TOKENS, DESCRIPTION = "tokens.npy", "tokens.json"
-CONTENTS: Final = Contents("stored tokens", (DESCRIPTION,))
 FORMAT: Final = "beit-jax stored tokens 1"
+CONTENTS: Final = Contents(
+    "stored tokens", (TOKENS, DESCRIPTION), lambda directory: has_value(directory / DESCRIPTION, "format", FORMAT)
+)
 _ABSENT = "absent"
 _AGAIN = "copy it again, or compute the tokens again"
 

@@ -22,7 +22,7 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.json_file import changes
 from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, save_tokenizer
 from beit_jax.tree import flatten
-from beit_jax.weights.native import NativeCheckpoint, save
+from beit_jax.weights.native import NATIVE, NativeCheckpoint, save
 
 from ..checkpoints.checkpointer import Checkpoints, SaveFailed
 from ..costs.estimate import peak_flops
@@ -333,7 +333,8 @@ class _Run:
             "step": self.step,
             "scores": self.scores,
         }
-        with new_directory(directory, overwrite=True) as partial:
+        # What a person has put there is kept, because it is too late to refuse it.
+        with new_directory(directory, overwrite=True, contents=NATIVE, keep_others=True) as partial:
             if isinstance(result.config, BeitConfig):
                 save(partial, NativeCheckpoint(result.config, plan.processor, leaves, provenance))
             else:
