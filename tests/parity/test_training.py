@@ -1,6 +1,7 @@
-"""Steps three and four of parity: gradients of the loss, leaf by leaf, and one optimizer step."""
+"""Steps three and four of parity: gradients of the loss, leaf by leaf, and steps of the optimizer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,8 +15,11 @@ from cases import thorough
 from flax import nnx
 from tolerances import GRADIENT, STEP
 
+from beit_jax.config import BeitConfig
 from beit_jax.convert import to_torch
 from beit_jax.models.build import Model
+from beit_jax.train.recipe import OptimOptions
+from beit_jax.train.step.optim import adam, optimizer
 from beit_jax.tree import flatten, unflatten
 
 Converted = Callable[[torch.nn.Module], Model]
@@ -85,9 +89,9 @@ def test_one_adamw_step(case: tuple[torch.nn.Module, Model, dict[str, np.ndarray
     rate = 1e-2
     _, gradients = loss_and_gradients(ours, batch)
     params = to_torch(ours.config, jax.tree.map(np.asarray, flatten(nnx.to_pure_dict(nnx.state(ours)))))
-    optimizer = optax.adamw(rate, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.05)
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-    stepped = optax.apply_updates(params, updates)
+    tx = optax.chain(adam(0.9, 0.98, 1e-8), optax.add_decayed_weights(0.05))
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    stepped = jax.tree.map(lambda leaf, update: leaf - rate * update, params, updates)
     torch.optim.AdamW(theirs.parameters(), rate, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.05).step()
     for name, parameter in reference.named_as_in_files(theirs).items():
         # Adam's first step is the sign of the gradient: where that drowns in rounding, it is arbitrary in both.
@@ -96,6 +100,38 @@ def test_one_adamw_step(case: tuple[torch.nn.Module, Model, dict[str, np.ndarray
         assert clear.mean() > 0.2, name
         difference = np.abs(np.asarray(stepped[name]) - parameter.detach().numpy())[clear]
         assert difference.max() <= STEP * rate, name
+
+
+ADAMS = {
+    "BEiT's": OptimOptions(beta2=0.98, weight_decay=0.05),
+    "torch's": OptimOptions(weight_decay=0.01),
+    "slow": OptimOptions(beta1=0.95, beta2=0.9999, weight_decay=0.0),
+    "of large epsilon": OptimOptions(epsilon=1e-3, weight_decay=0.05),
+    "without a first moment": OptimOptions(beta1=0.0, beta2=0.99, weight_decay=0.0),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+@pytest.mark.parametrize("name", ADAMS)
+def test_twenty_steps_of_adamw(name: str, scale: float) -> None:
+    """The same gradients for both. The way is as long as the parameters are large, so that it shows in all digits."""
+    options = replace(ADAMS[name], lr=0.1, clip=None, layer_decay=1.0)
+    rng = np.random.default_rng(0)
+    params = {"classifier": {"kernel": rng.standard_normal((40, 500)).astype(np.float32)}}
+    theirs = torch.nn.Parameter(torch.from_numpy(params["classifier"]["kernel"].copy()))
+    adamw = torch.optim.AdamW(
+        [theirs], options.lr, (options.beta1, options.beta2), options.epsilon, options.weight_decay
+    )
+    tx = optimizer(options, BeitConfig())
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(20):
+        gradient = (scale * rng.standard_normal((40, 500))).astype(np.float32)
+        theirs.grad = torch.from_numpy(gradient)
+        adamw.step()
+        updates, state = update({"classifier": {"kernel": gradient}}, state, params)
+        params = jax.tree.map(lambda leaf, change: leaf - np.float32(options.lr) * change, params, updates)
+        expected = theirs.detach().numpy()
+        assert np.abs(params["classifier"]["kernel"] - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
 def test_unflatten_inverts_flatten() -> None:

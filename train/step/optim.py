@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from beit_jax.config import BeitConfig
 from beit_jax.tree import Nested, first_match, flatten, unflatten
 
 from ..recipe import OptimOptions
+from .schedule import SPAN, correction_tables
 
 Depth = Literal["first", "blocks", "last"]
 Scalar = float | Float[Array, ""]
@@ -53,10 +54,40 @@ def optimizer(options: OptimOptions, config: BeitConfig) -> optax.GradientTransf
 
     return optax.chain(
         optax.identity() if options.clip is None else clip_by_global_norm(options.clip),
-        optax.scale_by_adam(options.beta1, options.beta2, options.epsilon, mu_dtype=jnp.float32),
+        adam(options.beta1, options.beta2, options.epsilon),
         optax.add_decayed_weights(options.weight_decay, mask),
         optax.stateless(scale),
     )
+
+
+def adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
+    """Adam (arXiv:1412.6980) with the arithmetic of torch.optim.AdamW, and the state of `optax.scale_by_adam`.
+
+    The moments are corrected by numbers that were computed in float64 (`schedule.correction_tables`), as in torch;
+    optax computes them in float32, which shows in the first steps.
+    """
+    tables = [correction_tables(beta) for beta in (beta1, beta2)]
+
+    def correction(tables: tuple[np.ndarray, np.ndarray], count: Int[Array, ""]) -> Float[Array, ""]:
+        low, high = (jnp.asarray(table) for table in tables)
+        done = high[jnp.minimum(count // SPAN, len(high) - 1)]
+        return done + (1.0 - done) * low[count % SPAN]
+
+    def init(params: Nested) -> optax.ScaleByAdamState:
+        state: optax.ScaleByAdamState = optax.scale_by_adam(mu_dtype=jnp.float32).init(params)
+        return state
+
+    def update(
+        gradients: Nested, state: optax.ScaleByAdamState, params: Nested | None = None
+    ) -> tuple[Nested, optax.ScaleByAdamState]:
+        count = optax.safe_increment(state.count)
+        mean = optax.tree.update_moment(gradients, state.mu, beta1, 1)
+        square = optax.tree.update_moment(gradients, state.nu, beta2, 2)
+        first, second = correction(tables[0], count), jnp.sqrt(correction(tables[1], count))
+        updates = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v) / second + epsilon), mean, square)
+        return updates, optax.ScaleByAdamState(count, mean, square)
+
+    return optax.GradientTransformation(init, update)
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:

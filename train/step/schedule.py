@@ -1,4 +1,5 @@
-"""Schedules, computed before a run starts: the learning rate and the decay of the average at every step."""
+"""Schedules, computed before a run starts, in float64: the learning rate, the decay of the average, the correction of
+Adam's moments at every step."""
 
 import numpy as np
 
@@ -6,17 +7,21 @@ from beit_jax.errors import BeitJaxError
 
 from ..recipe import OptimOptions
 
+MOST_STEPS = 10_000_000
+"""The most steps of a run, ten times those of the longest published one: schedules are tables with a row for each."""
+
 
 def total_steps(optim: OptimOptions, steps_per_epoch: int) -> int:
     """Optimizer steps of the run.
 
     Raises:
-        BeitJaxError: the epochs make less than one step.
+        BeitJaxError: the epochs make less than one step, or more than `MOST_STEPS`.
     """
     steps = round(optim.epochs * steps_per_epoch)
-    if steps < 1:
+    if not 1 <= steps <= MOST_STEPS:
+        expected = "at least one step" if steps < 1 else f"at most {MOST_STEPS:,} steps"
         raise BeitJaxError(
-            f"--optim.epochs: expected at least one step, found {optim.epochs} epochs of {steps_per_epoch} steps"
+            f"--optim.epochs: expected {expected}, found {optim.epochs:g} epochs of {steps_per_epoch:,} steps"
         )
     return steps
 
@@ -59,6 +64,26 @@ def decay_table(optim: OptimOptions, steps: int) -> np.ndarray | None:
         rising = min(optim.ema_steps, steps)
         decays[:rising] = optim.ema_start + np.arange(rising) * (optim.ema - optim.ema_start) / max(optim.ema_steps, 1)
     return np.stack([decays, 1.0 - decays], axis=1).astype(np.float32)
+
+
+SPAN = 2**12
+"""Steps of the finer of two tables that give Adam's correction together."""
+
+
+def correction_tables(beta: float) -> tuple[np.ndarray, np.ndarray]:
+    """``1 - beta**step``, which Adam divides a moment of decay `beta` by, for steps ``SPAN * high + low``.
+
+    Computed in float32 from `beta`, it would be off by a thousand roundings: ``beta**step`` is close to 1 at first. Two
+    tables are short for every `beta`, and need no number of steps.
+
+    Returns:
+        For every low, and for every high until nothing is missing from 1: float32. Of steps that are in neither alone
+        the correction is ``high + (1 - high) * low``.
+    """
+    low = 1.0 - beta ** np.arange(SPAN, dtype=np.float64)
+    high = 1.0 - beta ** (SPAN * np.arange(2**31 // SPAN, dtype=np.float64))  # steps are int32
+    ends = 1 + int(np.searchsorted(high.astype(np.float32), np.float32(1.0)))
+    return low.astype(np.float32), high[:ends].astype(np.float32)
 
 
 def _phases(optim: OptimOptions, steps_per_epoch: int) -> tuple[int, int]:

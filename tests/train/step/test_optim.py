@@ -14,7 +14,8 @@ from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.build import abstract_model, statistics
 from beit_jax.train.recipe import OptimOptions
-from beit_jax.train.step.optim import clip_by_global_norm, ema_update, layer_scales, optimizer, weight_decay_mask
+from beit_jax.train.step.optim import adam, clip_by_global_norm, ema_update, layer_scales, optimizer, weight_decay_mask
+from beit_jax.train.step.schedule import SPAN, correction_tables
 from beit_jax.tree import Nested, flatten, unflatten
 from beit_jax.variants import VARIANTS
 
@@ -142,6 +143,31 @@ def test_three_steps_of_adamw_written_out() -> None:
             adam = first[name] / (1 - 0.8**step) / (np.sqrt(second[name] / (1 - 0.9**step)) + 1e-2)
             expected = shares[name] * (adam + 0.2 * decays[name] * leaf)
             np.testing.assert_allclose(flatten(found)[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.98, 0.999, 0.9999, 0.999999])
+def test_adams_corrections_are_those_of_float64(beta: float) -> None:
+    """Found by a gradient of one at every step, whose moments are the corrections themselves."""
+    low, high = correction_tables(beta)
+    assert len(low) == SPAN and high[0] == 0.0 and high[-1] == 1.0 and low.dtype == high.dtype == np.float32
+    tx, update = adam(beta, 0.0, 0.0), jax.jit(adam(beta, 0.0, 0.0).update)
+    ones = {"a": np.ones((), np.float32)}
+    for done in (0, 1, 2, 19, SPAN - 2, SPAN - 1, SPAN, 10 * SPAN + 7, 10**6, 2**31 - 2):
+        step, missing = done + 1, beta ** (done + 1)
+        before = tx.init(ones)._replace(count=jnp.int32(done), mu={"a": jnp.float32(1.0)})
+        found, after = update(ones, before)
+        assert after.count == step
+        assert 1.0 / found["a"] == pytest.approx(1.0 - missing, rel=3e-7), step
+
+
+def test_the_state_of_adam_is_optaxs() -> None:
+    """Runs that were begun with optax's own go on."""
+    params = drawn(SMALL, 0)
+    ours, theirs = (tx.init(params) for tx in (adam(0.9, 0.999, 1e-8), optax.scale_by_adam(mu_dtype=jnp.float32)))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    assert [leaf.aval for leaf in jax.tree.leaves(ours)] == [leaf.aval for leaf in jax.tree.leaves(theirs)]
+    after = adam(0.9, 0.999, 1e-8).update(params, theirs)[1]
+    assert jax.tree.structure(after) == jax.tree.structure(theirs) and after.count == 1
 
 
 def test_moments_are_float32_and_shaped_as_parameters() -> None:
