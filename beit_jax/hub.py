@@ -3,11 +3,16 @@
 import errno
 import os
 import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.json_file import read_json
+from beit_jax.terminal import Bar
 
 WEIGHTS, CONFIG, PROCESSOR = "flax_model.safetensors", "config.json", "preprocessor_config.json"
 """The files of a native checkpoint; a directory in Hugging Face format has the same two JSON files."""
@@ -23,6 +28,10 @@ WEIGHT_FILES = (
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\\:\0]+")
 _NOWHERE = "no such file or directory, and not a hub name like microsoft/beit-base-patch16-224"
+PATIENCE = 40.0
+"""Seconds without an answer or a byte after which the hub counts as unreachable. huggingface_hub waits much longer."""
+
+Reporting = Callable[[int, str], Bar]  # called with the bytes that are expected, 0 if unknown, and with what is done
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,13 @@ def recorded_sha256(file: Path) -> str | None:
     return name if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", name) else None
 
 
-def resolve(name: str | Path, *, revision: str | None = None, cache_dir: Path | None = None) -> Source:
+def resolve(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Reporting | None = None,
+) -> Source:
     """Finds the local directory or file `name`, or downloads the hub model `name` as far as the cache lacks it.
 
     Offline mode, tokens, endpoint and the default cache are huggingface_hub's (HF_HUB_OFFLINE, HF_TOKEN, HF_HOME...).
@@ -59,6 +74,7 @@ def resolve(name: str | Path, *, revision: str | None = None, cache_dir: Path | 
 
     Args:
         revision: branch, tag or commit of a hub model; "main" by default.
+        progress: shows what is asked and downloaded, in the place of huggingface_hub's bars.
 
     Raises:
         BeitJaxError: the name is neither a path nor a hub name; the model, the revision or the weights do not exist or
@@ -74,11 +90,11 @@ def resolve(name: str | Path, *, revision: str | None = None, cache_dir: Path | 
         raise BeitJaxError(f"{printable(text)}: {_NOWHERE}")
     if revision == "":
         raise BeitJaxError(f"{text}: the revision is empty; give a branch, tag or commit, or leave it out")
-    return _download(text, revision, cache_dir)
+    return _download(text, revision, cache_dir, progress)
 
 
-def _download(name: str, revision: str | None, cache_dir: Path | None) -> Source:
-    model = _HubModel(name, revision, cache_dir)
+def _download(name: str, revision: str | None, cache_dir: str | Path | None, progress: Reporting | None) -> Source:
+    model = _HubModel(name, revision, cache_dir, progress)
     config = model.fetch(CONFIG)
     if config is None:
         raise BeitJaxError(f"{model}: holds no {CONFIG}; expected a model in Hugging Face format, or a native one")
@@ -105,8 +121,10 @@ class _HubModel:
         commit: None until the first file is there; all further files are taken from this commit.
     """
 
-    def __init__(self, name: str, revision: str | None, cache_dir: Path | None):
-        self.name, self.revision = name, revision
+    def __init__(
+        self, name: str, revision: str | None, cache_dir: str | Path | None, progress: Reporting | None
+    ) -> None:
+        self.name, self.revision, self._progress = name, revision, progress
         self.cache_dir = None if cache_dir is None else os.path.expanduser(cache_dir)
         self.commit: str | None = None
 
@@ -128,7 +146,9 @@ class _HubModel:
         try:
             if self.commit and self._is_known_absent(file):
                 return None
-            return Path(hf_hub_download(self.name, file, revision=revision, cache_dir=self.cache_dir))
+            with _quietly(), _Patience(self._progress, file) as patience:
+                options: dict[str, Any] = {} if self._progress is None else {"tqdm_class": patience.bar}
+                return Path(hf_hub_download(self.name, file, revision=revision, cache_dir=self.cache_dir, **options))
         except errors.RemoteEntryNotFoundError:
             return None
         except Exception as error:  # errors of huggingface_hub, its HTTP client and hf_xet have no common base class
@@ -153,6 +173,87 @@ class _HubModel:
         return try_to_load_from_cache(self.name, file, revision=self.commit, cache_dir=self.cache_dir)
 
 
+class _Patience:
+    """Ends a download in which the hub is silent for `PATIENCE` seconds, and shows what is waited for.
+
+    huggingface_hub gives a request up to 60 seconds, and repeats it five times. A request is sent with no more than the
+    time that is left, and not at all when none is.
+    """
+
+    def __init__(self, progress: Reporting | None, file: str) -> None:
+        self._progress, self._file = progress, file
+        self._shown = ExitStack()
+
+    def __enter__(self) -> Self:
+        from huggingface_hub import get_session
+
+        self._show(0, f"asking the hub for {self._file}")
+        self._alive()
+        self._hooks = get_session().event_hooks
+        self._hooks["request"].append(self._limit)
+        self._hooks["response"].append(self._alive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks["request"].remove(self._limit)
+        self._hooks["response"].remove(self._alive)
+        self._shown.close()
+
+    def bar(self, *_: object, total: int | None = None, initial: int = 0, **__: object) -> "_ByteBar":
+        """What huggingface_hub makes when a download begins, in the place of a tqdm bar."""
+        return _ByteBar(self._show(total or 0, f"downloading {self._file}"), initial, self._alive)
+
+    def _show(self, total: int, what: str) -> Callable[[int], None]:
+        self._shown.close()
+        return (lambda done: None) if self._progress is None else self._shown.enter_context(self._progress(total, what))
+
+    def _alive(self, response: object = None) -> None:
+        self._deadline = time.monotonic() + PATIENCE
+
+    def _limit(self, request: Any) -> None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError(f"no answer for {PATIENCE:.0f} seconds")
+        usual = request.extensions.get("timeout", {})
+        limited = {kind: min(left, usual.get(kind) or left) for kind in ("connect", "read", "write", "pool")}
+        request.extensions = {**request.extensions, "timeout": limited}
+
+
+class _ByteBar:
+    """As much of tqdm as huggingface_hub uses."""
+
+    def __init__(self, advance: Callable[[int], None], initial: int, alive: Callable[[], None]) -> None:
+        self._advance, self._alive = advance, alive
+        advance(initial)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, done: float = 1) -> None:
+        self._alive()
+        self._advance(int(done))
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps what huggingface_hub says about its retries from standard error, unless its environment asks for it."""
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    if "HF_HUB_VERBOSITY" not in os.environ and "HF_DEBUG" not in os.environ:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def _shards(index: Path) -> list[str]:
     """The shards that an index lists. Names that are no plain file names are left out; the reader refuses them."""
     weight_map = read_json(index).get("weight_map")
@@ -164,7 +265,7 @@ def _reason(error: Exception, file: str) -> str:
     """Says in one line why a file could not be fetched."""
     from huggingface_hub import errors
 
-    unanswered = isinstance(error, errors.LocalEntryNotFoundError)
+    unanswered = isinstance(error, errors.LocalEntryNotFoundError | TimeoutError)
     cause = error.__cause__ if unanswered and error.__cause__ else error
     match cause:
         case errors.OfflineModeIsEnabled():
@@ -196,7 +297,7 @@ def _reason(error: Exception, file: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return printable(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()), 400)
 
 
 def _answered(status: int, phrase: str) -> str:

@@ -1,14 +1,18 @@
 """Output of commands: lines, tables and progress bars for people, JSON for programs."""
 
+import io
 import json
 import os
 import re
 import select
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
+
+from beit_jax.errors import BeitJaxError
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -30,14 +34,51 @@ def say(text: str) -> None:
     os.write(2, f"{text}\n".encode())
 
 
+@contextmanager
+def standard_output(*, alone: bool) -> Iterator[None]:
+    """Encloses a command that prints. Characters that standard output cannot have are escaped.
+
+    Args:
+        alone: this process is the command's own, and standard output is the command's.
+
+    Raises:
+        BeitJaxError: standard output is closed, before anything is done; or it cannot be written.
+    """
+    if sys.stdout is None:
+        raise BeitJaxError("standard output is closed; send it to a file or to /dev/null")
+    if alone and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    yield
+    with _written():
+        sys.stdout.flush()
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that Python's last flush does not fail again
+        raise BeitJaxError(f"standard output: {error.strerror}; send it elsewhere and run again") from error
+
+
+def print_error(line: str) -> None:
+    """Prints a line on standard error, if there is one."""
+    if sys.stderr is not None:
+        print(line, file=sys.stderr)
+
+
 def print_lines(lines: Sequence[str]) -> None:
     """Prints lines on standard output."""
-    print("\n".join(lines))
+    with _written():
+        print("\n".join(lines))
 
 
 def print_json(value: Any) -> None:
     """Prints indented JSON on standard output."""
-    print(json.dumps(value, indent=2))
+    print_lines([json.dumps(value, indent=2)])
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -48,9 +89,12 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     columns = list(zip(*rows, strict=True)) or [()] * len(head)
     widths = [max(map(len, (title, *column))) for title, column in zip(head, columns, strict=True)]
     aligned = [str.rjust if column and all(map(_NUMBER.fullmatch, column)) else str.ljust for column in columns]
-    for row in (head, ["-" * width for width in widths], *rows):
-        cells = (align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    print_lines(
+        [
+            "  ".join(align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True)).rstrip()
+            for row in (head, ["-" * width for width in widths], *rows)
+        ]
+    )
 
 
 def reader_left() -> bool:
@@ -64,7 +108,7 @@ def reader_left() -> bool:
 
 
 def byte_progress(total: int, description: str = "converting and verifying") -> Bar:
-    """Progress in bytes: a bar on a terminal; elsewhere lines, if it takes long."""
+    """Progress in bytes, of which `total` is 0 if unknown: a bar on a terminal; elsewhere lines, if it takes long."""
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
     return _bar(description, total, "bytes", DownloadColumn(), TransferSpeedColumn())
@@ -102,7 +146,7 @@ def _bar(
     with Progress(
         TextColumn("{task.description}"), BarColumn(None), *columns, TimeRemainingColumn(), console=console, expand=True
     ) as bar:
-        task = bar.add_task(first or description, total=total)
+        task = bar.add_task(first or description, total=total or None)
 
         def advance(done: int) -> None:
             bar.update(task, advance=done, description=description)
@@ -140,5 +184,6 @@ class _Lines:
         pause, began = self.SILENCE, time.monotonic()
         while not self._stop.wait(pause):
             what = self._description if self._done or self._first is None else self._first
-            say(f"{what}: {self._done:,} of {self._total:,} {self._unit} after {time.monotonic() - began:.0f} s")
+            done = f"{self._done:,} of {self._total:,} {self._unit} after " if self._total else ""
+            say(f"{what}: {done}{time.monotonic() - began:.0f} s")
             pause = min(2 * pause, self.LONGEST_PAUSE)

@@ -5,7 +5,6 @@ An objective's own options stand in its file (`beit_jax.train.objectives`), the 
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_type_hints
@@ -37,16 +36,23 @@ class Range:
     holds: Callable[[Any], bool]
 
 
+MOST = 2**32 - 1
+"""The largest number that any option may be. A larger one is a slip, and would end as an overflow far from here."""
+
 RATE = Range("a number in [0, 1)", lambda value: 0.0 <= value < 1.0)
 SHARE = Range("a number in [0, 1]", lambda value: 0.0 <= value <= 1.0)
 PART = Range("a number in (0, 1]", lambda value: 0.0 < value <= 1.0)
-POSITIVE = Range("a positive number", lambda value: math.isfinite(value) and value > 0)
-NOT_NEGATIVE = Range("a number >= 0", lambda value: math.isfinite(value) and value >= 0)
+POSITIVE = Range("a positive number", lambda value: value > 0)
+NOT_NEGATIVE = Range("a number >= 0", lambda value: value >= 0)
 COUNT = Range("a positive integer", lambda value: value >= 1)
 WHOLE = Range("an integer >= 0", lambda value: value >= 0)
+SIZE = Range("a positive integer up to 65536", lambda value: 1 <= value <= 65536)
+LAYERS = Range("a positive integer up to 256", lambda value: 1 <= value <= 256)
+WORKERS = Range("an integer from 0 to 1024", lambda value: 0 <= value <= 1024)
 GROWING = Range("two growing positive numbers", lambda pair: 0 < pair[0] <= pair[1])
-TWO_POSITIVE = Range("two positive numbers", lambda pair: min(pair) > 0)
-EDGES = Range("pixels of the long edge and of the short one", lambda pair: pair[0] >= pair[1] >= 1)
+TWO_POSITIVE = Range("two positive numbers", lambda pair: pair[0] > 0 and pair[1] > 0)
+EDGES = Range("pixels of the long edge and of the short one", lambda pair: 65536 >= pair[0] >= pair[1] >= 1)
+AXES = Range("positive numbers, one of which may be -1", lambda axes: all(axis == -1 or axis >= 1 for axis in axes))
 
 
 # --- Groups of options that every run has
@@ -58,7 +64,7 @@ class ModelOptions:
 
     variant: str = "beit_base_patch16_224"
     """A row of `beit-jax list`, or "digits" for the small model of the digits recipes."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, SIZE] = None
     """Pixels of a side; by default the variant's."""
     drop_path: Annotated[float, RATE] = 0.1
     """Stochastic depth of the last block; grows linearly from 0 at the first."""
@@ -66,7 +72,7 @@ class ModelOptions:
     """Dropout rate of tokens and of the outputs of attention and MLP."""
     attention_dropout: Annotated[float, RATE] = 0.0
     """Dropout rate of attention probabilities."""
-    layer_scale: float | None = None
+    layer_scale: Annotated[float | None, NOT_NEGATIVE] = None
     """Initial layer scale of a model drawn at random; by default the variant's. A checkpoint brings its own."""
     pooling: Literal["mean", "cls"] = "mean"
     """The features that the classifier reads: the mean patch token, or the class token."""
@@ -83,11 +89,11 @@ class DataOptions:
 
     batch_size: Annotated[int, COUNT] = 1024
     """Images of one optimizer step, over all hosts and devices, accumulation included."""
-    eval_batch_size: int | None = None
+    eval_batch_size: Annotated[int | None, COUNT] = None
     """Images of one evaluation step; by default the batch size divided by the accumulation."""
     statistics: Statistics = "half"
     """Mean and standard deviation of pixels."""
-    workers: int | None = None
+    workers: Annotated[int | None, WORKERS] = None
     """Processes that decode and augment; 0: threads of this one. By default half of this host's cores, at most 16."""
     max_bad: Annotated[float, SHARE] = 0.001
     """Share of records that may be unreadable: each is named and replaced; beyond that the run stops."""
@@ -135,8 +141,8 @@ class OptimOptions:
 class RunOptions:
     """How a run is carried out; nothing here changes what it computes, except `seed` and `mesh` (rounding)."""
 
-    seed: int = 0
-    mesh: tuple[int, int, int] = (-1, 1, 1)
+    seed: Annotated[int, WHOLE] = 0
+    mesh: Annotated[tuple[int, int, int], AXES] = (-1, 1, 1)
     """Devices along (data, fsdp, tensor); -1: all that are left."""
     log_every: Annotated[int, COUNT] = 50
     """Steps between log lines."""
@@ -148,7 +154,7 @@ class RunOptions:
     """Epochs between evaluations."""
     hang_minutes: Annotated[float, POSITIVE] = 30.0
     """Minutes without a step after which the run prints its stacks and stops."""
-    profile_steps: int = 0
+    profile_steps: Annotated[int, WHOLE] = 0
     """Steps, after the first ten, that a profiler trace covers."""
 
 
@@ -319,8 +325,12 @@ class Recipe:
         Raises:
             BeitJaxError: a value out of its range, naming the option as the command line spells it.
         """
-        for name, value, limits in _limited(self):
-            require(value is None or limits.holds(value), name, limits.expected, value)
+        for name, value, limits in _options(self):
+            if value is not None and limits is not None:
+                require(limits.holds(value), name, limits.expected, value)
+            for number in value if isinstance(value, tuple) else (value,):
+                usual = not isinstance(number, int | float) or abs(number) <= MOST  # which NaN is not
+                require(usual, name, f"a number up to {MOST}", value)
         data, optim = self.data, self.optim
         require(optim.warmup_epochs <= optim.epochs, "optim.warmup_epochs", "at most the epochs", optim.warmup_epochs)
         if data.batch_size % optim.accumulate:
@@ -385,10 +395,9 @@ def require(condition: bool, name: str, expected: str, found: object) -> None:
         raise BeitJaxError(f"--{spelled(name)}: expected {expected}, found {found}")
 
 
-def _limited(recipe: Recipe) -> Iterator[tuple[str, Any, Range]]:
-    """The name, value and range of every option that has a range."""
+def _options(recipe: Recipe) -> Iterator[tuple[str, Any, Range | None]]:
+    """The name, the value and the range, if it has one, of every option."""
     for group, options in recipe.groups().items():
         for name, hint in get_type_hints(type(options), include_extras=True).items():
-            for limits in getattr(hint, "__metadata__", ()):
-                if isinstance(limits, Range):
-                    yield f"{group}.{name}", getattr(options, name), limits
+            limits = [entry for entry in getattr(hint, "__metadata__", ()) if isinstance(entry, Range)]
+            yield f"{group}.{name}", getattr(options, name), limits[0] if limits else None

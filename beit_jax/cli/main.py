@@ -4,19 +4,20 @@ A command's module is imported when that command is named, so that ``beit-jax --
 """
 
 import atexit
-import signal
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
-import tyro
-from tyro.conf import FlagCreatePairsOff
-
-from beit_jax.errors import BeitJaxError
+from beit_jax.cli.stopping import Stoppable
+from beit_jax.errors import BeitJaxError, printable
 from beit_jax.memory import keep_freed_memory, leave_objects
-from beit_jax.terminal import reader_left
+from beit_jax.terminal import print_error, reader_left, standard_output
+from beit_jax.version import __version__
 
 
 @dataclass(frozen=True)
@@ -120,62 +121,95 @@ RECIPE_COMMANDS: Mapping[str, Command] = {
 """Commands whose options and help depend on the recipe that the arguments name: `Command.function` takes the arguments
 and returns the command."""
 
+EVERY: Mapping[str, Command] = {**COMMANDS, **RECIPE_COMMANDS}
+PROG = "beit-jax"
+DESCRIPTION = """BEiT and Data2Vec-Vision in JAX: convert PyTorch checkpoints, prove them equal, use them.
+
+Begin with: beit-jax demo"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: the command's own; 1 too if the reader of standard output has left; 2 for a mistake of the user.
+        The exit code: the command's own; 1 too if the reader of standard output has left; 2 for a mistake of the user;
+        130 and 143 after SIGINT and SIGTERM.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `finally` blocks clean up
+    alone = arguments is None
     if arguments is None:  # this process is the command's own
         arguments = sys.argv[1:]
         keep_freed_memory()
         atexit.register(leave_objects)
-    try:
-        code = tyro.extras.subcommand_cli_from_dict(
-            commands(arguments),
-            prog="beit-jax",
-            description="BEiT and Data2Vec-Vision in JAX: convert PyTorch checkpoints, prove them equal, use them. "
-            "Begin with: beit-jax demo",
-            args=arguments,
-            config=(FlagCreatePairsOff,),
-        )
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        if not reader_left():
-            raise
-        return 1
-    except BeitJaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing was kept", file=sys.stderr)
-        return 130
+    with Stoppable(alone=alone) as stoppable:
+        try:
+            with standard_output(alone=alone):
+                code = _run(arguments)
+        except BrokenPipeError:
+            if not reader_left():
+                raise
+            return 1
+        except BeitJaxError as error:
+            print_error(f"error: {error}")
+            return error.exit_code
+        except KeyboardInterrupt as stopped:
+            print_error("interrupted; nothing was kept")
+            return getattr(stopped, "exit_code", 130)
+        return stoppable.exit_code or code
 
 
-def commands(arguments: Sequence[str]) -> dict[str, Callable[..., int]]:
-    """Name to function of all commands. Only the named command is imported; the others are there for ``--help``."""
-    first = arguments[0] if arguments else ""
-    every = first.startswith("--tyro-")  # tyro's completion scripts hold the options of all commands
-    found: dict[str, Callable[..., int]] = {}
-    for name, command in {**COMMANDS, **RECIPE_COMMANDS}.items():
-        if not every and name != first:
-            found[name] = _placeholder(command.summary)
-        else:
-            found[name] = command.load() if name in COMMANDS else command.load()(arguments)
-    return found
+def _run(arguments: Sequence[str]) -> int:
+    """Carries out the command that the arguments name.
+
+    Raises:
+        BeitJaxError: no such command; names the nearest. Or as the command.
+        SystemExit: help or a completion script was printed.
+    """
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
+    if name in ("-h", "--help"):
+        print(overview(shutil.get_terminal_size().columns))
+        sys.exit(0)
+    if name == "--version":
+        print(f"{PROG} {__version__}")
+        return 0
+    from beit_jax.cli import usage  # after the answers that need no tyro
+
+    if name.startswith("--tyro-"):  # tyro's completion scripts hold the options of all commands
+        functions = {command: _function(command, [command]) for command in EVERY}
+        usage.completion(functions, PROG, arguments)
+    if name not in EVERY:
+        found = f"{printable(name)}: no such command{usage.nearest(name, list(EVERY))}"
+        if not name or name.startswith("-"):
+            found = f"expected a command, found {printable(name) if name else 'nothing'}"
+        raise BeitJaxError(f"{found}; see {PROG} --help")
+    return usage.run(_function(name, arguments), f"{PROG} {name}", rest, of_recipe=name in RECIPE_COMMANDS)
 
 
-def _placeholder(summary: str) -> Callable[[], int]:
-    """Stands for a command that the arguments do not name."""
+def overview(width: int) -> str:
+    """The text of ``beit-jax --help``, for a terminal of that many columns."""
+    indent = max(map(len, EVERY)) + 4
+    wrap = partial(textwrap.fill, width=max(width, 2 * indent), break_long_words=False, break_on_hyphens=False)
+    rows = [
+        wrap(command.summary, initial_indent=f"  {name}".ljust(indent), subsequent_indent=" " * indent)
+        for name, command in EVERY.items()
+    ]
+    return "\n".join(
+        [
+            f"usage: {PROG} COMMAND ...",
+            "",
+            *map(wrap, DESCRIPTION.splitlines()),
+            "",
+            "Commands:",
+            *rows,
+            "",
+            wrap(f"{PROG} COMMAND --help shows the options of a command; {PROG} --version the version."),
+        ]
+    )
 
-    def placeholder() -> int:
-        raise AssertionError("the command was not loaded")
 
-    placeholder.__doc__ = summary
-    return placeholder
+def _function(name: str, arguments: Sequence[str]) -> Callable[..., int]:
+    """The function of a command, imported when it is asked for."""
+    command = EVERY[name]
+    return command.load() if name in COMMANDS else command.load()(arguments)
 
 
 if __name__ == "__main__":

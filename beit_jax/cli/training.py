@@ -5,7 +5,6 @@ objectives import JAX.
 """
 
 import inspect
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, make_dataclass, replace
@@ -13,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from beit_jax.cli.arguments import Json
 from beit_jax.cli.extras import train_extra
-from beit_jax.errors import BeitJaxError
+from beit_jax.errors import BeitJaxError, printable
 from beit_jax.terminal import image_progress, print_json, print_lines
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 with train_extra():
     from beit_jax.train.objectives import objective_of
-    from beit_jax.train.recipe import HostOptions, Recipe, Resume, spelled
+    from beit_jax.train.recipe import MOST, HostOptions, Recipe, Resume, spelled
     from beit_jax.train.recipes import RECIPES, recipe_named
 
 
@@ -93,6 +92,7 @@ def _names(kind: type[Recipe]) -> set[str]:
     return {f"{group}.{entry.name}" for group, options in kind.group_types().items() for entry in fields(options)}
 
 
+_Switch = FlagCreatePairsOff[bool]
 _RecipeName = Annotated[str, arg(metavar="RECIPE", help=f"One of: {', '.join(RECIPES)}.")]
 _Data = Annotated[Path, arg(metavar="DIR", help="Prepared data: beit-jax prepare --help.")]
 
@@ -117,16 +117,16 @@ def train_command(arguments: Sequence[str]) -> Callable[..., int]:
             arg(help="Continue where DIR stands if it holds a run; only so; or only if it holds none."),
         ] = "auto",
         dry_run: Annotated[
-            bool, arg(help="Print the recipe, parameters, memory and operations, trace a step, and stop.")
+            _Switch, arg(help="Print the recipe, parameters, memory and operations, trace a step, and stop.")
         ] = False,
         json: Json = False,
-        hosts: HostOptions = HostOptions(),
+        hosts: FlagCreatePairsOff[HostOptions] = HostOptions(),
         options: Annotated[kind, arg(name="")] = defaults,  # type: ignore[valid-type]
     ) -> int:
         resolved = _changed(given, recipe, options)
         return _train(resolved, data, out, reads, resume, hosts, dry_run=dry_run, json=json)
 
-    train.__doc__ = _HELP.format(about=_about(given))
+    train.__doc__ = inspect.cleandoc(_HELP).format(about=_about(given))
     return train
 
 
@@ -193,7 +193,9 @@ def tokenize_command(arguments: Sequence[str]) -> Callable[..., int]:
         tokenizer: Annotated[Path, arg(metavar="DIR", help="Native tokenizer: beit-jax convert.")],
         out: Annotated[Path, arg(metavar="DIR", help="Directory to create: the tokens.")],
         epochs: Annotated[float | None, arg(help="Epochs to store; by default all of the recipe's.")] = None,
-        overwrite: Annotated[bool, arg(help="Replace DIR if it exists; it stays whole until the new one is.")] = False,
+        overwrite: Annotated[
+            _Switch, arg(help="Replace DIR if it exists; it stays whole until the new one is.")
+        ] = False,
         json: Json = False,
         options: Annotated[kind, arg(name="")] = defaults,  # type: ignore[valid-type]
     ) -> int:
@@ -201,12 +203,12 @@ def tokenize_command(arguments: Sequence[str]) -> Callable[..., int]:
         if "stored_tokens" not in objective_of(resolved).reads:
             raise BeitJaxError(f"{given.name}: {resolved.objective} predicts no tokens; choose another recipe")
         if epochs is not None:
-            if not 0.0 < epochs < math.inf:
-                raise BeitJaxError(f"--epochs: expected a positive number, found {epochs:g}")
+            if not 0.0 < epochs <= MOST:
+                raise BeitJaxError(f"--epochs: expected a positive number up to {MOST}, found {epochs:g}")
             resolved = replace(resolved, optim=replace(resolved.optim, epochs=epochs, warmup_epochs=0.0))
         return _tokenize(resolved, data, tokenizer, out, overwrite=overwrite, json=json)
 
-    tokenize.__doc__ = _TOKENIZE_HELP.format(about=_about(given))
+    tokenize.__doc__ = inspect.cleandoc(_TOKENIZE_HELP).format(about=_about(given))
     return tokenize
 
 
@@ -250,13 +252,15 @@ def aot_command(arguments: Sequence[str]) -> Callable[..., int]:
             str, arg(metavar="CHIP:SHAPE", help="v5e:2x4, v6e:4x4, v5p:2x2x2; 2xv5e:4x4: two slices.")
         ] = given.topology,
         classes: Annotated[int | None, arg(help="Of the data; by default as the variant was published with.")] = None,
-        quick: Annotated[bool, arg(help="Compile once: do not look for the largest batch that fits.")] = False,
+        quick: Annotated[_Switch, arg(help="Compile once: do not look for the largest batch that fits.")] = False,
         json: Json = False,
         options: Annotated[kind, arg(name="")] = defaults,  # type: ignore[valid-type]
     ) -> int:
+        if classes is not None and not 1 <= classes <= 10**6:
+            raise BeitJaxError(f"--classes: expected 1 to 1,000,000, found {classes}")
         return _aot(_changed(given, recipe, options), topology, classes, quick=quick, json=json)
 
-    aot.__doc__ = _AOT_HELP.format(about=_about(given))
+    aot.__doc__ = inspect.cleandoc(_AOT_HELP).format(about=_about(given))
     return aot
 
 
@@ -294,11 +298,14 @@ def _named(arguments: Sequence[str], command: str) -> Recipe:
     """The recipe that the command line names; a recipe of defaults where it names none.
 
     Raises:
-        BeitJaxError: no such recipe; an option that its objective does not read.
+        BeitJaxError: no such recipe; an option that its objective does not read; options before the recipe.
     """
     name = arguments[1] if len(arguments) > 1 and arguments[0] == command else ""
-    if not name or name.startswith("-"):
+    if not name or (name.startswith("-") and {"-h", "--help"}.intersection(arguments)):
         return Recipe()
+    if name.startswith("-"):
+        example = f"beit-jax {command} digits_finetune {printable(name)} ..."
+        raise BeitJaxError(f"{printable(name)}: name the recipe before all options: {example}")
     recipe = recipe_named(name)
     _refuse_unread(recipe, arguments)
     return recipe

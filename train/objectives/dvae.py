@@ -31,7 +31,7 @@ from beit_jax.tokenizers.dvae import (
 )
 from beit_jax.tree import Nested
 
-from ..recipe import COUNT, NOT_NEGATIVE, SHARE, TWO_POSITIVE, Recipe
+from ..recipe import LAYERS, NOT_NEGATIVE, SHARE, SIZE, TWO_POSITIVE, Recipe
 from ..step.criterion import Batch, Criterion, Metrics
 from ..step.state import Initial, Parts, State
 from .codebook import counts, perplexity
@@ -43,14 +43,14 @@ from .unlabelled import UnlabelledImages, UnlabelledRecipe
 class DvaeOptions:
     """Training of a tokenizer of DALL-E's kind. Source: arXiv 2102.12092, appendix A."""
 
-    vocab_size: Annotated[int, COUNT] = 8192
-    width: Annotated[int, COUNT] = 256
+    vocab_size: Annotated[int, SIZE] = 8192
+    width: Annotated[int, SIZE] = 256
     """Channels of the encoder's first group and of the decoder's last."""
-    groups: Annotated[int, COUNT] = 4
+    groups: Annotated[int, LAYERS] = 4
     """Groups of blocks; a token covers 2 ** (groups - 1) pixels along each axis."""
-    blocks: Annotated[int, COUNT] = 2
+    blocks: Annotated[int, LAYERS] = 2
     """Residual blocks of a group."""
-    embedding: Annotated[int, COUNT] = 128
+    embedding: Annotated[int, SIZE] = 128
     """Channels of a token's embedding in the decoder."""
     temperature: Annotated[tuple[float, float], TWO_POSITIVE] = (1.0, 1 / 16)
     """Temperature of the relaxed one-hot codes, at the start and at the end of its cosine."""

@@ -24,7 +24,7 @@ from beit_jax.weights.native import NativeCheckpoint
 
 from ..initial.model_config import model_config
 from ..initial.parameters import initial_params
-from ..recipe import COUNT, NOT_NEGATIVE, RATE, Recipe
+from ..recipe import LAYERS, NOT_NEGATIVE, RATE, SIZE, Recipe
 from ..step.criterion import Batch, Criterion, Metrics
 from ..step.state import Initial, Parts, State, divided, variables
 from .codebook import averaged, counts, kmeans, perplexity
@@ -39,9 +39,9 @@ _ABSENT = ("drop_path", "dropout", "attention_dropout", "layer_scale")
 class VqkdOptions:
     """Training of BEiT v2's tokenizer. Source: unilm beit2/modeling_vqkd.py and norm_ema_quantizer.py."""
 
-    vocab_size: Annotated[int, COUNT] = 8192
-    codebook_dim: Annotated[int, COUNT] = 32
-    decoder_layers: Annotated[int, COUNT] = 3
+    vocab_size: Annotated[int, SIZE] = 8192
+    codebook_dim: Annotated[int, SIZE] = 32
+    decoder_layers: Annotated[int, LAYERS] = 3
     decay: Annotated[float, RATE] = 0.99
     """Decay of the moving averages that are the codes."""
     commitment: Annotated[float, NOT_NEGATIVE] = 1.0

@@ -303,7 +303,7 @@ def test_values_out_of_range(change: dict[str, object], message: str) -> None:
             r"--dvae.temperature-share: expected a number in \[0, 1\]",
         ),
         ("dvae", {"dvae": DvaeOptions(divergence=-1.0)}, r"--dvae.divergence: expected a number >= 0, found -1.0"),
-        ("dvae", {"dvae": DvaeOptions(groups=0)}, r"--dvae.groups: expected a positive integer, found 0"),
+        ("dvae", {"dvae": DvaeOptions(groups=0)}, r"--dvae.groups: expected a positive integer up to 256, found 0"),
         ("digits_probe", {"optim": OptimOptions(ema=0.9)}, r"--optim.ema: expected None, linear_probe"),
         (
             "digits_finetune",
