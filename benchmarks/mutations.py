@@ -5,10 +5,10 @@
 Needs torch. A change gives one byte another value. Every changed file is read as users read it:
 - "refused": one line says why (`BeitJaxError`);
 - "equal": what is read is what the file held before the change;
-- "noted": what is read differs, and the notes for the user differ;
 - "unchecked": what is read differs where the format has nothing to tell it by. `UNCHECKED` names these places.
 Everything else is a fault, and so are another exception, five seconds without an answer, and a process that dies. The
-exit code is 1 if there was a fault. A change follows from the seed and its index: `--first INDEX --changes 1` repeats it.
+exit code is 1 if there was a fault. A change follows from the seed and its index; `--first INDEX --changes 1` repeats
+one.
 """
 
 import argparse
