@@ -8,11 +8,13 @@ from beit_jax.config import BeitConfig, PresetName
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG, PROCESSOR, Source
 from beit_jax.images.processor import ImageProcessor, preset
-from beit_jax.json_file import read_json
+from beit_jax.json_file import parse_json, read_json
 from beit_jax.variants import VARIANTS
 
+from .files.adapters import MERGE, are_adapted
 from .files.checkpoint import Checkpoint
 from .formats.format import Description, Sighting, SourceFormat, default_preset
+from .options import Options
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Identity:
         prefix: what stands before the names of the backbone.
         config: the model as it lies in the file, before any resizing.
         seen: lines for people that say how each part was recognised.
+        origin: what describes the model, see `Description`.
     """
 
     naming: SourceFormat
@@ -31,44 +34,77 @@ class Identity:
     config: BeitConfig
     processor: ImageProcessor
     seen: tuple[str, ...]
+    origin: str
 
 
-def identify(
-    source: Source,
-    checkpoint: Checkpoint,
-    formats: Sequence[SourceFormat],
-    *,
-    variant: str | None = None,
-    image_preset: PresetName | None = None,
-) -> Identity:
+def identify(source: Source, checkpoint: Checkpoint, formats: Sequence[SourceFormat], options: Options) -> Identity:
     """Recognises a checkpoint.
 
     Args:
         formats: the known formats, in the order in which they are asked.
-        variant: a row of `VARIANTS` that is taken instead of ``config.json`` and of guesses.
-        image_preset: taken instead of what the source says about images.
+        options: `variant` is taken instead of ``config.json``, and `image_preset` instead of what the source says about
+            images. `num_heads` and `aggregate_from` say what the source does not, and may not contradict it.
 
     Raises:
-        BeitJaxError: names of no format, another family of models, an unknown variant, or names that leave the model
-            open.
+        BeitJaxError: names of no format, another family of models, an unknown variant, names that leave the model
+            open, or an option that contradicts the source.
     """
-    config_file = source.directory / CONFIG
+    config_file, variant = source.directory / CONFIG, options.variant
 
     def content() -> Mapping[str, Any] | None:
-        return read_json(config_file) if variant is None and config_file.exists() else None
+        if variant is not None:
+            return None
+        return read_json(config_file) if config_file.exists() else _inside(checkpoint, CONFIG)
 
     naming, prefix, found = recognise(checkpoint.tensors.keys(), formats, str(source.path), content)
     if variant is None:
+        inside = found is not None and not config_file.exists()
         description = naming.describe(
-            Sighting(naming, prefix, checkpoint.tensors, checkpoint.metadata, found, str(source.path), config_file)
+            Sighting(
+                format=naming,
+                prefix=prefix,
+                tensors=checkpoint.tensors,
+                metadata=checkpoint.metadata,
+                content=found,
+                file=str(source.path),
+                config_file=f"{source.path}: {CONFIG} in it" if inside else str(config_file),
+                num_heads=options.num_heads,
+                aggregate_from=options.aggregate_from,
+            )
         )
-    elif variant in VARIANTS:
-        config = VARIANTS[variant]
-        description = Description(config, ("the variant that was named",), image_preset=default_preset(config))
     else:
-        raise BeitJaxError(f"--variant {printable(variant)}: expected one of {', '.join(VARIANTS)}")
-    processor, seen = _processor(source, description, image_preset)
-    return Identity(naming, prefix, description.config, processor, (*description.seen, *seen))
+        config, seen = VARIANTS[variant], ("the variant that was named",)
+        description = Description(config, seen, image_preset=default_preset(config), origin=f"--variant {variant}")
+    _check_stated(options, description)
+    processor, seen = _processor(source, checkpoint, description, options.image_preset)
+    return Identity(naming, prefix, description.config, processor, (*description.seen, *seen), description.origin)
+
+
+def _check_stated(options: Options, found: Description) -> None:
+    """Refuses an option that states another model than the source, because one of the two is wrong."""
+    for option, stated, known in (
+        ("--num-heads", options.num_heads, found.config.num_attention_heads),
+        ("--aggregate-from", options.aggregate_from, found.config.aggregate_from),
+    ):
+        if stated is not None and stated != known:
+            said = found.origin or "the file"
+            raise BeitJaxError(f"{option} {stated}: {said} says {known}; leave the option out, or correct {said}")
+
+
+def _inside(checkpoint: Checkpoint, name: str) -> Mapping[str, Any] | None:
+    """Returns a JSON file that `export` has put as text into the file of the weights; None if it is not there."""
+    text = checkpoint.metadata.get(name)
+    if not isinstance(text, str):
+        return None
+    try:
+        content = parse_json(text.encode())
+    except (ValueError, RecursionError) as error:
+        raise BeitJaxError(
+            f"{checkpoint.path}: {name} in it is no JSON ({printable(error)}); export it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise BeitJaxError(f"{checkpoint.path}: {name} in it: expected an object, found a {type(content).__name__}")
+    return content
 
 
 def recognise(
@@ -86,7 +122,7 @@ def recognise(
         content: reads ``config.json``; called when the names are those of some format. Returns None if there is none.
 
     Raises:
-        BeitJaxError: the names are of no format. The message shows a few of them.
+        BeitJaxError: the names are of no format, or an adapter's. The message shows a few of them.
     """
     possible = [(each, prefix) for each in formats if (prefix := each.prefix_in(names)) is not None]
     if possible:
@@ -94,20 +130,27 @@ def recognise(
         for naming, prefix in possible:
             if naming.matches(found):
                 return naming, prefix, found
+    if are_adapted(names):
+        raise BeitJaxError(f"{file}: it holds an adapter, or weights with one that is not merged: {MERGE}")
     shown = ", ".join(printable(name, 60) for name in sorted(names)[:3])
     known = ", ".join(each.name for each in formats)
     raise BeitJaxError(f"{file}: no BEiT names (known: {known}) among those of its {len(names)} tensors: {shown}, ...")
 
 
-def _processor(source: Source, found: Description, wanted: PresetName | None) -> tuple[ImageProcessor, tuple[str, ...]]:
+def _processor(
+    source: Source, checkpoint: Checkpoint, found: Description, wanted: PresetName | None
+) -> tuple[ImageProcessor, tuple[str, ...]]:
     path = source.directory / PROCESSOR
     size = found.config.image_size
     if wanted is not None:
         return preset(wanted, size), (f"images by the preset {wanted}",)
     if found.processor is not None:
-        return found.processor, ()
+        return found.processor(), ()
     if path.exists():
         return ImageProcessor.from_file(path), ()
+    inside = _inside(checkpoint, PROCESSOR)
+    if inside is not None:
+        return ImageProcessor.from_hf(inside, f"{checkpoint.path}: {PROCESSOR} in it"), ()
     name = found.image_preset
     processor = preset(name, size)
     if name == "hf" and found.config.task == "semantic_segmentation":

@@ -1,7 +1,11 @@
-"""Compares a converted model with transformers, stage by stage, on the same input."""
+"""Compares a converted model with transformers, stage by stage, on the same input.
+
+The reference is built from the tensors of the file itself, by name and strictly: `from_pretrained` draws what it does
+not find, and may put a tensor in another's place.
+"""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,8 @@ from beit_jax.models.build import build_model
 from beit_jax.models.interface import BeitOutput
 from beit_jax.tree import unflatten
 
-from .importer import load
+from .importer import plan
+from .reference import Reference
 
 TOLERANCE = 1e-5
 """The largest absolute error of a stage may be this, times the stage's largest magnitude where that exceeds 1. float32
@@ -53,29 +58,55 @@ class Stage:
         return asdict(self) | {"tolerance": self.tolerance, "passed": self.passed}
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The stages of a comparison, and lines for the user about the reference."""
+
+    stages: list[Stage]
+    notes: tuple[str, ...]
+
+
 def check(source: Source, pixel_values: np.ndarray | None = None, *, seed: int = 0, batch: int = 2) -> list[Stage]:
+    """Returns the stages of `compare`."""
+    return compare(source, pixel_values, seed=seed, batch=batch).stages
+
+
+def compare(
+    source: Source,
+    pixel_values: np.ndarray | None = None,
+    *,
+    images: Sequence[Path] = (),
+    seed: int = 0,
+    batch: int = 2,
+) -> Comparison:
     """Runs transformers and the converted model on the same pixels in float32 and compares every stage.
 
     Args:
-        source: a directory in Hugging Face format.
+        source: a directory in Hugging Face format, or a weight file in one.
         pixel_values: [b, h, w, c] float32; by default `batch` images of normal noise of the native size.
+        images: files to prepare as the source says, instead of `pixel_values`.
         seed: for the noise and for the masked positions.
 
     Raises:
-        BeitJaxError: torch or transformers is not installed, or the source cannot be read.
+        BeitJaxError: torch or transformers is not installed; the source cannot be read, or not by transformers.
     """
-    checkpoint = load(source)
-    config = checkpoint.config
-    rng = np.random.default_rng(seed)
-    if pixel_values is None:
-        pixel_values = rng.standard_normal((batch, *config.image_size, config.num_channels)).astype(np.float32)
-    mask = _mask(config, pixel_values, rng)
-    expected = list(_reference(source, config, pixel_values, mask))
+    decided = plan(source)
+    with decided.checkpoint:
+        config = decided.config
+        rng = np.random.default_rng(seed)
+        if images:
+            pixel_values = decided.processor(list(images))
+        if pixel_values is None:
+            pixel_values = rng.standard_normal((batch, *config.image_size, config.num_channels)).astype(np.float32)
+        mask = _mask(config, pixel_values, rng)
+        reference = Reference(decided)
+        expected = list(_reference_stages(reference.model, pixel_values, mask))
+        params = decided.reader.params()
     with jax.default_matmul_precision("highest"):
-        model = build_model(config, unflatten(dict(checkpoint.params)))
+        model = build_model(config, unflatten(params))
         run = jax.jit(lambda model, pixels, mask: model(pixels, mask, output_hidden_states=True))
         found = dict(_stages(run(model, jnp.asarray(pixel_values), mask)))
-    return [_compare(name, found[name], reference) for name, reference in expected]
+    return Comparison([_compare(name, found[name], value) for name, value in expected], reference.notes)
 
 
 def read_report(path: Path) -> list[dict[str, Any]]:
@@ -137,24 +168,12 @@ def _compare(name: str, found: np.ndarray, reference: np.ndarray) -> Stage:
     return Stage(name, float(difference.max()), float(difference.mean()), float(np.abs(reference).max()))
 
 
-def _reference(
-    source: Source, config: BeitConfig, pixel_values: np.ndarray, mask: np.ndarray | None
+def _reference_stages(
+    model: Any, pixel_values: np.ndarray, mask: np.ndarray | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the stages in order, as transformers computes them."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise BeitJaxError(f"parity needs PyTorch ({error}): pip install 'beit-jax[torch]'") from None
-    if config.feature_taps == "original" and config.task in ("semantic_segmentation", "backbone"):
-        raise BeitJaxError(
-            f"{source.name}: its head reads the blocks it was trained on (feature_taps: original), for which "
-            "transformers has no setting: nothing to compare with"
-        )
-    transformers.logging.set_verbosity_error()
-    kind = getattr(transformers, config.to_hf()["architectures"][0])
-    options = {"add_pooling_layer": config.has_pooler} if config.task == "features" else {}
-    model = kind.from_pretrained(source.directory, attn_implementation="eager", dtype=torch.float32, **options).eval()
+    import torch
+
     captured: dict[str, Any] = {}
     backbone = model.base_model
     if backbone.pooler is not None:

@@ -9,6 +9,7 @@ import numpy as np
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 
+from .files.adapters import MERGE, are_adapted
 from .files.checkpoint import TensorInfo
 from .formats.rules import Step
 
@@ -25,6 +26,7 @@ def check_tensors(
     left_out: Collection[str],
     config: BeitConfig,
     what: str,
+    origin: str,
 ) -> None:
     """Compares names, shapes and dtypes; no tensor is read.
 
@@ -33,10 +35,11 @@ def check_tensors(
         found: the tensors of the file.
         left_out: names in the file that are not this model's.
         what: begins the message.
+        origin: what described the model: a file, an option, or "" for the tensors themselves.
 
     Raises:
-        BeitJaxError: tensors are missing, unexpected, of another shape or not floating point. The message names them
-            and the likely cause.
+        BeitJaxError: tensors are missing, unexpected, of another shape or not floating point. The message names them,
+            the likely cause, and what to do.
     """
     expected = {name: shape for step in planned.values() for name, shape in step.torch_shapes()}
     common = [name for name in expected if name in found]
@@ -55,8 +58,34 @@ def check_tensors(
         for kind, names, show in kinds
         if names
     ]
-    if problems:
-        raise BeitJaxError(f"{what}: {'. '.join(problems)}. {_advice(planned, expected, found, config)}")
+    if not problems:
+        return
+    advice = _other_files(unexpected, wrong_dtype)
+    if advice is None and origin:
+        correct = f"correct {origin}" if not origin.startswith("--") else f"name another one, or leave {origin} out"
+        advice = f"{_cause(planned, expected, found, config)}{correct}, or use the weights it belongs to"
+    if advice is None:
+        advice = (
+            "Save the model again with the code that made it, or put its config.json beside it if it is of another kind"
+        )
+    raise BeitJaxError(f"{what}: {'. '.join(problems)}. {advice[:1].upper()}{advice[1:]}")
+
+
+_QUANTISED = re.compile(
+    r"\.(SCB|weight_format|(nested_)?absmax|quant_\w+(\..*)?|qweight|qzeros|scales|g_idx|_weight_\w+)$"
+)
+
+
+def _other_files(unexpected: Collection[str], wrong_dtype: Collection[str]) -> str | None:
+    """What to do with weights that another library has changed: no configuration can describe them."""
+    if are_adapted(unexpected):
+        return f"it holds an adapter that is not merged into its weights: {MERGE}"
+    if wrong_dtype or any(_QUANTISED.search(name) for name in unexpected):
+        return (
+            "its weights are quantised: load it with the library that quantised it, and convert what "
+            "model.dequantize().save_pretrained(DIRECTORY) writes, or the checkpoint from before"
+        )
+    return None
 
 
 def _shapes(name: str, expected: Shapes, found: Mapping[str, TensorInfo]) -> str:
@@ -67,37 +96,37 @@ def _listed(shown: Sequence[str], count: int) -> str:
     return "; ".join(shown) + (f" and {count - len(shown)} more" if count > len(shown) else "")
 
 
-def _advice(planned: Mapping[str, Step], expected: Shapes, found: Mapping[str, TensorInfo], config: BeitConfig) -> str:
-    """The likely cause, by the first leaf whose tensor has another shape."""
+def _cause(planned: Mapping[str, Step], expected: Shapes, found: Mapping[str, TensorInfo], config: BeitConfig) -> str:
+    """The likely cause, by the first leaf whose tensor has another shape; "" if there is no such leaf."""
     layers = _layers(planned.values(), found)
     if layers != config.num_hidden_layers:
-        return f"The file has {layers} layers, num_hidden_layers says {config.num_hidden_layers}: correct config.json"
+        return f"The file has {layers} layers, num_hidden_layers says {config.num_hidden_layers}: "
     for leaf, step in planned.items():
         name = step.layers[0][0]
         if name not in found or len(found[name].shape) != len(expected[name]) or found[name].shape == expected[name]:
             continue
         have, want = found[name].shape, expected[name]
         if leaf.endswith("bias_table"):
-            return _table_advice(have, want, config)
+            return _table_cause(have, want, config)
         if leaf.endswith("classifier/kernel") and have[1:] == want[1:]:
-            return f"The file has {have[0]} classes, id2label has {want[0]}: correct config.json"
+            return f"The file has {have[0]} classes, id2label has {want[0]}: "
         if leaf.endswith("position_embeddings"):
-            positions = f"The file has {have[1] - 1} positions, image_size and patch_size say {want[1] - 1}"
-            return f"{positions}: correct config.json"
-    return "Correct config.json, or use the weights it belongs to"
+            return f"The file has {have[1] - 1} positions, image_size and patch_size say {want[1] - 1}: "
+    return ""
 
 
 def _layers(planned: Collection[Step], found: Mapping[str, TensorInfo]) -> int:
     """The number of layers by the names in the file."""
-    stacked = {name for step in planned if step.rule.stacked for name in step.rule.torch}
+    blocks = [step.rule for step in planned if step.rule.stacked and not step.rule.flax.startswith("aggregation/")]
+    stacked = {name for rule in blocks for name in rule.torch}
     patterns = [re.compile(re.escape(name).replace(r"\{i\}", r"(\d{1,6})")) for name in stacked]
     matches = [match for pattern in patterns for match in map(pattern.fullmatch, found) if match]
     return 1 + max((int(match[1]) for match in matches), default=-1)
 
 
-def _table_advice(have: tuple[int, ...], want: tuple[int, ...], config: BeitConfig) -> str:
+def _table_cause(have: tuple[int, ...], want: tuple[int, ...], config: BeitConfig) -> str:
     if have[1] != want[1]:
-        return f"The file has {have[1]} attention heads, num_attention_heads says {want[1]}: correct config.json"
+        return f"The file has {have[1]} attention heads, num_attention_heads says {want[1]}: "
     side = ((max(have[0] - 3, 0)) ** 0.5 + 1) / 2
     grid = f"a {side:.0f} x {side:.0f} grid" if side.is_integer() else f"{have[0]} offsets"
-    return f"The table is of {grid}, image_size and patch_size say {config.grid}: correct config.json"
+    return f"The table is of {grid}, image_size and patch_size say {config.grid}: "

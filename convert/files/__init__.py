@@ -2,6 +2,6 @@
 
 `checkpoint` opens a directory or a file and is what others import. A file type is one module: `safetensors_file`,
 `torch_file` with `torch_container` for the two files around a pickle, and `msgpack_file`. `weight_file` holds what they
-share, `shard_index` reads the index of a checkpoint in several files. May import: the ground of `beit_jax` and
-`..pickles`.
+share, `shard_index` reads the index of a checkpoint in several files, `adapters` knows those of peft. May import: the
+ground of `beit_jax` and `..pickles`.
 """

@@ -14,6 +14,7 @@ import numpy as np
 
 from beit_jax.errors import BeitJaxError, printable
 
+from . import adapters
 from .msgpack_file import MsgpackFile
 from .safetensors_file import SafetensorsFile
 from .shard_index import INDEX_SUFFIX, ShardIndex
@@ -104,13 +105,16 @@ def open_checkpoint(path: Path, *, prefer: str | None = None, format: Format | N
 
     Raises:
         BeitJaxError: there is nothing, or no weights; a file is damaged or unsafe; it has several sets of weights, and
-            `prefer` chooses none.
+            `prefer` chooses none; an adapter lies beside the weights.
     """
     path = Path(path)
     if not os.path.isdir(path):  # unlike Path.is_dir, no exception for a name the system refuses
+        if path.name in WEIGHT_NAMES or path.name in adapters.WEIGHTS:
+            adapters.refuse_adapter(path.parent)
         if path.name.endswith(INDEX_SUFFIX):
             return _open_shards(path, path, prefer, ())
         return Checkpoint(path, [_open_file(path, prefer)])
+    adapters.refuse_adapter(path)
     wanted = [name for name in WEIGHT_NAMES if format in (None, WEIGHT_NAMES[name])]
     present = [name for name in wanted if os.path.lexists(path / name)]  # a broken link is an error, not absence
     if not present:

@@ -15,7 +15,7 @@ import numpy as np
 
 from beit_jax.config import BeitConfig, PresetName, hf_notes
 from beit_jax.errors import BeitJaxError
-from beit_jax.json_file import Fields, read_json
+from beit_jax.json_file import Fields
 
 from .rules import Rule, Rules, export
 from .segmentation import MMSEG_NAMES, SegmentationNames
@@ -41,6 +41,8 @@ class Sighting:
         content: the parsed ``config.json``, or None where there is none.
         file: the weights, for messages.
         config_file: where ``config.json`` is or should be.
+        num_heads: the number of attention heads as the user states it.
+        aggregate_from: the block from which BEiT v2's patch aggregation reads, as the user states it.
     """
 
     format: "SourceFormat"
@@ -49,7 +51,9 @@ class Sighting:
     metadata: Mapping[str, object]
     content: Mapping[str, Any] | None
     file: str
-    config_file: Path
+    config_file: str
+    num_heads: int | None = None
+    aggregate_from: int | None = None
 
     @cached_property
     def backbone(self) -> dict[str, "TensorInfo"]:
@@ -75,14 +79,16 @@ class Description:
     Attributes:
         config: the model as it lies in the file, before any resizing.
         seen: lines for people that say how each part was recognised.
-        processor: how images are prepared, if the source says so itself; nothing else is asked then.
+        processor: returns how images are prepared, if the source says so itself; nothing else is asked then.
         image_preset: how images are prepared if there is no ``preprocessor_config.json`` either.
+        origin: what describes the model and may be wrong: a file, an option, or "" for the tensors themselves.
     """
 
     config: BeitConfig
     seen: tuple[str, ...]
-    processor: "ImageProcessor | None" = None
+    processor: Callable[[], "ImageProcessor"] | None = None
     image_preset: PresetName = "hf"
+    origin: str = ""
 
 
 def describe_by_config(sighting: Sighting) -> Description:
@@ -91,11 +97,15 @@ def describe_by_config(sighting: Sighting) -> Description:
     Raises:
         BeitJaxError: there is none, or it describes no model of this family.
     """
-    file = str(sighting.config_file)
-    content = read_json(sighting.config_file) if sighting.content is None else sighting.content
+    file, content = sighting.config_file, sighting.content
+    if content is None:
+        raise BeitJaxError(
+            f"{file}: no such file, and {sighting.format.name} names do not describe a model: copy the model's "
+            "config.json there, or pass --variant with a name of beit-jax list"
+        )
     notes = tuple(hf_notes(content, file=file))
     if sighting.hosted:  # the model around the encoder, such as DPT, describes the encoder inside its own description
-        content = Fields(content, file).typed("backbone_config", dict, {}) | {"architectures": None}
+        content = {**Fields(content, file).typed("backbone_config", dict, content), "architectures": None}
     if not content.get("architectures"):
         family = "Data2VecVision" if content.get("model_type") == "data2vec-vision" else "Beit"
         content = {**content, "architectures": [family + _head(sighting)]}
@@ -104,7 +114,7 @@ def describe_by_config(sighting: Sighting) -> Description:
     if config.task == "features" and config.pooling == "mean":
         pooler = sighting.holds(sighting.format.backbone, sighting.prefix, "pooler_norm/")
         config = replace(config, add_pooling_layer=pooler)
-    return Description(config, notes, image_preset=default_preset(config))
+    return Description(config, notes, image_preset=default_preset(config), origin=file)
 
 
 def _head(sighting: Sighting) -> str:
@@ -120,8 +130,12 @@ def _head(sighting: Sighting) -> str:
 
 
 def default_preset(config: BeitConfig) -> PresetName:
-    """Returns the image preset of the code that resizes positions as `config` does: transformers or the original."""
-    return "hf" if config.position_resize == "bilinear" else "unilm_eval"
+    """Returns the image preset of the code that resizes positions as `config` does: transformers or the original.
+
+    The original's crops are square; images of other proportions can only be resized as transformers does.
+    """
+    height, width = config.image_size
+    return "hf" if config.position_resize == "bilinear" or height != width else "unilm_eval"
 
 
 Writer = Callable[["SourceFormat", Path, "NativeCheckpoint"], list[str]]

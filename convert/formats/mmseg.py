@@ -6,89 +6,80 @@ Source: microsoft/unilm@768a3c8 beit/semantic_segmentation, configs and backbone
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.processor import ade20k_processor
+from beit_jax.json_file import Fields
 
 from .format import Description, Sighting, SourceFormat, describe_by_config
 from .segmentation import SegmentationNames
-from .unilm import BACKBONE, NOT_WRITTEN, position_indices
+from .unilm import BACKBONE, describe_by_tensors, original_notes, position_indices
 from .writing import write_pth
 
 if TYPE_CHECKING:
     from beit_jax.weights.native import NativeCheckpoint
 
-    from ..files.weight_file import TensorInfo
-
 TAPS: Mapping[int, tuple[int, ...]] = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}
 """The published models' ``out_indices`` by depth."""
+_CLASSIFIER, _AUXILIARY = "decode_head.conv_seg.weight", "auxiliary_head.conv_seg.weight"
+_AUXILIARY_CONV = r"auxiliary_head\.convs\.(\d+)\.conv\.weight"
+_OUT_INDICES = r"out_indices\s*=\s*[\[(]([\d,\s]{1,100})[\])]"
 
 
 def _describe(sighting: Sighting) -> Description:
-    if sighting.content is None:
-        config = _config(sighting.tensors, sighting.metadata, sighting.file)
-        seen = ("mmseg's UperNet by the names and shapes of the tensors, images as it was trained",)
-        return Description(config, seen, ade20k_processor(config.image_size[0]))
-    found = describe_by_config(sighting)
-    if "feature_taps" in sighting.content.get("beit_jax", {}):
-        return found
-    return replace(found, config=replace(found.config, feature_taps="original"))
+    content = sighting.content
+    if content is None:
+        found = describe_by_tensors(sighting)
+        config = _config(found.config, sighting)
+        seen = ("mmseg's UperNet by the names and shapes of the tensors, images as it was trained", *found.seen[1:])
+        return replace(found, config=config, seen=seen, processor=partial(ade20k_processor, config.image_size[0]))
+    # The model reads the blocks it was trained on, whatever transformers would read for the same indices.
+    own = Fields(content, sighting.config_file).typed("beit_jax", dict, {})
+    return describe_by_config(replace(sighting, content={**content, "beit_jax": {"feature_taps": "original"} | own}))
 
 
-def _config(tensors: Mapping[str, "TensorInfo"], metadata: Mapping[str, object], file: str) -> BeitConfig:
+def _config(encoder: BeitConfig, sighting: Sighting) -> BeitConfig:
     """The configuration that the tensors imply; class names from the checkpoint's ``meta`` where it has them.
 
     Raises:
-        BeitJaxError: tensors are missing that every published file has, or the depth is not a published one.
+        BeitJaxError: a tensor has another number of axes than mmseg's, or nothing says which blocks feed the head.
     """
-    table = _shape(tensors, "backbone.blocks.0.attn.relative_position_bias_table", 2, file)
-    patch = _shape(tensors, "backbone.patch_embed.proj.weight", 4, file)
-    classifier = _shape(tensors, "decode_head.conv_seg.weight", 4, file)
-    fc1 = _shape(tensors, "backbone.blocks.0.mlp.fc1.weight", 2, file)
-    depth = _count(tensors, r"backbone\.blocks\.(\d+)\.norm1\.weight")
-    if depth not in TAPS:
+    tensors, depth = sighting.tensors, encoder.num_hidden_layers
+    for name in (_CLASSIFIER, _AUXILIARY):
+        if name in tensors and len(tensors[name].shape) != 4:
+            found = list(tensors[name].shape)
+            raise BeitJaxError(f"{sighting.file}: {name}: expected a tensor of 4 axes, found {found}; is it mmseg's?")
+    taps = _taps(sighting.metadata) or TAPS.get(depth)
+    if taps is None:
         raise BeitJaxError(
-            f"{file}: {depth} blocks; the blocks that feed the head are known for 12 and 24 only: write a config.json"
+            f"{sighting.file}: {depth} blocks; which of them feed the head is known for 12 and 24 only: put a "
+            'config.json of transformers beside it, with "out_indices" as mmseg counts them'
         )
-    side = round(max(table[0] - 3, 0) ** 0.5)
-    if side * side + 3 != table[0] or side % 2 == 0:
-        raise BeitJaxError(f"{file}: a position bias table of {table[0]} rows, expected that of a square image")
-    auxiliary = tensors.get("auxiliary_head.conv_seg.weight")
-    return BeitConfig(
+    auxiliary = tensors.get(_AUXILIARY)
+    return replace(
+        encoder,
         task="semantic_segmentation",
-        image_size=((side + 1) // 2 * patch[2], (side + 1) // 2 * patch[3]),
-        patch_size=(patch[2], patch[3]),
-        num_channels=patch[1],
-        hidden_size=patch[0],
-        num_hidden_layers=depth,
-        num_attention_heads=table[1],
-        intermediate_size=fc1[0],
-        position_bias="both" if "backbone.rel_pos_bias.relative_position_bias_table" in tensors else "per_layer",
-        position_resize="geometric",
-        use_absolute_position_embeddings="backbone.pos_embed" in tensors,
-        layer_scale_init_value=0.1 if "backbone.blocks.0.gamma_1" in tensors else 0.0,
-        labels=_labels(metadata, classifier[0]),
-        out_indices=TAPS[depth],
+        labels=_labels(sighting.metadata, tensors[_CLASSIFIER].shape[0]),
+        add_pooling_layer=True,
+        out_indices=taps,
         feature_taps="original",
         use_auxiliary_head=auxiliary is not None,
         auxiliary_channels=256 if auxiliary is None else auxiliary.shape[1],
-        auxiliary_num_convs=max(1, _count(tensors, r"auxiliary_head\.convs\.(\d+)\.conv\.weight")),
+        auxiliary_num_convs=max(1, sum(re.fullmatch(_AUXILIARY_CONV, name) is not None for name in tensors)),
         auxiliary_concat_input="auxiliary_head.conv_cat.conv.weight" in tensors,
     )
 
 
-def _shape(tensors: Mapping[str, "TensorInfo"], name: str, axes: int, file: str) -> tuple[int, ...]:
-    if name not in tensors or len(tensors[name].shape) != axes:
-        found = "nothing" if name not in tensors else list(tensors[name].shape)
-        raise BeitJaxError(f"{file}: {name}: expected a tensor of {axes} axes, found {found}; is it mmseg's BEiT?")
-    return tensors[name].shape
-
-
-def _count(tensors: Mapping[str, "TensorInfo"], pattern: str) -> int:
-    return sum(re.fullmatch(pattern, name) is not None for name in tensors)
+def _taps(metadata: Mapping[str, object]) -> tuple[int, ...] | None:
+    """``out_indices`` of the training's configuration, which mmcv keeps as text, where they stand in it once."""
+    meta: Any = metadata.get("meta")
+    texts = [meta.get(key) for key in ("config", "cfg")] if isinstance(meta, Mapping) else []
+    found = {match for text in texts if isinstance(text, str) for match in re.findall(_OUT_INDICES, text)}
+    return tuple(map(int, re.findall(r"\d{1,4}", found.pop()))) if len(found) == 1 else None
 
 
 def _labels(metadata: Mapping[str, object], count: int) -> tuple[str, ...]:
@@ -107,8 +98,8 @@ def _write(naming: SourceFormat, directory: Path, checkpoint: "NativeCheckpoint"
     """``checkpoint.pth``, ``{"state_dict": state dict}``, for mmseg."""
     indices = {f"backbone.{name}": index for name, index in position_indices(checkpoint.config).items()}
     tensors = naming.to_torch(checkpoint.config, checkpoint.params) | indices
-    write_pth(directory / "checkpoint.pth", "state_dict", tensors)
-    return [NOT_WRITTEN]
+    write_pth(directory / "checkpoint.pth", "state_dict", tensors, checkpoint)
+    return original_notes(checkpoint.config)
 
 
 MMSEG = SourceFormat(

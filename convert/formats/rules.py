@@ -221,11 +221,17 @@ def export(rules: Sequence[Rule], params: Mapping[str, np.ndarray]) -> dict[str,
     """Returns flat Flax parameters as torch tensors by name: the inverse of the import.
 
     The tensors are contiguous, because `safetensors.numpy.save_file` writes other arrays wrongly.
+
+    Raises:
+        BeitJaxError: as `steps`, or two leaves have one name in the table, and one would be lost.
     """
     tensors: dict[str, np.ndarray] = {}
     for path, step in steps(rules, {path: leaf.shape for path, leaf in params.items()}).items():
         for i, names in enumerate(step.layers):
             leaf = params[path][i] if step.rule.stacked else params[path]
+            twice = [name for name in names if name in tensors]
+            if twice:
+                raise BeitJaxError(f"{path}: its name {twice[0]} is that of another parameter in this layout")
             tensors |= {
                 name: np.ascontiguousarray(part) for name, part in zip(names, step.rule.op.dump(leaf), strict=True)
             }

@@ -4,19 +4,23 @@ A timm file without this ``config.json`` is read as an original file.
 Source: huggingface/pytorch-image-models timm/models/beit.py and timm/models/_hub.py.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beit_jax.config import BeitConfig
-from beit_jax.errors import printable
+from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG
-from beit_jax.images.processor import HALF, ImageProcessor, preset
+from beit_jax.images.preprocessor_config import RESAMPLES
+from beit_jax.images.processor import HALF, ImageProcessor
 from beit_jax.json_file import Fields, write_json
 from beit_jax.version import __version__
 
 from .format import Description, Sighting, SourceFormat
+from .heads import stated_by_architecture
 from .unilm import UNILM, describe_by_tensors
 from .writing import write_safetensors
 
@@ -29,22 +33,62 @@ def _matches(content: Mapping[str, Any] | None) -> bool:
 
 
 def _describe(sighting: Sighting) -> Description:
-    """The model from the tensors, the images from ``pretrained_cfg``."""
-    assert sighting.content is not None  # `_matches`
-    file = str(sighting.config_file)
-    found = describe_by_tensors(replace(sighting, file=file))
-    images = Fields(Fields(sighting.content, file).typed("pretrained_cfg", dict, {}), f"{file}: pretrained_cfg")
-    images.choice("interpolation", ("bicubic",), "bicubic")
-    images.choice("crop_mode", ("center",), "center")
-    mean, std = (tuple(images.content.get(key, HALF)) for key in ("mean", "std"))
-    crop_pct = images.typed("crop_pct", float, 0.9)
-    processor = preset("timm", found.config.image_size, mean=mean, std=std, crop_pct=crop_pct)
-    labels = sighting.content.get("label_names")
+    """The model from the tensors and ``model_args``, the images from ``pretrained_cfg``."""
+    content, file = sighting.content, sighting.config_file
+    assert content is not None  # `_matches`
+    arguments = Fields(content, file).typed("model_args", dict, {})
+    images = Fields(content, file).typed("pretrained_cfg", dict, {})
+    found = describe_by_tensors(
+        sighting,
+        heads=lambda size: stated_by_architecture(content["architecture"], arguments, size, f"{file}: model_args."),
+        image_sizes=_image_sizes(arguments.get("img_size"), images.get("input_size")),
+        origin=file,
+    )
+    labels = content.get("label_names")
     config = replace(found.config, position_resize="geometric_linear")
     if isinstance(labels, list) and len(labels) == config.num_labels:
         config = replace(config, labels=tuple(map(str, labels)))
-    seen = (f"timm's {printable(sighting.content['architecture'])}, images by its pretrained_cfg", *found.seen)
-    return Description(config, seen, processor)
+    seen = (f"timm's {printable(content['architecture'])}, images by its pretrained_cfg", *found.seen)
+    prepare = partial(images_of, images, config, f"{file}: pretrained_cfg")
+    return replace(found, config=config, seen=seen, processor=prepare)
+
+
+def _image_sizes(argument: object, channels_and_size: object) -> list[tuple[int, int]]:
+    """What timm's configuration may state as (height, width), the most reliable first."""
+    written = [argument if isinstance(argument, list) else [argument] * 2]
+    if isinstance(channels_and_size, list):
+        written.append(channels_and_size[1:])
+    return [(size[0], size[1]) for size in written if len(size) == 2 and all(type(side) is int for side in size)]
+
+
+def images_of(content: Mapping[str, Any], config: BeitConfig, file: str) -> ImageProcessor:
+    """Returns how timm prepares images by a ``pretrained_cfg``; config says their size and channels.
+
+    Raises:
+        BeitJaxError: a value of the wrong type, or a way of cropping that is not computed here.
+    """
+    read, (height, width) = Fields(content, file), config.image_size
+    mode = content.get("crop_mode", "center")
+    if mode not in ("center", "squash") or (mode == "center" and height != width):
+        raise BeitJaxError(
+            f"{file}: crop_mode: expected squash, or center for square images, found {printable(mode)} for "
+            f"{height}x{width}; prepare images another way: --image-preset hf"
+        )
+    pct = read.typed("crop_pct", float, 0.9)
+    if not 0 < pct <= 1:
+        raise read.error("crop_pct", "a number above 0 and at most 1")
+    default = HALF[: config.num_channels]
+    mean, std = (tuple(content.get(key, default)) for key in ("mean", "std"))
+    scaled = int(height / pct), int(width / pct)
+    return ImageProcessor(
+        resize=scaled[0] if mode == "center" else scaled,
+        resample=read.choice("interpolation", RESAMPLES, "bicubic"),
+        crop=None if mode == "squash" and scaled == (height, width) else (height, width),
+        crop_rounding="floor" if mode == "squash" and scaled == (height, width) else "half_even",
+        mean=mean,
+        std=std,
+        num_channels=config.num_channels,
+    )
 
 
 def _refusal(config: BeitConfig) -> str | None:
@@ -54,6 +98,9 @@ def _refusal(config: BeitConfig) -> str | None:
         "a mask token": config.use_mask_token,
         f"layer norm epsilon {config.layer_norm_eps:g} (timm's is 1e-06)": config.layer_norm_eps != 1e-6,
         f"the activation {config.hidden_act}": config.hidden_act != "gelu",
+        "an encoder that neither pools nor normalises": config.task == "features"
+        and config.pooling == "mean"
+        and not config.add_pooling_layer,
     }
     found = [what for what, is_there in problems.items() if is_there]
     return f"timm's BEiT has no place for {' and '.join(found)}: export --to hf or original" if found else None
@@ -61,14 +108,21 @@ def _refusal(config: BeitConfig) -> str | None:
 
 def _write(naming: SourceFormat, directory: Path, checkpoint: "NativeCheckpoint") -> list[str]:
     """``model.safetensors`` and ``config.json``, for ``timm.create_model("local-dir:...")``."""
-    write_safetensors(directory / "model.safetensors", naming.to_torch(checkpoint.config, checkpoint.params))
-    write_json(directory / CONFIG, timm_config(checkpoint.config, checkpoint.processor))
-    return []
+    config, processor = checkpoint.config, checkpoint.processor
+    content = timm_config(config, processor)
+    write_safetensors(directory / "model.safetensors", naming.to_torch(config, checkpoint.params))
+    write_json(directory / CONFIG, content)
+    theirs = images_of(content["pretrained_cfg"], config, CONFIG)
+    if theirs == processor:
+        return []
+    return [f"timm cannot say how images are prepared here ({processor.describe()}): it will {theirs.describe()}"]
 
 
 def timm_config(config: BeitConfig, processor: ImageProcessor) -> dict[str, Any]:
     """Returns timm's ``config.json``: the model to build, its arguments, and how it prepares images."""
     size = {768: "base", 1024: "large"}.get(config.hidden_size, "base")
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    mlp_ratio = _nudged(intermediate / hidden, math.inf, lambda ratio: int(hidden * ratio) >= intermediate)
     arguments: dict[str, Any] = {
         "img_size": list(config.image_size),
         "patch_size": list(config.patch_size),
@@ -76,14 +130,13 @@ def timm_config(config: BeitConfig, processor: ImageProcessor) -> dict[str, Any]
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        "mlp_ratio": config.intermediate_size / config.hidden_size,
+        "mlp_ratio": mlp_ratio,
         "init_values": config.layer_scale_init_value or None,
         "use_abs_pos_emb": config.use_absolute_position_embeddings,
         "use_rel_pos_bias": config.has_layer_bias,
         "use_shared_rel_pos_bias": config.has_shared_bias,
         "global_pool": "avg" if config.pooling == "mean" else "token",
     }
-    edge = processor.resize if isinstance(processor.resize, int) else config.image_size[0]
     return {
         "architecture": f"beit_{size}_patch16_224",
         "num_classes": config.num_labels,
@@ -93,16 +146,35 @@ def timm_config(config: BeitConfig, processor: ImageProcessor) -> dict[str, Any]
             "num_classes": config.num_labels,
             "input_size": [config.num_channels, *config.image_size],
             "fixed_input_size": True,
-            "interpolation": processor.resample,
-            "crop_pct": config.image_size[0] / edge,
-            "crop_mode": "center" if processor.crop else "squash",
-            "mean": processor.mean,
-            "std": processor.std,
+            **_image_settings(config, processor),
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
         "beit_jax": __version__,
     }
+
+
+def _image_settings(config: BeitConfig, processor: ImageProcessor) -> dict[str, Any]:
+    """The part of ``pretrained_cfg`` on images; as near as timm can come, see `_write`."""
+    height, width = config.image_size
+    centre = isinstance(processor.resize, int) and height == width
+    edge = processor.resize if isinstance(processor.resize, int) else height
+    if isinstance(processor.resize, tuple):
+        edge = processor.resize[0]
+    return {
+        "interpolation": processor.resample,
+        "crop_pct": min(1.0, _nudged(height / edge, 0.0, lambda pct: int(height / pct) >= edge)),
+        "crop_mode": "center" if centre else "squash",
+        "mean": list(processor.mean or [0.0] * config.num_channels),
+        "std": list(processor.std or [1.0] * config.num_channels),
+    }
+
+
+def _nudged(ratio: float, towards: float, reached: Callable[[float], bool]) -> float:
+    """Returns the nearest ratio from which timm, which cuts fractions off, computes the length it stands for."""
+    while not reached(ratio):
+        ratio = math.nextafter(ratio, towards)
+    return ratio
 
 
 TIMM = replace(UNILM, name="timm", matches=_matches, describe=_describe, write=_write, refusal=_refusal)

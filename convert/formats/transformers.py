@@ -73,7 +73,18 @@ _SEGMENTATION = SegmentationNames(
 _PYRAMID = ("fpn.fpn1.conv_transpose1", "fpn.fpn1.normalization", "fpn.fpn1.conv_transpose2", "fpn.fpn2")
 
 
+EXCHANGED = (
+    "transformers 5's from_pretrained exchanges the encoder's norm and the head's norm of a pre-training model with "
+    "use_mean_pooling false; docs/converting.md, section 5, says how to load it right"
+)
+
+
 def _refusal(config: BeitConfig) -> str | None:
+    if config.aggregation_layers:
+        return (
+            "transformers has no patch aggregation (BEiT v2's extra blocks): export --to original, or convert with "
+            "--aggregate-from 0, which leaves them out"
+        )
     if config.model_type == "data2vec-vision" and config.task == "masked_image_modeling":
         return "transformers has no Data2VecVision model with a pre-training head: export --to original"
     return None
@@ -90,7 +101,8 @@ def _write(naming: SourceFormat, directory: Path, checkpoint: "NativeCheckpoint"
     write_safetensors(directory / "model.safetensors", naming.to_torch(checkpoint.config, checkpoint.params))
     write_json(directory / CONFIG, checkpoint.config.to_hf())
     write_json(directory / PROCESSOR, checkpoint.processor.to_hf())
-    return []
+    config = checkpoint.config
+    return [EXCHANGED] if config.task == "masked_image_modeling" and config.pooling == "cls" else []
 
 
 HF = SourceFormat(

@@ -5,27 +5,27 @@ facebookresearch/data2vec_vision@af9a363 beit/modeling_cyclical.py.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from beit_jax.config import BeitConfig
-from beit_jax.errors import BeitJaxError
+from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.attention import relative_position_index
 
-from .format import Description, Sighting, SourceFormat, describe_by_config
+from .format import Description, Sighting, SourceFormat, default_preset, describe_by_config
+from .heads import BASE, LARGE, Size, Statement, settle, stated_by_user, stated_in_training
 from .rules import CONV, FLAT, FUSED_QKV, LINEAR, Rules, affine, linear, rule
 from .writing import write_pth
 
 if TYPE_CHECKING:
     from beit_jax.weights.native import NativeCheckpoint
 
-    from ..files.weight_file import TensorInfo
-
-HEAD_DIM = 64
-"""Channels of an attention head in every published model; they say how many heads there are where no table does."""
+EARLY: Mapping[Size, int] = {BASE: 9, LARGE: 21}
+"""The block whose patches the extra blocks of the published BEiT v2 models read."""
 
 BACKBONE: Rules = (
     rule("cls_token", "embeddings/cls_token"),
@@ -49,62 +49,87 @@ BACKBONE: Rules = (
     *affine("norm", "norm"),
     *affine("fc_norm", "pooler_norm"),
 )
+# BEiT v2's extra blocks, which predict the visual tokens from the final class token and early patches.
+_AGGREGATION: Rules = tuple(
+    replace(
+        each, torch=tuple(name.replace("blocks.", "cls_pt_layers.") for name in each.torch),
+        flax=f"aggregation/{each.flax}",
+    )
+    for each in BACKBONE
+    if each.stacked
+)  # fmt: skip
 HEADS: Rules = (
     *affine("norm", "norm"),
     *linear("lm_head", "lm_head"),
     *linear("head", "classifier"),
+    *_AGGREGATION,
 )
 
 
-def describe_by_tensors(sighting: Sighting) -> Description:
+def describe_by_tensors(
+    sighting: Sighting,
+    *,
+    heads: Callable[[Size], Sequence[Statement]] = lambda size: (),
+    image_sizes: Sequence[tuple[int, int]] = (),
+    origin: str = "",
+) -> Description:
     """Describes the model that names and shapes leave no doubt about; says what they do not tell and was assumed.
 
+    Args:
+        heads: returns what a configuration states of the number of attention heads.
+        image_sizes: pixels, (height, width), as a configuration states them; the first that fits the positions counts.
+        origin: that configuration.
+
     Raises:
-        BeitJaxError: a tensor is missing without which the model cannot be recognised; the number of heads or the grid
-            of patches is open.
+        BeitJaxError: a tensor is missing that every model has; the number of heads or the grid of patches is open, or
+            stated in contradiction.
     """
     tensors, every, file = sighting.backbone, sighting.tensors, sighting.file
 
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise BeitJaxError(f"{file}: no tensor {name}; without it the model cannot be recognised: pass --variant")
-        return tensors[name].shape
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        found = tensors[name].shape if name in tensors else None
+        if found is None or len(found) != axes:
+            raise BeitJaxError(
+                f"{file}: {printable(sighting.prefix)}{name}: expected a tensor of {axes} axes, found "
+                f"{'none' if found is None else list(found)}; save the whole model, or download the file again"
+            )
+        return found
 
-    seen = []
-    hidden, channels, *patch = shape("patch_embed.proj.weight")
+    hidden, channels, *patch = shape("patch_embed.proj.weight", 4)
+    size = Size(hidden, _count(tensors, r"blocks\.(\d{1,6})\..*"), shape("blocks.0.mlp.fc1.weight", 2)[0])
     shared, layer = "rel_pos_bias.relative_position_bias_table", "blocks.0.attn.relative_position_bias_table"
-    table = next((tensors[name].shape for name in (shared, layer) if name in tensors), None)
-    heads = table[1] if table else hidden // HEAD_DIM
-    if not table and hidden % HEAD_DIM:
-        raise BeitJaxError(f"{file}: nothing in it tells the number of attention heads; pass --variant")
-    if not table:
-        seen.append(f"{heads} heads: of {HEAD_DIM} channels, as in every published model")
-    grid = _grid(table, tensors, file)
-    if grid is None:
-        seen.append("image size 224: nothing in the file says it")
-    side = grid or 224 // patch[0]
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    tables = [shape(name, 2) for name in (shared, layer) if name in tensors]
+    certain = [Statement(table[1], "the position bias table") for table in tables[:1]]
+    certain += [*heads(size), *stated_by_user(sighting.num_heads)]
+    stated = settle(size, certain, stated_in_training(sighting.metadata, size), file)
+    seen = [] if tables else [f"{stated.heads} heads: {stated.where}"]
+    positions = shape("pos_embed", 3) if "pos_embed" in tensors else None
+    found = _image_size(tables, positions, patch, image_sizes, file)
+    if not tables and positions is None and not image_sizes:
+        seen.append(f"image size {found[0]}: nothing in the file says it")
     task, labels, vocabulary = "features", 0, 8192
-    if "lm_head.weight" in every:
+    if "lm_head.weight" in every and not sighting.hosted:
         task, vocabulary = "masked_image_modeling", every["lm_head.weight"].shape[0]
         seen.append(f"masked image modelling: lm_head of {vocabulary}")
-    elif "head.weight" in every:
+    elif "head.weight" in every and not sighting.hosted:
         task, labels = "image_classification", every["head.weight"].shape[0]
         seen.append(f"classification: head of {labels}")
     regression = task == "masked_image_modeling" and vocabulary == hidden
     if regression:
         seen.append("data2vec: its head predicts features of the encoder's own width")
-    gamma = "blocks.0.gamma_1" in tensors
+    early, extra = _aggregation(sighting, size) if task == "masked_image_modeling" else (0, 0)
+    if extra:
+        seen.append(f"patch aggregation: {extra} extra blocks read the patches of block {early}")
     config = BeitConfig(
         model_type="data2vec-vision" if regression else "beit",
         task=task,  # type: ignore[arg-type]
-        image_size=(side * patch[0], side * patch[1]),
+        image_size=found,
         patch_size=(patch[0], patch[1]),
         num_channels=channels,
         hidden_size=hidden,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        intermediate_size=shape("blocks.0.mlp.fc1.weight")[0],
+        num_hidden_layers=size.depth,
+        num_attention_heads=stated.heads,
+        intermediate_size=size.intermediate,
         layer_norm_eps=1e-6,
         pooling="cls" if "norm.weight" in tensors and task != "masked_image_modeling" else "mean",
         add_pooling_layer="fc_norm.weight" in tensors,
@@ -112,27 +137,76 @@ def describe_by_tensors(sighting: Sighting) -> Description:
             shared in tensors, layer in tensors
         ],
         position_resize="geometric",
-        use_absolute_position_embeddings="pos_embed" in tensors,
+        use_absolute_position_embeddings=positions is not None,
         use_mask_token="mask_token" in tensors,
         # Only an initial value, from which trained weights have moved away: that of the published models of this size.
-        layer_scale_init_value=(0.1 if hidden <= 768 else 1e-5) if gamma else 0.0,
+        layer_scale_init_value=(0.1 if hidden <= 768 else 1e-5) if "blocks.0.gamma_1" in tensors else 0.0,
         vocab_size=vocabulary,
+        aggregate_from=early,
+        aggregation_layers=extra,
         labels=tuple(f"LABEL_{i}" for i in range(labels)),
     )
-    return Description(config, ("names and shapes of the tensors", *seen), image_preset="unilm_eval")
+    seen = ["names and shapes of the tensors", *seen]
+    return Description(config, tuple(seen), image_preset=default_preset(config), origin=origin)
 
 
-def _grid(table: tuple[int, ...] | None, tensors: Mapping[str, "TensorInfo"], file: str) -> int | None:
-    """Patches a side, from the rows of a bias table or the number of absolute positions; None if there is neither."""
-    if table:
-        side = ((table[0] - 3) ** 0.5 + 1) / 2
-    elif "pos_embed" in tensors:
-        side = (tensors["pos_embed"].shape[1] - 1) ** 0.5
+def _count(names: Iterable[str], pattern: str) -> int:
+    """The number of different values that the group of a pattern takes."""
+    return len({match[1] for name in names if (match := re.fullmatch(pattern, name))})
+
+
+def _image_size(
+    tables: Sequence[tuple[int, ...]],
+    positions: tuple[int, ...] | None,
+    patch: Sequence[int],
+    stated: Sequence[tuple[int, int]],
+    file: str,
+) -> tuple[int, int]:
+    """Pixels, (height, width): a stated size that fits the rows of position tables, or that of their square grid."""
+
+    def fits(rows: int, columns: int) -> bool:
+        tokens, offsets = rows * columns + 1, (2 * rows - 1) * (2 * columns - 1) + 3
+        return all(table[0] == offsets for table in tables) and (positions is None or positions[1] == tokens)
+
+    for height, width in stated:
+        if not height % patch[0] and not width % patch[1] and fits(height // patch[0], width // patch[1]):
+            return height, width
+    if tables:
+        side = ((max(tables[0][0] - 3, 0)) ** 0.5 + 1) / 2
+    elif positions is not None:
+        side = max(positions[1] - 1, 0) ** 0.5
     else:
-        return None
-    if not side.is_integer():
-        raise BeitJaxError(f"{file}: its positions are not of a square grid; pass --variant, or give it a config.json")
-    return int(side)
+        side = float(max(1, 224 // max(1, patch[0])))
+    if not side.is_integer() or side < 1:
+        raise BeitJaxError(
+            f"{file}: its positions are not of a square grid; put the model's config.json beside it, which says "
+            "image_size as [height, width]"
+        )
+    return int(side) * patch[0], int(side) * patch[1]
+
+
+def _aggregation(sighting: Sighting, size: Size) -> tuple[int, int]:
+    """BEiT v2's patch aggregation: the block it reads, and its number of blocks; zeros where it is left out.
+
+    A second head (``cls_pt_lm_head``) has no place here, and its blocks are left out with it.
+    """
+    names = sighting.tensors
+    count = _count(names, r"cls_pt_layers\.(\d{1,6})\..*")
+    if not count or sighting.aggregate_from == 0 or any(name.startswith("cls_pt_lm_head.") for name in names):
+        return 0, 0
+    early = sighting.aggregate_from
+    if early is None:
+        arguments = sighting.metadata.get("args")
+        early = arguments.get("early_layers") if isinstance(arguments, Mapping) else None
+    if early is None:
+        early = EARLY.get(size)
+    if type(early) is not int or not 0 < early <= size.depth:
+        raise BeitJaxError(
+            f"{sighting.file}: expected the block whose patches its {count} cls_pt_layers read (early_layers, 1 to "
+            f"{size.depth}), found {'nothing' if early is None else printable(early)}: convert it with "
+            "--aggregate-from N, or with --aggregate-from 0 to leave them out"
+        )
+    return early, count
 
 
 def _describe(sighting: Sighting) -> Description:
@@ -143,18 +217,32 @@ def position_indices(config: BeitConfig) -> dict[str, np.ndarray]:
     """Returns the index buffers that the original's state dicts hold, recomputed."""
     index = relative_position_index(config.grid).astype(np.int64)
     shared = {"rel_pos_bias.relative_position_index": index} if config.has_shared_bias else {}
-    layers = range(config.num_hidden_layers if config.has_layer_bias else 0)
-    return shared | {f"blocks.{i}.attn.relative_position_index": index for i in layers}
+    prefixes = [f"blocks.{i}." for i in range(config.num_hidden_layers)]
+    prefixes += [f"cls_pt_layers.{i}." for i in range(config.aggregation_layers)]
+    return shared | {f"{prefix}attn.relative_position_index": index for prefix in prefixes if config.has_layer_bias}
 
 
-NOT_WRITTEN = "images and labels have no place in this layout; see the checkpoint it was exported from"
+def original_notes(config: BeitConfig) -> list[str]:
+    """Returns what the original code does not take from an exported file, for the user."""
+    notes = ["the original code reads tensors only; configuration, labels and images lie in the file for beit-jax"]
+    if config.layer_norm_eps != 1e-6:
+        notes.append(f"the original code's layer norm epsilon is 1e-06, this model's {config.layer_norm_eps:g}")
+    if config.hidden_act != "gelu":
+        notes.append(f"the original code's activation is gelu, this model's {config.hidden_act}")
+    return notes
+
+
+def _refusal(config: BeitConfig) -> str | None:
+    if config.task == "masked_image_modeling" and config.pooling == "cls":
+        return "the original has one norm before its pre-training head, and this model two: export --to hf"
+    return None
 
 
 def _write(naming: SourceFormat, directory: Path, checkpoint: "NativeCheckpoint") -> list[str]:
     """``checkpoint.pth``, ``{"model": state dict}``, for unilm's scripts."""
     tensors = naming.to_torch(checkpoint.config, checkpoint.params) | position_indices(checkpoint.config)
-    write_pth(directory / "checkpoint.pth", "model", tensors)
-    return [NOT_WRITTEN]
+    write_pth(directory / "checkpoint.pth", "model", tensors, checkpoint)
+    return original_notes(checkpoint.config)
 
 
 UNILM = SourceFormat(
@@ -164,10 +252,11 @@ UNILM = SourceFormat(
     marker="blocks.0.attn.qkv.weight",
     prefixes=("",),
     hosts=("pretrained.model.", "backbone.", "encoder."),
-    # BEiT v2's second prediction, from an intermediate layer (beit2/modeling_pretrain.py).
+    # BEiT v2's second prediction, where the configuration has no place for it (beit2/modeling_pretrain.py).
     foreign=re.compile(r"^cls_pt_(layers|norm|lm_head)\."),
     describe=_describe,
     write=_write,
+    refusal=_refusal,
 )
 
 FORMATS = (UNILM,)

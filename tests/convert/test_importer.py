@@ -214,7 +214,7 @@ def test_integer_tensor(source: Path, variation: Callable[..., Source]) -> None:
         ({"num_hidden_layers": 1}, "The file has 2 layers, num_hidden_layers says 1"),
         ({"image_size": 64}, "The table is of a 4 x 4 grid, image_size and patch_size say (8, 8)"),
         ({"id2label": {"0": "a"}, "label2id": {"a": 0}}, "The file has 5 classes, id2label has 1"),
-        ({"intermediate_size": 64}, "Correct config.json, or use the weights it belongs to"),
+        ({"intermediate_size": 64}, "config.json, or use the weights it belongs to"),
     ],
 )
 def test_likely_cause_is_named(config: dict[str, object], advice: str, variation: Callable[..., Source]) -> None:

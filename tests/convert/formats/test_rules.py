@@ -116,6 +116,8 @@ def test_every_rule_serves_some_model() -> None:
             labels=("a",),
         )  # fmt: skip
         leaves |= param_shapes(config).keys()
+        if task == "masked_image_modeling":
+            leaves |= param_shapes(replace(config, aggregate_from=3, aggregation_layers=2)).keys()
     for naming in FORMATS:
         for rule in (*naming.backbone, *naming.heads):
             assert rule.flax in leaves, rule

@@ -1,0 +1,137 @@
+"""The number of attention heads: what a file, a configuration, a name or the user states of it.
+
+Only a position bias table shows the number. All other tensors have the same shapes for any number of heads, and a wrong
+one computes other features without an error. Nothing is therefore assumed: without a statement the file is refused.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from beit_jax.errors import BeitJaxError, printable
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A number of heads, and where it is stated."""
+
+    heads: int
+    where: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the tensors of an encoder tell of its size: channels, blocks, and channels within an MLP."""
+
+    width: int
+    depth: int
+    intermediate: int
+
+
+BASE, LARGE = Size(768, 12, 3072), Size(1024, 24, 4096)
+GIANT, THIN = Size(1408, 40, 6144), Size(544, 24, 2176)
+
+PUBLISHED: Mapping[Size, int] = {BASE: 12, LARGE: 16, GIANT: 16, THIN: 16}
+"""Heads of the models that were published: BEiT, BEiT v2, DiT and Data2Vec-Vision; EVA-01, which has BEiT's names."""
+
+# unilm's and timm's names of architectures; what follows the patch size (image size, vocabulary) changes no head.
+_ARCHITECTURES: Mapping[re.Pattern[str], Size] = {
+    re.compile(r"(beit|beitv2|dit)_base_patch\d+(_\w+)?"): BASE,
+    re.compile(r"(beit|beitv2|dit)_large_patch\d+(_\w+)?"): LARGE,
+    re.compile(r"beit_24x544_patch\d+(_\w+)?"): THIN,
+    re.compile(r"eva_g(iant)?_patch14(_\w+)?"): GIANT,
+}
+_HEADS = ("num_heads", "num_attention_heads")
+_NAMES = ("model", "arch", "architecture", "model_name")
+_ARGUMENTS = ("model_args", "model_kwargs")
+_OTHER_NETWORKS = re.compile(r"decoder|teacher|tokenizer|optim|sched")
+_DEPTH = 4  # of settings within settings
+
+
+def settle(size: Size, certain: Sequence[Statement], hints: Sequence[Statement], file: str) -> Statement:
+    """Returns the statement that counts.
+
+    Args:
+        certain: a bias table, ``config.json``, the user's option, in the order of their weight. They must agree.
+        hints: what lay in a training file. They count where nothing is certain, and must agree then.
+        file: the weights, for messages.
+
+    Raises:
+        BeitJaxError: statements contradict each other, none is there, or the number does not divide the width.
+    """
+    found = [*certain] or [*hints]
+    if not found and size in PUBLISHED:
+        found = [Statement(PUBLISHED[size], f"as the published models of width {size.width} and depth {size.depth}")]
+    if not found:
+        raise BeitJaxError(
+            f"{file}: no tensor shows the number of attention heads, and no config.json, training argument or "
+            f"published size (width {size.width}, depth {size.depth}) states it: convert it with --num-heads N, in "
+            "Python Options(num_heads=N), or put the model's config.json, timm's or transformers', beside it"
+        )
+    first = found[0]
+    for other in found[1:]:
+        if other.heads != first.heads:
+            advice = "correct one of them" if certain else "pass --num-heads"
+            raise BeitJaxError(
+                f"{file}: {first.heads} attention heads by {first.where}, {other.heads} by {other.where}: {advice}"
+            )
+    if first.heads < 1 or size.width % first.heads:
+        raise BeitJaxError(
+            f"{file}: {first.where}: expected a number of attention heads that divides the width {size.width}, "
+            f"found {first.heads}"
+        )
+    return first
+
+
+def stated_by_user(num_heads: int | None) -> list[Statement]:
+    """Returns the option, if it was given."""
+    return [] if num_heads is None else [Statement(num_heads, "--num-heads")]
+
+
+def stated_by_architecture(name: object, arguments: Mapping[str, Any], size: Size, where: str) -> list[Statement]:
+    """Returns what an architecture's name and the arguments that change it say of a model of this size.
+
+    A name that is known says the heads of models of its own width and depth only, because it may stand beside the
+    weights of another model.
+    """
+    for key in _HEADS:
+        if (heads := _integer(arguments.get(key))) is not None:
+            return [Statement(heads, f"{where}{key}")]
+    bare = str(name).rpartition("/")[2].partition(".")[0]  # hub names have an owner, timm's names a tag
+    known = next((known for pattern, known in _ARCHITECTURES.items() if pattern.fullmatch(bare)), None)
+    if known is None:
+        return []
+    built = arguments.get("embed_dim", known.width), arguments.get("depth", known.depth)
+    if built != (size.width, size.depth):
+        return []
+    return [Statement(PUBLISHED[known], f"the architecture {printable(bare, 60)}")]
+
+
+def stated_in_training(metadata: Mapping[str, object], size: Size) -> list[Statement]:
+    """Returns the numbers among the settings that a training loop saved beside the weights; explicit ones, or names."""
+    explicit: list[Statement] = []
+    named: list[Statement] = []
+    for path, settings in _settings(metadata, ""):
+        for key in _HEADS:
+            if (heads := _integer(settings.get(key))) is not None:
+                explicit.append(Statement(heads, printable(path + key, 80)))
+        arguments = next((value for key in _ARGUMENTS if isinstance(value := settings.get(key), Mapping)), {})
+        for key in _NAMES:
+            if isinstance(settings.get(key), str):
+                named += stated_by_architecture(settings[key], arguments, size, f"{path}{key}.")
+    return explicit or named
+
+
+def _settings(value: Mapping[str, object], path: str, depth: int = _DEPTH) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield path, value
+    for key, inner in value.items():
+        if depth and isinstance(inner, Mapping) and not _OTHER_NETWORKS.search(key):
+            yield from _settings(inner, f"{path}{key}.", depth - 1)
+
+
+def _integer(value: object) -> int | None:
+    """An integer, also as the text that safetensors' metadata holds."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,6}", value):
+        return int(value)
+    return value if type(value) is int else None
