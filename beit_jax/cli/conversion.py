@@ -160,17 +160,18 @@ def parity(
         seed: Seed of the noise and of the masked patches.
     """
     from beit_jax.convert import parity as comparison
-    from beit_jax.hub import PROCESSOR
-    from beit_jax.images.processor import ImageProcessor
     from beit_jax.weights.native import is_native
 
     where = hub.resolve(source)
     if where.path.is_dir() and is_native(where.path):
-        raise BeitJaxError(f"{source}: a native checkpoint; give the Hugging Face directory it was converted from")
-    pixels = ImageProcessor.from_file(where.directory / PROCESSOR)(list(image)) if image else None
-    stages = comparison.check(where, pixels, seed=seed, batch=batch)
+        raise BeitJaxError(
+            f"{source}: a native checkpoint; give the Hugging Face directory it was converted from, or what "
+            "beit-jax export writes"
+        )
+    found = comparison.compare(where, images=image, seed=seed, batch=batch)
+    stages, notes = found.stages, list(found.notes)
     if json:
-        print_json([stage.as_dict() for stage in stages])
+        print_json([stage.as_dict() | ({"notes": notes} if notes else {}) for stage in stages])
     else:
         print_table(
             ["stage", "max error", "mean error", "scale", "tolerance", "verdict"],
@@ -181,5 +182,6 @@ def parity(
             ],
         )  # fmt: skip
         different = [stage.name for stage in stages if not stage.passed]
-        print_lines([f"first difference at {different[0]}" if different else "all stages agree with PyTorch"])
+        verdict = f"first difference at {different[0]}" if different else "all stages agree with PyTorch"
+        print_lines([verdict, *(f"note: {note}" for note in notes)])
     return 0 if all(stage.passed for stage in stages) else 1
