@@ -1,11 +1,10 @@
 """Arguments that several commands take. Imports wait until a command runs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from beit_jax.errors import BeitJaxError
 
@@ -22,8 +21,11 @@ SourceName = Annotated[
         help="A directory in Hugging Face format, a weight file in one, a native checkpoint, or a hub name.",
     ),
 ]
-ImageFiles = Annotated[tuple[Path, ...], arg(metavar="IMAGE...", help="Image files.")]
-Json = Annotated[bool, arg(help="Print JSON for programs instead of text for people.")]
+ImageFiles = Annotated[
+    tuple[Path, ...],
+    arg(metavar="IMAGE...", help="Image files, or folders of them.", help_behavior_hint="(at least one)"),
+]
+Json = FlagCreatePairsOff[Annotated[bool, arg(help="Print JSON for programs instead of text for people.")]]
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,25 @@ class Hub:
     huggingface_hub's environment variables set token, endpoint and offline mode (HF_TOKEN, HF_HUB_OFFLINE=1, ...).
     """
 
-    revision: str | None = None
+    revision: Annotated[str | None, arg(metavar="REVISION", help_behavior_hint="")] = None
     """Branch, tag or commit."""
-    cache_dir: Path | None = None
+    cache_dir: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
     """Where downloads are kept; by default huggingface_hub's cache."""
 
     def resolve(self, name: str) -> "Source":
-        """Calls `beit_jax.hub.resolve` with these options."""
+        """Calls `beit_jax.hub.resolve` with these options, and shows what is downloaded."""
         from beit_jax.hub import resolve
+        from beit_jax.terminal import byte_progress
 
-        return resolve(name, revision=self.revision, cache_dir=self.cache_dir)
+        return resolve(name, revision=self.revision, cache_dir=self.cache_dir, progress=byte_progress)
 
     def load(self, name: str) -> "tuple[Model, ImageProcessor]":
-        """Calls `beit_jax.from_pretrained` with these options."""
+        """The model and the image processor of a checkpoint, as `beit_jax.from_pretrained` gives them."""
         from beit_jax.inference import predict
+        from beit_jax.inference.reading import read
 
-        return predict.from_pretrained(name, revision=self.revision, cache_dir=self.cache_dir)
+        checkpoint = read(self.resolve(name))
+        return predict.build(checkpoint), checkpoint.processor
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,12 @@ class SegmentationArguments:
     """Use the whole image at once; the default if the checkpoint resizes images to the native size."""
     as_trained: bool = False
     """Prepare images as BEiT was trained for ADE20K (ImageNet's mean, proportions kept), not as the checkpoint says."""
-    scales: tuple[float, ...] = (1.0,)
-    """Average over these sizes; the published multi-scale results use 0.5 0.75 1 1.25 1.5 1.75."""
+    scales: Annotated[tuple[float, ...], arg(help_behavior_hint="")] = ()
+    """Average over these sizes, by default only 1; the published multi-scale results use 0.5 0.75 1 1.25 1.5 1.75."""
     flip: bool = False
     """Average over the mirrored image too."""
-    batch_size: int = 2
-    """Windows computed at once."""
+    batch_size: Annotated[int | None, arg(metavar="NUMBER", help_behavior_hint="")] = None
+    """Windows computed at once, by default 2."""
 
     def load(self, checkpoint: str, hub: Hub) -> "tuple[Model, ImageProcessor, Inference]":
         """Loads a segmentation model, its image processor and the inference options.
@@ -75,23 +80,74 @@ class SegmentationArguments:
             BeitJaxError: the options contradict each other, or the model does not segment.
         """
         from beit_jax.images.processor import ade20k_processor
-        from beit_jax.inference.segmentation import Inference
+        from beit_jax.inference.segmentation import DEFAULT, Inference
 
         if self.slide and self.whole:
             raise BeitJaxError("--slide and --whole were both given; give one")
         mode: Literal["slide", "whole"] | None = "slide" if self.slide else "whole" if self.whole else None
-        inference = Inference(mode, scales=self.scales, flip=self.flip, batch_size=self.batch_size)
+        batch_size = DEFAULT.batch_size if self.batch_size is None else self.batch_size
+        inference = Inference(mode, scales=self.scales or DEFAULT.scales, flip=self.flip, batch_size=batch_size)
         model, processor = hub.load(checkpoint)
         if model.config.task != "semantic_segmentation":
             raise BeitJaxError(f"{checkpoint}: does not segment (its task is {model.config.task})")
-        return model, ade20k_processor(min(model.config.image_size)) if self.as_trained else processor, inference
+        if self.as_trained:
+            trained = ade20k_processor(min(model.config.image_size))
+            processor = replace(trained, do_reduce_labels=processor.do_reduce_labels)
+        return model, processor, inference
 
 
-def require_images(images: Sequence[Path]) -> None:
-    """Refuses a command line without image files.
+@dataclass(frozen=True)
+class SkipBad:
+    """What happens to images that cannot be read."""
+
+    skip_bad: bool = False
+    """Leave out images that cannot be read, and name them. Without it the first one ends the command."""
+    max_bad: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None
+    """With --skip-bad: the largest share of all images that may be left out, by default 0.1."""
+
+    def share(self) -> float:
+        """The share of images that may be left out; 0: none.
+
+        Raises:
+            BeitJaxError: the limit is no share, or was given alone.
+        """
+        from beit_jax.images.bad_images import MAX_BAD
+
+        if self.max_bad is None:
+            return MAX_BAD if self.skip_bad else 0.0
+        if not self.skip_bad:
+            raise BeitJaxError("--max-bad is the limit of --skip-bad, which was not given; give both")
+        if not 0.0 < self.max_bad <= 1.0:
+            raise BeitJaxError(f"--max-bad {self.max_bad}: expected a share above 0 and at most 1")
+        return self.max_bad
+
+
+def given(options: Any) -> list[str]:
+    """The options of a group, a dataclass, that the command line sets: "--eval-batch-size".
+
+    Every default of the group must be a value that no user gives: None, False or ().
+    """
+    chosen = [item.name for item in fields(options) if getattr(options, item.name) != item.default]
+    return ["--" + name.replace("_", "-") for name in chosen]
+
+
+def refuse_given(options: Any, reason: str) -> None:
+    """Refuses options of a group that the command line sets and the command would not use.
 
     Raises:
-        BeitJaxError: `images` is empty.
+        BeitJaxError: names them, and says why.
     """
-    if not images:
-        raise BeitJaxError("no images given; name at least one file")
+    found = given(options)
+    if found:
+        raise BeitJaxError(f"{', '.join(found)}: {reason}; leave {'it' if len(found) == 1 else 'them'} out")
+
+
+def require_counts(**counts: int | None) -> None:
+    """Refuses numbers below 1, by the names of their options: ``batch_size`` for --batch-size. None was not given.
+
+    Raises:
+        BeitJaxError: names the first such option.
+    """
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise BeitJaxError(f"--{name.replace('_', '-')}: expected an integer of at least 1, found {count}")

@@ -3,48 +3,85 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from beit_jax.cli.arguments import Hub, Json, SegmentationArguments, SourceName
+from beit_jax.cli.arguments import (
+    Hub,
+    Json,
+    SegmentationArguments,
+    SkipBad,
+    SourceName,
+    refuse_given,
+    require_counts,
+)
 from beit_jax.cli.extras import train_extra
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.terminal import image_progress, print_json, print_lines, print_table
-
-if TYPE_CHECKING:
-    from beit_jax.images.processor import ImageProcessor
-    from beit_jax.models.build import Model
 
 
 @dataclass(frozen=True)
 class ClassificationArguments:
     """How a classifier is evaluated."""
 
-    split: str = "validation"
-    """The split of prepared data; or, below --data, the folder of this name if there is one."""
-    preset: Literal["hf", "unilm_eval", "timm"] | None = None
+    split: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """The split of prepared data, or below --data the folder of this name if there is one; by default validation."""
+    preset: Annotated[Literal["hf", "unilm_eval", "timm"] | None, arg(help_behavior_hint="")] = None
     """Prepare images as transformers, the original evaluation or timm do, not as the checkpoint says."""
-    real: Path | None = None
+    real: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """ImageNet's reassessed labels: real.json."""
-    confusion: Path | None = None
+    confusion: Annotated[Path | None, arg(metavar="PNG", help_behavior_hint="")] = None
     """PNG to write: the confusion matrix."""
     per_class: bool = False
     """Print a line for every class."""
-    eval_batch_size: int = 64
-    """Images computed at once."""
-    workers: int | None = None
+    eval_batch_size: Annotated[int | None, arg(metavar="NUMBER", help_behavior_hint="")] = None
+    """Images computed at once, by default 64."""
+    workers: Annotated[int | None, arg(metavar="NUMBER", help_behavior_hint="")] = None
     """Processes that prepare images; 0 uses threads instead. By default half of the cores, at most 16."""
+
+    def check(self) -> None:
+        """Refuses values that cannot be used, before a checkpoint is fetched for nothing.
+
+        Raises:
+            BeitJaxError: names the option.
+        """
+        require_counts(eval_batch_size=self.eval_batch_size)
+        if self.workers is not None and self.workers < 0:
+            raise BeitJaxError(f"--workers {self.workers}: expected at least 0")
+        if self.confusion is not None and self.confusion.suffix.lower() != ".png":
+            raise BeitJaxError(f"{printable(self.confusion)}: expected a name ending in .png")
+
+
+@dataclass(frozen=True)
+class AnnotationArguments:
+    """How annotations count classes. 255 is no class. By default as the checkpoint says (do_reduce_labels)."""
+
+    labels_from_zero: bool = False
+    """Annotations count classes from 0."""
+    labels_from_one: bool = False
+    """Annotations count classes from 1, and 0 is no class, as ADE20K's do."""
+
+    def reduce(self) -> bool | None:
+        """True if annotations count from 1; None: not said.
+
+        Raises:
+            BeitJaxError: both were given.
+        """
+        if self.labels_from_zero and self.labels_from_one:
+            raise BeitJaxError("--labels-from-zero and --labels-from-one were both given; give one")
+        return self.labels_from_one if self.labels_from_zero or self.labels_from_one else None
 
 
 def evaluate(
     checkpoint: Positional[SourceName],
     *,
-    data: Annotated[Path | None, arg(metavar="DIR")] = None,
-    images: Annotated[Path | None, arg(metavar="DIR")] = None,
-    annotations: Annotated[Path | None, arg(metavar="DIR")] = None,
-    labels_from_zero: bool = False,
+    data: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None,
+    images: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None,
+    annotations: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None,
+    numbering: Annotated[AnnotationArguments, arg(name="")] = AnnotationArguments(),
     json: Json = False,
+    skip: Annotated[SkipBad, arg(name="")] = SkipBad(),
     classification: Annotated[ClassificationArguments, arg(name="")] = ClassificationArguments(),
     segmentation: Annotated[SegmentationArguments, arg(name="")] = SegmentationArguments(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
@@ -61,41 +98,48 @@ def evaluate(
         data: For a classifier: data from `beit-jax prepare`, or a folder of images per class.
         images: For segmentation: the folder of images.
         annotations: The folder of PNG files with a class number for every pixel, named as their images.
-        labels_from_zero: Annotations count classes from 0, and 255 is no class. By default they are ADE20K's, which
-            count from 1, and 0 is no class.
     """
     if data is not None and images is None and annotations is None:
-        model, processor = hub.load(checkpoint)
-        return _evaluate_classifier(model, processor, data, classification, json=json)
+        for unused in (segmentation, numbering):
+            refuse_given(unused, "for segmentation, and --data evaluates a classifier")
+        classification.check()
+        return _evaluate_classifier(checkpoint, data, classification, skip.share(), hub, json=json)
     if data is not None or images is None or annotations is None:
         raise BeitJaxError("give --data to evaluate a classifier, or --images and --annotations for segmentation")
-    return _evaluate_segmentation(checkpoint, images, annotations, labels_from_zero, json, segmentation, hub)
+    refuse_given(classification, "for a classifier, and --images evaluates segmentation")
+    return _evaluate_segmentation(
+        checkpoint, images, annotations, numbering.reduce(), segmentation, skip.share(), hub, json=json
+    )
 
 
 def _evaluate_classifier(
-    model: "Model", processor: "ImageProcessor", data: Path, options: ClassificationArguments, *, json: bool
+    checkpoint: str, data: Path, options: ClassificationArguments, max_bad: float, hub: Hub, *, json: bool
 ) -> int:
     """`beit-jax evaluate` with ``--data``."""
+    from beit_jax.atomic import check_file
     from beit_jax.images.processor import HALF, preset
 
     with train_extra():
         from beit_jax.train.evaluation import accuracy, labelled
         from beit_jax.train.evaluation.confusion import confusion_picture
 
-    if options.confusion is not None and options.confusion.suffix.lower() != ".png":
-        raise BeitJaxError(f"{options.confusion}: expected a name ending in .png")
+    opened = labelled.open_labelled(data, options.split or "validation")  # before a checkpoint is fetched for nothing
+    if options.confusion is not None:
+        read = opened.paths if isinstance(opened, labelled.ImageFolder) else ()
+        check_file(options.confusion, inputs=[*read, *filter(None, [options.real])])
+    model, processor = hub.load(checkpoint)
     if options.preset is not None:
         processor = preset(
             options.preset, model.config.image_size, mean=processor.mean or HALF, std=processor.std or HALF
         )
-    scores = labelled.evaluate_directory(
+    scores = labelled.evaluate_images(
         model,
         processor,
-        data,
-        split=options.split,
+        opened,
         real=options.real,
-        batch_size=options.eval_batch_size,
+        batch_size=options.eval_batch_size or 64,
         workers=options.workers,
+        max_bad=max_bad,
         progress=partial(image_progress, description="evaluating"),
     )
     if options.confusion is not None:
@@ -113,18 +157,28 @@ def _evaluate_segmentation(
     checkpoint: str,
     images: Path,
     annotations: Path,
-    labels_from_zero: bool,
-    json: bool,
+    reduce: bool | None,
     segmentation: SegmentationArguments,
+    max_bad: float,
     hub: Hub,
+    *,
+    json: bool,
 ) -> int:
-    from beit_jax.train.data.listing import annotated_images
+    """`beit-jax evaluate` with ``--images``."""
+    from beit_jax.train.data.listing import annotated_images, images_with_maps
     from beit_jax.train.evaluation import segmentation as scoring
 
-    annotated_images(images, annotations)  # before a checkpoint is fetched for nothing
+    (images_with_maps if max_bad else annotated_images)(images, annotations)  # before a checkpoint is fetched
     model, processor, options = segmentation.load(checkpoint, hub)
     scores = scoring.evaluate_folders(
-        model, processor, images, annotations, options, reduce=not labels_from_zero, progress=image_progress
+        model,
+        processor,
+        images,
+        annotations,
+        options,
+        reduce=reduce,
+        max_bad=max_bad,
+        progress=image_progress,
     )
     if json:
         print_json(scores.as_dict())

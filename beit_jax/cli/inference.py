@@ -2,17 +2,27 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from tyro.conf import Positional, arg
 
-from beit_jax.cli.arguments import Hub, ImageFiles, Json, SegmentationArguments, SourceName, require_images
+from beit_jax.cli.arguments import (
+    Hub,
+    ImageFiles,
+    Json,
+    SegmentationArguments,
+    SkipBad,
+    SourceName,
+    require_counts,
+)
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.bad_images import BadImages
+from beit_jax.images.listing import named_images
 from beit_jax.memory import imports
-from beit_jax.terminal import print_json, print_lines, print_table
+from beit_jax.terminal import image_progress, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
-    from beit_jax.inference.predictor import Predictor
+    from beit_jax.inference.predictor import Guess, Predictor
 
 
 def classify(
@@ -22,6 +32,7 @@ def classify(
     top: int = 5,
     batch_size: int = 8,
     json: Json = False,
+    skip: Annotated[SkipBad, arg(name="")] = SkipBad(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
     """Print the most probable classes of images.
@@ -29,24 +40,29 @@ def classify(
     Try:
       beit-jax classify microsoft/beit-base-patch16-224 cat.jpg --top 3
       beit-jax classify ./native *.png --json
+      beit-jax classify ./native ./folder --skip-bad
 
     Args:
         top: Classes per image.
         batch_size: Images computed at once.
     """
-    require_images(images)
+    require_counts(top=top, batch_size=batch_size)
+    files = named_images(images)
+    bad = BadImages(len(files), skip.share())
     predictor = _predictor(checkpoint, hub)
-    guesses = predictor.classify(images, top=top, batch_size=batch_size)
+    with image_progress(len(files), "classifying", first="compiling") as advance:
+        found = predictor.classify(files, top=top, batch_size=batch_size, bad=bad, advance=advance)
+    guesses = dict(zip(bad.kept(files), cast("list[list[Guess]]", found), strict=True))
     if json:
-        named = zip(images, guesses, strict=True)
-        print_json([{"image": str(path), "classes": [asdict(guess) for guess in best]} for path, best in named])
+        print_json([_as_json(path, guesses.get(path), bad.reasons.get(i)) for i, path in enumerate(files)])
         return 0
     rows = [
         [printable(path, 60) if i == 0 else "", f"{guess.probability:.4f}", printable(guess.label, 60)]
-        for path, best in zip(images, guesses, strict=True)
+        for path, best in guesses.items()
         for i, guess in enumerate(best)
     ]
     print_table(["image", "probability", "class"], rows)
+    print_lines(bad.lines())
     return 0
 
 
@@ -57,6 +73,7 @@ def features(
     output: Annotated[Path, arg(aliases=["-o"])],
     pooling: Literal["pooled", "mean", "cls", "tokens"] = "pooled",
     batch_size: int = 8,
+    skip: Annotated[SkipBad, arg(name="")] = SkipBad(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
     """Write the features of images to a NumPy .npz file.
@@ -65,7 +82,7 @@ def features(
 
     Try:
       beit-jax features facebook/data2vec-vision-base *.jpg -o features.npz
-      beit-jax features ./native *.png -o tokens.npz --pooling tokens
+      beit-jax features ./native ./folder -o tokens.npz --pooling tokens
 
     Args:
         output: The file to write, ending in .npz.
@@ -77,70 +94,92 @@ def features(
 
     from beit_jax.atomic import new_file
 
-    require_images(images)
+    require_counts(batch_size=batch_size)
     if output.suffix != ".npz":
-        raise BeitJaxError(f"{output}: expected a name ending in .npz")
-    predictor = _predictor(checkpoint, hub)
-    with new_file(output) as partial, partial.open("wb") as file:
-        found = predictor.features(images, pooling=pooling, batch_size=batch_size)
-        np.savez(file, features=found, images=np.array([str(path) for path in images]))
-    print_lines([f"{output}: features {list(found.shape)} float32 of {len(images)} images"])
+        raise BeitJaxError(f"{printable(output)}: expected a name ending in .npz")
+    files = named_images(images)
+    bad = BadImages(len(files), skip.share())
+    with new_file(output, inputs=files) as partial, partial.open("wb") as file:
+        predictor = _predictor(checkpoint, hub)
+        with image_progress(len(files), "computing features", first="compiling") as advance:
+            found = predictor.features(files, pooling=pooling, batch_size=batch_size, bad=bad, advance=advance)
+        np.savez(file, features=found, images=np.array([str(path) for path in bad.kept(files)]))
+    print_lines([*bad.lines(), f"{printable(output)}: features {list(found.shape)} float32 of {len(found)} images"])
     return 0
 
 
 def segment(
     checkpoint: Positional[SourceName],
-    image: Positional[Annotated[Path, arg(metavar="IMAGE", help="Image file.")]],
+    images: Positional[ImageFiles],
     *,
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None,
-    mask: Path | None = None,
-    opacity: float = 0.5,
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="PICTURE", help_behavior_hint="")] = None,
+    mask: Annotated[Path | None, arg(metavar="PNG", help_behavior_hint="")] = None,
+    opacity: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None,
     json: Json = False,
     segmentation: Annotated[SegmentationArguments, arg(name="")] = SegmentationArguments(),
+    skip: Annotated[SkipBad, arg(name="")] = SkipBad(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
     """Name the class of every pixel of an image: a picture with a legend, a label map, or both.
 
+    Of several images, or a folder of them, --output and --mask name new folders of PNG files named as the images.
+
     Try:
       beit-jax segment microsoft/beit-base-finetuned-ade-640-640 room.jpg -o room-classes.png
       beit-jax segment ./native room.jpg --mask labels.png --as-trained --json
+      beit-jax segment ./native ./rooms --mask ./labels --skip-bad
 
     Args:
         output: Picture to write: the image under the colours of its classes, with their names and areas.
         mask: PNG to write: the class number of every pixel.
-        opacity: Opacity of the colours, 0 to 1.
+        opacity: Opacity of the colours, 0 to 1, by default 0.5.
     """
-    from beit_jax.atomic import new_file
     from beit_jax.images.files import open_image
     from beit_jax.images.label_maps import write_label_map
     from beit_jax.inference.segmentation import segment as run
     from beit_jax.looking import pictures
+    from beit_jax.looking.segmented import Outputs
 
     if output is None and mask is None and not json:
         raise BeitJaxError("nothing to write: give --output PICTURE, --mask FILE or --json")
-    if output is not None and output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise BeitJaxError(f"{output}: expected a name ending in .png, .jpg or .webp")
-    if mask is not None and mask.suffix.lower() != ".png":
-        raise BeitJaxError(f"{mask}: expected a name ending in .png")
-    if not 0.0 <= opacity <= 1.0:
-        raise BeitJaxError(f"opacity {opacity}: expected 0 to 1")
-    picture = open_image(image)
-    model, processor, options = segmentation.load(checkpoint, hub)
-    labels, names = run(model, processor, picture, options), model.config.labels
-    found = pictures.areas(labels, names)
-    if output is not None:
-        kind = {".png": "PNG", ".webp": "WEBP"}.get(output.suffix.lower(), "JPEG")
-        with new_file(output) as partial:
-            pictures.overlay(picture, labels, names, opacity=opacity).save(partial, format=kind)
-    if mask is not None:
-        with new_file(mask) as partial:
-            write_label_map(labels, partial)
+    if opacity is not None and not 0.0 <= opacity <= 1.0:
+        raise BeitJaxError(f"--opacity {opacity}: expected 0 to 1")
+    if opacity is not None and output is None:
+        raise BeitJaxError("--opacity is that of the colours in --output, which was not given; give both")
+    files = named_images(images)
+    several = len(files) > 1 or images[0].is_dir()
+    outputs = Outputs(output, mask, files, folders=several)
+    bad = BadImages(len(files), skip.share())
+    if not several:
+        open_image(files[0])  # before a checkpoint is fetched for nothing
+    found: list[dict[str, Any]] = []
+    with outputs.open() as (picture_of, mask_of):
+        model, processor, options = segmentation.load(checkpoint, hub)
+        names = model.config.labels
+        with image_progress(len(files), first="compiling") as advance:
+            for place, path in enumerate(files):
+                try:
+                    picture = open_image(path)
+                except BeitJaxError as error:
+                    bad.note(place, error)
+                else:
+                    labels = run(model, processor, picture, options)
+                    found.append({"image": str(path), "height": labels.shape[0], "width": labels.shape[1],
+                                  "classes": pictures.areas(labels, names)})  # fmt: skip
+                    if picture_of is not None:
+                        drawn = pictures.overlay(picture, labels, names, opacity=0.5 if opacity is None else opacity)
+                        drawn.save(picture_of(path), format=outputs.format)
+                    if mask_of is not None:
+                        write_label_map(labels, mask_of(path))
+                advance(1)
     if json:
-        print_json({"image": str(image), "height": labels.shape[0], "width": labels.shape[1],
-                     "classes": [asdict(area) for area in found]})  # fmt: skip
+        rows = [entry | {"classes": [asdict(area) for area in entry["classes"]]} for entry in found]
+        rows += [{"image": str(files[place]), "error": reason} for place, reason in bad.reasons.items()]
+        print_json(rows if several else rows[0])
         return 0
-    print_table(["class", "area"], [[printable(area.label, 60), f"{100 * area.share:.1f} %"] for area in found])
-    print_lines([f"written      {printable(path, 1024)}" for path in (output, mask) if path is not None])
+    head = ["image"] if several else []
+    print_table([*head, "class", "area"], [row[1 - len(head) :] for entry in found for row in _area_rows(entry)])
+    print_lines(bad.lines() + [f"written      {printable(path)}" for path in (output, mask) if path is not None])
     return 0
 
 
@@ -177,7 +216,10 @@ def reconstruct(
     from beit_jax.train.augmentation.masking import BlockMask
     from beit_jax.train.recipe import MaskOptions
 
-    require_images(images)
+    require_counts(mask_patches=mask_patches)
+    if seed < 0:
+        raise BeitJaxError(f"--seed {seed}: expected an integer of at least 0")
+    files = named_images(images)
     reconstructing.check_output(output)
     parts = load_tokenizer(tokenizer), load_decoder(decoder)
     model, processor = hub.load(checkpoint)
@@ -187,11 +229,11 @@ def reconstruct(
     if not 1 <= count <= patches:
         raise BeitJaxError(f"--mask-patches: expected 1 to {patches}, the patches of an image, found {count}")
     mask = BlockMask(grid, MaskOptions(count, min_block=max(1, round(patches * 16 / 196)), exact=True))
-    found = reconstructing.reconstruct_files(model, processor, *parts, images, mask, seed=seed, output=output)
+    found = reconstructing.reconstruct_files(model, processor, *parts, files, mask, seed=seed, output=output)
     if json:
-        print_json(found.as_dict(images) | {"output": str(output)})
+        print_json(found.as_dict(files) | {"output": str(output)})
         return 0
-    counts = zip(images, found.hidden, found.right, strict=True)
+    counts = zip(files, found.hidden, found.right, strict=True)
     print_table(
         ["image", "hidden", "predicted right"],
         [[printable(path, 60), f"{hidden}", f"{right}"] for path, hidden, right in counts],
@@ -199,7 +241,7 @@ def reconstruct(
     print_lines(
         [
             f"{100 * found.correct:.1f} % of the hidden tokens were predicted right",
-            f"written      {printable(output, 1024)}",
+            f"written      {printable(output)}",
         ]
     )
     return 0
@@ -210,3 +252,17 @@ def _predictor(checkpoint: str, hub: Hub) -> "Predictor":
         from beit_jax.inference import program_cache
         from beit_jax.inference.reading import read
     return program_cache.predictor(read(hub.resolve(checkpoint)))
+
+
+def _as_json(path: Path, guesses: "list[Guess] | None", reason: str | None) -> dict[str, Any]:
+    if guesses is None:
+        return {"image": str(path), "error": reason}
+    return {"image": str(path), "classes": [asdict(guess) for guess in guesses]}
+
+
+def _area_rows(entry: dict[str, Any]) -> list[list[str]]:
+    """The rows of an image: its name, once, and the name and the area of every class."""
+    return [
+        [printable(entry["image"], 60) if i == 0 else "", printable(area.label, 60), f"{100 * area.share:.1f} %"]
+        for i, area in enumerate(entry["classes"])
+    ]

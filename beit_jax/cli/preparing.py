@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from beit_jax.cli.arguments import Json
+from beit_jax.cli.arguments import Json, SkipBad, refuse_given
 from beit_jax.cli.extras import train_extra
 from beit_jax.errors import BeitJaxError
 from beit_jax.terminal import image_progress, print_json, print_lines
@@ -19,8 +19,8 @@ def prepare(
     kind: Positional[Annotated[Kind, arg(help="What SOURCE is.")]],
     paths: Positional[Annotated[tuple[Path, ...], arg(metavar="[SOURCE] DEST")]],
     *,
-    held_out: float | None = None,
-    skip_bad: bool = False,
+    held_out: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None,
+    skip: Annotated[SkipBad, arg(name="")] = SkipBad(),
     overwrite: bool = False,
     json: Json = False,
 ) -> int:
@@ -42,10 +42,17 @@ def prepare(
 
     Args:
         held_out: Share of the images for the validation split. For a folder without val/ it is taken from each class,
-            0.1 by default; for images and imagenet22k it is 0 by default.
-        skip_bad: Leave out images that cannot be read, and name them. Without it they are named and nothing is written.
+            0.1 by default; for images and imagenet22k it is 0 by default. The other kinds have their own.
         overwrite: Replace DEST if it exists. The old one stays until the new one is complete.
     """
+    share = skip.share()
+    if kind == "digits":
+        refuse_given(skip, "the digits are in memory, none is bad")
+    if held_out is not None:
+        if kind not in ("folder", "images", "imagenet22k"):
+            raise BeitJaxError(f"--held-out {held_out}: {kind} has a validation split; leave the option out")
+        if not 0.0 <= held_out < 1.0:
+            raise BeitJaxError(f"--held-out {held_out}: expected a share from 0 to below 1")
     with train_extra():
         from beit_jax.train.data import prepare as preparing
 
@@ -58,7 +65,14 @@ def prepare(
         done = preparing.prepare_digits(dest, progress, overwrite=overwrite)
     else:
         done = preparing.prepare(
-            kind, source, dest, progress, held_out=held_out, overwrite=overwrite, skip_bad=skip_bad
+            kind,
+            source,
+            dest,
+            progress,
+            held_out=held_out,
+            overwrite=overwrite,
+            skip_bad=skip.skip_bad,
+            max_bad=share,
         )
     if json:
         print_json(asdict(done) | {"directory": str(done.directory)})

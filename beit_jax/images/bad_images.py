@@ -59,8 +59,10 @@ def check_bad(bad: int, total: int, share: float, last: str) -> None:
         last: the reason of the last one.
 
     Raises:
-        BeitJaxError: says how many, and how many are allowed.
+        BeitJaxError: says how many, and how many are allowed; or that none is left.
     """
+    if bad == total:
+        raise BeitJaxError(f"none of {total} images can be read; the last: {last}")
     limit = allowed(total, share)
     if bad > limit:
         raise BeitJaxError(

@@ -15,6 +15,7 @@ from beit_jax.images.containers import check_container
 from beit_jax.images.files import MAX_PIXELS, read_image_file
 
 IGNORED: Final = 255
+ADE20K_CLASSES: Final = 150
 _MODES: Final = frozenset({"L", "P", "1", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 LabelMap = Integer[np.ndarray, "h w"]
@@ -84,8 +85,16 @@ def resize_labels(labels: LabelMap, size: tuple[int, int]) -> LabelMap:
     return labels[rows][:, columns]
 
 
-def check_labels(labels: LabelMap, classes: Sequence[str], name: str) -> None:
+def check_labels(
+    labels: LabelMap,
+    classes: Sequence[str],
+    name: str,
+    advice: str = "is it this model's, and to be reduced or not?",
+) -> None:
     """Refuses a map with class numbers that the model does not have.
+
+    Args:
+        advice: the end of the error.
 
     Raises:
         BeitJaxError: names the map and the first such number.
@@ -95,5 +104,5 @@ def check_labels(labels: LabelMap, classes: Sequence[str], name: str) -> None:
         row, column = (int(i) for i in np.argwhere(wrong)[0])
         raise BeitJaxError(
             f"{name}: label {int(labels[row, column])} at row {row}, column {column}, expected 0 to {len(classes) - 1} "
-            f"or {IGNORED} (ignored); {int(wrong.sum())} such pixels: is it this model's, and to be reduced or not?"
+            f"or {IGNORED} (ignored); {int(wrong.sum())} such pixels: {advice}"
         )

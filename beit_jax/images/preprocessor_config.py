@@ -71,6 +71,7 @@ def processor_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "mean": mean if normalise else None,
         "std": std if normalise else None,
         "num_channels": channels,
+        "do_reduce_labels": read.reduces_labels(),
     }
 
 
@@ -81,7 +82,10 @@ def _with_defaults(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         found, known = printable(repr(kind)), ", ".join(_TYPES)
         raise BeitJaxError(f"{source}: image_processor_type is {found}, expected one of {known}; use a preset instead")
     defaults = _DEFAULTS | _TYPES[kind]
-    return {key: default if config.get(key) is None else config[key] for key, default in defaults.items()}
+    values = {key: default if config.get(key) is None else config[key] for key, default in defaults.items()}
+    # The older files of transformers say reduce_labels. An absent key says nothing: models are trained either way.
+    named = (config.get(key) for key in ("do_reduce_labels", "reduce_labels"))
+    return values | {"do_reduce_labels": next((value for value in named if value is not None), None)}
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,9 @@ class _Reader:
         if not isinstance(value, bool):
             raise self.wrong(key, "true or false")
         return value
+
+    def reduces_labels(self) -> bool | None:
+        return None if self.values["do_reduce_labels"] is None else self.flag("do_reduce_labels")
 
     def number(self, key: str) -> float:
         return self._numbers(key, [self.values[key]], "a number")[0]

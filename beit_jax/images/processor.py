@@ -8,7 +8,7 @@ in the centre crop, for which there is the field `crop_rounding`.
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -68,6 +68,8 @@ class ImageProcessor:
         crop_rounding: where the crop starts if the number of spare pixels is odd. "floor": at floor(spare / 2), also
             for a negative number, which means padding (transformers' center_crop). "half_even": at round(spare / 2) as
             Python rounds, truncated if it means padding (torchvision's).
+        do_reduce_labels: of a segmentation model, whether label maps count its classes from 1, and 0 is no class, as
+            ADE20K's do; None: nobody said. It changes no pixels, and two processors that differ in it are equal.
 
     Raises:
         BeitJaxError: a value out of range.
@@ -82,6 +84,7 @@ class ImageProcessor:
     std: tuple[float, ...] | None = HALF
     num_channels: int = 3
     antialias: bool = True
+    do_reduce_labels: bool | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         count, edges = self.num_channels, f"positive lengths, at most {MAX_PIXELS} pixels"
@@ -164,10 +167,10 @@ class ImageProcessor:
         """Reads a parsed `preprocessor_config.json`. Pixels are those of transformers' BeitImageProcessorPil.
 
         The files of transformers 4 (feature extractor, slow, fast) and 5 are read. `size` and `crop_size` may be an
-        int, a [height, width] list or a dict. Absent and null keys take the default of the recorded type. Settings for
-        label maps and for torch change no pixels and are not read. `do_convert_rgb` is not read either: images are
-        always converted, and alpha is dropped, as transformers does with files. (With that setting, 5.x blends PIL
-        images in memory onto white.)
+        int, a [height, width] list or a dict. Absent and null keys take the default of the recorded type. Of the
+        settings for label maps only `do_reduce_labels` is read; those for torch change no pixels. `do_convert_rgb` is
+        not read either: images are always converted, and alpha is dropped, as transformers does with files. (With that
+        setting, 5.x blends PIL images in memory onto white.)
 
         Raises:
             BeitJaxError: begins with `source`; another type of processor, or a value of the wrong type.
@@ -199,20 +202,25 @@ class ImageProcessor:
             for key, edges in (("size", self.resize), ("crop_size", self.crop))
             if edges is not None
         }
-        return sizes | {
-            "image_processor_type": "BeitImageProcessor",
-            "do_resize": self.resize is not None,
-            "resample": RESAMPLES.index(self.resample),
-            "antialias": self.antialias,
-            "max_longest_edge": self.resize.long if isinstance(self.resize, Within) else None,
-            "do_center_crop": self.crop is not None,
-            "crop_rounding": self.crop_rounding,
-            "do_rescale": self.rescale_factor is not None,
-            "rescale_factor": self.rescale_factor,
-            "do_normalize": self.mean is not None,
-            "image_mean": list(self.mean or HALF[: self.num_channels]),
-            "image_std": list(self.std or HALF[: self.num_channels]),
-        }
+        labels = {} if self.do_reduce_labels is None else {"do_reduce_labels": self.do_reduce_labels}
+        return (
+            sizes
+            | labels
+            | {
+                "image_processor_type": "BeitImageProcessor",
+                "do_resize": self.resize is not None,
+                "resample": RESAMPLES.index(self.resample),
+                "antialias": self.antialias,
+                "max_longest_edge": self.resize.long if isinstance(self.resize, Within) else None,
+                "do_center_crop": self.crop is not None,
+                "crop_rounding": self.crop_rounding,
+                "do_rescale": self.rescale_factor is not None,
+                "rescale_factor": self.rescale_factor,
+                "do_normalize": self.mean is not None,
+                "image_mean": list(self.mean or HALF[: self.num_channels]),
+                "image_std": list(self.std or HALF[: self.num_channels]),
+            }
+        )
 
     def describe(self) -> str:
         """One line for people; sizes are height x width: "resize 224x224 bilinear, /255, mean 0.5 std 0.5"."""
@@ -288,7 +296,9 @@ def ade20k_processor(size: int = 640) -> ImageProcessor:
     Source: microsoft/unilm@768a3c8 beit/semantic_segmentation/configs/_base_/datasets/ade20k_640x640.py.
     """
     limits = Within(size, 4 * size)
-    return ImageProcessor(limits, "bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD, antialias=False)
+    return ImageProcessor(
+        limits, "bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD, antialias=False, do_reduce_labels=True
+    )
 
 
 def _target(resize: tuple[int, int] | int | Within, height: int, width: int, name: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.encoder import BeitModel
-from beit_jax.models.interface import REMAT, ArrayLike, BeitOutput, Remat, patch_grid
+from beit_jax.models.interface import REMAT, ArrayLike, BeitOutput, Remat, check_task, patch_grid
 from beit_jax.models.layers import Block, dense, layer_norm, stacked_blocks
 from beit_jax.models.partition import constrain
 from beit_jax.models.position import Grid
@@ -59,6 +59,7 @@ class BeitForMaskedImageModeling(nnx.Module):
     """
 
     def __init__(self, config: BeitConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        check_task(config, "masked_image_modeling")
         self.beit = BeitModel(config, dtype=dtype, rngs=rngs)
         if config.aggregation_layers:
             self.aggregation = Aggregation(config, dtype=dtype, rngs=rngs)
@@ -90,7 +91,7 @@ class BeitForMaskedImageModeling(nnx.Module):
             BeitJaxError: as `BeitModel.__call__`; `aggregate` for a model without aggregation layers.
         """
         if aggregate and not self.config.aggregation_layers:
-            raise BeitJaxError("aggregate: this model has no aggregation layers (aggregation_layers is 0); leave it out")
+            raise BeitJaxError("aggregate: this model has no aggregation layers; leave it out")
         every = tuple(sorted({*taps, self.config.aggregate_from})) if aggregate else taps
         output = self.beit(
             pixel_values,

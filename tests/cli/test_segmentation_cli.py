@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for draw in [rng.standard_normal(shape)]
     }
     directory = tmp_path_factory.mktemp("segmenter")
-    save(directory, NativeCheckpoint(CONFIG, ImageProcessor(resize=(32, 32)), params))
+    save(directory, NativeCheckpoint(CONFIG, ImageProcessor(resize=(32, 32), do_reduce_labels=True), params))
     return directory
 
 

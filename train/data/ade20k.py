@@ -6,10 +6,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.label_maps import read_label_map
+from beit_jax.images.label_maps import ADE20K_CLASSES, read_label_map
 
 from ..augmentation.decode import decode
-from .datasets import ADE20K_CLASSES
 from .listing import annotated_images
 from .sources import Example, Source, Split, read_bytes
 

@@ -16,14 +16,13 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.label_maps import LabelMap, check_labels, decode_label_map, reduce_labels
+from beit_jax.images.label_maps import ADE20K_CLASSES, LabelMap, check_labels, decode_label_map, reduce_labels
 
 from ..augmentation.decode import Pixels, decode
 from .shards import INFO, check_shards
 
 PIPELINE: Final = 1
 """Part of a run's contract; goes up when the same data and seed would give other batches."""
-ADE20K_CLASSES: Final = 150
 
 
 class Record(TypedDict):

@@ -9,6 +9,7 @@ import grain
 import numpy as np
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.bad_images import BadImages
 
 from ..augmentation.decode import decode
 from .workers import Batch, BatchStream
@@ -36,12 +37,14 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     workers: int | None = None,
+    bad: BadImages | None = None,
 ) -> Iterator[Batch]:
     """Batches with every record once, in order. Every host gets equally many; the last batch is filled up.
 
     Args:
         batch_size: images of a step over all hosts.
         workers: as `DataOptions.workers`.
+        bad: notes the records that cannot be read, whose rows are not valid; by default the first one is an error.
 
     Yields:
         "image" float32 [local, h, w, c], "label" int32 [local], "index" int32 [local] (the record's; -1 in a row that
@@ -49,15 +52,16 @@ def eval_batches(
 
     Raises:
         BeitJaxError: the hosts cannot share the batch size, or the processor gives images of different sizes; from
-            iterating, a record cannot be read: a score must not leave one out.
+            iterating, a record cannot be read, or more than `bad` allows: a score must not leave one out silently.
     """
     local = _share(batch_size, process_index, process_count)
     if processor.crop is None and not isinstance(processor.resize, tuple):
         raise BeitJaxError(f"evaluation: images of one size make a batch, found: {processor.describe()}; add a crop")
     steps = -(-len(images) // batch_size)
     mine = grain.MapDataset.range(steps * batch_size)[process_index::process_count]
-    batches = mine.map(_Evaluate(images, processor)).batch(local, drop_remainder=True)
-    return _until_closed(batches, workers, images.directory)
+    leave_out = bad is not None and bad.share > 0
+    read = _Evaluate(images, processor, leave_out)
+    return _until_closed(mine.map(read).batch(local, drop_remainder=True), workers, read, bad)
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> int:
@@ -72,22 +76,47 @@ def _share(batch_size: int, process_index: int, process_count: int) -> int:
 class _Evaluate:
     images: Images
     processor: "ImageProcessor"
+    leave_out: bool
 
     def __call__(self, element: int) -> dict[str, Any]:
-        count = len(self.images)
-        record, valid = self.images[int(element) % count], element < count
-        image = decode(record["image"], printable(record["file_name"]))
+        fills = element >= len(self.images)
+        index = int(element) % len(self.images)
+        try:
+            image, label, readable = *self._read(index), True
+        except BeitJaxError:
+            if not self.leave_out:
+                raise
+            image, label, readable = self.processor(np.zeros((1, 1, 3), np.uint8))[0], 0, False
         return {
-            "image": self.processor(image)[0],
-            "label": np.int32(record["label"]),
-            "index": np.int32(element if valid else -1),
-            "valid": np.bool_(valid),
+            "image": image,
+            "label": np.int32(label),
+            "index": np.int32(-1 if fills else element),
+            "valid": np.bool_(readable and not fills),
         }
 
+    def _read(self, index: int) -> tuple[np.ndarray, int]:
+        record = self.images[index]
+        return self.processor(decode(record["image"], printable(record["file_name"])))[0], record["label"]
 
-def _until_closed(batches: Any, workers: int | None, directory: Path) -> Iterator[Batch]:
-    stream = BatchStream(batches, workers, directory)
+    def reason(self, index: int) -> BeitJaxError:
+        """Why a record cannot be read. Workers only say which: this process reads it again."""
+        try:
+            self._read(index)
+        except BeitJaxError as error:
+            return error
+        return BeitJaxError(
+            f"{printable(self.images.directory)}: image {index} could not be read at first, and can be read now, so no "
+            "score would be repeatable; check the storage and the memory"
+        )
+
+
+def _until_closed(batches: Any, workers: int | None, read: "_Evaluate", bad: BadImages | None) -> Iterator[Batch]:
+    stream = BatchStream(batches, workers, read.images.directory)
     try:
-        yield from stream
+        for batch in stream:
+            for index in batch["index"][~batch["valid"] & (batch["index"] >= 0)]:
+                assert bad is not None  # else the worker has raised
+                bad.note(int(index), read.reason(int(index)))
+            yield batch
     finally:
         stream.close()

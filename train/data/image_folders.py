@@ -15,7 +15,10 @@ Labelled = Sequence[tuple[Path, int]]
 UNLABELLED: Final = "unlabelled"
 
 
-def folder(source: Path, held_out: float = 0.1) -> Source:
+HELD_OUT: Final = 0.1
+
+
+def folder(source: Path, held_out: float | None = None) -> Source:
     """A tree with a folder per class, in one of two forms.
 
     Either ``train/CLASS/...`` with ``val`` or ``validation``, and perhaps ``test``, beside ``train``; all names are in
@@ -23,14 +26,16 @@ def folder(source: Path, held_out: float = 0.1) -> Source:
     in the order of their sorted names, as torchvision's ImageFolder numbers them.
 
     Args:
-        held_out: the share of each class that becomes the validation split, where the tree has none. The files are
-            chosen by their names: the same ones every time. 0: none.
+        held_out: the share of each class that becomes the validation split of a tree that has none, by default
+            HELD_OUT. The files are chosen by their names: the same ones every time. 0: none.
 
     Raises:
-        BeitJaxError: no such folder, no classes, a class without images, or a class that only validation has.
+        BeitJaxError: no such folder, no classes, a class without images, or a class that only validation has; a share
+            to hold out of a tree that has a validation split.
     """
     check_folder(source)
-    check_share(held_out)
+    share = HELD_OUT if held_out is None else held_out
+    check_share(share)
     roots = _split_roots(source)
     listed = {split: class_images(root) for split, root in roots.items()}
     labels = tuple(listed["train"])
@@ -38,8 +43,12 @@ def folder(source: Path, held_out: float = 0.1) -> Source:
         if not name.isprintable():
             raise BeitJaxError(f"{printable(roots['train'] / name)}: a class needs a printable name; rename it")
     files = {split: _numbered(images, labels, roots[split]) for split, images in listed.items()}
-    if "validation" not in files and held_out > 0:
-        files["train"], files["validation"] = _hold_out(files["train"], source, held_out)
+    if "validation" in files and held_out:
+        raise BeitJaxError(
+            f"--held-out {held_out}: {printable(roots['validation'])} is the validation split; leave the option out"
+        )
+    if "validation" not in files and share > 0:
+        files["train"], files["validation"] = _hold_out(files["train"], source, share)
     return _source("image_folder", f"Images of {len(labels)} folders.", labels, files, source)
 
 

@@ -49,19 +49,30 @@ def annotated_images(images: Path, annotations: Path) -> list[tuple[Path, Path]]
     Raises:
         BeitJaxError: a folder is missing or has no files of its kind, or an image has no annotation.
     """
+    pairs, alone = images_with_maps(images, annotations)
+    if alone:
+        raise BeitJaxError(f"{alone[0]}; {len(alone)} of {len(pairs) + len(alone)} images have none")
+    return pairs
+
+
+def images_with_maps(images: Path, annotations: Path) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """The pairs of `annotated_images`, and for every image without an annotation a line that says so.
+
+    Raises:
+        BeitJaxError: a folder is missing or has no files of its kind.
+    """
     pictures = image_files(images)
     maps = {path.stem: path for path in image_files(annotations) if path.suffix.lower() == ".png"}
     for folder, kind, found in ((images, "images", pictures), (annotations, "annotations (.png)", maps)):
         check_folder(folder, kind)
         if not found:
             raise BeitJaxError(f"{printable(folder)}: no {kind} in this folder")
-    alone = [path for path in pictures if path.stem not in maps]
-    if alone:
-        raise BeitJaxError(
-            f"{printable(annotations / (alone[0].stem + '.png'))}: no such file, the annotation of "
-            f"{printable(alone[0].name)}; {len(alone)} of {len(pictures)} images have none"
-        )
-    return [(path, maps[path.stem]) for path in pictures]
+    alone = [
+        f"{printable(annotations / (path.stem + '.png'))}: no such file, the annotation of {printable(path.name)}"
+        for path in pictures
+        if path.stem not in maps
+    ]
+    return [(path, maps[path.stem]) for path in pictures if path.stem in maps], alone
 
 
 def check_folder(root: Path, kind: str = "") -> None:

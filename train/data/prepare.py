@@ -20,6 +20,7 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from beit_jax.atomic import Contents, check_destination, new_directory
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.bad_images import MAX_BAD, check_bad
 from beit_jax.json_file import has_value
 from beit_jax.terminal import Advance, Progress, no_progress
 
@@ -79,24 +80,27 @@ def prepare(
     held_out: float | None = None,
     overwrite: bool = False,
     skip_bad: bool = False,
+    max_bad: float = MAX_BAD,
 ) -> Prepared:
     """Writes the data set of a kind that lies at `source`.
 
     Args:
         kind: "folder" and "images" (`image_folders`), "imagenet" and "imagenet22k" (`imagenet`), "ade20k" (`ade20k`).
         held_out: the share of images that becomes the validation split; None: the default of the kind. ImageNet-1k and
-            ADE20K have a validation split, and do not use it.
+            ADE20K have a validation split: for them it must be None.
 
     Raises:
         BeitJaxError: as the function of the kind and `write` do.
     """
     if kind in _WITH_SPLITS:
+        if held_out is not None:
+            raise BeitJaxError(f"--held-out {held_out}: {kind} has a validation split; leave the option out")
         found = _WITH_SPLITS[kind](source)
     elif held_out is None:
         found = _WITHOUT_SPLITS[kind](source)
     else:
         found = _WITHOUT_SPLITS[kind](source, held_out)
-    return write(found, dest, progress, overwrite=overwrite, skip_bad=skip_bad)
+    return write(found, dest, progress, overwrite=overwrite, skip_bad=skip_bad, max_bad=max_bad)
 
 
 prepare_folder = partial(prepare, "folder")
@@ -111,11 +115,12 @@ def write(
     *,
     overwrite: bool = False,
     skip_bad: bool = False,
+    max_bad: float = MAX_BAD,
 ) -> Prepared:
     """Writes a data set beside `dest`, checks it and renames it to `dest`.
 
-    Every example is decoded before it is written. With `skip_bad`, an example that cannot be used is left out. Without
-    it, the other examples are still checked, and then nothing is kept.
+    Every example is decoded before it is written. With `skip_bad`, an example that cannot be used is left out, up to
+    the share `max_bad` of all. Without it, the other examples are still checked, and then nothing is kept.
 
     Raises:
         BeitJaxError: `dest` exists and is not to be replaced, or holds something else than a data set; examples cannot
@@ -138,6 +143,8 @@ def write(
         for split, count in counts.items():
             if not count:
                 raise BeitJaxError(f"{printable(source.name)}: the split {split} has no examples that can be used")
+        if left_out:
+            check_bad(len(left_out), len(left_out) + sum(counts.values()), max_bad, left_out[-1])
         _write_info(source, partial, infos)
         _verify(partial, counts)
     return Prepared(dest, counts, source.labels, tuple(left_out))

@@ -37,6 +37,8 @@ class BatchStream(Iterator[Batch]):
     """
 
     def __init__(self, batches: Any, workers: int | None, directory: Path):
+        if workers is not None and workers < 0:
+            raise BeitJaxError(f"workers {workers}: expected at least 0")
         self._directory = directory
         self._batches = iter(_ahead(batches, default_workers() if workers is None else workers))
 

@@ -44,6 +44,7 @@ class Scores:
         real: three counts where alternative labels were given: images that have such labels, images whose best class is
             one of them, and images with one of them among the five best classes.
         matched: how the classes of the data were matched with those of the model, for people.
+        left_out: a line for every image that could not be read; such images count nowhere.
     """
 
     labels: tuple[str, ...]
@@ -53,6 +54,7 @@ class Scores:
     confusion: csr_array
     real: tuple[int, int, int] | None = None
     matched: str = ""
+    left_out: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -96,6 +98,7 @@ class Scores:
             "not_finite": self.not_finite,
             "real": real,
             "matched": self.matched,
+            "left_out": list(self.left_out),
             "classes": [
                 {"label": label, "images": images, "correct": correct, "correct5": correct5}
                 for label, images, correct, correct5 in rows
@@ -121,7 +124,8 @@ def describe(scores: Scores) -> list[str]:
         lines.append(f"ReaL   {100 * share(correct, images):6.2f} %   top-1, of {images:,} images with such labels")
     if scores.not_finite:
         lines.append(f"WARNING: the logits of {scores.not_finite:,} images are not finite; they count as wrong")
-    return lines + ([f"classes matched by {scores.matched}"] if scores.matched else [])
+    lines += [f"classes matched by {scores.matched}"] if scores.matched else []
+    return lines + [f"left out     {line}" for line in scores.left_out]
 
 
 TABLE = ("class", "images", "top-1 %", "top-5 %", "most often taken for")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.bad_images import BadImages
+from beit_jax.images.files import read_image_file
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.json_file import read_json_array
 from beit_jax.models.build import Model
 from beit_jax.terminal import Progress, no_progress
 
-from ..data.datasets import open_dataset
+from ..data.datasets import Dataset, open_dataset
 from ..data.evaluation_batches import eval_batches
 from ..data.listing import SPLIT_FOLDERS, class_folders, class_images
 from ..data.shards import INFO
@@ -43,7 +45,7 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
-        return {"image": path.read_bytes(), "label": self.classes[index], "file_name": str(path)}
+        return {"image": read_image_file(path), "label": self.classes[index], "file_name": str(path)}
 
 
 def open_folder(directory: Path, split: str = "validation") -> ImageFolder:
@@ -175,39 +177,66 @@ def _read_lists(path: Path, classes: int) -> list[list[int]]:
     return lists
 
 
+Labelled = Dataset | ImageFolder
+
+
+def open_labelled(directory: Path, split: str = "validation") -> Labelled:
+    """Opens prepared data, or a tree with a folder per class.
+
+    Args:
+        split: the split of prepared data, or the name of its folder in a tree of folders, if there is one.
+
+    Raises:
+        BeitJaxError: as `open_dataset` or `open_folder`.
+    """
+    prepared = any(next(directory.glob(place), None) for place in (INFO, f"*/{INFO}"))
+    return open_dataset(directory, split) if prepared else open_folder(directory, split)
+
+
 def evaluate_directory(
+    model: Model, processor: ImageProcessor, directory: Path, *, split: str = "validation", **options: Any
+) -> Scores:
+    """Scores of a model on a directory: `evaluate_images` of what `open_labelled` finds there, with its options.
+
+    Raises:
+        BeitJaxError: as both.
+    """
+    _check_task(model)
+    return evaluate_images(model, processor, open_labelled(directory, split), **options)
+
+
+def evaluate_images(
     model: Model,
     processor: ImageProcessor,
-    directory: Path,
+    data: Labelled,
     *,
-    split: str = "validation",
     real: Path | None = None,
     batch_size: int = 64,
     workers: int | None = None,
+    max_bad: float = 0.0,
     mesh: Mesh | None = None,
     progress: Progress = no_progress,
 ) -> Scores:
-    """Scores of a model on prepared data, or on a tree with a folder per class.
+    """Scores of a model on labelled images.
 
     Args:
         processor: prepares the images: the checkpoint's own, or the preset behind its published number.
-        split: the split of prepared data, or the name of its folder in a tree of folders, if there is one.
         real: ``real.json``, to also count ImageNet's reassessed labels.
         batch_size: images at a time, over all devices and hosts.
         workers: processes that prepare images, as for `evaluation_batches.eval_batches`.
+        max_bad: the share of images that may be left out because they cannot be read; `Scores.left_out` names them.
 
     Raises:
         BeitJaxError: the model does not classify, data cannot be read, or its classes are not the model's.
     """
-    labels = model.config.labels
-    if model.config.task != "image_classification" or not labels:
-        raise BeitJaxError(f"this model has no classifier (its task is {model.config.task}); nothing can be evaluated")
-    prepared = any(next(directory.glob(place), None) for place in (INFO, f"*/{INFO}"))
-    data = open_dataset(directory, split) if prepared else open_folder(directory, split)
-    order = class_order(data.labels, labels, printable(directory))
+    labels = _check_task(model)
+    order = class_order(data.labels, labels, printable(data.directory))
     accepted = None
     if real is not None:
-        accepted = real_labels(real, [data[i]["file_name"] for i in range(len(data))], len(labels))
+        accepted = real_labels(real, _file_names(data), len(labels))
+        if not (accepted >= 0).any():
+            raise BeitJaxError(f"{printable(real)}: no label for any of {len(data)} images, so there is no score")
+    bad = BadImages(len(data), max_bad)
     batches = eval_batches(
         data,
         processor,
@@ -215,9 +244,10 @@ def evaluate_directory(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=workers,
+        bad=bad,
     )
     with progress(len(data)) as advance:
-        return evaluate_classification(
+        scores = evaluate_classification(
             model,
             reordered(batches, order),
             labels,
@@ -226,6 +256,21 @@ def evaluate_directory(
             matched=order.rule,
             advance=advance,
         )
+    return replace(scores, left_out=tuple(bad.reasons.values()))
+
+
+def _check_task(model: Model) -> tuple[str, ...]:
+    """The classes of a classifier."""
+    labels = model.config.labels
+    if model.config.task != "image_classification" or not labels:
+        raise BeitJaxError(f"this model has no classifier (its task is {model.config.task}); nothing can be evaluated")
+    return labels
+
+
+def _file_names(data: Labelled) -> list[str]:
+    if isinstance(data, ImageFolder):
+        return [str(path) for path in data.paths]
+    return [data[i]["file_name"] for i in range(len(data))]
 
 
 def reordered(batches: Iterable[HostBatch], order: ClassOrder) -> Iterator[dict[str, np.ndarray]]:

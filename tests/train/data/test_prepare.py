@@ -115,7 +115,10 @@ def test_split_folders(tmp_path: Path) -> None:
         "val/cat/d.webp": picture("WEBP", value=4),
         "test/ant/e.png": picture(value=5),
     }
-    done = prepare_folder(tree(tmp_path / "tree", content), tmp_path / "data", held_out=0.5)
+    source = tree(tmp_path / "tree", content)
+    with pytest.raises(BeitJaxError, match="val is the validation split"):
+        prepare_folder(source, tmp_path / "data", held_out=0.5)
+    done = prepare_folder(source, tmp_path / "data")
     assert done == Prepared(tmp_path / "data", {"test": 1, "train": 3, "validation": 1}, ("ant", "cat"))
     for split, names in {
         "train": {"train/cat/a.png": 1, "train/cat/deep/er/b.jpg": 1, "train/ant/c.PNG": 0},
@@ -203,7 +206,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "held_out", "message"),
     [
-        ({"readme.txt": b""}, 0.0, r"tree: expected images \(.bmp, .gif, .*\), found none"),
+        ({"readme.txt": b""}, 0.0, r"tree: expected images \(.apng, .avif, .*\), found none"),
         ({"a.png": b""}, 1.0, r"held-out share: expected a number in \[0, 1\), found 1.0"),
         ({"a.png": b""}, 0.5, "none can be held out"),
         ({"a.png": b"no image"}, 0.0, "1 of 1 examples cannot be used, the first: a.png"),
