@@ -7,9 +7,15 @@ The other modules hold the textbook form of each function, and name its one-CPU 
 
 Both forms have the same values and gradients up to rounding (tests/models/test_one_cpu.py). A one-CPU form takes the
 textbook form first, to apply it to pieces, and then the arguments of the textbook form.
+
+What counts is the device that a program is compiled for, not the machine that traces it. A mesh names its devices.
+Without one, both forms are traced, and the compiler is given one of them (`jax.lax.platform_dependent`): so
+``jax.export(..., platforms=("tpu",))`` on a CPU contains the textbook forms alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial, wraps
 from math import pi, prod, sqrt
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -24,20 +30,53 @@ R = TypeVar("R")
 CACHE = 16 * 2**20
 """Bytes of attention scores up to which one CPU computes them all at once: about as much as its caches hold."""
 
+_SAID: ContextVar[str | None] = ContextVar("platform", default=None)
 
-def on_one_cpu() -> bool:
-    """Returns True if a function is traced for one CPU: its fast forms would move what several devices share out."""
+
+@contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """Functions traced within are traced for a platform ("cpu", "tpu", "cuda"), whatever they are compiled for later.
+
+    For programs that are traced and never compiled. A function under `jax.jit` must be new: JAX keeps its first trace.
+    """
+    before = _SAID.set(platform)
+    try:
+        yield
+    finally:
+        _SAID.reset(before)
+
+
+def on_one_cpu() -> bool | None:
+    """Whether a function is traced for one CPU; None if that is known only when it is compiled.
+
+    The fast forms of one CPU would move what several devices share out.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1)
+    if not mesh.empty and mesh.size > 1:
+        return False
+    device = None if mesh.empty else mesh.abstract_device
+    platform = _SAID.get() if device is None else device.platform
+    return None if platform is None else platform == "cpu"
 
 
 def for_one_cpu(form: Callable[Concatenate[Callable[P, R], P], R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a textbook form: a function traced for one CPU computes `form` instead."""
+    """Decorates a textbook form: a function compiled for one CPU computes `form` instead."""
 
     def decorate(textbook: Callable[P, R]) -> Callable[P, R]:
         @wraps(textbook)
         def chosen(*arguments: P.args, **options: P.kwargs) -> R:
-            return form(textbook, *arguments, **options) if on_one_cpu() else textbook(*arguments, **options)
+            def on_cpu() -> R:
+                with traced_for("cpu"):  # so that functions called within are not traced in both forms again
+                    return form(textbook, *arguments, **options)
+
+            def elsewhere() -> R:
+                with traced_for("other"):
+                    return textbook(*arguments, **options)
+
+            known = on_one_cpu()
+            if known is None:
+                return jax.lax.platform_dependent(cpu=on_cpu, default=elsewhere)
+            return form(textbook, *arguments, **options) if known else textbook(*arguments, **options)
 
         return chosen
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.typing import DTypeLike
 from numpy.testing import assert_allclose
 from tracing import computed, traced
@@ -16,7 +16,7 @@ from beit_jax.models import one_cpu
 from beit_jax.models.activations import gelu
 from beit_jax.models.attention import attend, of_every_sample, separated
 from beit_jax.models.layers import project
-from beit_jax.models.one_cpu import on_one_cpu
+from beit_jax.models.one_cpu import on_one_cpu, traced_for
 
 BATCH, TOKENS, HEADS, WIDTH = 3, 5, 2, 4
 QKV, BIAS = (BATCH, TOKENS, 3, HEADS, WIDTH), (1, HEADS, TOKENS, TOKENS)
@@ -59,11 +59,49 @@ def test_it_is_the_textbook_form(monkeypatch: pytest.MonkeyPatch, form: str, dty
         assert_allclose(np.asarray(found, np.float32), expected, rtol=0, atol=4 * most)
 
 
-def test_the_condition(monkeypatch: pytest.MonkeyPatch) -> None:
-    axes = ("data", "fsdp", "tensor")
-    assert on_one_cpu()
-    for sizes, alone in (((1, 1, 1), True), ((2, 1, 1), False), ((1, 1, 2), False)):
-        with jax.sharding.use_abstract_mesh(AbstractMesh(sizes, axes, (AxisType.Auto,) * 3)):
-            assert on_one_cpu() == alone
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert not on_one_cpu()
+AXES = ("data", "fsdp", "tensor")
+
+
+def abstract_mesh(sizes: tuple[int, ...], platform: str | None) -> AbstractMesh:
+    """Of devices of this platform, or of unknown ones."""
+    device = None if platform is None else AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
+    return AbstractMesh(sizes, AXES, (AxisType.Auto,) * 3, abstract_device=device)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "platform", "expected"),
+    [
+        ((1, 1, 1), "cpu", True),
+        ((1, 1, 1), "tpu", False),
+        ((1, 1, 1), "cuda", False),
+        ((1, 1, 1), None, None),
+        ((2, 1, 1), "cpu", False),
+        ((1, 1, 2), None, False),
+    ],
+)
+def test_a_mesh_names_the_device(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], platform: str | None, expected: bool | None
+) -> None:
+    for default in ("cpu", "gpu", "tpu"):  # of this machine, which says nothing about the device
+        monkeypatch.setattr(jax, "default_backend", lambda default=default: default)
+        with jax.sharding.use_abstract_mesh(abstract_mesh(sizes, platform)):
+            assert on_one_cpu() is expected
+
+
+def test_the_caller_says_what_is_traced_for_where_no_mesh_does() -> None:
+    assert on_one_cpu() is None
+    with traced_for("cpu"):
+        assert on_one_cpu() is True
+        with jax.sharding.use_abstract_mesh(abstract_mesh((1, 1, 1), "tpu")):
+            assert on_one_cpu() is False
+        with pytest.raises(ZeroDivisionError), traced_for("tpu"):
+            assert on_one_cpu() is False
+            raise ZeroDivisionError
+        assert on_one_cpu() is True
+    assert on_one_cpu() is None
+
+
+def test_a_mesh_of_this_machine_names_its_device() -> None:
+    mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        assert on_one_cpu() is (jax.devices()[0].platform == "cpu")

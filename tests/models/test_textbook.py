@@ -40,7 +40,7 @@ def test_one_file_asks_for_the_machine() -> None:
     conditions = {"on_one_cpu", "default_backend", "get_abstract_mesh"}
     asking = {file.stem: sorted(names(file) & conditions) for file in ROOM.glob("*.py") if names(file) & conditions}
     # The placement of activations asks for the mesh, to split them by it, and for nothing else.
-    assert asking == {DOOR: ["default_backend", "get_abstract_mesh", "on_one_cpu"], "partition": ["get_abstract_mesh"]}
+    assert asking == {DOOR: ["get_abstract_mesh", "on_one_cpu"], "partition": ["get_abstract_mesh"]}
 
 
 def test_the_textbook_asks_the_door_by_decorators_alone() -> None:

@@ -1,18 +1,18 @@
-"""What is traced for one device or for several, computed on the one that there is."""
+"""What is traced for one CPU or for several devices, computed on the one that there is."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import jax
 from jax.extend.core import jaxpr_as_fun
 
+from beit_jax.models.one_cpu import traced_for
 from beit_jax.models.partition import traced_for_several_devices
 
 
 def traced(function: Callable[..., Any], *arguments: Any, several: bool = False) -> Any:
     """The jaxpr of a function."""
-    with traced_for_several_devices() if several else nullcontext():
+    with traced_for_several_devices() if several else traced_for("cpu"):
         return jax.make_jaxpr(function)(*arguments)
 
 

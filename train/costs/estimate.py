@@ -1,6 +1,7 @@
 """Estimates of the FLOPs of a training step and of the memory of a device, and the peak FLOP/s of devices."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -15,6 +16,7 @@ from jaxtyping import Array
 from beit_jax.config import BeitConfig
 from beit_jax.models.build import abstract_model, param_shapes, statistics
 from beit_jax.models.interface import Remat
+from beit_jax.models.one_cpu import traced_for
 from beit_jax.tree import Nested, first_match
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
@@ -74,9 +76,15 @@ def traced_flops(loss: Callable[[int, Nested], Array], params: Nested) -> float:
     """
 
     def of(images: int) -> float:
-        return _matrix_flops(jax.make_jaxpr(jax.grad(partial(loss, images)))(params).jaxpr)
+        with _as_here():
+            return _matrix_flops(jax.make_jaxpr(jax.grad(partial(loss, images)))(params).jaxpr)
 
     return of(3) - of(2)
+
+
+def _as_here() -> AbstractContextManager[None]:
+    """Traces count for the devices of this machine: no program follows that could choose."""
+    return traced_for(jax.default_backend())
 
 
 def _matrix_flops(jaxpr: Any) -> float:
@@ -200,7 +208,8 @@ def traced_activations(loss: Callable[[int, Nested], Array], params: Nested) -> 
     """Bytes for one image that the gradient of a loss keeps; arguments as for `traced_flops`."""
 
     def of(images: int) -> int:
-        return _bytes(jax.eval_shape(lambda params: jax.vjp(partial(loss, images), params)[1], params))
+        with _as_here():
+            return _bytes(jax.eval_shape(lambda params: jax.vjp(partial(loss, images), params)[1], params))
 
     return of(3) - of(2)
 
@@ -219,7 +228,8 @@ def _stored(config: BeitConfig, dtype: DTypeLike, remat: Remat, images: int) -> 
         options["key"] = jax.random.key(0)
         return jax.vjp(lambda params: nnx.merge(graph, params)(pixel_values, remat=remat, **options), params)[1]
 
-    return _bytes(jax.eval_shape(backward, shapes))
+    with _as_here():
+        return _bytes(jax.eval_shape(backward, shapes))
 
 
 def _bytes(tree: Any) -> int:

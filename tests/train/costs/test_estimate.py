@@ -103,8 +103,9 @@ def products(jaxpr: Any) -> float:
         elif equation.primitive.name == "conv_general_dilated":
             kernel = equation.invars[1].aval
             total += 2.0 * equation.outvars[0].aval.size * kernel.size / kernel.shape[-1]
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
+        for name, value in equation.params.items():
+            several = value if isinstance(value, tuple | list) else [value]
+            for inner in several[-1:] if name == "branches" else several:  # the last is the textbook's
                 inner = getattr(inner, "jaxpr", inner)
                 times = equation.params["length"] if equation.primitive.name == "scan" else 1
                 total += times * products(inner) if hasattr(inner, "eqns") else 0.0
