@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 _NUMBER = re.compile(r"-|[-+]?\d[\d.,]*(e[-+]?\d+)?( \w| %)?|")
 
+# Seconds until the first line about work where there is no terminal: of so many bytes or images; of unknown length, as
+# waiting for a network. Then between two lines.
+SILENCE, UNKNOWN_SILENCE, LONGEST_PAUSE = 10.0, 2.0, 60.0
+
 Advance = Callable[[int], None]  # called with the work done since the last call, in bytes, records or images
 Bar = AbstractContextManager[Advance]
 Progress = Callable[[int], Bar]  # called with the total
@@ -73,7 +77,8 @@ def print_error(line: str) -> None:
 def print_lines(lines: Sequence[str]) -> None:
     """Prints lines on standard output."""
     with _written():
-        print("\n".join(lines))
+        for line in lines:
+            print(line)
 
 
 def print_json(value: Any) -> None:
@@ -111,7 +116,8 @@ def byte_progress(total: int, description: str = "converting and verifying") -> 
     """Progress in bytes, of which `total` is 0 if unknown: a bar on a terminal; elsewhere lines, if it takes long."""
     from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    return _bar(description, total, "bytes", DownloadColumn(), TransferSpeedColumn())
+    silence = SILENCE if total else UNKNOWN_SILENCE
+    return _bar(description, total, "bytes", DownloadColumn(), TransferSpeedColumn(), silence=silence)
 
 
 def image_progress(total: int, description: str = "segmenting", first: str | None = None) -> Bar:
@@ -132,14 +138,19 @@ def image_progress(total: int, description: str = "segmenting", first: str | Non
 
 @contextmanager
 def _bar(
-    description: str, total: int, unit: str, *columns: "ProgressColumn", first: str | None = None
+    description: str,
+    total: int,
+    unit: str,
+    *columns: "ProgressColumn",
+    first: str | None = None,
+    silence: float = SILENCE,
 ) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        with _Lines(description, total, unit, first) as lines:
+        with _Lines(description, total, unit, first, silence) as lines:
             yield lines.advance
         return
     # Only the bar gives way on a narrow terminal.
@@ -155,16 +166,14 @@ def _bar(
 
 
 class _Lines:
-    """Progress as lines on standard error, which is no terminal. Work of less than `SILENCE` seconds writes nothing.
+    """Progress as lines on standard error, which is no terminal. Work of less than `silence` seconds writes nothing.
 
     A thread writes the lines, because the work may be a single call that lasts: a compiler's.
     """
 
-    SILENCE = 2.0
-    LONGEST_PAUSE = 60.0
-
-    def __init__(self, description: str, total: int, unit: str, first: str | None) -> None:
+    def __init__(self, description: str, total: int, unit: str, first: str | None, silence: float) -> None:
         self._description, self._total, self._unit, self._first = description, total, unit, first
+        self._silence = silence
         self._done = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._write, name="progress", daemon=True)
@@ -181,9 +190,9 @@ class _Lines:
         self._done += done
 
     def _write(self) -> None:
-        pause, began = self.SILENCE, time.monotonic()
+        pause, began = self._silence, time.monotonic()
         while not self._stop.wait(pause):
             what = self._description if self._done or self._first is None else self._first
             done = f"{self._done:,} of {self._total:,} {self._unit} after " if self._total else ""
             say(f"{what}: {done}{time.monotonic() - began:.0f} s")
-            pause = min(2 * pause, self.LONGEST_PAUSE)
+            pause = min(2 * pause, LONGEST_PAUSE)

@@ -4,6 +4,7 @@ A command's module is imported when that command is named, so that ``beit-jax --
 """
 
 import atexit
+import os
 import shutil
 import sys
 import textwrap
@@ -151,10 +152,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except BeitJaxError as error:
             print_error(f"error: {error}")
             return error.exit_code
+        except (RuntimeError, AssertionError):
+            reason = _why_no_device()
+            if reason is None:
+                raise
+            print_error(f"error: {reason}")
+            return BeitJaxError.exit_code
         except KeyboardInterrupt as stopped:
             print_error("interrupted; nothing was kept")
             return getattr(stopped, "exit_code", 130)
         return stoppable.exit_code or code
+
+
+def _why_no_device() -> str | None:
+    """A line that says why JAX has no device at all, as with a misspelt JAX_PLATFORMS; None if it has one.
+
+    JAX raises nothing of its own for it: a RuntimeError, or an AssertionError for a platform that is not installed.
+    """
+    if "jax" not in sys.modules:
+        return None
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        if asked:
+            return f"JAX_PLATFORMS={printable(asked)}: JAX has no such device here; unset it, or set it to cpu"
+        return f"JAX has no device: {printable(error, 240)}"
+    return None
 
 
 def _run(arguments: Sequence[str]) -> int:

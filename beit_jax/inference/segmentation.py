@@ -34,6 +34,7 @@ Mode: TypeAlias = Literal["slide", "whole"]
 MapKind: TypeAlias = Literal["labels", "logits", "probabilities"]
 
 BAND = 64  # rows of the image whose logits exist at a time
+MAX_SIDE = 1 << 16  # pixels: a band and the matrices of `Axis` grow with the sides, not with the area
 WIDTH_STEP = 128  # pixels: widths are padded to a multiple, so that images of similar widths share a program
 WHOLE_STEP = 4  # patches: a whole image is padded to a multiple of them, for the same reason
 
@@ -152,6 +153,8 @@ def _map(
     config = model.config
     picture = load_image(image, "RGB" if processor.num_channels == 3 else "L", name)
     size, views = (picture.height, picture.width), list(_views(processor, how, config))
+    if max(size) > MAX_SIDE:
+        raise BeitJaxError(f"{name}: {size[1]}x{size[0]} pixels, expected sides of at most {MAX_SIDE}; cut it")
     shape = size if kind == "labels" else (*size, config.num_labels)
     total = np.zeros(shape, np.int32 if kind == "labels" else np.float32)
     for view, flip in views:
