@@ -121,6 +121,10 @@ class Fields:
         found = printable(json.dumps(self.content[key])) if key in self.content else "nothing"
         return BeitJaxError(f"{self.file}: {key}: expected {expected}, found {found}")
 
+    def inside(self, key: str) -> "Fields":
+        """The fields of the object under a key; none where it is absent."""
+        return Fields(self.typed(key, dict, {}), f"{self.file}: {key}")
+
     def typed(self, key: str, kind: type, default: Any) -> Any:
         """The value as `kind`: bool, int, float (integers are taken too), str or dict."""
         value = self.content.get(key, default)
@@ -128,7 +132,10 @@ class Fields:
         if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
             names = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "an object"}
             raise self.error(key, names[kind])
-        return kind(value)
+        try:
+            return kind(value)
+        except OverflowError:
+            raise self.error(key, "a number that a float can hold") from None
 
     def choice(self, key: str, accepted: tuple[str, ...], default: str | None) -> Any:
         """The value; refuses one that is not among `accepted`."""

@@ -61,15 +61,15 @@ class LeafReader:
         """Returns a whole leaf of the result."""
         if path in self.adaptations:
             sources, adapt = self.adaptations[path]
-            return adapt({name: self.stored(name, self.specs[path].dtype) for name in sources})
-        return self.stored(path, self.specs[path].dtype)
+            return adapt({name: self._stored(name, self.specs[path].dtype) for name in sources})
+        return self._stored(path, self.specs[path].dtype)
 
-    def stored(self, path: str, dtype: np.dtype[Any]) -> np.ndarray:
+    def _stored(self, path: str, dtype: np.dtype[Any]) -> np.ndarray:
         """Returns a whole leaf as it lies in the file."""
         step = self.steps[path]
         out = np.empty(step.shape, dtype)
         for names, layer in zip(step.layers, out if step.rule.stacked else [out], strict=True):
-            self.fill(step, names, self.parts(names, dtype), 0, layer)
+            self._fill(step, names, self._parts(names, dtype), 0, layer)
         return out
 
     def layers(self, path: str) -> Iterator[Iterable[np.ndarray]]:
@@ -80,22 +80,22 @@ class LeafReader:
             return
         step = self.steps[path]
         for names in step.layers:
-            yield self.chunks(step, names, spec.dtype)
+            yield self._chunks(step, names, spec.dtype)
 
-    def chunks(self, step: Step, names: Sequence[str], dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
+    def _chunks(self, step: Step, names: Sequence[str], dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
         """Yields a layer of a leaf in pieces of some rows, always in the same buffer."""
         count, *rest = step.layer_shape
         row_bytes = LeafSpec(tuple(rest), dtype).nbytes
         size = max(1, _CHUNK // row_bytes)
-        buffer = self.buffer("chunk", min(size, count) * row_bytes)
-        parts = self.parts(names, dtype)
+        buffer = self._buffer("chunk", min(size, count) * row_bytes)
+        parts = self._parts(names, dtype)
         for start in range(0, count, size):
             rows = min(size, count - start)
             chunk = buffer[: rows * row_bytes].view(dtype).reshape(rows, *rest)
-            self.fill(step, names, parts, start, chunk)
+            self._fill(step, names, parts, start, chunk)
             yield chunk
 
-    def fill(self, step: Step, names: Sequence[str], parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    def _fill(self, step: Step, names: Sequence[str], parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
         """Fills `rows` with a layer from row `start` on, and checks them while they are in the cache of a core."""
         step.rule.op.load(parts, start, rows)
         if self.allow_nonfinite or _all_finite(rows):
@@ -103,16 +103,16 @@ class LeafReader:
         for name, part in zip(names, parts, strict=True):
             _check_finite(part, name, self.checkpoint.tensors[name])
 
-    def parts(self, names: Sequence[str], dtype: np.dtype[Any]) -> list[np.ndarray]:
+    def _parts(self, names: Sequence[str], dtype: np.dtype[Any]) -> list[np.ndarray]:
         """Reads the torch tensors of one layer of a leaf, one behind the other in the same buffer."""
         ends = list(accumulate(self.checkpoint.tensors[name].nbytes for name in names))
-        buffer = self.buffer("parts", ends[-1])
+        buffer = self._buffer("parts", ends[-1])
         return [
-            self.tensor(name, buffer[start:end], dtype)
+            self._tensor(name, buffer[start:end], dtype)
             for name, start, end in zip(names, [0, *ends], ends, strict=False)
         ]
 
-    def tensor(self, name: str, buffer: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    def _tensor(self, name: str, buffer: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
         info = self.checkpoint.tensors[name]
         stored = self.checkpoint.read(name, buffer)
         if stored.dtype == dtype:
@@ -125,7 +125,7 @@ class LeafReader:
             raise BeitJaxError(f"{info.file}: {printable(name)}: {stored.dtype} values beyond the range of {dtype}")
         return cast
 
-    def buffer(self, name: str, size: int) -> np.ndarray:
+    def _buffer(self, name: str, size: int) -> np.ndarray:
         """Returns a flat uint8 buffer of `size` bytes. The thread's next call with this name uses it again."""
         have: np.ndarray | None = getattr(self._buffers, name, None)
         if have is None or have.nbytes < size:

@@ -149,7 +149,6 @@ BAD = [
     (SEGMENTS | {"beit_jax": {"feature_taps": "timm"}}, "beit_jax: feature_taps: expected original or hf"),
     ({"architectures": ["BeitBackbone"], "out_indices": []}, "out_indices: expected some growing indices"),
     ({"architectures": ["ViTModel"]}, "architectures: expected one of BeitModel"),
-    ({"architectures": ["BeitForImageClassification"], "id2label": {"1": "a"}}, "id2label: expected an object"),
     ({"architectures": ["BeitForImageClassification"], "id2label": ["a"]}, "id2label: expected an object"),
     ({"beit_jax": {"position_resize": "nearest"}}, "beit_jax: position_resize: expected bilinear or"),
 ]

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from beit_jax.config import BeitConfig
 from beit_jax.models.encoder import BeitModel
-from beit_jax.models.interface import ArrayLike, BeitOutput, Remat
+from beit_jax.models.interface import ArrayLike, BeitOutput, Remat, check_task
 from beit_jax.models.layers import dense
 
 
@@ -20,6 +20,7 @@ class BeitForImageClassification(nnx.Module):
     """
 
     def __init__(self, config: BeitConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        check_task(config, "image_classification")
         self.beit = BeitModel(config, dtype=dtype, rngs=rngs)
         labels, wide = config.num_labels, jnp.float32
         self.classifier = dense(config, config.hidden_size, labels, dtype, rngs, wide) if labels else None

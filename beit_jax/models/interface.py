@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from beit_jax.config import BeitConfig
+from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.position import Grid
 from beit_jax.tree import Nested
@@ -73,6 +73,19 @@ def abstract_module(make: Callable[[], M]) -> tuple[nnx.GraphDef[M], Nested]:
     """
     graph, state = nnx.split(nnx.eval_shape(make))
     return graph, nnx.to_pure_dict(state)
+
+
+def check_task(config: BeitConfig, task: Task) -> None:
+    """Refuses the configuration of another model than the one that is built of it.
+
+    Raises:
+        BeitJaxError: names both tasks.
+    """
+    if config.task != task:
+        raise BeitJaxError(
+            f"task: expected {task} for this class, found {config.task}; take the class of the task, "
+            f"beit_jax.models.build.MODELS[config.task], or dataclasses.replace(config, task={task!r})"
+        )
 
 
 def patch_grid(config: BeitConfig, pixel_shape: tuple[int, ...]) -> Grid:

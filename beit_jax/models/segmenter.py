@@ -27,7 +27,7 @@ from beit_jax.models.dense import (
     resize_bilinear,
 )
 from beit_jax.models.encoder import BeitModel
-from beit_jax.models.interface import ArrayLike, BeitOutput, Remat, patch_grid
+from beit_jax.models.interface import ArrayLike, BeitOutput, Remat, check_task, patch_grid
 from beit_jax.tree import Nested
 
 
@@ -137,6 +137,7 @@ class BeitBackbone(nnx.Module):
     """The encoder as a source of feature maps, see `BackboneOutput`. Source: transformers 5.23 `BeitBackbone`."""
 
     def __init__(self, config: BeitConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        check_task(config, "backbone")
         self.beit = BeitModel(config, dtype=dtype, rngs=rngs)
         if config.add_fpn:
             self.fpn = FeaturePyramid(config.hidden_size, dtype=dtype, rngs=rngs)
@@ -179,6 +180,7 @@ class BeitForSemanticSegmentation(nnx.Module):
     """
 
     def __init__(self, config: BeitConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        check_task(config, "semantic_segmentation")
         self.beit = BeitModel(config, dtype=dtype, rngs=rngs)
         self.fpn = FeaturePyramid(config.hidden_size, dtype=dtype, rngs=rngs)
         self.decode_head = UperHead(config, dtype=dtype, rngs=rngs)

@@ -1,0 +1,270 @@
+"""Hugging Face's ``config.json``: the fields of `BeitConfig` in it, class names, and what is written."""
+
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+from beit_jax.choices import Activation, FeatureTaps, ModelType, PositionBias, PositionResize, ProblemType, Task
+from beit_jax.errors import BeitJaxError, printable
+
+if TYPE_CHECKING:
+    from beit_jax.config import BeitConfig
+    from beit_jax.json_file import Fields
+
+_CLASS_PREFIX: Mapping[ModelType, str] = {"beit": "Beit", "data2vec-vision": "Data2VecVision"}
+_CLASS_SUFFIX: Mapping[Task, str] = {
+    "features": "Model",
+    "masked_image_modeling": "ForMaskedImageModeling",
+    "image_classification": "ForImageClassification",
+    "semantic_segmentation": "ForSemanticSegmentation",
+    "backbone": "Backbone",
+}
+_POSITION_BIAS: Mapping[tuple[bool, bool], PositionBias] = {
+    (False, False): "none",
+    (True, False): "shared",
+    (False, True): "per_layer",
+    (True, True): "both",
+}
+# Fields that have the same name and meaning in transformers, with the defaults of transformers 5.23.
+_HF_DEFAULTS: Mapping[str, Any] = {
+    "num_channels": 3,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12,
+    "use_absolute_position_embeddings": False,
+    "use_mask_token": False,
+    "layer_scale_init_value": 0.1,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "drop_path_rate": 0.1,
+    "initializer_range": 0.02,
+    "vocab_size": 8192,
+}
+# The same, read and written only for these tasks.
+_SEGMENTATION_DEFAULTS: Mapping[str, Any] = {
+    "use_auxiliary_head": True,
+    "auxiliary_channels": 256,
+    "auxiliary_num_convs": 1,
+    "auxiliary_concat_input": False,
+    "auxiliary_loss_weight": 0.4,
+    "semantic_loss_ignore_index": 255,
+}
+_BACKBONE_DEFAULTS: Mapping[str, Any] = {"add_fpn": False, "reshape_hidden_states": True}
+_OTHER_MODEL_KEYS = (
+    "model_type architectures image_size patch_size hidden_act use_mean_pooling use_relative_position_bias id2label "
+    "label2id use_shared_relative_position_bias num_labels problem_type beit_jax"
+).split()
+# Keys that any transformers configuration may have, and keys that only some heads read: no reason for a note.
+_IGNORED_KEYS = (
+    "_name_or_path _attn_implementation _attn_implementation_autoset transformers_version torch_dtype dtype "
+    "auto_map return_dict output_hidden_states output_attentions torchscript use_bfloat16 "
+    "chunk_size_feed_forward is_encoder_decoder is_decoder add_cross_attention tie_word_embeddings "
+    "tie_encoder_decoder finetuning_task cross_attention_hidden_size task_specific_params pruned_heads "
+    "gradient_checkpointing bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id "
+    "tokenizer_class prefix out_indices out_features _out_features _out_indices stage_names segmentation_indices "
+    "pool_scales use_auxiliary_head auxiliary_loss_weight auxiliary_channels auxiliary_num_convs "
+    "auxiliary_concat_input semantic_loss_ignore_index add_fpn reshape_hidden_states max_length min_length "
+    "do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
+    "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
+    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
+    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens use_cache"
+).split()
+
+
+def read_fields(read: "Fields") -> dict[str, Any]:
+    """The fields of a `BeitConfig`, see `BeitConfig.from_hf`."""
+    model_type = read.choice("model_type", get_args(ModelType), None)
+    bias = (
+        read.typed("use_shared_relative_position_bias", bool, False),
+        read.typed("use_relative_position_bias", bool, False),
+    )
+    values: dict[str, Any] = {name: read.typed(name, type(value), value) for name, value in _HF_DEFAULTS.items()}
+    values |= {
+        "model_type": model_type,
+        "task": _task(read, model_type),
+        "hidden_act": _activation(read),
+        "problem_type": _problem_type(read),
+        "image_size": read.pair("image_size", 224),
+        "patch_size": read.pair("patch_size", 16),
+        "pooling": "mean" if read.typed("use_mean_pooling", bool, True) else "cls",
+        "position_bias": _POSITION_BIAS[bias],
+        # transformers reads any value <= 0 as "no layer scale".
+        "layer_scale_init_value": max(0.0, values["layer_scale_init_value"]),
+        "add_pooling_layer": model_type == "beit",
+    }
+    if values["task"] in ("image_classification", "semantic_segmentation"):
+        values["labels"] = read_labels(read)
+    values |= _dense_fields(read, values["task"], model_type, values["num_hidden_layers"])
+    values |= _own_fields(read)
+    return values
+
+
+def _activation(read: "Fields") -> Activation:
+    if read.content.get("hidden_act") == "swish":  # transformers has both names for one function
+        return "silu"
+    found: Activation = read.choice("hidden_act", get_args(Activation), "gelu")
+    return found
+
+
+def _problem_type(read: "Fields") -> ProblemType | None:
+    if read.content.get("problem_type") is None:
+        return None
+    found: ProblemType = read.choice("problem_type", get_args(ProblemType), None)
+    return found
+
+
+def _task(read: "Fields", model_type: ModelType) -> Task:
+    known = {_CLASS_PREFIX[model_type] + suffix: task for task, suffix in _CLASS_SUFFIX.items()}
+    names = read.content.get("architectures") or [_CLASS_PREFIX[model_type] + "Model"]
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
+        raise read.error("architectures", "one of " + ", ".join(known))
+    return known[names[0]]
+
+
+def _dense_fields(read: "Fields", task: Task, model_type: ModelType, layers: int) -> dict[str, Any]:
+    """Reads the fields of segmentation models and backbones."""
+    if task not in ("semantic_segmentation", "backbone"):
+        return {}
+    defaults = _SEGMENTATION_DEFAULTS if task == "semantic_segmentation" else _BACKBONE_DEFAULTS
+    found = {name: read.typed(name, type(value), value) for name, value in defaults.items()}
+    if task == "semantic_segmentation":
+        found["pool_scales"] = read.integers("pool_scales", (1, 2, 3, 6))
+    names = read.content.get("out_features")
+    stages = ["stem", *(f"stage{i}" for i in range(1, layers + 1))]
+    if isinstance(names, list) and read.content.get("out_indices") is None and set(names) <= set(stages):
+        indices = tuple(stages.index(name) for name in names)
+    else:
+        key = "out_indices" if read.content.get("out_indices") is not None else "segmentation_indices"
+        indices = read.integers(key, (3, 5, 7, 11) if model_type == "data2vec-vision" else (layers,))
+    found["out_indices"] = tuple(i + len(stages) if i < 0 else i for i in indices)
+    found["feature_taps"] = "hf"
+    return found
+
+
+def _own_fields(read: "Fields") -> dict[str, Any]:
+    """Reads the fields under the key ``beit_jax``, for which transformers' configuration has no keys."""
+    own = read.inside("beit_jax")
+    found: dict[str, Any] = {}
+    if "position_resize" in own.content:
+        found["position_resize"] = own.choice("position_resize", get_args(PositionResize), None)
+    if "add_pooling_layer" in own.content:
+        found["add_pooling_layer"] = own.typed("add_pooling_layer", bool, True)
+    for name in ("aggregate_from", "aggregation_layers"):
+        if name in own.content:
+            found[name] = own.typed(name, int, 0)
+    if "feature_taps" in own.content:
+        found["feature_taps"] = own.choice("feature_taps", get_args(FeatureTaps), None)
+    return found
+
+
+def hf_notes(config: Mapping[str, Any], *, file: str = "config.json") -> list[str]:
+    """Notes for the user on a Hugging Face configuration that is read without an error: unknown keys, remote code."""
+    notes = [f"{file}: {note}" for note in label_notes(config.get("id2label"))]
+    if "auto_map" in config:
+        notes.append(f"{file}: auto_map names code to import; ignored, nothing of it is run")
+    known = [*_HF_DEFAULTS, *_OTHER_MODEL_KEYS, *_IGNORED_KEYS]
+    for key in sorted(set(config) - set(known)):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        notes.append(f"{file}: unknown key {printable(key)} ignored{hint}")
+    return notes
+
+
+def written(config: "BeitConfig") -> dict[str, Any]:
+    """The ``config.json`` of a configuration, see `BeitConfig.to_hf`."""
+
+    def side(size: tuple[int, int]) -> int | list[int]:
+        return size[0] if size[0] == size[1] else list(size)
+
+    result: dict[str, Any] = {
+        "model_type": config.model_type,
+        "architectures": [_CLASS_PREFIX[config.model_type] + _CLASS_SUFFIX[config.task]],
+        "image_size": side(config.image_size),
+        "patch_size": side(config.patch_size),
+        "use_mean_pooling": config.pooling == "mean",
+        "use_relative_position_bias": config.has_layer_bias,
+        "use_shared_relative_position_bias": config.has_shared_bias,
+        "hidden_act": config.hidden_act,
+    } | {name: getattr(config, name) for name in _HF_DEFAULTS}
+    if config.problem_type is not None:
+        result["problem_type"] = config.problem_type
+    if config.task in ("image_classification", "semantic_segmentation"):
+        result["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
+        result["label2id"] = {label: i for i, label in enumerate(config.labels)}
+    result["beit_jax"] = {
+        "position_resize": config.position_resize,
+        "add_pooling_layer": config.add_pooling_layer,
+    }
+    if config.aggregation_layers:
+        result["beit_jax"] |= {
+            "aggregate_from": config.aggregate_from,
+            "aggregation_layers": config.aggregation_layers,
+        }
+    if config.task in ("semantic_segmentation", "backbone"):
+        # With original taps, transformers reads other blocks for the same indices, and it refuses the indices of the
+        # right blocks, which go one beyond the last. The recorded choice lets this library read the right ones.
+        result["out_indices"] = list(config.out_indices)
+        result["beit_jax"]["feature_taps"] = config.feature_taps
+    if config.task == "semantic_segmentation":
+        result |= {name: getattr(config, name) for name in _SEGMENTATION_DEFAULTS}
+        result["pool_scales"] = list(config.pool_scales)
+    if config.task == "backbone":
+        result |= {name: getattr(config, name) for name in _BACKBONE_DEFAULTS}
+    return result
+
+
+# --- Class names ------------------------------------------------------------------------------------------------------
+
+MOST_LABELS = 1_000_000
+"""The most classes that a configuration may count without naming them; the largest published model has 21,841."""
+_DIGITS = 18  # of a key
+
+
+def read_labels(read: "Fields") -> tuple[str, ...]:
+    """The class names in the order of their outputs.
+
+    Keys that are not 0 to n - 1 are read in their order, because transformers makes an output for every name: its own
+    conversion of BEiT's 22k models took two classes out and left the numbers of the others. A file with a count only
+    gives ``LABEL_i``. transformers' default is two classes.
+
+    Raises:
+        BeitJaxError: keys that are no numbers or stand for one number, names that are neither text nor numbers.
+    """
+    if read.content.get("id2label") is None:
+        count = read.typed("num_labels", int, 2)
+        if not 0 <= count <= MOST_LABELS:
+            raise read.error("num_labels", f"0 to {MOST_LABELS}")
+        return tuple(f"LABEL_{i}" for i in range(count))
+    names = read.typed("id2label", dict, {})
+    numbers = {_number(read, key): key for key in names}
+    if len(numbers) != len(names):
+        raise BeitJaxError(f"{read.file}: id2label: expected one name for every number, found a number twice")
+    return tuple(_name(read, names[numbers[number]]) for number in sorted(numbers))
+
+
+def label_notes(names: Any) -> list[str]:
+    """Says how a map of class names was read, if its keys are not 0 to n - 1."""
+    if not isinstance(names, Mapping) or set(names) == {str(i) for i in range(len(names))}:
+        return []
+    numbers = sorted(int(key) for key in names)
+    missing = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers)) if numbers[-1] < 2 * MOST_LABELS else []
+    gaps = f", without {', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}" if missing else ""
+    return [
+        f"id2label numbers its {len(names)} names from {numbers[0]} to {numbers[-1]}{gaps}: read in this order as the "
+        f"names of outputs 0 to {len(names) - 1}"
+    ]
+
+
+def _number(read: "Fields", key: str) -> int:
+    if not (key.isascii() and key.isdecimal() and len(key) <= _DIGITS):
+        raise BeitJaxError(f"{read.file}: id2label: expected numbers as keys, found {printable(key)}")
+    return int(key)
+
+
+def _name(read: "Fields", name: Any) -> str:
+    if isinstance(name, bool) or not isinstance(name, str | int | float):
+        kind = "nothing" if name is None else f"{printable(name, 60)}"
+        raise BeitJaxError(f"{read.file}: id2label: expected text as the name of a class, found {kind}")
+    return name if isinstance(name, str) else printable(name)
