@@ -212,6 +212,7 @@ def reconstruct(
         seed: Seed of the choice of hidden patches.
     """
     from beit_jax.looking import reconstruct as reconstructing
+    from beit_jax.looking.written import check_picture
     from beit_jax.tokenizers.checkpoint import load_decoder, load_tokenizer
     from beit_jax.train.augmentation.masking import BlockMask
     from beit_jax.train.recipe import MaskOptions
@@ -221,6 +222,7 @@ def reconstruct(
         raise BeitJaxError(f"--seed {seed}: expected an integer of at least 0")
     files = named_images(images)
     reconstructing.check_output(output)
+    check_picture(output, "reconstruction.png", files)
     parts = load_tokenizer(tokenizer), load_decoder(decoder)
     model, processor = hub.load(checkpoint)
     grid = model.config.grid

@@ -16,14 +16,19 @@ from beit_jax.terminal import print_json, print_lines
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from beit_jax.looking.interpret import ImageAttention
+    from beit_jax.looking.interpret import Attending, ImageAttention
 
 _Image = Annotated[Path, arg(metavar="IMAGE", help="Image file.")]
 _Output = Annotated[Path, arg(aliases=["-o"], help="Picture to write, ending in .png, .svg or .pdf.")]
 _Block = Annotated[int | None, arg(metavar="NUMBER")]
 _Patch = Annotated[
     tuple[int, int] | None,
-    arg(metavar="ROW COLUMN", help="The patch that attends; 1 1 is at the top left. By default the class token."),
+    arg(
+        metavar="ROW COLUMN",
+        help="The patch that attends; 1 1 is at the top left. By default what the model pools: the mean of all "
+        "patches, or the class token.",
+        help_behavior_hint="",
+    ),
 ]
 _Hub = Annotated[Hub, arg(name="")]
 
@@ -35,8 +40,21 @@ class _ImagePlot:
     checkpoint: Positional[SourceName]
     image: Positional[_Image]
     patch: _Patch = None
+    class_token: bool = False
+    """The class token attends, also where the model pools the patches."""
     json: Json = False
     hub: _Hub = Hub()
+
+    @property
+    def attending(self) -> "Attending":
+        """What attends.
+
+        Raises:
+            BeitJaxError: a patch and the class token were given.
+        """
+        if self.class_token and self.patch is not None:
+            raise BeitJaxError("--patch and --class-token were both given; give one")
+        return "class" if self.class_token else self.patch
 
     def attention(self) -> "ImageAttention":
         """Computes the attention in the image, in all blocks."""
@@ -53,7 +71,7 @@ class _ImagePlot:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlot(_ImagePlot):
-    """The attention of a token to the patches of an image: a map for every head of a block.
+    """The attention of what a model pools, or of a token, to the patches of an image: a map for every head of a block.
 
     Try:
       beit-jax plot attention microsoft/beit-base-patch16-224 cat.jpg
@@ -68,18 +86,23 @@ class AttentionPlot(_ImagePlot):
         from beit_jax.looking import visualize
         from beit_jax.looking.interpret import checked_block
 
-        visualize.check_output(self.output)
+        _check_output(self.output, "attention.png", self.image)
+        attending = self.attending
         attention = self.attention()
-        figure = visualize.attention_maps(attention, block=self.block, patch=self.patch)
-        block = checked_block(self.block, attention.depth)
-        to_class = attention.probabilities[block - 1, :, attention.token(self.patch), 0]
-        facts = {"block": block, "patch": self.patch, "grid": attention.grid, "to_class_token": to_class.tolist()}
+        figure = visualize.attention_maps(attention, block=self.block, patch=attending)
+        facts = {
+            "block": checked_block(self.block, attention.depth),
+            "of": attention.named(attending),
+            "patch": self.patch,
+            "grid": attention.grid,
+            "to_class_token": attention.class_shares(self.block, attending).tolist(),
+        }
         return _write(figure, self.output, {"image": str(self.image)} | facts, json=self.json)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutPlot(_ImagePlot):
-    """The share of every patch in a token after all blocks, by attention rollout (arXiv 2005.00928).
+    """The share of every patch in what the model pools, or in a token, by attention rollout (arXiv 2005.00928).
 
     Try:
       beit-jax plot rollout microsoft/beit-base-patch16-224 cat.jpg
@@ -91,10 +114,15 @@ class RolloutPlot(_ImagePlot):
     def draw(self) -> int:
         from beit_jax.looking import visualize
 
-        visualize.check_output(self.output)
+        _check_output(self.output, "rollout.png", self.image)
+        attending = self.attending
         attention = self.attention()
-        figure = visualize.attention_rollout(attention, patch=self.patch)
-        shares = {"patch": self.patch, "shares": attention.rollout_map(self.patch).tolist()}
+        figure = visualize.attention_rollout(attention, patch=attending)
+        shares = {
+            "of": attention.named(attending),
+            "patch": self.patch,
+            "shares": attention.rollout_map(attending).tolist(),
+        }
         return _write(figure, self.output, {"image": str(self.image)} | shares, json=self.json)
 
 
@@ -119,7 +147,7 @@ class PositionBiasPlot:
         from beit_jax.looking import visualize
         from beit_jax.looking.interpret import position_bias
 
-        visualize.check_output(self.output)
+        _check_output(self.output, "position-bias.png")
         model, _ = predict.from_pretrained(self.checkpoint, revision=self.hub.revision, cache_dir=self.hub.cache_dir)
         bias = position_bias(model, self.block)
         facts = {"table": bias.table, "offsets": list(bias.offsets.shape[1:]), **bias.class_entries()}
@@ -147,7 +175,7 @@ class CurvesPlot:
         from beit_jax.looking import visualize
         from beit_jax.train.loop.metrics_file import METRICS, read_metrics
 
-        visualize.check_output(self.output)
+        _check_output(self.output, "curves.png", *(run / METRICS for run in self.runs))
         labels = _labels(self.runs)
         runs = {label: read_metrics(run / METRICS) for label, run in zip(labels, self.runs, strict=True)}
         figure = visualize.training_curves(runs, metrics=self.metrics, log=self.log)
@@ -175,7 +203,7 @@ class ParityPlot:
         from beit_jax.convert.parity import read_report
         from beit_jax.looking import visualize
 
-        visualize.check_output(self.output)
+        _check_output(self.output, "parity.png", self.report)
         stages = read_report(self.report)
         different = [stage["name"] for stage in stages if not stage["passed"]]
         facts = {"stages": len(stages), "different": different}
@@ -215,6 +243,14 @@ def _labels(runs: Sequence[Path]) -> list[str]:
     return labels
 
 
+def _check_output(output: Path, default: str, *inputs: Path) -> None:
+    """Refuses a picture that cannot be written, or that would replace what it must not, before anything is computed."""
+    from beit_jax.looking import visualize, written
+
+    visualize.check_output(output)
+    written.check_picture(output, default, inputs)
+
+
 def _write(figure: "Figure", output: Path, facts: Mapping[str, Any], *, json: bool) -> int:
     from beit_jax.looking.visualize import save
 
@@ -222,5 +258,6 @@ def _write(figure: "Figure", output: Path, facts: Mapping[str, Any], *, json: bo
     if json:
         print_json({"output": str(output)} | dict(facts))
     else:
-        print_lines([f"written      {printable(output)}"])
+        drawn = [f"attention of {facts['of']}"] if "of" in facts else []
+        print_lines([*drawn, f"written      {printable(output)}"])
     return 0

@@ -1,13 +1,14 @@
 """The inside of a model as arrays: attention in an image, attention rollout, and relative position bias.
 
 Blocks and heads are counted from 1, as in `beit-jax parity` and in the scores of probes. Rows and columns of patches
-are counted from 1 too, from the top left.
+are counted from 1 too, from the top left. What attends is by default what the model pools: the class token, or the mean
+of all patches, whose attention is the mean of theirs.
 """
 
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from beit_jax.models.encoder import BeitModel
 from beit_jax.models.interface import patch_grid
 from beit_jax.models.position import Grid
 
+Attending: TypeAlias = tuple[int, int] | Literal["class"] | None
+"""What attends: (row, column) of a patch, "class" for the class token, or None for what the model pools."""
+
 
 @dataclass(frozen=True, eq=False)
 class ImageAttention:
@@ -32,48 +36,65 @@ class ImageAttention:
         probabilities: rows sum to 1. Token 0 is the class token; the patches follow row by row.
         grid: patches, (rows, columns).
         name: of the image, for titles.
+        pools_patches: the model pools the mean of the patches, and not the class token.
     """
 
     image: UInt8[np.ndarray, "height width 3"]
     probabilities: Float[np.ndarray, "depth heads n n"]
     grid: Grid
     name: str = "image"
+    pools_patches: bool = False
 
     @property
     def depth(self) -> int:
         return len(self.probabilities)
 
-    def head_maps(
-        self, block: int | None = None, patch: tuple[int, int] | None = None
-    ) -> Float[np.ndarray, "heads rows columns"]:
-        """The share of a token's attention that each patch gets in a block; the rest goes to the class token.
+    def head_maps(self, block: int | None = None, patch: Attending = None) -> Float[np.ndarray, "heads rows columns"]:
+        """The share of the attention of `patch` that each patch gets in a block; the rest goes to the class token.
 
         Args:
             block: by default the last.
-            patch: (row, column) of the token that attends; by default the class token.
+            patch: (row, column) of a patch, or "class" for the class token; by default what the model pools.
 
         Raises:
             BeitJaxError: no such block or patch.
         """
-        rows = self.probabilities[checked_block(block, self.depth) - 1, :, self.token(patch), 1:]
-        return rows.reshape(-1, *self.grid)
+        return self._rows(block, patch)[:, 1:].reshape(-1, *self.grid)
 
-    def rollout_map(self, patch: tuple[int, int] | None = None) -> Float64[np.ndarray, "rows columns"]:
-        """The share of each patch in a token (by default the class token) after all blocks, by `rollout`.
+    def class_shares(self, block: int | None = None, patch: Attending = None) -> Float[np.ndarray, " heads"]:
+        """The share of the attention of `patch` that the class token gets; arguments and errors as of `head_maps`."""
+        return self._rows(block, patch)[:, 0]
 
-        Raises:
-            BeitJaxError: no such patch.
-        """
-        return rollout(self.probabilities)[self.token(patch), 1:].reshape(self.grid)
+    def _rows(self, block: int | None, patch: Attending) -> Float[np.ndarray, "heads n"]:
+        return self.probabilities[checked_block(block, self.depth) - 1][:, self.tokens(patch)].mean(axis=1)
 
-    def token(self, patch: tuple[int, int] | None) -> int:
-        """The index of a patch among the tokens; None is the class token.
+    def rollout_map(self, patch: Attending = None) -> Float64[np.ndarray, "rows columns"]:
+        """The share of each patch in `patch`, as in `head_maps`, after all blocks, by `rollout`.
 
         Raises:
             BeitJaxError: no such patch.
         """
-        if patch is None:
-            return 0
+        return rollout(self.probabilities)[self.tokens(patch), 1:].mean(axis=0).reshape(self.grid)
+
+    def tokens(self, patch: Attending) -> list[int]:
+        """The indices of the tokens that are `patch`: of one, or of all patches.
+
+        Raises:
+            BeitJaxError: no such patch.
+        """
+        if patch is None and self.pools_patches:
+            return list(range(1, 1 + self.grid[0] * self.grid[1]))
+        return [0 if patch is None or patch == "class" else self._patch(patch)]
+
+    def named(self, patch: Attending) -> str:
+        """The words for `patch` in titles and JSON."""
+        if patch is None and self.pools_patches:
+            return "the mean of all patches, which the model pools"
+        if patch is None or patch == "class":
+            return "the class token"
+        return f"the patch in row {patch[0]}, column {patch[1]}"
+
+    def _patch(self, patch: tuple[int, int]) -> int:
         (row, column), (rows, columns) = patch, self.grid
         if not (1 <= row <= rows and 1 <= column <= columns):
             raise BeitJaxError(f"patch: expected a row 1 to {rows} and a column 1 to {columns}, found {row} {column}")
@@ -114,7 +135,8 @@ def image_attention(model: Model, processor: ImageProcessor, image: ImageLike) -
     grid = patch_grid(model.config, pixels.shape)
     probabilities = np.asarray(_attentions(_encoder(model), jnp.asarray(pixels)))[:, 0]
     name = printable(Path(image).name, 40) if isinstance(image, str | os.PathLike) else "image"
-    return ImageAttention(np.broadcast_to(seen, (*seen.shape[:2], 3)), probabilities, grid, name)
+    pools_patches = model.config.has_pooler and model.config.pooling == "mean"
+    return ImageAttention(np.broadcast_to(seen, (*seen.shape[:2], 3)), probabilities, grid, name, pools_patches)
 
 
 def rollout(probabilities: Float[np.ndarray, "depth heads n n"]) -> Float64[np.ndarray, "n n"]:

@@ -19,6 +19,7 @@ from beit_jax.atomic import new_file
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.files import ImageLike, image_list, image_name, load_image, open_image
 from beit_jax.images.processor import ImageProcessor
+from beit_jax.looking.written import png_info
 from beit_jax.models.build import Model
 from beit_jax.models.interface import patch_grid
 from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
@@ -140,8 +141,8 @@ def reconstruct_files(
     rng = np.random.default_rng(seed)
     masks = np.stack([draw(rng) for _ in images])
     found = reconstruct(model, processor, tokenizer, decoder, images, masks)
-    with new_file(output) as partial:
-        Image.fromarray(grid_picture(found)).save(partial, format="PNG")
+    with new_file(output, inputs=paths) as partial:
+        Image.fromarray(grid_picture(found)).save(partial, format="PNG", pnginfo=png_info())
     return found
 
 

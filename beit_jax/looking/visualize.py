@@ -16,7 +16,8 @@ import numpy as np
 
 from beit_jax.atomic import new_file
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.looking.interpret import ImageAttention, PositionBias, checked_block
+from beit_jax.looking.interpret import Attending, ImageAttention, PositionBias, checked_block
+from beit_jax.looking.written import KEY, SOFTWARE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # not at the top: only pictures need it
@@ -43,8 +44,8 @@ _VALIDATION = "validation_"  # prefix of some metrics of validation images
 # --- Attention --------------------------------------------------------------------------------------------------------
 
 
-def attention_maps(attention: ImageAttention, *, block: int | None = None, patch: Patch | None = None) -> "Figure":
-    """Draws an image, and for every head of a block the attention of a token over the image.
+def attention_maps(attention: ImageAttention, *, block: int | None = None, patch: Attending = None) -> "Figure":
+    """Draws an image, and over it, for every head of a block, the attention of what the model pools, or of a token.
 
     Axes: the image; one for every head, with the attention [rows, columns] as its second image; the colour bar. The
     colours of a head end at its own maximum. Its title names the maximum and the share of the class token.
@@ -56,41 +57,41 @@ def attention_maps(attention: ImageAttention, *, block: int | None = None, patch
         BeitJaxError: no such block or patch; matplotlib is not installed.
     """
     maps, number = attention.head_maps(block, patch), checked_block(block, attention.depth)
-    to_class = attention.probabilities[number - 1, :, attention.token(patch), 0]
-    figure, axes = _image_panels(attention, patch, 1 + len(maps))
+    to_class, place = attention.class_shares(block, patch), _place(patch)
+    figure, axes = _image_panels(attention, place, 1 + len(maps))
     for head, (panel, found) in enumerate(zip(axes[1:], maps, strict=True)):
         _lay_over(panel, attention, found, 0.0, float(found.max()))
-        _frame(panel, patch)
+        _frame(panel, place)
         panel.set_title(
             f"head {head + 1}: up to {_percent(found.max())}\nclass token {_percent(to_class[head])}", fontsize=_SMALL
         )
     _relative_bar(figure, axes)
-    figure.suptitle(f"Attention of {_named(patch)} in block {number} of {attention.depth}")
+    figure.suptitle(f"Attention of {attention.named(patch)}\nin block {number} of {attention.depth}")
     return figure
 
 
-def attention_rollout(attention: ImageAttention, *, patch: Patch | None = None) -> "Figure":
-    """Draws an image, and over it the share of every patch in a token by `beit_jax.looking.interpret.rollout`.
+def attention_rollout(attention: ImageAttention, *, patch: Attending = None) -> "Figure":
+    """Draws an image, and over it the share of every patch in what the model pools, or in a token, by `rollout`.
 
     Axes: the image; the rollout [rows, columns] as a second image; the colour bar. A patch has its largest share in
     itself, so the colours end at the largest share of any other patch.
 
     Args:
-        patch: (row, column) of the token, from 1; by default the class token.
+        patch: as in `ImageAttention.head_maps`.
 
     Raises:
         BeitJaxError: no such patch; matplotlib is not installed.
     """
-    found = attention.rollout_map(patch)
-    figure, axes = _image_panels(attention, patch, 2, longer=3.6)
-    others = found if patch is None else np.delete(found, attention.token(patch) - 1)
+    found, place = attention.rollout_map(patch), _place(patch)
+    figure, axes = _image_panels(attention, place, 2, longer=3.6)
+    others = found if place is None else np.delete(found, attention.tokens(place)[0] - 1)
     low, high = np.min(others, initial=found.max()), np.max(others, initial=found.min())
     shown = _lay_over(axes[1], attention, found, low, high)
-    _frame(axes[1], patch)
+    _frame(axes[1], place)
     axes[1].set_title(f"all patches: {_percent(found.sum())}", fontsize=_SMALL)
-    bar = figure.colorbar(shown, ax=axes, label="share of the token", extend="neither" if patch is None else "max")
+    bar = figure.colorbar(shown, ax=axes, label="share of a patch", extend="neither" if place is None else "max")
     bar.formatter = _percent_ticks()
-    figure.suptitle(f"Attention rollout to {_named(patch)} through {attention.depth} blocks")
+    figure.suptitle(f"Attention rollout to {attention.named(patch)}\nthrough {attention.depth} blocks")
     return figure
 
 
@@ -140,8 +141,9 @@ def _relative_bar(figure: "Figure", axes: "Sequence[Axes]") -> None:
     bar.set_ticks([0, 0.5, 1], labels=["0", "half", "the head's\nmaximum"])
 
 
-def _named(patch: Patch | None) -> str:
-    return "the class token" if patch is None else f"the patch in row {patch[0]}, column {patch[1]}"
+def _place(patch: Attending) -> Patch | None:
+    """The patch to frame, if it is one."""
+    return None if patch == "class" else patch
 
 
 def _percent_ticks() -> Any:
@@ -373,7 +375,9 @@ def save(figure: "Figure", path: Path) -> None:
     """
     check_output(path)
     with new_file(path) as partial:
-        figure.savefig(partial, format=FORMATS[path.suffix.lower()], dpi=_DOTS, bbox_inches="tight")
+        form = FORMATS[path.suffix.lower()]
+        author = {KEY: SOFTWARE} if form == "png" else {"Creator": SOFTWARE}
+        figure.savefig(partial, format=form, dpi=_DOTS, bbox_inches="tight", metadata=author)
 
 
 def _panels(count: int, width: float, height: float) -> "tuple[Figure, list[Axes]]":

@@ -31,6 +31,7 @@ from beit_jax.images import ImageProcessor
 from beit_jax.inference.predict import from_pretrained
 from beit_jax.looking import interpret, visualize
 from beit_jax.looking.interpret import ImageAttention, PositionBias, image_attention, rollout
+from beit_jax.looking.written import png_info
 from beit_jax.models.build import Model, build_model, param_shapes
 from beit_jax.train.loop.log import Log
 from beit_jax.train.loop.metrics_file import read_metrics
@@ -97,10 +98,15 @@ def compared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_attention_maps_are_transformers_attentions(compared: tuple[Any, ImageAttention]) -> None:
     expected, found = compared
     depth, heads = expected.shape[:2]
-    for block, patch in ((1, None), (2, (2, 3)), (None, (4, 4))):
+    assert found.pools_patches  # as transformers' classifier does
+    for block, patch in ((1, None), (1, "class"), (2, (2, 3)), (None, (4, 4))):
         figure = visualize.attention_maps(found, block=block, patch=patch)
-        token = 0 if patch is None else 1 + 4 * (patch[0] - 1) + (patch[1] - 1)
-        rows = expected[depth - 1 if block is None else block - 1, :, token]
+        of_block = expected[depth - 1 if block is None else block - 1]
+        if patch is None:
+            rows = of_block[:, 1:].mean(axis=1)
+            assert "the mean of all patches" in words(figure)
+        else:
+            rows = of_block[:, 0 if patch == "class" else 1 + 4 * (patch[0] - 1) + (patch[1] - 1)]
         assert len(figure.axes) == 1 + heads + 1
         for panel, row in zip(figure.axes[1:-1], rows, strict=True):
             picture = panel.images[1]
@@ -123,9 +129,13 @@ def test_rollout_is_the_papers_computed_from_transformers_attentions(compared: t
     joint = rollout(found.probabilities)
     assert joint.dtype == np.float64 and joint.shape == (tokens, tokens)
     assert_allclose(joint, product_of_blocks, rtol=0.0, atol=MODEL)
-    for patch, token in ((None, 0), ((2, 1), 5)):
+    for patch, row in (
+        (None, product_of_blocks[1:].mean(axis=0)),
+        ("class", product_of_blocks[0]),
+        ((2, 1), product_of_blocks[5]),
+    ):
         picture = visualize.attention_rollout(found, patch=patch).axes[1].images[1]
-        assert_allclose(picture.get_array(), product_of_blocks[token, 1:].reshape(4, 4), rtol=0.0, atol=MODEL)
+        assert_allclose(picture.get_array(), row[1:].reshape(4, 4), rtol=0.0, atol=MODEL)
 
 
 def test_rollout_by_hand() -> None:
@@ -213,7 +223,8 @@ def test_titles_do_not_overlap() -> None:
     boxes = [panel.title.get_window_extent() for panel in figure.axes[:-1]]
     boxes += [text.get_window_extent() for text in [figure._suptitle]]
     assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
-    assert figure.axes[0].get_title().startswith("a_name_$that$_") and "\x1b" not in words(figure)
+    title = figure.axes[0].get_title()
+    assert title.startswith("a_name_$that") and title.endswith(".png") and "\x1b" not in words(figure)
 
 
 # --- Relative position bias
@@ -355,7 +366,7 @@ def test_names_of_runs_are_shown_as_they_are(make_run: Callable[..., Path]) -> N
     figure = visualize.training_curves({"_hidden": records, r"$\frac$": records, "\x1b[31mred": records[:1]})
     figure.draw_without_rendering()
     texts = figure.legends[0].get_texts()
-    assert [text.get_text() for text in texts] == ["_hidden", r"$\\frac$", r"\x1b[31mred", "validation"]
+    assert [text.get_text() for text in texts] == ["_hidden", r"$\frac$", r"\x1b[31mred", "validation"]
     colours = [handle.get_color() for handle in figure.legends[0].get_lines()[:3]]
     assert len(set(colours)) == 3
     assert [line.get_color() for line in figure.axes[0].lines if line.get_linestyle() == "-"] == colours
@@ -529,7 +540,11 @@ def test_pictures_of_a_checkpoint(checkpoint: Path, tmp_path: Path, capsys: pyte
     assert found["output"] == str(tmp_path / "a.png") and (found["block"], found["patch"]) == (1, [2, 3])
     assert found["to_class_token"] == pytest.approx(expected.probabilities[0, :, 6, 0].tolist())
     found = json.loads(command(capsys, "rollout", checkpoint, image, "-o", tmp_path / "r.png", "--json"))
-    assert_allclose(found["shares"], rollout(expected.probabilities)[0, 1:].reshape(2, 3), atol=1e-9)
+    shares = rollout(expected.probabilities)[:, 1:].reshape(-1, 2, 3)
+    assert_allclose(found["shares"], shares[1:].mean(axis=0), atol=1e-9)
+    assert found["of"] == "the mean of all patches, which the model pools"
+    of_class = ["rollout", checkpoint, image, "--class-token", "-o", tmp_path / "r.png", "--json"]
+    assert_allclose(json.loads(command(capsys, *of_class))["shares"], shares[0], atol=1e-9)
     found = json.loads(command(capsys, "position-bias", checkpoint, "--block", 2, "-o", tmp_path / "b.png", "--json"))
     assert found["table"] == "block 2 + shared" and found["offsets"] == [3, 5]
     assert found["cls_to_cls"] == interpret.position_bias(model, 2).cls_to_cls.tolist()
@@ -592,7 +607,7 @@ def test_mistakes_are_one_line_and_leave_everything(
     make_run("run")
     monkeypatch.chdir(tmp_path)
     for name in ("attention", "rollout", "position-bias", "curves", "parity"):
-        Path(f"{name}.png").write_text("an earlier picture")
+        Image.new("L", (1, 1)).save(f"{name}.png", pnginfo=png_info())  # an earlier picture of ours
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     stand_in = {"CHECKPOINT": str(checkpoint), "IMAGE": str(checkpoint / "photo.png")}
     assert message in error(capsys, *(stand_in.get(word, word) for word in arguments))
