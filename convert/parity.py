@@ -101,7 +101,7 @@ def compare(
         mask = _mask(config, pixel_values, rng)
         reference = Reference(decided)
         expected = list(_reference_stages(reference.model, pixel_values, mask))
-        params = decided.reader.params()
+        params = {name: leaf.astype(np.float32) for name, leaf in decided.reader.params().items()}
     with jax.default_matmul_precision("highest"):
         model = build_model(config, unflatten(params))
         run = jax.jit(lambda model, pixels, mask: model(pixels, mask, output_hidden_states=True))
