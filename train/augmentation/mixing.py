@@ -9,11 +9,12 @@ from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Integer, Key, UInt8
 
 from beit_jax.errors import BeitJaxError
 
 from ..recipe import STATISTICS, AugmentOptions, Statistics
+from .labels import ArrayLike, class_numbers, nan_unless_class
 
 ERASED_AREA: Final = (0.02, 1 / 3)
 ERASED_ASPECT: Final = (0.3, 1 / 0.3)  # height over width
@@ -55,9 +56,15 @@ def normalise(images: UInt8[Array, "b h w 3"], statistics: Statistics) -> Float[
     return (images.astype(jnp.float32) / 255 - mean) / deviation
 
 
-def soft_targets(labels: Int[Array, " b"], classes: int, smoothing: float) -> Float[Array, "b classes"]:
-    """Targets with 1 - `smoothing` on the label and `smoothing` spread over all classes, float32."""
-    return jax.nn.one_hot(labels, classes, dtype=jnp.float32) * (1 - smoothing) + smoothing / classes
+def soft_targets(labels: Integer[ArrayLike, " b"], classes: int, smoothing: float) -> Float[Array, "b classes"]:
+    """Targets with 1 - `smoothing` on the label and `smoothing` spread over all classes, float32.
+
+    Raises:
+        BeitJaxError: a label that is no class, where the labels are known; in a compiled function its targets are NaN.
+    """
+    labels = class_numbers(labels, classes, labels.shape)
+    targets = jax.nn.one_hot(labels, classes, dtype=jnp.float32) * (1 - smoothing) + smoothing / classes
+    return targets * nan_unless_class(labels, classes)[..., None]
 
 
 def erase(key: Key[Array, ""], images: Float[Array, "b h w c"], probability: float) -> Float[Array, "b h w c"]:

@@ -14,6 +14,7 @@ from beit_jax.models.build import Model
 from beit_jax.terminal import Advance
 from beit_jax.tree import Nested
 
+from ..augmentation.labels import ArrayLike, checked_targets
 from ..augmentation.mixing import erase, mix, normalise, soft_targets
 from ..evaluation.accuracy import evaluate_classification
 from ..step.criterion import Batch, Criterion, Metrics
@@ -78,6 +79,12 @@ def classification(recipe: LabelledRecipe, config: BeitConfig) -> Criterion:
     return Criterion(prepare, loss)
 
 
-def soft_cross_entropy(logits: Float[Array, "b classes"], targets: Float[Array, "b classes"]) -> Float[Array, ""]:
-    """Mean over the batch of the cross entropy with targets that are distributions, in float32."""
+def soft_cross_entropy(logits: Float[Array, "b classes"], targets: Float[ArrayLike, "b classes"]) -> Float[Array, ""]:
+    """Mean over the batch of the cross entropy with targets that are distributions, in float32.
+
+    Raises:
+        BeitJaxError: targets of another shape than the logits'; rows that are no distributions, where the targets are
+            known. What a compiled function is given is not checked.
+    """
+    targets = checked_targets(targets, logits.shape)
     return -(targets * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(axis=-1).mean()

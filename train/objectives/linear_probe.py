@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Integer, Key
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
@@ -21,6 +21,7 @@ from beit_jax.terminal import Advance
 from beit_jax.tree import Nested
 from beit_jax.weights.native import NativeCheckpoint
 
+from ..augmentation.labels import ArrayLike, class_numbers, cross_entropy
 from ..augmentation.mixing import normalise
 from ..costs.estimate import flops
 from ..distributed.sharding import make_mesh, replicated
@@ -181,10 +182,16 @@ def linear_probe(recipe: LinearProbeRecipe, backbone: nnx.GraphDef[Model]) -> Cr
     return Criterion(prepare, loss)
 
 
-def summed_cross_entropy(logits: Float[Array, "layers b classes"], labels: Int[Array, " b"]) -> Float[Array, ""]:
-    """The mean over the batch, the sum over layers."""
-    chosen = jnp.take_along_axis(logits, labels[None, :, None], axis=-1)[..., 0]
-    return (jax.nn.logsumexp(logits, axis=-1) - chosen).mean(axis=1).sum()
+def summed_cross_entropy(
+    logits: Float[Array, "layers b classes"], labels: Integer[ArrayLike, " b"]
+) -> Float[Array, ""]:
+    """The mean over the batch, the sum over layers.
+
+    Raises:
+        BeitJaxError: a label that is no class, where the labels are known; in a compiled function the loss is NaN.
+    """
+    labels = class_numbers(labels, logits.shape[-1], logits.shape[1:-1])
+    return cross_entropy(logits, jnp.broadcast_to(labels, logits.shape[:-1])).mean(axis=1).sum()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Integer, Key, UInt8
 
 from beit_jax.config import BeitConfig
 from beit_jax.config import Task as Architecture
@@ -27,6 +27,7 @@ from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoder
 from beit_jax.tokenizers.vqkd import VqkdConfig
 from beit_jax.tree import Nested, flatten, unflatten
 
+from ..augmentation.labels import ArrayLike, class_numbers, cross_entropy
 from ..augmentation.masking import BlockMask
 from ..augmentation.mixing import normalise
 from ..augmentation.views import ViewsTransform
@@ -325,13 +326,20 @@ def visual_tokens(tokenizer: Any, images: Array) -> Int[Array, "b patches"]:
 
 
 def token_loss(
-    logits: Float[Array, "b k vocab"], labels: Int[Array, "b k"], weights: Float[Array, "b k"]
+    logits: Float[Array, "b k vocab"], labels: Integer[ArrayLike, "b k"], weights: Float[Array, "b k"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean cross entropy, and the share of labels that are the most probable token."""
+    """Mean cross entropy, and the share of labels that are the most probable token.
+
+    Args:
+        labels: tokens, also where the weight is 0.
+
+    Raises:
+        BeitJaxError: a label that is no token, where the labels are known; in a compiled function the loss is NaN.
+    """
     logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    entropies = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return weighted_mean(entropies, weights), weighted_mean(logits.argmax(axis=-1) == labels, weights)
+    tokens = class_numbers(labels, logits.shape[-1], logits.shape[:-1])
+    best = logits.argmax(axis=-1)
+    return weighted_mean(cross_entropy(logits, tokens), weights), weighted_mean(best == tokens, weights)
 
 
 def perplexities(logits: Float[Array, "b k vocab"], labels: Int[Array, "b k"], weights: Float[Array, "b k"]) -> Metrics:

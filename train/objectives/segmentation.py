@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Integer, Key
 
 from beit_jax.config import BeitConfig
 from beit_jax.config import Task as Architecture
@@ -28,6 +28,7 @@ from beit_jax.resize import linear_matrix
 from beit_jax.terminal import Advance
 from beit_jax.tree import Nested
 
+from ..augmentation.labels import ArrayLike, class_numbers, cross_entropy
 from ..augmentation.mixing import normalise
 from ..augmentation.segmentation import segmentation_transform
 from ..data.datasets import SegmentationDataset, open_segmentation
@@ -171,16 +172,22 @@ def segmentation(recipe: SegmentationRecipe, config: BeitConfig, *, average: Ave
 
 
 def segmentation_loss(
-    output: SegmenterOutput, labels: Int[Array, "b height width"], config: BeitConfig, *, average: Average = "valid"
+    output: SegmenterOutput,
+    labels: Integer[ArrayLike, "b height width"],
+    config: BeitConfig,
+    *,
+    average: Average = "valid",
 ) -> Float[Array, ""]:
     """Cross entropy of the logits plus ``config.auxiliary_loss_weight`` times that of the auxiliary ones.
 
     Args:
         labels: class numbers; ``config.semantic_loss_ignore_index`` where a pixel does not count.
-        average: over the pixels that count, as transformers does, or over all, as mmseg 0.11 trained the models.
+        average: over the pixels that count, as transformers does, or over all, as mmseg 0.11 trained the models. Of no
+            pixels the average is NaN.
 
     Raises:
-        BeitJaxError: labels of another shape than [b, height, width].
+        BeitJaxError: labels of another shape than [b, height, width]; a label that is neither a class nor ignored,
+            where the labels are known; in a compiled function the loss is NaN.
     """
     assert output.logits is not None
     ignore = config.semantic_loss_ignore_index
@@ -191,11 +198,15 @@ def segmentation_loss(
 
 
 def pixel_cross_entropy(
-    logits: Float[Array, "b h w classes"], labels: Int[Array, "n height width"], ignore: int, average: Average
+    logits: Float[Array, "b h w classes"], labels: Integer[ArrayLike, "n height width"], ignore: int, average: Average
 ) -> Float[Array, ""]:
-    """Mean cross entropy after bilinear resizing of the logits to the labels' size, as torch's ``interpolate``."""
+    """Mean cross entropy after bilinear resizing of the logits to the labels' size, as torch's ``interpolate``.
+
+    Labels are checked as those of `segmentation_loss`.
+    """
     if labels.ndim != 3 or len(labels) != len(logits):
         raise BeitJaxError(f"labels: expected [{len(logits)}, height, width], found {list(labels.shape)}")
+    labels = class_numbers(labels, logits.shape[-1], labels.shape, ignored=ignore)
     height, width = labels.shape[1:]
     bands = -(-height // BAND)
     spare = bands * BAND - height
@@ -207,8 +218,7 @@ def pixel_cross_entropy(
     def band(rows: Array, labels: Array) -> Array:
         resized = jnp.einsum("ty,byxc,sx->btsc", rows, logits, columns, precision="highest")
         counted = labels != ignore
-        chosen = jnp.take_along_axis(resized, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
-        return jnp.where(counted, jax.nn.logsumexp(resized, axis=-1) - chosen, 0.0).sum()
+        return jnp.where(counted, cross_entropy(resized, jnp.where(counted, labels, 0)), 0.0).sum()
 
     def add(total: Array, piece: tuple[Array, Array]) -> tuple[Array, None]:
         return total + band(*piece), None
