@@ -1,13 +1,11 @@
 """Recognises a checkpoint: its format, the first of a list that fits, and the model it holds."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from beit_jax.config import BeitConfig, PresetName
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.hub import CONFIG, PROCESSOR, Source
-from beit_jax.images.processor import ImageProcessor, preset
+from beit_jax.hub import CONFIG, Source
 from beit_jax.json_file import parse_json, read_json
 from beit_jax.variants import VARIANTS
 
@@ -24,17 +22,12 @@ class Identity:
     Attributes:
         naming: the format of the file.
         prefix: what stands before the names of the backbone.
-        config: the model as it lies in the file, before any resizing.
-        seen: lines for people that say how each part was recognised.
-        origin: what describes the model, see `Description`.
+        described: the model as it lies in the file, before any resizing, and how each part was recognised.
     """
 
     naming: SourceFormat
     prefix: str
-    config: BeitConfig
-    processor: ImageProcessor
-    seen: tuple[str, ...]
-    origin: str
+    described: Description
 
 
 def identify(source: Source, checkpoint: Checkpoint, formats: Sequence[SourceFormat], options: Options) -> Identity:
@@ -42,8 +35,8 @@ def identify(source: Source, checkpoint: Checkpoint, formats: Sequence[SourceFor
 
     Args:
         formats: the known formats, in the order in which they are asked.
-        options: `variant` is taken instead of ``config.json``, and `image_preset` instead of what the source says about
-            images. `num_heads` and `aggregate_from` say what the source does not, and may not contradict it.
+        options: `variant` is taken instead of ``config.json``. `num_heads` and `aggregate_from` say what the source
+            does not, and may not contradict it.
 
     Raises:
         BeitJaxError: names of no format, another family of models, an unknown variant, names that leave the model
@@ -54,7 +47,7 @@ def identify(source: Source, checkpoint: Checkpoint, formats: Sequence[SourceFor
     def content() -> Mapping[str, Any] | None:
         if variant is not None:
             return None
-        return read_json(config_file) if config_file.exists() else _inside(checkpoint, CONFIG)
+        return read_json(config_file) if config_file.exists() else json_inside(checkpoint, CONFIG)
 
     naming, prefix, found = recognise(checkpoint.tensors.keys(), formats, str(source.path), content)
     if variant is None:
@@ -76,8 +69,7 @@ def identify(source: Source, checkpoint: Checkpoint, formats: Sequence[SourceFor
         config, seen = VARIANTS[variant], ("the variant that was named",)
         description = Description(config, seen, image_preset=default_preset(config), origin=f"--variant {variant}")
     _check_stated(options, description)
-    processor, seen = _processor(source, checkpoint, description, options.image_preset)
-    return Identity(naming, prefix, description.config, processor, (*description.seen, *seen), description.origin)
+    return Identity(naming, prefix, description)
 
 
 def _check_stated(options: Options, found: Description) -> None:
@@ -91,7 +83,7 @@ def _check_stated(options: Options, found: Description) -> None:
             raise BeitJaxError(f"{option} {stated}: {said} says {known}; leave the option out, or correct {said}")
 
 
-def _inside(checkpoint: Checkpoint, name: str) -> Mapping[str, Any] | None:
+def json_inside(checkpoint: Checkpoint, name: str) -> Mapping[str, Any] | None:
     """Returns a JSON file that `export` has put as text into the file of the weights; None if it is not there."""
     text = checkpoint.metadata.get(name)
     if not isinstance(text, str):
@@ -135,24 +127,3 @@ def recognise(
     shown = ", ".join(printable(name, 60) for name in sorted(names)[:3])
     known = ", ".join(each.name for each in formats)
     raise BeitJaxError(f"{file}: no BEiT names (known: {known}) among those of its {len(names)} tensors: {shown}, ...")
-
-
-def _processor(
-    source: Source, checkpoint: Checkpoint, found: Description, wanted: PresetName | None
-) -> tuple[ImageProcessor, tuple[str, ...]]:
-    path = source.directory / PROCESSOR
-    size = found.config.image_size
-    if wanted is not None:
-        return preset(wanted, size), (f"images by the preset {wanted}",)
-    if found.processor is not None:
-        return found.processor(), ()
-    if path.exists():
-        return ImageProcessor.from_file(path), ()
-    inside = _inside(checkpoint, PROCESSOR)
-    if inside is not None:
-        return ImageProcessor.from_hf(inside, f"{checkpoint.path}: {PROCESSOR} in it"), ()
-    name = found.image_preset
-    processor = preset(name, size)
-    if name == "hf" and found.config.task == "semantic_segmentation":
-        processor = replace(processor, resample="bicubic")  # as the hub's ADE20K checkpoints record it
-    return processor, (f"{path}: no such file; images will be prepared by the preset {name}: {processor.describe()}",)

@@ -28,6 +28,7 @@ from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .formats.format import SourceFormat
 from .formats.rules import Step, steps
 from .identify import identify
+from .images import Images, find_images
 from .options import DEFAULT, Options
 from .provenance import digests as find_digests
 from .provenance import provenance
@@ -43,6 +44,7 @@ class Plan:
 
     Attributes:
         config: the model of the result.
+        images: how images are prepared, if that is known.
         naming: the source format, a page of `formats`.
         prefix: what stands before the names of the backbone.
         steps: for every leaf of the model as it lies in the file, the tensors that fill it.
@@ -55,7 +57,7 @@ class Plan:
 
     source: Source
     config: BeitConfig
-    processor: ImageProcessor
+    images: Images
     checkpoint: Checkpoint
     naming: SourceFormat
     prefix: str
@@ -70,6 +72,15 @@ class Plan:
     @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def processor(self) -> ImageProcessor:
+        """How images are prepared.
+
+        Raises:
+            BeitJaxError: what the source says of it cannot be used.
+        """
+        return self.images.processor
 
     @property
     def reader(self) -> LeafReader:
@@ -99,35 +110,34 @@ def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Plan:
     digests = find_digests(checkpoint, options)
     tensors = checkpoint.tensors
     found = identify(source, checkpoint, formats.FORMATS, options)
-    naming, prefix = found.naming, found.prefix
+    naming, prefix, described = found.naming, found.prefix, found.described
+    config, origin = described.config, described.origin
     held = {name: info.shape for name, info in tensors.items()}
-    check_sizes(found.config, held, found.origin or str(source.path), str(source.path), at_least=_PLANNED_AT_ONCE)
-    shapes = param_shapes(found.config)
-    rules = [rule for rule in naming.rules(found.config, prefix) if rule.flax in shapes]
+    check_sizes(config, held, origin or str(source.path), str(source.path), at_least=_PLANNED_AT_ONCE)
+    shapes = param_shapes(config)
+    rules = [rule for rule in naming.rules(config, prefix) if rule.flax in shapes]
     nameless = shapes.keys() - {rule.flax for rule in rules}
     if nameless:
         raise BeitJaxError(
-            f"{found.origin or source.path}: describes a model with {printable(min(nameless))} and {len(nameless) - 1} "
+            f"{origin or source.path}: describes a model with {printable(min(nameless))} and {len(nameless) - 1} "
             f"more parameters that {naming.name} files have no names for; correct it, or convert the original file"
         )
     planned = steps(rules, shapes)
     used = {name for step in planned.values() for names in step.layers for name in names}
     dropped, notes = _left_out(naming, prefix, tensors, used)
-    check_tensors(planned, tensors, set(dropped), found.config, str(source.path), found.origin)
-    target = _target(found.config, options)
-    adapted = adaptations(found.config, target)
+    check_tensors(planned, tensors, set(dropped), config, str(source.path), origin)
+    target = _target(config, options)
+    adapted = adaptations(config, target)
     specs = {
         path: LeafSpec(shape, _leaf_dtype([planned[name] for name in adapted.get(path, ((path,),))[0]], tensors))
         for path, shape in param_shapes(target).items()
     }
-    processor = (
-        found.processor.resized(target.image_size) if target.image_size != found.config.image_size else found.processor
-    )
-    notes = [*found.seen, *notes, *checkpoint.notes, *_dtype_notes(planned, tensors)]
+    images = find_images(source, checkpoint, described, target, options)
+    notes = [*described.seen, *images.notes, *notes, *checkpoint.notes, *_dtype_notes(planned, tensors)]
     return Plan(
         source,
         target,
-        processor,
+        images,
         checkpoint,
         naming,
         prefix,
@@ -162,12 +172,13 @@ def convert(
         BeitJaxError: as `plan`; NaN or infinite weights; a destination that cannot be written, or that is no model or
             holds the source. Nothing is left behind.
     """
-    rules = {"overwrite": overwrite, "contents": NATIVE, "source": source.path}
-    check_destination(destination, **rules)
+    check_destination(destination, overwrite=overwrite, contents=NATIVE, source=source.path)
     decided = plan(source, options)
     with (
         decided.checkpoint,
-        new_directory(destination, **rules, need_bytes=decided.nbytes) as directory,
+        new_directory(
+            destination, overwrite=overwrite, contents=NATIVE, source=source.path, need_bytes=decided.nbytes
+        ) as directory,
         progress(2 * decided.nbytes) as advance,
     ):
         save_json(directory, decided.config, decided.processor)
@@ -183,8 +194,8 @@ def load(source: Source, options: Options = DEFAULT) -> NativeCheckpoint:
     """
     decided = plan(source, options)
     with decided.checkpoint:
-        params = decided.reader.params()
-    return NativeCheckpoint(decided.config, decided.processor, params, decided.provenance())
+        processor, params = decided.processor, decided.reader.params()
+    return NativeCheckpoint(decided.config, processor, params, decided.provenance())
 
 
 def _target(config: BeitConfig, options: Options) -> BeitConfig:

@@ -95,7 +95,9 @@ class LeafReader:
             self._fill(step, names, parts, start, chunk)
             yield chunk
 
-    def _fill(self, step: Step, names: Sequence[str], parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    def _fill(
+        self, step: Step, names: Sequence[str], parts: Sequence[np.ndarray], start: int, rows: np.ndarray
+    ) -> None:
         """Fills `rows` with a layer from row `start` on, and checks them while they are in the cache of a core."""
         step.rule.op.load(parts, start, rows)
         if self.allow_nonfinite or _all_finite(rows):

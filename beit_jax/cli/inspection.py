@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beit_jax.config import BeitConfig
-from beit_jax.errors import printable
+from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import PROCESSOR, WEIGHTS, Source
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.build import num_params
@@ -92,7 +93,7 @@ def describe_plan(plan: "Plan") -> list[str]:
         f"source       {printable(plan.source.name)}{revision}",
         f"files        {', '.join(printable(file.name) for file in plan.checkpoint.files)} ({plan.checkpoint.format})",
         f"naming       {plan.naming.name}, {len(plan.checkpoint.tensors)} tensors{dropped}",
-        *_describe_model(plan.config, plan.processor, {str(spec.dtype) for spec in plan.specs.values()}),
+        *_describe_model(plan.config, plan.images.found, {str(spec.dtype) for spec in plan.specs.values()}),
     ]
     return [*lines, *(f"note         {note}" for note in plan.notes)]
 
@@ -103,13 +104,13 @@ def plan_as_dict(plan: "Plan") -> dict[str, Any]:
         "source_tensors": len(plan.checkpoint.tensors),
         "dropped": list(plan.dropped),
         "notes": list(plan.notes),
-        **_model_as_dict(plan.config, plan.processor),
+        **_model_as_dict(plan.config, plan.images.found),
     }
 
 
 def _native(source: Source, tensors: bool) -> Inspection:
     config = read_config(source.path)
-    processor = ImageProcessor.from_file(source.path / PROCESSOR)
+    processor = _processor(source.path / PROCESSOR)
     provenance = json.loads(read_metadata(source.path / WEIGHTS)["provenance"])
     listed = read_specs(source.path / WEIGHTS)
     dtypes = {dtype for _, dtype in listed.values()}
@@ -122,6 +123,14 @@ def _native(source: Source, tensors: bool) -> Inspection:
     if tensors:
         return Inspection([*lines, *_tensor_lines(listed)], found | {"tensors": _tensors_as_dict(listed)})
     return Inspection(lines, found)
+
+
+def _processor(path: Path) -> ImageProcessor | BeitJaxError:
+    """How images are prepared, or why nobody knows: a description needs no image."""
+    try:
+        return ImageProcessor.from_file(path)
+    except BeitJaxError as error:
+        return error
 
 
 def _describe_provenance(provenance: Mapping[str, Any]) -> list[str]:
@@ -137,7 +146,7 @@ def _describe_provenance(provenance: Mapping[str, Any]) -> list[str]:
     return [f"{key:12} {printable(value, 500)}" for key, value in facts.items() if value]
 
 
-def _describe_model(config: BeitConfig, processor: ImageProcessor, dtypes: Iterable[str]) -> list[str]:
+def _describe_model(config: BeitConfig, images: ImageProcessor | BeitJaxError, dtypes: Iterable[str]) -> list[str]:
     head = {
         "features": "no head",
         "masked_image_modeling": f"{config.vocab_size} visual tokens",
@@ -155,7 +164,7 @@ def _describe_model(config: BeitConfig, processor: ImageProcessor, dtypes: Itera
         f"pooling      {config.pooling}; layer scale {'yes' if config.layer_scale_init_value > 0 else 'no'}; "
         f"mask token {'yes' if config.use_mask_token else 'no'}",
         f"images       {'x'.join(map(str, config.image_size))}, patch {'x'.join(map(str, config.patch_size))}: "
-        f"{processor.describe()}",
+        f"{f'cannot be prepared ({images})' if isinstance(images, BeitJaxError) else images.describe()}",
         *_describe_taps(config),
         f"stored as    {', '.join(sorted(dtypes))}",
     ]
@@ -170,11 +179,11 @@ def _describe_taps(config: BeitConfig) -> list[str]:
     ]
 
 
-def _model_as_dict(config: BeitConfig, processor: ImageProcessor) -> dict[str, Any]:
+def _model_as_dict(config: BeitConfig, images: ImageProcessor | BeitJaxError) -> dict[str, Any]:
     return {
         "parameters": num_params(config),
         "config": config.to_hf(),
-        "preprocessor": processor.to_hf(),
+        "preprocessor": {"error": str(images)} if isinstance(images, BeitJaxError) else images.to_hf(),
     }
 
 

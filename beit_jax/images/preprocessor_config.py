@@ -80,7 +80,7 @@ def _with_defaults(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "BeitImageProcessor"
     if not isinstance(kind, str) or kind not in _TYPES:
         found, known = printable(repr(kind)), ", ".join(_TYPES)
-        raise BeitJaxError(f"{source}: image_processor_type is {found}, expected one of {known}; use a preset instead")
+        raise BeitJaxError(f"{source}: image_processor_type is {found}, expected one of {known}; correct the file")
     defaults = _DEFAULTS | _TYPES[kind]
     values = {key: default if config.get(key) is None else config[key] for key, default in defaults.items()}
     # The older files of transformers say reduce_labels. An absent key says nothing: models are trained either way.

@@ -156,7 +156,7 @@ class ImageProcessor:
         factor = size[0] / self.crop[0]
         if size[1] != self.crop[1] * factor:
             old, new = f"{self.crop[0]}x{self.crop[1]}", f"{size[0]}x{size[1]}"
-            raise BeitJaxError(f"image processor: a crop of {old} cannot become {new}; choose an image preset")
+            raise BeitJaxError(f"image processor: a crop of {old} cannot become {new}; take another image preset")
         edges = self.resize if isinstance(self.resize, tuple) else (self.resize or 0,)
         scaled = tuple(round(edge * factor) for edge in edges)
         resize = None if self.resize is None else scaled[0] if len(scaled) == 1 else (scaled[0], scaled[1])
@@ -179,7 +179,7 @@ class ImageProcessor:
         try:
             return cls(**fields)
         except BeitJaxError as error:
-            raise BeitJaxError(f"{source}: {error}") from error
+            raise BeitJaxError(f"{source}: {error}; correct the file") from error
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> "ImageProcessor":
@@ -266,25 +266,29 @@ def preset(
       argument. This is timm's path for PIL images; its GPU prefetcher normalises with other roundings.
 
     Args:
-        mean, std: IMAGENET_MEAN and IMAGENET_STD for BEiT v2, and for Data2Vec-Vision as pre-trained.
+        mean, std: of 3 channels, or of 1 for greyscale images. IMAGENET_MEAN and IMAGENET_STD for BEiT v2, and for
+            Data2Vec-Vision as pre-trained.
 
     Raises:
         BeitJaxError: an unknown name, a crop of a size that is not square, or a crop_pct outside (0, 1].
     """
     height, width = size if isinstance(size, tuple) else (size, size)
     if name == "hf" and crop_pct is None:
-        return ImageProcessor(resize=(height, width), resample="bilinear", mean=mean, std=std)
+        return ImageProcessor((height, width), "bilinear", mean=mean, std=std, num_channels=len(mean))
     percents = {"unilm_eval": 224 / 256, "timm": 0.9}
     if name not in percents:
         raise BeitJaxError(f"image preset {printable(name)}, expected one of {', '.join(PRESETS)}, hf without crop_pct")
     if height != width:
-        raise BeitJaxError(f"image preset {name}: size {height}x{width}, expected a square; build an ImageProcessor")
+        raise BeitJaxError(
+            f"image preset {name}: size {height}x{width}, expected a square; the preset hf takes any size"
+        )
     if crop_pct is None:
         crop_pct = 1.0 if height >= 384 else percents[name]
     if not 0 < crop_pct <= 1:
         raise BeitJaxError(f"image preset {name}: crop_pct {crop_pct}, expected above 0 and at most 1")
     edge = int(height / crop_pct)
-    return ImageProcessor(edge, "bicubic", (height, width), crop_rounding="half_even", mean=mean, std=std)
+    crop = (height, width)
+    return ImageProcessor(edge, "bicubic", crop, crop_rounding="half_even", mean=mean, std=std, num_channels=len(mean))
 
 
 def ade20k_processor(size: int = 640) -> ImageProcessor:

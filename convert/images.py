@@ -1,0 +1,129 @@
+"""How the images of a checkpoint are prepared: by what its source says, by its format, or by a preset.
+
+Nothing of it touches the weights. What is wrong with it is therefore an error only for those who prepare images.
+"""
+
+from dataclasses import dataclass, replace
+
+from beit_jax.config import BeitConfig
+from beit_jax.errors import BeitJaxError
+from beit_jax.hub import PROCESSOR, Source
+from beit_jax.images.processor import HALF, ImageProcessor, preset
+
+from .files.checkpoint import Checkpoint
+from .formats.format import Description
+from .identify import json_inside
+from .options import Options
+
+_CHANNELS = (1, 3)  # of which images are; a model of another number gets its pixels from somewhere else
+
+
+@dataclass(frozen=True)
+class Images:
+    """How images are prepared, or why nobody knows.
+
+    Attributes:
+        found: the processor, or the error for whoever asks for it.
+        notes: lines for the user.
+    """
+
+    found: ImageProcessor | BeitJaxError
+    notes: tuple[str, ...] = ()
+
+    @property
+    def processor(self) -> ImageProcessor:
+        """The processor.
+
+        Raises:
+            BeitJaxError: there is none.
+        """
+        if isinstance(self.found, BeitJaxError):
+            raise self.found
+        return self.found
+
+
+def find_images(
+    source: Source, checkpoint: Checkpoint, described: Description, target: BeitConfig, options: Options
+) -> Images:
+    """Returns how images are prepared for the model of the result.
+
+    Args:
+        described: the model as it lies in the file.
+        target: the model of the result, which may be for another image size.
+
+    Raises:
+        BeitJaxError: the preset that the user asks for does not fit the model.
+    """
+    if options.image_preset is not None:
+        size = target.image_size
+        chosen = preset(options.image_preset, size, mean=_half(target), std=_half(target))
+        return Images(chosen, (f"images by the preset {options.image_preset}", *_notes(chosen, target)))
+    try:
+        processor, notes = _stated(source, checkpoint, described)
+        if target.image_size != described.config.image_size:
+            processor = processor.resized(target.image_size)
+        _check(processor, target, str(source.directory / PROCESSOR))
+    except BeitJaxError as error:
+        way = "beit-jax convert --image-preset hf prepares images by the model's size alone"
+        return Images(BeitJaxError(f"{error}. {way}"))
+    return Images(processor, (*notes, *_notes(processor, target)))
+
+
+def _stated(source: Source, checkpoint: Checkpoint, described: Description) -> tuple[ImageProcessor, tuple[str, ...]]:
+    path, config = source.directory / PROCESSOR, described.config
+    if described.processor is not None:
+        return described.processor(), ()
+    if path.exists():
+        return ImageProcessor.from_file(path), ()
+    inside = json_inside(checkpoint, PROCESSOR)
+    if inside is not None:
+        return ImageProcessor.from_hf(inside, f"{checkpoint.path}: {PROCESSOR} in it"), ()
+    name = described.image_preset
+    processor = preset(name, config.image_size, mean=_half(config), std=_half(config))
+    if name == "hf" and config.task == "semantic_segmentation":
+        processor = replace(processor, resample="bicubic")  # as the hub's ADE20K checkpoints record it
+    return processor, (f"{path}: no such file; images will be prepared by the preset {name}: {processor.describe()}",)
+
+
+def _half(config: BeitConfig) -> tuple[float, ...]:
+    """The mean and the standard deviation of the presets, for every channel of an image."""
+    return HALF[: config.num_channels] if config.num_channels in _CHANNELS else HALF
+
+
+def _size(processor: ImageProcessor) -> tuple[int, int] | None:
+    """The (height, width) of all prepared images; None if it depends on the image."""
+    if processor.crop is not None:
+        return processor.crop
+    return processor.resize if isinstance(processor.resize, tuple) else None
+
+
+def _check(processor: ImageProcessor, config: BeitConfig, file: str) -> None:
+    """Refuses images that the model cannot take.
+
+    Raises:
+        BeitJaxError: names what was expected and found.
+    """
+    size, patch = _size(processor), config.patch_size
+    if size is not None and any(side % step for side, step in zip(size, patch, strict=True)):
+        raise BeitJaxError(
+            f"{file}: images of {size[0]}x{size[1]} are not multiples of the model's patch {patch[0]}x{patch[1]}; "
+            "correct the file"
+        )
+    if config.num_channels in _CHANNELS and processor.num_channels != config.num_channels:
+        raise BeitJaxError(
+            f"{file}: images of {processor.num_channels} channels, the model takes {config.num_channels}; "
+            "correct the file"
+        )
+
+
+def _notes(processor: ImageProcessor, config: BeitConfig) -> tuple[str, ...]:
+    size, native = _size(processor), config.image_size
+    notes = []
+    if size is not None and size != native and config.task != "semantic_segmentation":
+        notes.append(
+            f"images are prepared as {size[0]}x{size[1]}, the model is of {native[0]}x{native[1]}: its positions are "
+            "resized to them, every time"
+        )
+    if config.num_channels not in _CHANNELS:
+        notes.append(f"images have 1 or 3 channels, the model takes {config.num_channels}: give it pixel_values")
+    return tuple(notes)
