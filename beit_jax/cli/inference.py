@@ -43,7 +43,7 @@ def classify(
       beit-jax classify ./native ./folder --skip-bad
 
     Args:
-        top: Classes per image.
+        top: Classes per image. A model of regression has none: all its values are printed.
         batch_size: Images computed at once.
     """
     require_counts(top=top, batch_size=batch_size)
@@ -57,13 +57,18 @@ def classify(
         print_json([_as_json(path, guesses.get(path), bad.reasons.get(i)) for i, path in enumerate(files)])
         return 0
     rows = [
-        [printable(path, 60) if i == 0 else "", f"{guess.probability:.4f}", printable(guess.label, 60)]
+        [printable(path, 60) if i == 0 else "", _score(guess), printable(guess.label, 60)]
         for path, best in guesses.items()
         for i, guess in enumerate(best)
     ]
-    print_table(["image", "probability", "class"], rows)
+    regression = predictor.config.score_function is None
+    print_table(["image", *(("value", "output") if regression else ("probability", "class"))], rows)
     print_lines(bad.lines())
     return 0
+
+
+def _score(guess: "Guess") -> str:
+    return f"{guess.value:.6g}" if guess.probability is None else f"{guess.probability:.4f}"
 
 
 def features(
@@ -259,7 +264,12 @@ def _predictor(checkpoint: str, hub: Hub) -> "Predictor":
 def _as_json(path: Path, guesses: "list[Guess] | None", reason: str | None) -> dict[str, Any]:
     if guesses is None:
         return {"image": str(path), "error": reason}
-    return {"image": str(path), "classes": [asdict(guess) for guess in guesses]}
+    return {"image": str(path), "classes": [_filled(guess) for guess in guesses]}
+
+
+def _filled(guess: "Guess") -> dict[str, Any]:
+    """The fields of a guess that have a value: a probability or, in regression, the output."""
+    return {key: value for key, value in asdict(guess).items() if value is not None}
 
 
 def _area_rows(entry: dict[str, Any]) -> list[list[str]]:

@@ -77,7 +77,8 @@ def classify(
             an array [b, h, w, c].
 
     Returns:
-        For one image its classes, for several a list with the classes of each.
+        For one image its classes, for several a list with the classes of each. A model of regression has values instead
+        of probabilities: all of them, in the order of its outputs.
 
     Raises:
         BeitJaxError: a model without a classifier, an image that cannot be read, or a number below 1.

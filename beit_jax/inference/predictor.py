@@ -33,11 +33,36 @@ def float32_params(checkpoint: NativeCheckpoint) -> dict[str, Array]:
 
 @dataclass(frozen=True)
 class Guess:
-    """One class for one image: its index, its name, and its softmax probability."""
+    """One class for one image.
+
+    Attributes:
+        index, label: its number and its name.
+        probability: by softmax, or by sigmoid where an image may have several classes
+            (`BeitConfig.score_function`); None for regression.
+        value: the output itself, for regression, whose outputs are no classes; None otherwise.
+    """
 
     index: int
     label: str
-    probability: float
+    probability: float | None
+    value: float | None = None
+
+
+def guesses_of(config: BeitConfig, logits: Float[np.ndarray, " classes"], top: int) -> list[Guess]:
+    """The `top` most probable classes, most probable first; for regression all values, in the order of the outputs.
+
+    It computes by NumPy, because JAX would have to compile it.
+    """
+    labels, kind = config.labels, config.score_function
+    if kind is None:
+        return [Guess(i, label, None, float(logits[i])) for i, label in enumerate(labels)]
+    if kind == "softmax":
+        powers = np.exp(logits - logits.max())
+        probabilities = powers / powers.sum()
+    else:
+        probabilities = np.exp(-np.logaddexp(0.0, -logits))
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    return [Guess(int(i), labels[i], float(probabilities[i])) for i in best]
 
 
 @dataclass(frozen=True)
@@ -64,16 +89,12 @@ class Predictor:
     ) -> list[Guess] | list[list[Guess]]:
         """The same as `beit_jax.classify`; arguments as those of `outputs`."""
         check_counts(top=top, batch_size=batch_size)
-        labels = self.config.labels
-        if self.config.task != "image_classification" or not labels:
+        if self.config.task != "image_classification" or not self.config.labels:
             raise BeitJaxError(f"this model has no classifier (its task is {self.config.task}); use features instead")
         listed, one = image_list(images)
         guesses = []
         for logits in self.outputs(listed, "logits", batch_size=batch_size, bad=bad, advance=advance):
-            powers = np.exp(logits - logits.max())  # NumPy, because JAX would have to compile it
-            probabilities = powers / powers.sum()
-            best = np.argsort(-probabilities, kind="stable")[:top]
-            guesses.append([Guess(int(i), labels[i], float(probabilities[i])) for i in best])
+            guesses.append(guesses_of(self.config, logits, top))
         return guesses[0] if one else guesses
 
     def features(

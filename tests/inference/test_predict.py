@@ -1,8 +1,12 @@
+import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +15,10 @@ import pytest
 from flax import nnx
 
 import beit_jax
+from beit_jax.cli.main import main
+from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
+from beit_jax.inference.predictor import Guess, guesses_of
 
 DIGITS = Path(str(files("beit_jax") / "digits"))
 IMAGES = sorted((DIGITS / "images").iterdir())
@@ -95,3 +102,75 @@ def test_public_modules_are_attributes_and_can_be_imported(name: str) -> None:
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
         assert run.stdout.strip() == f"beit_jax.looking.{name}"
     assert name in dir(beit_jax)
+
+
+LOGITS = np.array([2.0, -1.0, 0.5], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels", "expected"),
+    [
+        (None, 3, [(0, 0.7856), (2, 0.1753)]),
+        ("single_label_classification", 3, [(0, 0.7856), (2, 0.1753)]),
+        ("multi_label_classification", 3, [(0, 0.8808), (2, 0.6225)]),
+        (None, 1, [(0, 0.8808)]),  # as in transformers' pipeline: the softmax of one number is always 1
+        ("single_label_classification", 1, [(0, 0.8808)]),
+    ],
+)
+def test_probabilities_are_what_the_outputs_mean(problem: Any, labels: int, expected: list[tuple[int, float]]) -> None:
+    config = BeitConfig(task="image_classification", labels=("a", "b", "c")[:labels], problem_type=problem)
+    found = guesses_of(config, LOGITS[:labels], top=2)
+    assert [(guess.index, round(guess.probability or 0.0, 4)) for guess in found] == expected
+    assert all(guess.value is None for guess in found)
+
+
+def test_regression_has_values_and_no_probabilities() -> None:
+    config = BeitConfig(task="image_classification", labels=("age", "height", "c"), problem_type="regression")
+    assert guesses_of(config, LOGITS, top=1) == [
+        Guess(0, "age", None, 2.0), Guess(1, "height", None, -1.0), Guess(2, "c", None, 0.5)
+    ]  # fmt: skip
+
+
+def test_extreme_outputs_have_probabilities() -> None:
+    config = BeitConfig(task="image_classification", labels=("a", "b"), problem_type="multi_label_classification")
+    found = guesses_of(config, np.array([-800.0, 800.0], np.float32), top=2)
+    assert [guess.probability for guess in found] == [1.0, 0.0]
+
+
+@pytest.fixture
+def with_problem(tmp_path: Path) -> Callable[[str], Path]:
+    """The digits, which transformers trained as the problem says."""
+
+    def make(problem: str) -> Path:
+        shutil.copytree(DIGITS, tmp_path / problem)
+        path = tmp_path / problem / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"problem_type": problem}))
+        return tmp_path / problem
+
+    return make
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", "regression"])
+def test_the_problem_is_kept_by_convert_and_export(
+    with_problem: Callable[[str], Path], tmp_path: Path, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native, exported = tmp_path / "native", tmp_path / "exported"
+    assert main(["convert", str(with_problem(problem)), str(native)]) == 0
+    assert main(["export", str(native), str(exported)]) == 0
+    for directory in (native, exported):
+        assert json.loads((directory / "config.json").read_text())["problem_type"] == problem
+    capsys.readouterr()
+    assert main(["classify", str(native), str(IMAGES[0]), "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert {key for each in result["classes"] for key in each} == {
+        "index", "label", "value" if problem == "regression" else "probability"
+    }  # fmt: skip
+
+
+def test_regression_has_no_accuracy(
+    with_problem: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "val" / "zero").mkdir(parents=True)
+    shutil.copy(IMAGES[0], tmp_path / "val" / "zero" / "a.png")
+    assert main(["evaluate", str(with_problem("regression")), str(tmp_path / "val")]) == 2
+    assert "regression" in capsys.readouterr().err

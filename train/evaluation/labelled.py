@@ -264,6 +264,11 @@ def _check_task(model: Model) -> tuple[str, ...]:
     labels = model.config.labels
     if model.config.task != "image_classification" or not labels:
         raise BeitJaxError(f"this model has no classifier (its task is {model.config.task}); nothing can be evaluated")
+    if model.config.score_function is None:
+        raise BeitJaxError(
+            "this model's outputs are values, not classes (its problem_type is regression), of which there is no "
+            "accuracy; beit-jax classify prints them"
+        )
     return labels
 
 
