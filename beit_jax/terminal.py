@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"-|[-+]?\d[\d.,]*(e[-+]?\d+)?( \w| %)?|")
 
 # Seconds until the first line about work where there is no terminal: of so many bytes or images; of unknown length, as
 # waiting for a network. Then between two lines.
-SILENCE, UNKNOWN_SILENCE, LONGEST_PAUSE = 10.0, 2.0, 60.0
+SILENCE, UNKNOWN_SILENCE, LONGEST_PAUSE = 15.0, 2.0, 60.0
 
 Advance = Callable[[int], None]  # called with the work done since the last call, in bytes, records or images
 Bar = AbstractContextManager[Advance]
@@ -114,10 +114,11 @@ def reader_left() -> bool:
 
 def byte_progress(total: int, description: str = "converting and verifying") -> Bar:
     """Progress in bytes, of which `total` is 0 if unknown: a bar on a terminal; elsewhere lines, if it takes long."""
-    from rich.progress import DownloadColumn, TransferSpeedColumn
+    from rich.filesize import decimal
+    from rich.progress import DownloadColumn
 
     silence = SILENCE if total else UNKNOWN_SILENCE
-    return _bar(description, total, "bytes", DownloadColumn(), TransferSpeedColumn(), silence=silence)
+    return _bar(description, total, "bytes", DownloadColumn(), lambda speed: f"{decimal(int(speed))}/s", silence)
 
 
 def image_progress(total: int, description: str = "segmenting", first: str | None = None) -> Bar:
@@ -126,14 +127,11 @@ def image_progress(total: int, description: str = "segmenting", first: str | Non
     Args:
         first: what happens until the first images are done, in the place of `description`: "compiling".
     """
-    from rich.progress import MofNCompleteColumn, ProgressColumn, Task
-    from rich.text import Text
+    from rich.progress import MofNCompleteColumn
 
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text("" if task.speed is None else f"{task.speed:.2f} images/s")
-
-    return _bar(description, total, "images", MofNCompleteColumn(), Rate(), first=first)
+    return _bar(
+        description, total, "images", MofNCompleteColumn(), lambda speed: f"{speed:,.2f} images/s", SILENCE, first
+    )
 
 
 @contextmanager
@@ -141,22 +139,29 @@ def _bar(
     description: str,
     total: int,
     unit: str,
-    *columns: "ProgressColumn",
+    done: "ProgressColumn",
+    rate: Callable[[float], str],
+    silence: float,
     first: str | None = None,
-    silence: float = SILENCE,
 ) -> Iterator[Advance]:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else rate(task.speed))
 
     console = Console(stderr=True)
     if not console.is_terminal:
         with _Lines(description, total, unit, first, silence) as lines:
             yield lines.advance
         return
-    # Only the bar gives way on a narrow terminal.
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(None), *columns, TimeRemainingColumn(), console=console, expand=True
-    ) as bar:
+    # On a narrow terminal the rate gives way, not the bar and what is done.
+    last = Rate(table_column=Column(no_wrap=True, ratio=1))
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=20), done, TimeRemainingColumn(), last
+    with Progress(*columns, console=console, expand=True) as bar:
         task = bar.add_task(first or description, total=total or None)
 
         def advance(done: int) -> None:

@@ -17,7 +17,9 @@ Kind = Literal["digits", "folder", "images", "imagenet", "imagenet22k", "ade20k"
 
 def prepare(
     kind: Positional[Annotated[Kind, arg(help="What SOURCE is.")]],
-    paths: Positional[Annotated[tuple[Path, ...], arg(metavar="[SOURCE] DEST")]],
+    paths: Positional[
+        Annotated[tuple[Path, ...], arg(metavar="[SOURCE] DEST", help_behavior_hint="(SOURCE for all but digits)")]
+    ],
     *,
     held_out: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None,
     skip: Annotated[SkipBad, arg(name="")] = SkipBad(),

@@ -204,7 +204,7 @@ def tokenize_command(arguments: Sequence[str]) -> Callable[..., int]:
             raise BeitJaxError(f"{given.name}: {resolved.objective} predicts no tokens; choose another recipe")
         if epochs is not None:
             if not 0.0 < epochs <= MOST:
-                raise BeitJaxError(f"--epochs: expected a positive number up to {MOST}, found {epochs:g}")
+                raise BeitJaxError(f"--epochs: expected a positive number, found {epochs:g}; the most is {MOST}")
             resolved = replace(resolved, optim=replace(resolved.optim, epochs=epochs, warmup_epochs=0.0))
         return _tokenize(resolved, data, tokenizer, out, overwrite=overwrite, json=json)
 

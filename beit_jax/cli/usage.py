@@ -81,8 +81,8 @@ def _one_line(
                 text = f"{_flag(argument)}: expected {_metavar(argument)}, found {found}"
             case _:  # a kind that this module does not know
                 return
-        helped = arguments[:1] if of_recipe and not arguments[0].startswith("-") else path
-        raise BeitJaxError(f"{text}; see {' '.join([prog, *helped])} --help")
+        recipe = [word for word in arguments[:1] if of_recipe and not word.startswith("-")]
+        raise BeitJaxError(f"{text}; see {' '.join([prog, *recipe, *path])} --help")
 
     hook: AbstractContextManager[None] = mistakes.on_parse_error(refuse)
     return hook

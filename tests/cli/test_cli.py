@@ -152,12 +152,6 @@ def test_help_of_a_command_for_recipes_teaches_too(command: str, capsys: pytest.
     assert "800 epochs" in about and f"beit-jax {command}" in examples
 
 
-@pytest.mark.parametrize("arguments", [["convrt"], ["convert", "only-one"], ["inspect", "a", "--tensor"]])
-def test_usage_errors_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-
-
 def test_summaries_are_the_first_lines_of_the_docstrings() -> None:
     summaries = {name: command.summary for name, command in {**COMMANDS, **RECIPE_COMMANDS}.items()}
     functions = {name: command.load() for name, command in COMMANDS.items()}

@@ -11,6 +11,7 @@ from typing import Any, Final
 import grain
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 
 from beit_jax.errors import BeitJaxError, printable
 
@@ -46,7 +47,7 @@ class BatchStream(Iterator[Batch]):
         if self._batches is None:
             raise BeitJaxError(f"{printable(self._directory)}: reading has ended; open the batches anew")
         try:
-            return dict(next(self._batches))
+            return {name: _unnamed(array) for name, array in next(self._batches).items()}
         except BeitJaxError:
             self.close()
             raise
@@ -60,6 +61,18 @@ class BatchStream(Iterator[Batch]):
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+
+
+def _unnamed(array: np.ndarray) -> np.ndarray:
+    """Takes its name from a worker's shared memory, which then lives as long as the array and no longer.
+
+    Grain takes the name when the array is collected. An array that still exists when the process ends, because JAX or
+    an iterator holds it, would be reported as leaked, and a process that is killed would leave it behind.
+    """
+    if isinstance(array, SharedMemoryArray) and array.shm is not None:
+        array.shm.unlink()
+        array._unlink_on_del = False
+    return array
 
 
 def _ahead(batches: Any, workers: int) -> Any:

@@ -119,10 +119,18 @@ class Log:
         if self._board is not None:
             self._board.add_image(name, pixels, step, dataformats="HWC")
 
+    def compiling(self, step: int) -> None:
+        """Says that the program of this step, the first of this process, is compiled."""
+        if self._bar is None:
+            self.note(f"step {step:,}/{self._total:,}  compiling")
+        else:
+            self._bar.update(self._bar.task_ids[0], description="compiling")
+
     def advance(self, step: int) -> None:
         """Moves the progress bar to `step`, where there is one."""
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step)
+            bar = self._bar.tasks[0]
+            self._bar.update(bar.id, completed=step, description=bar.description.removeprefix("compiling"))
 
     def note(self, text: str) -> None:
         """Shows a line, above the progress bar where there is one."""
@@ -187,7 +195,8 @@ def _standard_error() -> "Console":
 
 def _bar(console: "Console") -> "Progress":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Column
 
-    return Progress(
-        BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}", markup=False), console=console
-    )
+    # On a narrow terminal the end of the metrics gives way, not the bar and the step.
+    metrics = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1))
+    return Progress(BarColumn(bar_width=20), MofNCompleteColumn(), metrics, console=console, expand=True)

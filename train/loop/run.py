@@ -180,6 +180,8 @@ class _Run:
             batch = put_batch(self._next_batch(), plan.mesh)
             self._name_bad_records()
         compiling = self.step == self.first
+        if compiling:
+            self.log.compiling(self.step + 1)
         phase: Phase = "compile" if compiling else "step"
         with self.watchdog.phase(phase), self.clock.measure(phase, images=plan.recipe.data.batch_size):
             self.state, metrics = plan.step(self.state, batch)
