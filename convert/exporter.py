@@ -80,11 +80,16 @@ def check_export(
 
 
 def _writer(layout: str, config: BeitConfig) -> SourceFormat:
-    """The first format of a layout that can hold the model; the last one says why none can."""
+    """The first format of a layout that can hold the model.
+
+    Raises:
+        BeitJaxError: there is none; says why, and which layouts hold it.
+    """
     if layout not in LAYOUTS:
         raise BeitJaxError(f"layout {printable(layout)}: expected one of {', '.join(LAYOUTS)}")
-    possible = writers(layout)
-    for naming in possible:
-        if naming.refusal(config) is None:
-            return naming
-    raise BeitJaxError(str(possible[-1].refusal(config)))
+    held_by = {each: next((n for n in writers(each) if n.refusal(config) is None), None) for each in LAYOUTS}
+    found = held_by[layout]
+    if found is None:
+        others = " or ".join(f"--to {each}" for each in LAYOUTS if held_by[each])
+        raise BeitJaxError(f"{writers(layout)[-1].refusal(config)}{f': export {others}' if others else ''}")
+    return found

@@ -1,7 +1,7 @@
 """Recognises a checkpoint: its format, the first of a list that fits, and the model it holds."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from beit_jax.errors import BeitJaxError, printable
@@ -68,6 +68,9 @@ def identify(source: Source, checkpoint: Checkpoint, formats: Sequence[SourceFor
     else:
         config, seen = VARIANTS[variant], ("the variant that was named",)
         description = Description(config, seen, image_preset=default_preset(config), origin=f"--variant {variant}")
+    if options.aggregate_from == 0:  # a choice, and no statement about the file
+        without = replace(description.config, aggregate_from=0, aggregation_layers=0)
+        description = replace(description, config=without)
     _check_stated(options, description)
     return Identity(naming, prefix, description)
 

@@ -21,8 +21,9 @@ class Options:
         BeitJaxError: a value that fits no checkpoint, at once and not after a download.
     """
 
-    weights: Literal["model", "ema"] | None = None
-    """Which to take where a training checkpoint holds both: the trained weights or their moving average."""
+    weights: str | None = None
+    """Which to take where a training checkpoint holds several: model (the trained weights), ema (their moving average),
+    or the name of an entry."""
     variant: str | None = None
     """A published model (see beit-jax list) to take a file for, instead of recognising it."""
     num_heads: int | None = None

@@ -142,7 +142,8 @@ def _nothing_found(directory: Path, wanted: Sequence[str]) -> str:
 
 def _open_shards(path: Path, index_path: Path, prefer: str | None, notes: Sequence[str]) -> Checkpoint:
     if prefer is not None:
-        raise BeitJaxError(f"{printable(index_path, 1024)} holds one set of weights; expected {printable(prefer)}")
+        label = printable(index_path, 1024)
+        raise BeitJaxError(f"{label} holds one set of weights, no {printable(prefer)}; leave --weights out")
     index = ShardIndex(index_path)
     with ExitStack() as stack:
         parts = []
@@ -161,7 +162,7 @@ def _open_file(path: Path, prefer: str | None) -> WeightFile:
         if kind in ("zip", "pickle"):
             return PickleFile(file, zipped=kind == "zip", prefer=prefer)
         if prefer is not None:
-            raise BeitJaxError(f"{file.label} holds one set of weights; expected {printable(prefer)}")
+            raise BeitJaxError(f"{file.label} holds one set of weights, no {printable(prefer)}; leave --weights out")
         if kind == "msgpack":
             return MsgpackFile(file)
         part = SafetensorsFile(file)

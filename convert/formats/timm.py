@@ -72,7 +72,7 @@ def images_of(content: Mapping[str, Any], config: BeitConfig, file: str) -> Imag
     if mode not in ("center", "squash") or (mode == "center" and height != width):
         raise BeitJaxError(
             f"{file}: crop_mode: expected squash, or center for square images, found {printable(mode)} for "
-            f"{height}x{width}; prepare images another way: --image-preset hf"
+            f"{height}x{width}"
         )
     pct = read.typed("crop_pct", float, 0.9)
     if not 0 < pct <= 1:
@@ -103,7 +103,7 @@ def _refusal(config: BeitConfig) -> str | None:
         and not config.add_pooling_layer,
     }
     found = [what for what, is_there in problems.items() if is_there]
-    return f"timm's BEiT has no place for {' and '.join(found)}: export --to hf or original" if found else None
+    return f"timm's BEiT has no place for {' and '.join(found)}" if found else None
 
 
 def _write(naming: SourceFormat, directory: Path, checkpoint: "NativeCheckpoint") -> list[str]:

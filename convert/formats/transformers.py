@@ -81,12 +81,9 @@ EXCHANGED = (
 
 def _refusal(config: BeitConfig) -> str | None:
     if config.aggregation_layers:
-        return (
-            "transformers has no patch aggregation (BEiT v2's extra blocks): export --to original, or convert with "
-            "--aggregate-from 0, which leaves them out"
-        )
+        return "transformers has no patch aggregation, the extra blocks that convert --aggregate-from 0 leaves out"
     if config.model_type == "data2vec-vision" and config.task == "masked_image_modeling":
-        return "transformers has no Data2VecVision model with a pre-training head: export --to original"
+        return "transformers has no Data2VecVision model with a pre-training head"
     return None
 
 

@@ -234,7 +234,7 @@ def original_notes(config: BeitConfig) -> list[str]:
 
 def _refusal(config: BeitConfig) -> str | None:
     if config.task == "masked_image_modeling" and config.pooling == "cls":
-        return "the original has one norm before its pre-training head, and this model two: export --to hf"
+        return "the original has one norm before its pre-training head, and this model two"
     return None
 
 

@@ -67,7 +67,7 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
             mapping = mapping[wrapper]
     else:
         if prefer is not None and prefer != "model":
-            raise BeitJaxError(f"{label} holds one state dict without a wrapper; expected {printable(prefer)}")
+            raise BeitJaxError(f"{label} holds one state dict, and no {printable(prefer)}; leave --weights out")
         others = {key: value for key, value in top.items() if not isinstance(value, Tensor)}
         mapping = {key: value for key, value in top.items() if isinstance(value, Tensor)}
         _refuse_nested(others, bool(mapping), label)
@@ -90,17 +90,16 @@ def _wraps_tensors(value: object, depth: int = 4) -> bool:
 
 
 def _choose(wrappers: list[str], prefer: str | None, label: str) -> str:
-    if prefer in SETS:
-        wrappers = [key for key in wrappers if key in SETS[prefer]] or wrappers
-        if len(wrappers) == 1 and wrappers[0] in SETS[prefer]:
-            return wrappers[0]
-    elif prefer in wrappers:
+    """The entry with the wanted name, or the only one of the wanted set."""
+    if prefer in wrappers:
         return str(prefer)
-    elif prefer is None and len(wrappers) == 1:
-        return wrappers[0]
+    fitting = [key for key in wrappers if prefer is None or key in SETS.get(prefer, ())]
+    if len(fitting) == 1:
+        return fitting[0]
     found = " and ".join(repr(key) for key in wrappers)
-    wanted = "choose one of them (--weights model or ema)" if prefer is None else f"expected {printable(prefer)}"
-    raise BeitJaxError(f"{label} holds weights under {found}: {wanted}")
+    if not fitting:
+        raise BeitJaxError(f"{label} holds weights under {found}: expected {printable(prefer)}; leave --weights out")
+    raise BeitJaxError(f"{label} holds weights under {found}: choose one of them, --weights {' or '.join(fitting)}")
 
 
 def _refuse_nested(others: Mapping[object, object], flat: bool, label: str) -> None:
