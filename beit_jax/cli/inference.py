@@ -52,13 +52,13 @@ def classify(
     predictor = _predictor(checkpoint, hub)
     with image_progress(len(files), "classifying", first="compiling") as advance:
         found = predictor.classify(files, top=top, batch_size=batch_size, bad=bad, advance=advance)
-    guesses = dict(zip(bad.kept(files), cast("list[list[Guess]]", found), strict=True))
+    guesses = dict(zip(bad.kept(range(len(files))), cast("list[list[Guess]]", found), strict=True))
     if json:
-        print_json([_as_json(path, guesses.get(path), bad.reasons.get(i)) for i, path in enumerate(files)])
+        print_json([_as_json(path, guesses.get(place), bad.reasons.get(place)) for place, path in enumerate(files)])
         return 0
     rows = [
-        [printable(path, 60) if i == 0 else "", _score(guess), printable(guess.label, 60)]
-        for path, best in guesses.items()
+        [printable(files[place], 60) if i == 0 else "", _score(guess), printable(guess.label, 60)]
+        for place, best in guesses.items()
         for i, guess in enumerate(best)
     ]
     regression = predictor.config.score_function is None
