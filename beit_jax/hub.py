@@ -17,6 +17,9 @@ from beit_jax.terminal import Bar
 WEIGHTS, CONFIG, PROCESSOR = "flax_model.safetensors", "config.json", "preprocessor_config.json"
 """The files of a native checkpoint; a directory in Hugging Face format has the same two JSON files."""
 
+ADAPTER = "adapter_config.json"
+"""peft's; a model with an adapter beside its weights is another model than the weights alone."""
+
 # In order of preference. An index is followed by the shards that it lists.
 WEIGHT_FILES = (
     WEIGHTS,
@@ -97,9 +100,15 @@ def _download(name: str, revision: str | None, cache_dir: str | Path | None, pro
     model = _HubModel(name, revision, cache_dir, progress)
     config = model.fetch(CONFIG)
     if config is None:
+        if model.fetch(ADAPTER) is not None:
+            raise BeitJaxError(
+                f"{model}: holds an adapter and no model: load it in peft, and convert what "
+                "model.merge_and_unload().save_pretrained(DIRECTORY) writes"
+            )
         raise BeitJaxError(f"{model}: holds no {CONFIG}; expected a model in Hugging Face format, or a native one")
     model.commit = config.parent.name  # the directory of a snapshot has the name of its commit
     model.fetch(PROCESSOR)
+    whole = model.has_weights
     for file in model.weight_files():
         found = model.fetch(file, called="weights")
         if found is None:
@@ -107,6 +116,8 @@ def _download(name: str, revision: str | None, cache_dir: str | Path | None, pro
         for shard in _shards(found) if file.endswith(".index.json") else ():
             if model.fetch(shard) is None:
                 raise BeitJaxError(f"{model}: {file} lists {printable(shard)}, which the hub does not have")
+        if not whole:  # a model that is whole in the cache needs no network
+            model.fetch(ADAPTER)  # where there is one, the reader refuses the directory
         return Source(config.parent, name, model.commit)
     raise BeitJaxError(f"{model}: holds none of {', '.join(WEIGHT_FILES)}; choose a model with PyTorch weights")
 
@@ -160,6 +171,11 @@ class _HubModel:
 
         cached = tuple(file for file in WEIGHT_FILES if isinstance(self._look_up(file), str))
         return cached if constants.HF_HUB_OFFLINE and cached else WEIGHT_FILES
+
+    @property
+    def has_weights(self) -> bool:
+        """True if the cache holds weights of the commit."""
+        return any(isinstance(self._look_up(file), str) for file in WEIGHT_FILES)
 
     def _is_known_absent(self, file: str) -> bool:
         """True if the cache has recorded the hub's answer that the commit has no such file."""

@@ -7,7 +7,7 @@ follow from it. The shapes of the tensors say which model a file holds, because 
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from beit_jax.weights.native import NATIVE
 from beit_jax.weights.tensors import LeafSpec
 
 from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .formats.heads import Statement, stated_by_user, stated_in_training
 from .formats.rules import CONV, LINEAR, Rule, Step, export, steps
 from .formats.unilm import BACKBONE
 from .options import DEFAULT, Options
@@ -276,18 +277,32 @@ def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Tokenizer
     naming = _recognise(checkpoint)
     _check_options(naming, options)
     digests = find_digests(checkpoint, options)
-    config = _config(naming, checkpoint, options.num_heads)
+    stated = stated_by_user(options.num_heads) or stated_in_training(checkpoint.metadata)
+    config = _config(naming, checkpoint, _agreed(stated, checkpoint))
     planned = steps(naming.rules(config), tokenizer_shapes(config))
     dropped = {name for name in checkpoint.tensors if naming.derived.match(name)}
     _check_tensors(checkpoint, planned, dropped)
-    notes = (*checkpoint.notes, *_assumed(config, options))
+    notes = (*checkpoint.notes, *_told(config, stated))
     return TokenizerPlan(source, config, checkpoint, naming, planned, notes, options, digests)
 
 
-def _assumed(config: TokenizerConfig, options: Options) -> list[str]:
-    """Says what no tensor shows."""
-    if not isinstance(config, VqkdConfig) or options.num_heads is not None:
+def _agreed(stated: Sequence[Statement], checkpoint: Checkpoint) -> int | None:
+    """The number of attention heads that all statements say; None where there is none."""
+    for other in stated[1:]:
+        if other.heads != stated[0].heads:
+            raise BeitJaxError(
+                f"{printable(checkpoint.path, 1024)}: {stated[0].heads} attention heads by {stated[0].where}, "
+                f"{other.heads} by {other.where}: pass --num-heads"
+            )
+    return stated[0].heads if stated else None
+
+
+def _told(config: TokenizerConfig, stated: Sequence[Statement]) -> list[str]:
+    """Says where the number of heads is from, which no tensor shows."""
+    if not isinstance(config, VqkdConfig):
         return []
+    if stated:
+        return [f"{config.num_attention_heads} attention heads: {stated[0].where}"]
     return [
         f"{config.num_attention_heads} attention heads of {_HEAD_DIM} channels, as in the published tokenizers: no "
         "tensor shows it; --num-heads says otherwise"

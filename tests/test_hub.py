@@ -472,3 +472,17 @@ def test_convert_of_an_unknown_model_is_one_line_and_writes_nothing(tmp_path: Pa
     assert done.stderr.count("\n") == 1
     assert done.stderr.endswith("\n")
     assert list((tmp_path / "work").iterdir()) == []
+
+
+# Adapters: never ignored
+
+
+def test_an_adapter_beside_the_weights_comes_with_them(hub: FakeHub) -> None:
+    hub.push(NAME, FILES | {"adapter_config.json": b"{}"})
+    with pytest.raises(BeitJaxError, match=r"adapter_config.json: an adapter.*merge_and_unload"):
+        open_checkpoint(resolve(NAME).path)
+
+
+def test_an_adapter_without_a_model(hub: FakeHub) -> None:
+    hub.push(NAME, {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"})
+    refusal("an adapter and no model", "merge_and_unload")

@@ -96,7 +96,7 @@ def stated_by_architecture(name: object, arguments: Mapping[str, Any], size: Siz
     weights of another model.
     """
     for key in _HEADS:
-        if (heads := _integer(arguments.get(key))) is not None:
+        if (heads := integer(arguments.get(key))) is not None:
             return [Statement(heads, f"{where}{key}")]
     bare = str(name).rpartition("/")[2].partition(".")[0]  # hub names have an owner, timm's names a tag
     known = next((known for pattern, known in _ARCHITECTURES.items() if pattern.fullmatch(bare)), None)
@@ -108,17 +108,21 @@ def stated_by_architecture(name: object, arguments: Mapping[str, Any], size: Siz
     return [Statement(PUBLISHED[known], f"the architecture {printable(bare, 60)}")]
 
 
-def stated_in_training(metadata: Mapping[str, object], size: Size) -> list[Statement]:
-    """Returns the numbers among the settings that a training loop saved beside the weights; explicit ones, or names."""
+def stated_in_training(metadata: Mapping[str, object], size: Size | None = None) -> list[Statement]:
+    """Returns the numbers among the settings that a training loop saved beside the weights.
+
+    Args:
+        size: of the encoder; where no number is stated, names of architectures of this size say it.
+    """
     explicit: list[Statement] = []
     named: list[Statement] = []
     for path, settings in _settings(metadata, ""):
         for key in _HEADS:
-            if (heads := _integer(settings.get(key))) is not None:
+            if (heads := integer(settings.get(key))) is not None:
                 explicit.append(Statement(heads, printable(path + key, 80)))
         arguments = next((value for key in _ARGUMENTS if isinstance(value := settings.get(key), Mapping)), {})
         for key in _NAMES:
-            if isinstance(settings.get(key), str):
+            if size is not None and isinstance(settings.get(key), str):
                 named += stated_by_architecture(settings[key], arguments, size, f"{path}{key}.")
     return explicit or named
 
@@ -130,8 +134,8 @@ def _settings(value: Mapping[str, object], path: str, depth: int = _DEPTH) -> It
             yield from _settings(inner, f"{path}{key}.", depth - 1)
 
 
-def _integer(value: object) -> int | None:
-    """An integer, also as the text that safetensors' metadata holds."""
+def integer(value: object) -> int | None:
+    """Returns an integer that may count something, also from the text that safetensors' metadata holds, else None."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,6}", value):
         return int(value)
-    return value if type(value) is int else None
+    return value if type(value) is int and abs(value) < 1 << 31 else None

@@ -58,7 +58,8 @@ def _image_sizes(argument: object, channels_and_size: object) -> list[tuple[int,
     written = [argument if isinstance(argument, list) else [argument] * 2]
     if isinstance(channels_and_size, list):
         written.append(channels_and_size[1:])
-    return [(size[0], size[1]) for size in written if len(size) == 2 and all(type(side) is int for side in size)]
+    pairs = [size for size in written if len(size) == 2 and all(type(side) is int and side > 0 for side in size)]
+    return [(height, width) for height, width in pairs]
 
 
 def images_of(content: Mapping[str, Any], config: BeitConfig, file: str) -> ImageProcessor:
@@ -75,18 +76,20 @@ def images_of(content: Mapping[str, Any], config: BeitConfig, file: str) -> Imag
             f"{height}x{width}"
         )
     pct = read.typed("crop_pct", float, 0.9)
-    if not 0 < pct <= 1:
-        raise read.error("crop_pct", "a number above 0 and at most 1")
-    default = HALF[: config.num_channels]
-    mean, std = (tuple(content.get(key, default)) for key in ("mean", "std"))
+    if not 0.01 <= pct <= 1:
+        raise read.error("crop_pct", "a number from 0.01 to 1")
+    mean, std = (read.content.get(key, HALF[: config.num_channels]) for key in ("mean", "std"))
+    for key, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, list | tuple) or not all(type(value) in (int, float) for value in values):
+            raise read.error(key, "a list of numbers")
     scaled = int(height / pct), int(width / pct)
     return ImageProcessor(
         resize=scaled[0] if mode == "center" else scaled,
         resample=read.choice("interpolation", RESAMPLES, "bicubic"),
         crop=None if mode == "squash" and scaled == (height, width) else (height, width),
         crop_rounding="floor" if mode == "squash" and scaled == (height, width) else "half_even",
-        mean=mean,
-        std=std,
+        mean=tuple(mean),
+        std=tuple(std),
         num_channels=config.num_channels,
     )
 

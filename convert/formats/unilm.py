@@ -17,7 +17,7 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.attention import relative_position_index
 
 from .format import Description, Sighting, SourceFormat, default_preset, describe_by_config
-from .heads import BASE, LARGE, Size, Statement, settle, stated_by_user, stated_in_training
+from .heads import BASE, LARGE, Size, Statement, integer, settle, stated_by_user, stated_in_training
 from .rules import CONV, FLAT, FUSED_QKV, LINEAR, Rules, affine, linear, rule
 from .writing import write_pth
 
@@ -84,13 +84,13 @@ def describe_by_tensors(
         BeitJaxError: a tensor is missing that every model has; the number of heads or the grid of patches is open, or
             stated in contradiction.
     """
-    tensors, every, file = sighting.backbone, sighting.tensors, sighting.file
+    tensors, file = sighting.backbone, sighting.file
 
-    def shape(name: str, axes: int) -> tuple[int, ...]:
-        found = tensors[name].shape if name in tensors else None
-        if found is None or len(found) != axes:
+    def shape(name: str, axes: int, prefix: str = sighting.prefix) -> tuple[int, ...]:
+        found = sighting.tensors[prefix + name].shape if prefix + name in sighting.tensors else None
+        if found is None or len(found) != axes or 0 in found:
             raise BeitJaxError(
-                f"{file}: {printable(sighting.prefix)}{name}: expected a tensor of {axes} axes, found "
+                f"{file}: {printable(prefix + name)}: expected a tensor of {axes} axes, found "
                 f"{'none' if found is None else list(found)}; save the whole model, or download the file again"
             )
         return found
@@ -108,11 +108,12 @@ def describe_by_tensors(
     if not tables and positions is None and not image_sizes:
         seen.append(f"image size {found[0]}: nothing in the file says it")
     task, labels, vocabulary = "features", 0, 8192
-    if "lm_head.weight" in every and not sighting.hosted:
-        task, vocabulary = "masked_image_modeling", every["lm_head.weight"].shape[0]
+    head_names = () if sighting.hosted else sighting.tensors  # in another model's file they are that model's
+    if "lm_head.weight" in head_names:
+        task, vocabulary = "masked_image_modeling", shape("lm_head.weight", 2, "")[0]
         seen.append(f"masked image modelling: lm_head of {vocabulary}")
-    elif "head.weight" in every and not sighting.hosted:
-        task, labels = "image_classification", every["head.weight"].shape[0]
+    elif "head.weight" in head_names:
+        task, labels = "image_classification", shape("head.weight", 2, "")[0]
         seen.append(f"classification: head of {labels}")
     regression = task == "masked_image_modeling" and vocabulary == hidden
     if regression:
@@ -197,14 +198,14 @@ def _aggregation(sighting: Sighting, size: Size) -> tuple[int, int]:
     early = sighting.aggregate_from
     if early is None:
         arguments = sighting.metadata.get("args")
-        early = arguments.get("early_layers") if isinstance(arguments, Mapping) else None
+        early = integer(arguments.get("early_layers")) if isinstance(arguments, Mapping) else None
     if early is None:
         early = EARLY.get(size)
-    if type(early) is not int or not 0 < early <= size.depth:
+    if early is None or not 0 < early <= size.depth:
         raise BeitJaxError(
             f"{sighting.file}: expected the block whose patches its {count} cls_pt_layers read (early_layers, 1 to "
-            f"{size.depth}), found {'nothing' if early is None else printable(early)}: convert it with "
-            "--aggregate-from N, or with --aggregate-from 0 to leave them out"
+            f"{size.depth}), found {'nothing' if early is None else early}: convert it with --aggregate-from N, or "
+            "with --aggregate-from 0 to leave them out"
         )
     return early, count
 

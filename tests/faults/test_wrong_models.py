@@ -19,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from tolerances import MODEL
 
 from beit_jax.cli.main import main
-from beit_jax.convert import Options, convert, load, plan
+from beit_jax.convert import Options, convert, load, plan, tokenizers
 from beit_jax.convert.options import DEFAULT
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.models.build import build_model
+from beit_jax.tokenizers.build import tokenizer_shapes
+from beit_jax.tokenizers.vqkd import VqkdConfig
 from beit_jax.tree import unflatten
 
 Tensors = dict[str, torch.Tensor]
@@ -256,3 +258,33 @@ def test_a_model_without_its_adapter(adapted: Path) -> None:
     (adapted / "adapter_config.json").rename(adapted.parent / "adapter_config.json")
     (adapted / "adapter_model.safetensors").rename(adapted.parent / "adapter_model.safetensors")
     convert(resolve(adapted), adapted.parent / "native")
+
+
+# VQ-KD's attention heads. ---------------------------------------------------------------------------------------------
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 8}
+VQKD = VqkdConfig(
+    image_size=(4, 4), patch_size=(2, 2), vocab_size=3, codebook_dim=2, target_size=3, num_attention_heads=4,
+    decoder_num_attention_heads=4, **SIZES, **{f"decoder_{name}": size for name, size in SIZES.items()},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("entries", "options", "heads", "note"),
+    [
+        ({}, Options(), 1, "64 channels"),
+        ({}, Options(num_heads=4), 4, "--num-heads"),
+        ({"args": {"num_heads": 4}}, Options(), 4, "args.num_heads"),
+        ({"args": {"num_heads": 2}}, Options(num_heads=4), 4, "--num-heads"),
+    ],
+)
+def test_heads_of_a_tokenizer_are_told(
+    entries: dict[str, Any], options: Options, heads: int, note: str, tmp_path: Path
+) -> None:
+    params = {name: np.ones(shape, np.float32) for name, shape in tokenizer_shapes(VQKD).items()}
+    state = {name: torch.from_numpy(leaf) for name, leaf in tokenizers.to_torch(VQKD, params).items()}
+    torch.save({"model": state, **entries}, tmp_path / "vqkd.pth")
+    decided = tokenizers.plan(resolve(tmp_path / "vqkd.pth"), options)
+    decided.checkpoint.close()
+    assert (decided.config.num_attention_heads, decided.config.decoder_num_attention_heads) == (heads, heads)
+    assert any(f"{heads} attention heads" in line and note in line for line in decided.notes)
