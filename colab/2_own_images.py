@@ -142,10 +142,10 @@ figure
 # %% [markdown]
 # ## Attention
 #
-# What the class token of the last block attends to, head by head: the share of its attention that each patch gets. Both
-# published families pool patch tokens and never train the class token's output in fine-tuning, so its attention need
-# not be where the evidence for the class is; the second picture takes a patch instead. Attention weights are not
-# explanations: values, MLPs and residual connections decide as well.
+# What the last block attends to, head by head: the share of attention that each patch gets. Attention is that of what
+# the model pools: in both published families the mean of all patches, so the first picture shows the mean of their
+# attention. Their class token is never trained in fine-tuning; `patch="class"` would show its attention. The second
+# picture takes one patch. Attention weights are not explanations: values, MLPs and residual connections decide as well.
 
 # %%
 from beit_jax.looking import visualize

@@ -7,7 +7,10 @@ from typing import Final
 from beit_jax.errors import BeitJaxError, printable
 
 SUFFIXES: Final = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .ppm .pgm .pbm .pnm .tif .tiff .jp2 .j2k .avif".split()
+    (
+        ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .ppm .pgm .pbm .pnm .tif .tiff "
+        ".jp2 .j2k .j2c .jpc .jpf .jpx .avif"
+    ).split()
 )
 """The endings of the formats in `beit_jax.images.files.FORMATS`."""
 

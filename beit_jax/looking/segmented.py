@@ -24,7 +24,7 @@ class Outputs:
         folders: True if `picture` and `mask` are folders.
 
     Raises:
-        BeitJaxError: a name has the wrong ending, both names are the same place, or two images would have one name.
+        BeitJaxError: a name has the wrong ending, both names are the same place, a folder exists, or two images would have one name.
     """
 
     picture: Path | None
@@ -36,6 +36,9 @@ class Outputs:
         if self.picture and self.mask and os.path.realpath(self.picture) == os.path.realpath(self.mask):
             raise BeitJaxError(f"{printable(self.mask)}: --output and --mask name the same place; give two")
         if self.folders:
+            for folder in filter(None, (self.picture, self.mask)):
+                if os.path.lexists(folder):
+                    raise BeitJaxError(f"{printable(folder)}: already exists; of several images, name a new folder")
             self._check_names()
         elif self.picture is not None and self.picture.suffix.lower() not in FORMATS:
             raise BeitJaxError(f"{printable(self.picture)}: expected a name ending in .png, .jpg or .webp")
