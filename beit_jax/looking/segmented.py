@@ -24,7 +24,8 @@ class Outputs:
         folders: True if `picture` and `mask` are folders.
 
     Raises:
-        BeitJaxError: a name has the wrong ending, both names are the same place, a folder exists, or two images would have one name.
+        BeitJaxError: a name has the wrong ending, both names are the same place, a folder exists, or two images would
+            have one name.
     """
 
     picture: Path | None
