@@ -72,7 +72,7 @@ def new_directory(
     def check() -> None:
         check_destination(destination, overwrite=overwrite, contents=contents, keep_others=keep_others, source=source)
 
-    _check_place(destination)
+    check_place(destination)
     partial, lock = _sibling(destination, "partial"), _sibling(destination, "lock")
     interrupted = os.path.lexists(lock)  # a process that ends by itself removes its lock last
     with _explained(destination), exclusive(lock, destination, remove=True):
@@ -109,7 +109,7 @@ def check_destination(
     Raises:
         BeitJaxError: as `new_directory`.
     """
-    _check_place(destination)
+    check_place(destination)
     if not os.path.lexists(destination):
         return
     name = printable(destination)
@@ -182,7 +182,7 @@ def check_file(destination: Path, *, inputs: Iterable[Path] = ()) -> None:
     name = printable(destination)
     if os.path.isdir(destination):
         raise BeitJaxError(f"{name}: expected a file name, found a directory")
-    _check_place(destination)
+    check_place(destination)
     if not os.path.lexists(destination):
         return
     if not os.path.isfile(destination):
@@ -192,11 +192,17 @@ def check_file(destination: Path, *, inputs: Iterable[Path] = ()) -> None:
             raise BeitJaxError(f"{name}: is an input itself, which the result would replace; choose another name")
 
 
-def _check_place(destination: Path) -> None:
-    """Refuses a name that cannot be made: in this directory, of this length."""
+def check_place(destination: Path) -> None:
+    """Refuses a name that cannot be made: in this directory, of this length.
+
+    Raises:
+        BeitJaxError: there is no such directory, it is not writable, or the name is too long.
+    """
     name, parent = printable(destination), destination.parent
     if destination.name in ("", ".."):
         raise BeitJaxError(f"{name}: expected the name of something to create, found an existing directory")
+    if "\0" in str(destination):
+        raise BeitJaxError(f"{name}: no name of a file, it holds a zero byte; choose another")
     place = printable(parent)
     try:
         mode = os.stat(parent).st_mode
@@ -207,8 +213,6 @@ def _check_place(destination: Path) -> None:
         raise BeitJaxError(f"{name}: {place} lies in a file, not in a directory; choose another place") from None
     except OSError as error:
         raise BeitJaxError(f"{name}: {place} cannot be used ({error.strerror}); choose another place") from None
-    except ValueError as error:
-        raise BeitJaxError(f"{name}: no name of a file ({printable(error)}); choose another") from None
     if not stat.S_ISDIR(mode):
         raise BeitJaxError(f"{name}: {place} is a file, not a directory; choose another place")
     if not os.access(parent, os.W_OK):

@@ -45,6 +45,23 @@ def read_json_array(path: Path, *, advice: str) -> list[Any]:
     return content
 
 
+def read_text(path: Path, *, advice: str) -> str:
+    """Reads a text file in UTF-8 that lies beside others in a directory.
+
+    Args:
+        advice: the end of an error.
+
+    Raises:
+        BeitJaxError: the file is missing, unreadable, no regular file, too large or no UTF-8.
+    """
+    try:
+        return _read(path, regular=True).decode("utf-8")
+    except OSError as error:
+        raise BeitJaxError(f"{printable(path)}: cannot be read ({error.strerror}); {advice}") from None
+    except UnicodeDecodeError as error:
+        raise BeitJaxError(f"{printable(path)}: no UTF-8 text at byte {error.start}; {advice}") from None
+
+
 def has_value(path: Path, key: str, value: object) -> bool:
     """Returns True if a file is a JSON object with this value under this key."""
     try:

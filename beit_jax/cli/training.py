@@ -30,20 +30,37 @@ with train_extra():
     from beit_jax.train.recipes import RECIPES, recipe_named
 
 
+def _read(metavar: str) -> object:
+    return arg(metavar=metavar, help_behavior_hint="")
+
+
 @dataclass(frozen=True)
 class Reads:
-    """Files that a run reads besides its data."""
+    """What a run reads besides its data: native directories, runs that made them, or what `beit-jax convert` takes."""
 
-    init: Annotated[Path | None, arg(metavar="CHECKPOINT")] = None
-    """Native checkpoint to start from; by default parameters are drawn at random."""
-    tokenizer: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Native tokenizer, whose tokens are predicted."""
-    decoder: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Native decoder of its tokens, for pictures in TensorBoard."""
-    stored_tokens: Annotated[Path | None, arg(metavar="DIR")] = None
+    init: Annotated[str | None, _read("CHECKPOINT")] = None
+    """Model to start from: native, a run, or a source of beit-jax convert. By default it is drawn at random."""
+    tokenizer: Annotated[str | None, _read("TOKENIZER")] = None
+    """Tokenizer whose tokens are predicted: native, a run that trained it, or a source of beit-jax convert."""
+    decoder: Annotated[str | None, _read("DECODER")] = None
+    """Decoder of its tokens, for pictures in TensorBoard."""
+    stored_tokens: Annotated[Path | None, _read("DIR")] = None
     """The tokens themselves, from beit-jax tokenize with the same recipe, data and tokenizer."""
-    teacher: Annotated[Path | None, arg(metavar="CHECKPOINT")] = None
-    """Native checkpoint whose features a tokenizer learns from."""
+    teacher: Annotated[str | None, _read("CHECKPOINT")] = None
+    """Model whose features a tokenizer learns from; as --init."""
+
+    def loaded(self, recipe: Recipe) -> "dict[str, Any]":
+        """Everything as `make_plan` takes it.
+
+        Raises:
+            BeitJaxError: the recipe's objective does not read it; or nothing can be read there.
+        """
+        from beit_jax.cli import sources
+
+        given = {name: name_or_path for name, name_or_path in vars(self).items() if name_or_path is not None}
+        for name in given.keys() - objective_of(recipe).reads:
+            raise BeitJaxError(f"--{spelled(name)}: {recipe.objective} does not use it, leave it out")
+        return {name: path if name == "stored_tokens" else sources.read(name, path) for name, path in given.items()}
 
 
 Options = Any
@@ -162,11 +179,14 @@ def _train(
     with train_extra():
         from beit_jax.train.distributed import cluster
         from beit_jax.train.forecast.preview import preview
+        from beit_jax.train.loop import contract
         from beit_jax.train.loop import run as loop
         from beit_jax.train.loop.plan import make_plan
 
     with cluster.joined(hosts) as peers:
-        plan = make_plan(recipe, data, **vars(reads))
+        if not dry_run:
+            contract.check_out(out)  # before data and models are read
+        plan = make_plan(recipe, data, **reads.loaded(recipe))
         if dry_run:
             _print_once(preview(plan), peers, json=json)
             return 0
@@ -190,9 +210,14 @@ def tokenize_command(arguments: Sequence[str]) -> Callable[..., int]:
         recipe: Positional[_RecipeName],
         *,
         data: _Data,
-        tokenizer: Annotated[Path, arg(metavar="DIR", help="Native tokenizer: beit-jax convert.")],
+        tokenizer: Annotated[
+            str, arg(metavar="TOKENIZER", help="Native, a run that trained it, or a source of beit-jax convert.")
+        ],
         out: Annotated[Path, arg(metavar="DIR", help="Directory to create: the tokens.")],
-        epochs: Annotated[float | None, arg(help="Epochs to store; by default all of the recipe's.")] = None,
+        epochs: Annotated[
+            float | None,
+            arg(metavar="FLOAT", help_behavior_hint="", help="Epochs to store; by default all of the recipe's."),
+        ] = None,
         overwrite: Annotated[
             _Switch, arg(help="Replace DIR if it exists; it stays whole until the new one is.")
         ] = False,
@@ -226,11 +251,14 @@ _TOKENIZE_HELP = """Compute the visual tokens of pre-training once, for runs tha
     """
 
 
-def _tokenize(recipe: Recipe, data: Path, tokenizer: Path, out: Path, *, overwrite: bool, json: bool) -> int:
+def _tokenize(recipe: Recipe, data: Path, tokenizer: str, out: Path, *, overwrite: bool, json: bool) -> int:
     with train_extra():
+        from beit_jax.atomic import check_destination
+        from beit_jax.train.data.stored_tokens import CONTENTS
         from beit_jax.train.loop.plan import make_plan
 
-    plan = make_plan(recipe, data, tokenizer=tokenizer)
+    check_destination(out, overwrite=overwrite, contents=CONTENTS)  # before data and models are read
+    plan = make_plan(recipe, data, **Reads(tokenizer=tokenizer).loaded(recipe))
     progress = partial(image_progress, description="tokenizing")
     positions = plan.objective.store_tokens(plan.training, out, progress, overwrite=overwrite)
     if json:
@@ -251,7 +279,12 @@ def aot_command(arguments: Sequence[str]) -> Callable[..., int]:
         topology: Annotated[
             str, arg(metavar="CHIP:SHAPE", help="v5e:2x4, v6e:4x4, v5p:2x2x2; 2xv5e:4x4: two slices.")
         ] = given.topology,
-        classes: Annotated[int | None, arg(help="Of the data; by default as the variant was published with.")] = None,
+        classes: Annotated[
+            int | None,
+            arg(
+                metavar="INT", help_behavior_hint="", help="Of the data; by default as the variant was published with."
+            ),
+        ] = None,
         quick: Annotated[_Switch, arg(help="Compile once: do not look for the largest batch that fits.")] = False,
         json: Json = False,
         options: Annotated[kind, arg(name="")] = defaults,  # type: ignore[valid-type]

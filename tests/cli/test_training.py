@@ -80,7 +80,7 @@ def test_help_lists_the_recipes_and_shows_a_recipes_numbers(capsys: pytest.Captu
         (["train", "beit_base_ft2k"], "no recipe is called beit_base_ft2k; the nearest is beit_base_ft22k"),
         ([*RUN, "--optim.lr", "-1"], "--optim.lr: expected a positive number, found -1"),
         ([*RUN, "--data", "NONE"], "no data set here"),
-        ([*RUN, "--out", "NONE/run"], "no such directory; make it first"),
+        ([*RUN, "--out", "NONE/run"], "does not exist; create it first"),
         (["train", "digits_probe", *RUN[2:]], "a linear probe needs an encoder"),
         ([*RUN, "--data.batch-size", "2048"], "1347 training images, fewer than --data.batch-size 2048"),
         ([*RUN, "--run.mesh", "3", "1", "1"], "--run.mesh: expected sizes of"),

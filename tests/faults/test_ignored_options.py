@@ -1,79 +1,80 @@
-"""Options that a command would not use, and numbers that it could not: refused at once, in one line that names them.
+"""Options that a command would otherwise ignore: each is used, or refused at once. A row is a command line."""
 
-A row is a command that must fail, and the words that its line must have. No checkpoint is read before: the rows name
-one that does not exist, so whatever loads it first would say something else.
-"""
-
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
 
 from beit_jax.cli.main import main
+from beit_jax.convert import tokenizers
+from beit_jax.tokenizers.build import tokenizer_shapes
+from beit_jax.tokenizers.dvae import DvaeEncoderConfig
 
-ROWS: list[tuple[list[str], list[str]]] = [
-    (["classify", "NO", "a.png", "--top", "0"], ["--top", "0"]),
-    (["classify", "NO", "a.png", "--top", "-1"], ["--top", "-1"]),
-    (["classify", "NO", "a.png", "--batch-size", "0"], ["--batch-size", "0"]),
-    (["classify", "NO", "a.png", "--batch-size", "-5"], ["--batch-size", "-5"]),
-    (["classify", "NO", "a.png", "--max-bad", "0.5"], ["--max-bad", "--skip-bad"]),
-    (["classify", "NO", "a.png", "--skip-bad", "--max-bad", "0"], ["--max-bad", "0.0"]),
-    (["classify", "NO", "a.png", "--skip-bad", "--max-bad", "nan"], ["--max-bad", "nan"]),
-    (["features", "NO", "a.png", "-o", "f.npz", "--batch-size", "0"], ["--batch-size", "0"]),
-    (["features", "NO", "a.png", "-o", "f.npz", "--max-bad", "0.5"], ["--max-bad", "--skip-bad"]),
-    (["segment", "NO", "a.png", "--mask", "m.png", "--opacity", "0.5"], ["--opacity", "--output"]),
-    (["segment", "NO", "a.png", "--mask", "m.png", "--batch-size", "0"], ["batch size", "0"]),
-    (["segment", "NO", "a.png", "--mask", "m.png", "--slide", "--whole"], ["--slide", "--whole"]),
-    (["reconstruct", "NO", "a.png", "--tokenizer", "NO", "--decoder", "NO", "--seed", "-1"], ["--seed", "-1"]),
-    (["reconstruct", "NO", "a.png", "--tokenizer", "NO", "--decoder", "NO", "--mask-patches", "0"], ["--mask-patches"]),
-    (["plot", "attention", "NO", "a.png", "--class-token", "--patch", "1", "1"], ["--class-token", "--patch"]),
-    (["evaluate", "NO", "--data", "data", "--workers", "-3"], ["--workers", "-3"]),
-    (["evaluate", "NO", "--data", "data", "--eval-batch-size", "0"], ["--eval-batch-size", "0"]),
-    (["evaluate", "NO", "--data", "data", "--slide"], ["--slide", "--data"]),
-    (["evaluate", "NO", "--data", "data", "--whole"], ["--whole", "--data"]),
-    (["evaluate", "NO", "--data", "data", "--flip"], ["--flip", "--data"]),
-    (["evaluate", "NO", "--data", "data", "--scales", "1"], ["--scales", "--data"]),
-    (["evaluate", "NO", "--data", "data", "--as-trained"], ["--as-trained", "--data"]),
-    (["evaluate", "NO", "--data", "data", "--batch-size", "2"], ["--batch-size", "--data"]),
-    (["evaluate", "NO", "--data", "data", "--labels-from-zero"], ["--labels-from-zero", "--data"]),
-    (["evaluate", "NO", "--data", "data", "--labels-from-one"], ["--labels-from-one", "--data"]),
-    (["evaluate", "NO", "--images", "data", "--annotations", "data", "--split", "test"], ["--split"]),
-    (["evaluate", "NO", "--images", "data", "--annotations", "data", "--preset", "hf"], ["--preset"]),
-    (["evaluate", "NO", "--images", "data", "--annotations", "data", "--real", "r.json"], ["--real"]),
-    (["evaluate", "NO", "--images", "data", "--annotations", "data", "--confusion", "c.png"], ["--confusion"]),
-    (["evaluate", "NO", "--images", "data", "--annotations", "data", "--per-class"], ["--per-class"]),
-    (["evaluate", "NO", "--images", "data", "--annotations", "data", "--workers", "0"], ["--workers"]),
-    (["evaluate", "NO", "--images", "data", "--annotations", "data", "--eval-batch-size", "9"], ["--eval-batch-size"]),
-    (["prepare", "digits", "new", "--held-out", "7"], ["--held-out", "7"]),
-    (["prepare", "digits", "new", "--held-out", "0.2"], ["--held-out", "digits"]),
-    (["prepare", "digits", "new", "--skip-bad"], ["--skip-bad"]),
-    (["prepare", "digits", "new", "--held-out", "7", "--skip-bad"], ["digits"]),
-    (["prepare", "imagenet", "data", "new", "--held-out", "0.2"], ["--held-out", "imagenet"]),
-    (["prepare", "ade20k", "data", "new", "--held-out", "0.2"], ["--held-out", "ade20k"]),
-    (["prepare", "folder", "data", "new", "--held-out", "1"], ["--held-out", "1.0"]),
-    (["prepare", "folder", "data", "new", "--held-out", "nan"], ["--held-out", "nan"]),
-    (["prepare", "folder", "split", "new", "--held-out", "0.2"], ["--held-out", "val"]),
-    (["prepare", "folder", "data", "new", "--max-bad", "0.2"], ["--max-bad", "--skip-bad"]),
+DIGITS = str(files("beit_jax") / "digits")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What stands in the rows for a path: DIGITS, TOKENIZER, OUT."""
+    directory = tmp_path_factory.mktemp("places")
+    config = DvaeEncoderConfig(n_hid=8, vocab_size=16, group_count=2, n_blk_per_group=1)
+    draw = np.random.default_rng(0)
+    params = {name: draw.normal(size=shape).astype(np.float32) for name, shape in tokenizer_shapes(config).items()}
+    tensors = tokenizers.to_torch(config, params)
+    torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, directory / "encoder.pth")
+    return {"DIGITS": DIGITS, "TOKENIZER": str(directory / "encoder.pth"), "OUT": str(directory / "out")}
+
+
+# The command line, and what the error names.
+ROWS: list[tuple[str, list[str]]] = [
+    ("convert TOKENIZER OUT --variant beit_base_patch16_224", ["--variant", "tokenizer"]),
+    ("convert TOKENIZER OUT --image-size 64", ["--image-size", "tokenizer"]),
+    ("convert TOKENIZER OUT --patch-size 8", ["--patch-size", "tokenizer"]),
+    ("convert TOKENIZER OUT --position-bias per_layer", ["--position-bias", "tokenizer"]),
+    ("convert TOKENIZER OUT --position-resize geometric", ["--position-resize", "tokenizer"]),
+    ("convert TOKENIZER OUT --image-preset hf", ["--image-preset", "tokenizer"]),
+    ("convert TOKENIZER OUT --num-heads 2", ["--num-heads", "tokenizer"]),
+    ("convert TOKENIZER OUT --expect-sha256 deadbeef", ["encoder.pth", "deadbeef expected"]),
+    ("inspect TOKENIZER --expect-sha256 deadbeef", ["encoder.pth", "deadbeef expected"]),
+    ("convert DIGITS OUT --expect-sha256 deadbeef", ["model.safetensors", "deadbeef expected"]),
+    ("convert DIGITS OUT --expect-sha256 no-digest", ["--expect-sha256", "hexadecimal"]),
+    ("convert DIGITS OUT --patch-size 0", ["--patch-size", "expected 1 to", "found 0"]),
+    ("convert DIGITS OUT --image-size 0", ["--image-size", "found 0"]),
+    ("convert DIGITS OUT --image-size -32", ["--image-size", "-32"]),
+    ("convert DIGITS OUT --image-size 100000000", ["--image-size", "100000000"]),
+    ("convert DIGITS OUT --variant beit_base_patch16_225", ["--variant", "did you mean beit_base_patch16_224?"]),
+    # Before anything is looked for or downloaded.
+    ("convert no-owner/no-model OUT --patch-size 0", ["--patch-size", "found 0"]),
+    ("convert no-owner/no-model OUT --variant beit", ["--variant", "beit"]),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), ROWS, ids=[" ".join(arguments) for arguments, _ in ROWS])
-def test_an_option_is_used_or_refused(
-    arguments: list[str],
-    words: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("data/cat", "split/train/cat", "split/val/cat"):
-        Path(name).mkdir(parents=True)
-        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(Path(name, "1.png"))
-    Path("a.png").write_bytes(Path("data/cat/1.png").read_bytes())
-    before = sorted(tmp_path.rglob("*"))
+@pytest.mark.parametrize(("line", "needles"), ROWS, ids=[line for line, _ in ROWS])
+def test_refused(places: dict[str, str], capsys: pytest.CaptureFixture[str], line: str, needles: list[str]) -> None:
+    arguments = [places.get(word, word) for word in line.split()]
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
-    assert all(word in captured.err for word in words), captured.err
-    assert sorted(tmp_path.rglob("*")) == before
+    for needle in needles:
+        assert needle in captured.err
+    assert not Path(places["OUT"]).exists()
+
+
+def test_a_tokenizer_is_checked_and_recorded_as_a_model_is(places: dict[str, str], tmp_path: Path) -> None:
+    from beit_jax.tokenizers.checkpoint import read_tokenizer
+
+    digest = _sha256(places["TOKENIZER"])
+    given: list[Any] = ["--sha256", "--expect-sha256", digest[:8]]
+    assert main(["convert", places["TOKENIZER"], str(tmp_path / "out"), *given]) == 0
+    provenance = read_tokenizer(tmp_path / "out").provenance
+    assert provenance["files"] == {"encoder.pth": digest}
+    assert provenance["options"] == {"sha256": True, "expect_sha256": digest[:8]}
+
+
+def _sha256(path: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

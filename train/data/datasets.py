@@ -17,6 +17,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.label_maps import ADE20K_CLASSES, LabelMap, check_labels, decode_label_map, reduce_labels
+from beit_jax.json_file import read_text
 
 from ..augmentation.decode import Pixels, decode
 from .shards import INFO, check_shards
@@ -238,6 +239,7 @@ def _builder(directory: Path) -> Any:
         below = sorted(path.parent for depth in ("*", "*/*") for path in directory.glob(f"{depth}/{INFO}"))
         hint = f"did you mean {printable(below[0])}?" if below else "write one: beit-jax prepare --help"
         raise BeitJaxError(f"{printable(directory)}: no data set here (no {INFO}); {hint}")
+    _check_texts(directory)
     try:
         builder = tfds.builder_from_directory(directory)
         file_format = builder.info.file_format
@@ -250,6 +252,17 @@ def _builder(directory: Path) -> Any:
             f"{printable(directory)}: expected array_record files, found {found}; convert them: tfds convert_format"
         )
     return builder
+
+
+def _check_texts(directory: Path) -> None:
+    """Reads the texts before TFDS does, which waits for a pipe for ever, and passes over names that are no UTF-8.
+
+    Raises:
+        BeitJaxError: names the file.
+    """
+    for path in (directory / INFO, directory / "features.json", *sorted(directory.glob("*.labels.txt"))):
+        if os.path.lexists(path):
+            read_text(path, advice="correct it, or prepare the data again")
 
 
 def _class_names(directory: Path, features: Mapping[str, Any]) -> tuple[str, ...]:

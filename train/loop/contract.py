@@ -1,6 +1,7 @@
 """The record of a run: the recipe, data, sources and versions it was begun with, compared when it goes on."""
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -8,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from beit_jax.atomic import new_file
+from beit_jax.atomic import check_place, new_file
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.json_file import Fields, changes, read_json
 from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
@@ -69,7 +70,21 @@ def begin(plan: "Plan", out: Path, resume: Resume, peers: Peers) -> list[str]:
     return notes
 
 
+def check_out(out: Path) -> None:
+    """Refuses a place where no run can be kept, before data and models are read.
+
+    Raises:
+        BeitJaxError: it is a file or a broken link, or it cannot be made.
+    """
+    if os.path.isdir(out):
+        return
+    if os.path.lexists(out):
+        raise BeitJaxError(f"{printable(out)}: expected a directory for the run, found a file or a broken link")
+    check_place(out)
+
+
 def _begin(out: Path, resume: Resume, record: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    check_out(out)
     path = out / RUN
     if path.exists():
         if resume == "never":
@@ -79,9 +94,10 @@ def _begin(out: Path, resume: Resume, record: Mapping[str, Any], recipe: Recipe)
         raise BeitJaxError(f"{out}: holds no run to continue ({RUN} is missing); check --out, or use --resume auto")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BeitJaxError(f"{out}: holds something else than a run; choose another --out")
-    if not out.parent.is_dir():
-        raise BeitJaxError(f"{out.parent}: no such directory; make it first")
-    out.mkdir(exist_ok=True)
+    try:
+        out.mkdir(exist_ok=True)
+    except OSError as error:
+        raise BeitJaxError(f"{printable(out)}: cannot be made ({error.strerror}); choose another --out") from None
     with new_file(path) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return []
