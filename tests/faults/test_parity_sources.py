@@ -6,6 +6,7 @@ A reference that is drawn at random, or that holds other tensors than the file, 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import original
 import pytest
@@ -148,6 +149,7 @@ def test_a_configuration_that_transformers_refuses_is_one_line(saved: Path, monk
 
 # What from_pretrained makes of a file. --------------------------------------------------------------------------------
 
+CONVERTING = (Path(__file__).parents[2] / "docs" / "converting.md").read_text(encoding="utf-8")
 NORMS = ["beit.layernorm.bias", "beit.layernorm.weight", "layernorm.bias", "layernorm.weight"]
 
 
@@ -180,3 +182,9 @@ def test_tensors_that_from_pretrained_exchanges_are_named(
     capsys.readouterr()
     assert main(["export", native, exported]) == 0
     assert ("exchanges" in capsys.readouterr().out) == (not mean)
+
+    [snippet] = [block for block in CONVERTING.split("```python\n") if "load_state_dict" in block]
+    found_names: dict[str, Any] = {}
+    exec(snippet.partition("```")[0].replace("DIRECTORY", exported), found_names)
+    right = found_names["model"].state_dict()
+    assert right.keys() == state.keys() and all(torch.equal(right[name], state[name]) for name in state)
