@@ -10,6 +10,7 @@ from typing import Any, Final, Self
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 AGAIN: Final = 0.05  # seconds until a lost signal is sent again
+IMPORTING: Final = "<frozen importlib._bootstrap>"  # the file of Python's code that imports
 HASTE: Final = 1.0  # seconds in which a second signal is the same wish
 
 
@@ -29,8 +30,9 @@ class Stoppable:
     """Raises `Stopped` in the main thread when a signal comes, inside a ``with`` block. Other threads get no signals.
 
     Python drops an exception that is raised while a callback of the garbage collector or a `__del__` runs: JAX has such
-    a callback, and starting JAX collects often. A signal that is lost this way is sent again. A second signal, a second
-    after the first, ends the process at once.
+    a callback, and starting JAX collects often. An exception within an import may pass through C++, which ends the
+    process by a fault. A signal that comes in such a moment is sent again. A second signal, a second after the first,
+    ends the process at once.
 
     Args:
         alone: this process is the command's own. It keeps no handlers afterwards: a signal while Python ends writes no
@@ -60,17 +62,31 @@ class Stoppable:
             sys.unraisablehook = self._hook_before
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if not self.exit_code:
+        if self.exit_code:
+            if time.monotonic() - self._came > HASTE:
+                os._exit(self.exit_code)
+        elif _importing(frame):
+            _send_again(number)
+        else:
             self.exit_code, self._came = 128 + number, time.monotonic()
             raise Stopped(number)
-        if time.monotonic() - self._came > HASTE:
-            os._exit(self.exit_code)
 
     def _dropped(self, unraisable: "sys.UnraisableHookArgs") -> None:
         if not issubclass(unraisable.exc_type, Stopped):
             self._hook_before(unraisable)
             return
         number, self.exit_code = self.exit_code - 128, 0
-        again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
-        again.daemon = True
-        again.start()
+        _send_again(number)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported where the main thread is."""
+    while frame is not None and frame.f_code.co_filename != IMPORTING:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _send_again(number: int) -> None:
+    again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()

@@ -23,6 +23,8 @@ PHASES: Mapping[str, float] = {"compile": 4.0, "restore": 4.0}
 class Interruption:
     """Turns SIGTERM and SIGINT (Ctrl-C) into requests to stop, inside a ``with`` block of the main thread.
 
+    In another thread, as that of a notebook's executor, the block changes nothing: only the main thread gets signals.
+
     The first signal calls `request`: the loop saves after its step, and exits with `INTERRUPTED`. The second signal
     calls `again`, and ends the process at once with the same code, also during compilation or while waiting for a
     device: a thread of its own notices signals.
@@ -36,6 +38,8 @@ class Interruption:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         # Python runs signal handlers only between two of its own instructions, not while it waits for a compiler. But
@@ -50,6 +54,8 @@ class Interruption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._before:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._pipe_before)
