@@ -263,13 +263,13 @@ class BeitConfig:
         return config_file.written(self)
 
     @classmethod
-    def from_file(cls, path: Path) -> "BeitConfig":
+    def from_file(cls, path: str | Path) -> "BeitConfig":
         """`from_hf` of a file.
 
         Raises:
             BeitJaxError: the file is missing, is no JSON object, or describes no model of this family.
         """
-        return cls.from_hf(read_json(path), file=str(path))
+        return cls.from_hf(read_json(Path(path)), file=str(path))
 
 
 # --- Types of fields --------------------------------------------------------------------------------------------------

@@ -56,6 +56,11 @@ class Source:
         return self.path if self.path.is_dir() else self.path.parent
 
 
+def as_source(source: "Source | str | Path") -> "Source":
+    """The source itself, or what `resolve` finds by a name."""
+    return source if isinstance(source, Source) else resolve(source)
+
+
 def recorded_sha256(file: Path) -> str | None:
     """The SHA-256 of a large file in the hub's cache, which stores it under its digest; None for other files."""
     name = file.resolve().name

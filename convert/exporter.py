@@ -38,11 +38,11 @@ def to_torch(
 
 def export(
     checkpoint: NativeCheckpoint,
-    destination: Path,
+    destination: str | Path,
     layout: str,
     *,
     overwrite: bool = False,
-    source: Path | None = None,
+    source: str | Path | None = None,
 ) -> list[str]:
     """Writes a PyTorch checkpoint as a new directory, whole or not at all.
 
@@ -59,6 +59,7 @@ def export(
     Raises:
         BeitJaxError: the layout has no such model; torch is missing; the destination cannot be written.
     """
+    destination, source = Path(destination), None if source is None else Path(source)
     naming = _writer(layout, checkpoint.config)
     check_export(destination, layout, checkpoint.config, overwrite=overwrite, source=source)
     size = sum(leaf.nbytes for leaf in checkpoint.params.values())

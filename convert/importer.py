@@ -14,7 +14,7 @@ import numpy as np
 from beit_jax.atomic import check_destination, new_directory
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.hub import WEIGHTS, Source
+from beit_jax.hub import WEIGHTS, Source, as_source
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.adapt import Adaptation, adaptations
 from beit_jax.models.build import param_shapes
@@ -91,13 +91,14 @@ class Plan:
         return provenance(self.source, self.checkpoint, self.naming.name, self.digests, self.options.asked())
 
 
-def plan(source: Source, options: Options = DEFAULT) -> Plan:
+def plan(source: Source | str | Path, options: Options = DEFAULT) -> Plan:
     """Reads names, shapes and configuration of a checkpoint, and checks that they belong together.
 
     Raises:
         BeitJaxError: a file cannot be read; the model is of another family; tensors are missing, unexpected, of another
             shape than the configuration says, or not floating point. The message names the file and the tensors.
     """
+    source = as_source(source)
     checkpoint = open_checkpoint(source.path, prefer=options.weights, format=options.format)
     try:
         return _plan(source, checkpoint, options)
@@ -152,8 +153,8 @@ def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Plan:
 
 
 def convert(
-    source: Source,
-    destination: Path,
+    source: Source | str | Path,
+    destination: str | Path,
     options: Options = DEFAULT,
     *,
     overwrite: bool = False,
@@ -172,6 +173,7 @@ def convert(
         BeitJaxError: as `plan`; NaN or infinite weights; a destination that cannot be written, or that is no model or
             holds the source. Nothing is left behind.
     """
+    source, destination = as_source(source), Path(destination)
     check_destination(destination, overwrite=overwrite, contents=NATIVE, source=source.path)
     decided = plan(source, options)
     with (
@@ -186,7 +188,7 @@ def convert(
     return decided
 
 
-def load(source: Source, options: Options = DEFAULT) -> NativeCheckpoint:
+def load(source: Source | str | Path, options: Options = DEFAULT) -> NativeCheckpoint:
     """Converts a checkpoint in memory.
 
     Raises:

@@ -16,7 +16,7 @@ import numpy as np
 
 from beit_jax.atomic import check_destination, new_directory
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.hub import WEIGHTS, Source
+from beit_jax.hub import WEIGHTS, Source, as_source
 from beit_jax.terminal import Progress, no_progress
 from beit_jax.tokenizers.build import TokenizerConfig, tokenizer_shapes
 from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, save_config
@@ -244,17 +244,17 @@ class TokenizerPlan:
         return provenance(self.source, self.checkpoint, self.naming.name, self.digests, self.options.asked())
 
 
-def is_tokenizer(source: Source, options: Options = DEFAULT) -> bool:
+def is_tokenizer(source: Source | str | Path, options: Options = DEFAULT) -> bool:
     """Returns True if the tensors of a checkpoint are named as a tokenizer's.
 
     Raises:
         BeitJaxError: the file cannot be read.
     """
-    with open_checkpoint(source.path, prefer=options.weights, format=options.format) as checkpoint:
+    with open_checkpoint(as_source(source).path, prefer=options.weights, format=options.format) as checkpoint:
         return any(naming.marker in checkpoint.tensors for naming in NAMINGS)
 
 
-def plan(source: Source, options: Options = DEFAULT) -> TokenizerPlan:
+def plan(source: Source | str | Path, options: Options = DEFAULT) -> TokenizerPlan:
     """Reads names and shapes of a tokenizer, or of DALL-E's decoder, and checks that they belong together.
 
     Args:
@@ -265,6 +265,7 @@ def plan(source: Source, options: Options = DEFAULT) -> TokenizerPlan:
         BeitJaxError: the file cannot be read; its names are no tokenizer's; tensors are missing, unexpected, of another
             shape or not floating point; an option that a tokenizer has no use for.
     """
+    source = as_source(source)
     checkpoint = open_checkpoint(source.path, prefer=options.weights, format=options.format)
     try:
         return _plan(source, checkpoint, options)
@@ -309,7 +310,7 @@ def _told(config: TokenizerConfig, stated: Sequence[Statement]) -> list[str]:
     ]
 
 
-def load(source: Source, options: Options = DEFAULT) -> TokenizerCheckpoint:
+def load(source: Source | str | Path, options: Options = DEFAULT) -> TokenizerCheckpoint:
     """Converts a tokenizer, or DALL-E's decoder, in memory, in float32.
 
     Raises:
@@ -321,8 +322,8 @@ def load(source: Source, options: Options = DEFAULT) -> TokenizerCheckpoint:
 
 
 def convert(
-    source: Source,
-    destination: Path,
+    source: Source | str | Path,
+    destination: str | Path,
     options: Options = DEFAULT,
     *,
     overwrite: bool = False,
@@ -337,6 +338,7 @@ def convert(
         BeitJaxError: as `load`; a destination that cannot be written, or that is no native checkpoint or holds the
             source. Nothing is left behind.
     """
+    source, destination = as_source(source), Path(destination)
     check_destination(destination, overwrite=overwrite, contents=NATIVE, source=source.path)
     decided = plan(source, options)
     need_bytes = 4 * decided.parameters

@@ -163,11 +163,15 @@ class CurvesPlot:
       beit-jax plot curves ./first ./second -o loss.png --metrics loss grad_norm --log grad_norm
     """
 
-    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN...", help="Directories of runs.")]]
+    runs: Positional[
+        Annotated[
+            tuple[Path, ...], arg(metavar="RUN...", help="Directories of runs.", help_behavior_hint="(at least one)")
+        ]
+    ]
     output: _Output = Path("curves.png")
-    metrics: tuple[str, ...] = ()
+    metrics: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="")] = ()
     """Metrics to draw; by default the usual ones, and all of validation."""
-    log: tuple[str, ...] = ()
+    log: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="")] = ()
     """Metrics to draw on a logarithmic axis."""
     json: Json = False
 

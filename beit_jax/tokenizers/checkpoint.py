@@ -41,13 +41,14 @@ class TokenizerCheckpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def is_native_tokenizer(directory: Path) -> bool:
+def is_native_tokenizer(directory: str | Path) -> bool:
     """Returns True if a native checkpoint holds a tokenizer or a decoder, by its ``config.json``."""
-    return read_json(directory / CONFIG).get("model_type") in _CONFIGS
+    return read_json(Path(directory) / CONFIG).get("model_type") in _CONFIGS
 
 
-def save_tokenizer(directory: Path, checkpoint: TokenizerCheckpoint) -> None:
+def save_tokenizer(directory: str | Path, checkpoint: TokenizerCheckpoint) -> None:
     """Writes both files into an existing directory (see `beit_jax.atomic.new_directory`) and verifies the weights."""
+    directory = Path(directory)
     save_config(directory, checkpoint.config)
     specs = {name: LeafSpec(leaf.shape, leaf.dtype) for name, leaf in checkpoint.params.items()}
     write_tensors(directory / WEIGHTS, specs, lambda name: [[checkpoint.params[name]]], checkpoint.provenance)
@@ -59,19 +60,20 @@ def save_config(directory: Path, config: TokenizerConfig) -> None:
     write_json(directory / CONFIG, {"model_type": config.model_type} | dataclasses.asdict(config))
 
 
-def read_tokenizer(directory: Path) -> TokenizerCheckpoint:
+def read_tokenizer(directory: str | Path) -> TokenizerCheckpoint:
     """Reads a native tokenizer or decoder and checks every tensor against its recorded digest.
 
     Raises:
         BeitJaxError: a file is missing, damaged, or does not fit the other, naming the file and the tensor.
     """
+    directory = Path(directory)
     config = _read_config(directory / CONFIG)
     _check_header(directory, config)
     params, provenance = read_tensors(directory / WEIGHTS)
     return TokenizerCheckpoint(config, params, provenance)
 
 
-def load_tokenizer(directory: Path, *, dtype: DTypeLike = jnp.float32) -> DvaeEncoder | VqkdTokenizer:
+def load_tokenizer(directory: str | Path, *, dtype: DTypeLike = jnp.float32) -> DvaeEncoder | VqkdTokenizer:
     """The tokenizer in a native directory, a `Tokenizer`.
 
     Raises:
@@ -83,7 +85,7 @@ def load_tokenizer(directory: Path, *, dtype: DTypeLike = jnp.float32) -> DvaeEn
     return model
 
 
-def load_decoder(directory: Path, *, dtype: DTypeLike = jnp.float32) -> DvaeDecoder:
+def load_decoder(directory: str | Path, *, dtype: DTypeLike = jnp.float32) -> DvaeDecoder:
     """The decoder from tokens to images in a native directory.
 
     Raises:
@@ -97,7 +99,7 @@ def load_decoder(directory: Path, *, dtype: DTypeLike = jnp.float32) -> DvaeDeco
     return model
 
 
-def _load(directory: Path, dtype: DTypeLike) -> TokenizerModel:
+def _load(directory: str | Path, dtype: DTypeLike) -> TokenizerModel:
     checkpoint = read_tokenizer(directory)
     params = {name: jnp.asarray(leaf) for name, leaf in checkpoint.params.items()}
     return build_tokenizer(checkpoint.config, unflatten(params), dtype=dtype)

@@ -37,44 +37,47 @@ class NativeCheckpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def is_native(path: Path) -> bool:
+def is_native(path: str | Path) -> bool:
     """True if `path` is a directory that holds a native checkpoint."""
-    return (path / WEIGHTS).is_file()
+    return (Path(path) / WEIGHTS).is_file()
 
 
-def save(directory: Path, checkpoint: NativeCheckpoint) -> None:
+def save(directory: str | Path, checkpoint: NativeCheckpoint) -> None:
     """Writes all three files into an existing directory (see `beit_jax.atomic.new_directory`) and verifies them."""
+    directory = Path(directory)
     specs = {name: LeafSpec(leaf.shape, leaf.dtype) for name, leaf in checkpoint.params.items()}
     save_json(directory, checkpoint.config, checkpoint.processor)
     write_tensors(directory / WEIGHTS, specs, lambda name: [[checkpoint.params[name]]], checkpoint.provenance)
     verify(directory / WEIGHTS)
 
 
-def save_json(directory: Path, config: BeitConfig, processor: ImageProcessor) -> None:
+def save_json(directory: str | Path, config: BeitConfig, processor: ImageProcessor) -> None:
     """Writes the two JSON files of a native checkpoint, readable by transformers as well."""
     for name, content in ((CONFIG, config.to_hf()), (PROCESSOR, processor.to_hf())):
-        write_json(directory / name, content)
+        write_json(Path(directory) / name, content)
 
 
-def load(directory: Path) -> NativeCheckpoint:
+def load(directory: str | Path) -> NativeCheckpoint:
     """Reads a native checkpoint and checks every tensor against its recorded digest.
 
     Raises:
         BeitJaxError: a file is missing or damaged, or ``config.json`` describes another model than the tensors; names
             the file, the key and the tensor.
     """
+    directory = Path(directory)
     config = read_config(directory)
     processor = ImageProcessor.from_file(directory / PROCESSOR)
     params, provenance = read_tensors(directory / WEIGHTS)
     return NativeCheckpoint(config, processor, params, provenance)
 
 
-def read_config(directory: Path) -> BeitConfig:
+def read_config(directory: str | Path) -> BeitConfig:
     """Reads the configuration and compares it with the header of the weights; no tensor is read.
 
     Raises:
         BeitJaxError: as `load`.
     """
+    directory = Path(directory)
     config = BeitConfig.from_file(directory / CONFIG)
     read_metadata(directory / WEIGHTS)
     shapes = {name: shape for name, (shape, _) in read_specs(directory / WEIGHTS).items()}

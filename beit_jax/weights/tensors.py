@@ -36,12 +36,13 @@ class LeafSpec:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads the tensors by name and their provenance, and compares every tensor with its recorded digest.
 
     Raises:
         BeitJaxError: the file is damaged or was not written by this library; names the file and the tensor.
     """
+    path = Path(path)
     metadata = read_metadata(path)
     try:
         params = {name: _aligned(shape, np.dtype(dtype)) for name, (shape, dtype) in read_specs(path).items()}
@@ -59,7 +60,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: str | Path) -> dict[str, str]:
     """Reads the metadata of ``flax_model.safetensors``: "format", and "digests" and "provenance" as JSON.
 
     Raises:
@@ -83,7 +84,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     return dict(metadata)
 
 
-def _json_object(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+def _json_object(path: str | Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
         found = json.loads(metadata.get(key, ""))
     except (ValueError, RecursionError):
@@ -93,7 +94,7 @@ def _json_object(path: Path, metadata: Mapping[str, str], key: str) -> dict[str,
     return found
 
 
-def read_specs(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def read_specs(path: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every tensor of a native weight file, sorted by name.
 
     Raises:
@@ -112,7 +113,7 @@ def read_specs(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def write_tensors(
-    path: Path,
+    path: str | Path,
     specs: Mapping[str, LeafSpec],
     layers: Callable[[str], Iterable[Iterable[np.ndarray]]],
     provenance: Mapping[str, Any],
@@ -141,7 +142,7 @@ def write_tensors(
     blank = {name: "0" * 32 for name in names}
     header_size = len(_header(specs, offsets, blank, provenance))
 
-    with path.open("wb") as file:
+    with Path(path).open("wb") as file:
         # Takes the space before any work is done. Writing into allocated blocks also costs a third less.
         if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(file.fileno(), 0, header_size + sum(spec.nbytes for spec in specs.values()))
@@ -195,13 +196,13 @@ def _take_turns(jobs: Iterable[Iterator[None]]) -> None:
             stopped.set()
 
 
-def verify(path: Path, advance: Advance = lambda done: None) -> None:
+def verify(path: str | Path, advance: Advance = lambda done: None) -> None:
     """Reads a written file back and compares every tensor with its digest.
 
     Raises:
         BeitJaxError: the header is damaged, or the bytes of a tensor have changed.
     """
-    _read(path, {}, json.loads(read_metadata(path)["digests"]), advance)
+    _read(Path(path), {}, json.loads(read_metadata(path)["digests"]), advance)
 
 
 def _read(

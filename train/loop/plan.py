@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.images.processor import ImageProcessor
-from beit_jax.tokenizers.checkpoint import read_tokenizer
-from beit_jax.weights.native import load
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, read_tokenizer
+from beit_jax.weights.native import NativeCheckpoint, load
 
 from ..data.datasets import splits
 from ..distributed.sharding import check_batch, make_mesh
@@ -43,29 +43,30 @@ class Plan(Program):
 
 def make_plan(
     recipe: Recipe,
-    data: Path,
-    init: Path | None = None,
+    data: str | Path,
+    init: str | Path | NativeCheckpoint | None = None,
     *,
-    tokenizer: Path | None = None,
-    decoder: Path | None = None,
-    stored_tokens: Path | None = None,
-    teacher: Path | None = None,
+    tokenizer: str | Path | TokenizerCheckpoint | None = None,
+    decoder: str | Path | TokenizerCheckpoint | None = None,
+    stored_tokens: str | Path | None = None,
+    teacher: str | Path | NativeCheckpoint | None = None,
     objective: type[Objective[Any]] | None = None,
 ) -> Plan:
     """Resolves a checked recipe against the data, what else it reads, and the devices.
 
     Args:
-        init: native checkpoint that training starts from.
-        tokenizer, decoder: native tokenizer, and decoder of its tokens, of pre-training on visual tokens.
+        init: native checkpoint that training starts from: its directory, or read already (`beit_jax.convert.load`).
+        tokenizer, decoder: native tokenizer, and decoder of its tokens, of pre-training on visual tokens; as `init`.
         stored_tokens: the tokens themselves, stored for this recipe, data and tokenizer by `beit-jax tokenize`.
-        teacher: native checkpoint that a tokenizer learns from.
+        teacher: native checkpoint that a tokenizer learns from; as `init`.
         objective: what the run learns; by default the objective that the recipe names.
 
     Raises:
         BeitJaxError: data or checkpoints that are missing, not asked for, or do not fit the recipe or each other; a
             mesh that does not fit the devices; fewer images than a batch.
     """
-    given: dict[SourceName, Path | None] = {
+    data = Path(data)
+    given: dict[SourceName, object] = {
         "init": init,
         "tokenizer": tokenizer,
         "decoder": decoder,
@@ -73,25 +74,25 @@ def make_plan(
         "teacher": teacher,
     }
     kind = objective_of(recipe) if objective is None else objective
-    for name, path in given.items():
-        if path is not None and name not in kind.reads:
-            raise BeitJaxError(f"--{spelled(name)}: {recipe.objective} does not use it, leave it out; found {path}")
+    for name, source in given.items():
+        if source is not None and name not in kind.reads:
+            raise BeitJaxError(f"--{spelled(name)}: {recipe.objective} does not use it, leave it out")
     training, validation = kind.open(data, "train"), _validation(kind, data)
     if validation is not None and training.labels != validation.labels:
         raise BeitJaxError(f"{data}: the splits train and validation have different labels; prepare them together")
     mesh = make_mesh(recipe.run.mesh)
     _check_sizes(kind, recipe, data, training, validation, mesh)
     sources = Sources(
-        start=None if init is None else load(init),
-        tokenizer=None if tokenizer is None else read_tokenizer(tokenizer),
-        decoder=None if decoder is None else read_tokenizer(decoder),
-        teacher=None if teacher is None else load(teacher),
+        start=_model(init),
+        tokenizer=_tokenizer(tokenizer),
+        decoder=_tokenizer(decoder),
+        teacher=_model(teacher),
     )
     config = kind.configure(recipe, training.labels, sources)
     rates = learning_rates(recipe, len(training))
     learned = kind(recipe, config, sources, len(rates))
     if stored_tokens is not None:
-        learned = learned.with_stored_tokens(stored_tokens, training)
+        learned = learned.with_stored_tokens(Path(stored_tokens), training)
     return Plan(
         recipe=recipe,
         config=config,
@@ -104,6 +105,14 @@ def make_plan(
         tx=optimizer(recipe.optim, config),
         rates=rates,
     )
+
+
+def _model(source: str | Path | NativeCheckpoint | None) -> NativeCheckpoint | None:
+    return load(Path(source)) if isinstance(source, str | Path) else source
+
+
+def _tokenizer(source: str | Path | TokenizerCheckpoint | None) -> TokenizerCheckpoint | None:
+    return read_tokenizer(Path(source)) if isinstance(source, str | Path) else source
 
 
 def _check_sizes(

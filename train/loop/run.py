@@ -83,7 +83,7 @@ class Outcome:
 
 
 def train(
-    plan: Plan, out: Path, *, resume: Resume = "auto", quiet: bool = False, peers: Peers | None = None
+    plan: Plan, out: str | Path, *, resume: Resume = "auto", quiet: bool = False, peers: Peers | None = None
 ) -> Outcome:
     """Carries a run out, or on. With several processes all of them call it.
 
@@ -98,6 +98,7 @@ def train(
             whole; the disk is full; too many unreadable images; hosts that differ.
         NotFinite: too many steps in a row without finite loss and gradients; the last checkpoint is before them.
     """
+    out = Path(out)
     with ExitStack() as stack:
         peers = stack.enter_context(Peers.of_run()) if peers is None else peers
         notes = begin(plan, out, resume, peers)

@@ -1,0 +1,71 @@
+"""What `train` and `tokenize` read besides data, given as people have it: as `beit_jax.train` takes it, or converted.
+
+`beit_jax.train` reads native checkpoints only, so that it needs no converter.
+"""
+
+from collections.abc import Sequence
+
+from beit_jax.errors import BeitJaxError, printable
+from beit_jax.hub import Source, resolve
+from beit_jax.terminal import byte_progress
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, is_native_tokenizer, read_tokenizer
+from beit_jax.train.loop.contract import RUN
+from beit_jax.weights.native import NativeCheckpoint, is_native, load
+
+RESULTS = {"init": ("model",), "teacher": ("model",), "tokenizer": ("tokenizer",), "decoder": ("decoder",)}
+"""By option: the results of a run that it can be, by the names of their directories."""
+
+
+def read(option: str, name: str | None) -> NativeCheckpoint | TokenizerCheckpoint | None:
+    """What an option names, or None where it names nothing: loaded, and converted in memory if it is not native.
+
+    Args:
+        option: "init", "tokenizer", "decoder" or "teacher".
+        name: a native directory, a run's directory, a hub name, or what `beit-jax convert` reads.
+
+    Raises:
+        BeitJaxError: nothing there can be read, or it is a model where a tokenizer is expected, or the other way round.
+    """
+    if name is None:
+        return None
+    try:
+        source = _in_run(resolve(name, progress=byte_progress), RESULTS[option])
+        return _model(source) if option in ("init", "teacher") else _tokenizer(source)
+    except BeitJaxError as error:
+        raise BeitJaxError(f"--{option}: {error}") from None
+
+
+def _in_run(source: Source, results: Sequence[str]) -> Source:
+    """The result in a run's directory, or the source itself if it is no run's directory."""
+    if not (source.path / RUN).is_file():
+        return source
+    for result in results:
+        if (source.path / result).is_dir():
+            return Source(source.path / result, source.name)
+    found = sorted(path.name for path in source.path.iterdir() if path.is_dir() and is_native(path))
+    what = f"its results are {', '.join(found)}" if found else "it has no results before its end; let it go on"
+    raise BeitJaxError(f"{printable(source.path)}: a run without {results[0]}/; {what}")
+
+
+def _model(source: Source) -> NativeCheckpoint:
+    from beit_jax.convert import importer, tokenizers
+
+    if source.path.is_dir() and is_native(source.path):
+        if is_native_tokenizer(source.path):
+            raise BeitJaxError(f"{printable(source.path)}: a tokenizer; expected a model")
+        return load(source.path)
+    if tokenizers.is_tokenizer(source):
+        raise BeitJaxError(f"{printable(source.name)}: a tokenizer; expected a model")
+    return importer.load(source)
+
+
+def _tokenizer(source: Source) -> TokenizerCheckpoint:
+    from beit_jax.convert import tokenizers
+
+    native = source.path.is_dir() and is_native(source.path)
+    if not (is_native_tokenizer(source.path) if native else tokenizers.is_tokenizer(source)):
+        raise BeitJaxError(
+            f"{printable(source.name)}: a model; expected a tokenizer: DALL-E's encoder.pkl, a VQ-KD file of BEiT v2, "
+            "what beit-jax convert makes of them, or a run that trained one"
+        )
+    return read_tokenizer(source.path) if native else tokenizers.load(source)
