@@ -185,7 +185,7 @@ def _evaluate_segmentation(
         return 0
     rows = [
         [
-            printable(row["label"], 60),
+            printable(row["label"], 1024),
             *("" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("iou", "accuracy")),
         ]
         for row in scores.as_dict()["classes"]

@@ -57,7 +57,7 @@ def classify(
         print_json([_as_json(path, guesses.get(place), bad.reasons.get(place)) for place, path in enumerate(files)])
         return 0
     rows = [
-        [printable(files[place], 60) if i == 0 else "", _score(guess), printable(guess.label, 60)]
+        [printable(files[place]) if i == 0 else "", _score(guess), printable(guess.label, 1024)]
         for place, best in guesses.items()
         for i, guess in enumerate(best)
     ]
@@ -243,7 +243,7 @@ def reconstruct(
     counts = zip(files, found.hidden, found.right, strict=True)
     print_table(
         ["image", "hidden", "predicted right"],
-        [[printable(path, 60), f"{hidden}", f"{right}"] for path, hidden, right in counts],
+        [[printable(path), f"{hidden}", f"{right}"] for path, hidden, right in counts],
     )
     print_lines(
         [
@@ -275,6 +275,6 @@ def _filled(guess: "Guess") -> dict[str, Any]:
 def _area_rows(entry: dict[str, Any]) -> list[list[str]]:
     """The rows of an image: its name, once, and the name and the area of every class."""
     return [
-        [printable(entry["image"], 60) if i == 0 else "", printable(area.label, 60), f"{100 * area.share:.1f} %"]
+        [printable(entry["image"], 1024) if i == 0 else "", printable(area.label, 1024), f"{100 * area.share:.1f} %"]
         for i, area in enumerate(entry["classes"])
     ]

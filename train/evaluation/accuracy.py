@@ -140,11 +140,11 @@ def class_table(scores: Scores, limit: int | None = None) -> list[list[str]]:
     mistaken = {truth: taken for truth, taken, _ in reversed(confused(scores))}
     return [
         [
-            printable(scores.labels[i], 40),
+            printable(scores.labels[i], 1024),
             f"{scores.images[i]:,}",
             f"{100 * scores.correct[i] / scores.images[i]:.2f}",
             f"{100 * scores.correct5[i] / scores.images[i]:.2f}",
-            printable(scores.labels[mistaken[i]], 40) if i in mistaken else "",
+            printable(scores.labels[mistaken[i]], 1024) if i in mistaken else "",
         ]
         for i in classes.tolist()
     ]
