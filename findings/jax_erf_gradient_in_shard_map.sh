@@ -3,8 +3,8 @@
 #
 # Differentiating jax.lax.erf or jax.lax.erfc, and with them the exact GELU of BERT, ViT and BEiT, inside
 # jax.shard_map ends in a ValueError about "varying manual axes". The forward pass works, and so do the gradients of
-# tanh, of the GELU by tanh and of lgamma, so one would look for the fault in one's own sharding. check_vma=False,
-# which turns the check off for the whole function, is the way out that the message names.
+# tanh and of the GELU by tanh, so one would look for the fault in one's own sharding. check_vma=False, which turns
+# the check off for the whole function, is the way out that the message names.
 # Seen, on four virtual devices:
 #   tanh: value works; gradient works; with check_vma=False works
 #   GELU by tanh: value works; gradient works; with check_vma=False works
