@@ -192,8 +192,8 @@ def reconstruct(
     checkpoint: Positional[SourceName],
     images: Positional[ImageFiles],
     *,
-    tokenizer: Annotated[Path, arg(metavar="DIR", help="Native dVAE encoder that the model was trained with.")],
-    decoder: Annotated[Path, arg(metavar="DIR", help="Native dVAE decoder of the same tokens.")],
+    tokenizer: Annotated[str, arg(metavar="TOKENIZER", help="dVAE encoder that the model was trained with.")],
+    decoder: Annotated[str, arg(metavar="DECODER", help="dVAE decoder of the same tokens.")],
     output: Annotated[Path, arg(aliases=["-o"])] = Path("reconstruction.png"),
     mask_patches: int | None = None,
     seed: int = 0,
@@ -216,6 +216,7 @@ def reconstruct(
             share of another number.
         seed: Seed of the choice of hidden patches.
     """
+    from beit_jax.cli import sources
     from beit_jax.looking import reconstruct as reconstructing
     from beit_jax.looking.written import check_picture
     from beit_jax.tokenizers.checkpoint import load_decoder, load_tokenizer
@@ -228,7 +229,10 @@ def reconstruct(
     files = named_images(images)
     reconstructing.check_output(output)
     check_picture(output, "reconstruction.png", files)
-    parts = load_tokenizer(tokenizer), load_decoder(decoder)
+    parts = (
+        load_tokenizer(sources.tokenizer("tokenizer", tokenizer)),
+        load_decoder(sources.tokenizer("decoder", decoder)),
+    )
     model, processor = hub.load(checkpoint)
     grid = model.config.grid
     patches = grid[0] * grid[1]

@@ -1,9 +1,10 @@
-"""What `train` and `tokenize` read besides data, given as people have it: as `beit_jax.train` takes it, or converted.
+"""What `train`, `tokenize` and `reconstruct` read besides data and models, given as people have it, and converted.
 
 `beit_jax.train` reads native checkpoints only, so that it needs no converter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import Source, resolve
@@ -16,21 +17,47 @@ RESULTS = {"init": ("model",), "teacher": ("model",), "tokenizer": ("tokenizer",
 """By option: the results of a run that it can be, by the names of their directories."""
 
 
-def read(option: str, name: str | None) -> NativeCheckpoint | TokenizerCheckpoint | None:
-    """What an option names, or None where it names nothing: loaded, and converted in memory if it is not native.
+def model(option: str, name: str) -> NativeCheckpoint:
+    """The model that an option names, converted in memory if it is not native.
 
     Args:
-        option: "init", "tokenizer", "decoder" or "teacher".
+        option: "init" or "teacher".
         name: a native directory, a run's directory, a hub name, or what `beit-jax convert` reads.
 
     Raises:
-        BeitJaxError: nothing there can be read, or it is a model where a tokenizer is expected, or the other way round.
+        BeitJaxError: nothing there can be read, or it is a tokenizer.
     """
-    if name is None:
-        return None
+    with _naming(option):
+        return _model(_in_run(resolve(name, progress=byte_progress), RESULTS[option]))
+
+
+def tokenizer(option: str, name: str) -> TokenizerCheckpoint:
+    """The tokenizer that an option names, or the decoder of one, converted in memory if it is not native.
+
+    Args:
+        option: "tokenizer" or "decoder".
+        name: as in `model`.
+
+    Raises:
+        BeitJaxError: nothing there can be read, or it is a model.
+    """
+    with _naming(option):
+        return _tokenizer(_in_run(resolve(name, progress=byte_progress), RESULTS[option]))
+
+
+READERS: Mapping[str, Callable[[str, str], NativeCheckpoint | TokenizerCheckpoint]] = {
+    "init": model,
+    "teacher": model,
+    "tokenizer": tokenizer,
+    "decoder": tokenizer,
+}
+
+
+@contextmanager
+def _naming(option: str) -> Iterator[None]:
+    """Says which option an error is about."""
     try:
-        source = _in_run(resolve(name, progress=byte_progress), RESULTS[option])
-        return _model(source) if option in ("init", "teacher") else _tokenizer(source)
+        yield
     except BeitJaxError as error:
         raise BeitJaxError(f"--{option}: {error}") from None
 

@@ -60,7 +60,9 @@ class Reads:
         given = {name: name_or_path for name, name_or_path in vars(self).items() if name_or_path is not None}
         for name in given.keys() - objective_of(recipe).reads:
             raise BeitJaxError(f"--{spelled(name)}: {recipe.objective} does not use it, leave it out")
-        return {name: path if name == "stored_tokens" else sources.read(name, path) for name, path in given.items()}
+        return {
+            name: path if name == "stored_tokens" else sources.READERS[name](name, path) for name, path in given.items()
+        }
 
 
 Options = Any

@@ -73,34 +73,41 @@ def read_tokenizer(directory: str | Path) -> TokenizerCheckpoint:
     return TokenizerCheckpoint(config, params, provenance)
 
 
-def load_tokenizer(directory: str | Path, *, dtype: DTypeLike = jnp.float32) -> DvaeEncoder | VqkdTokenizer:
-    """The tokenizer in a native directory, a `Tokenizer`.
+def load_tokenizer(
+    source: str | Path | TokenizerCheckpoint, *, dtype: DTypeLike = jnp.float32
+) -> DvaeEncoder | VqkdTokenizer:
+    """The tokenizer in a native directory, or of a checkpoint that is read already; a `Tokenizer`.
 
     Raises:
         BeitJaxError: as `read_tokenizer`, or the directory holds a decoder.
     """
-    model = _load(directory, dtype)
+    model = _load(source, dtype)
     if isinstance(model, DvaeDecoder):
-        raise BeitJaxError(f"{directory}: expected a tokenizer, found {model.config.model_type}; give the encoder")
+        found = model.config.model_type
+        raise BeitJaxError(f"{_name(source)}: expected a tokenizer, found {found}; give the encoder")
     return model
 
 
-def load_decoder(directory: str | Path, *, dtype: DTypeLike = jnp.float32) -> DvaeDecoder:
-    """The decoder from tokens to images in a native directory.
+def load_decoder(source: str | Path | TokenizerCheckpoint, *, dtype: DTypeLike = jnp.float32) -> DvaeDecoder:
+    """The decoder from tokens to images, given as `load_tokenizer`'s tokenizer.
 
     Raises:
         BeitJaxError: as `read_tokenizer`, or the directory holds something else.
     """
-    model = _load(directory, dtype)
+    model = _load(source, dtype)
     if not isinstance(model, DvaeDecoder):
-        raise BeitJaxError(
-            f"{directory}: expected {DvaeDecoderConfig.model_type}, found {model.config.model_type}; give the decoder"
-        )
+        found = model.config.model_type
+        raise BeitJaxError(f"{_name(source)}: expected {DvaeDecoderConfig.model_type}, found {found}; give the decoder")
     return model
 
 
-def _load(directory: str | Path, dtype: DTypeLike) -> TokenizerModel:
-    checkpoint = read_tokenizer(directory)
+def _name(source: str | Path | TokenizerCheckpoint) -> str:
+    """What a message calls the source of a tokenizer."""
+    return printable(source.provenance.get("source") if isinstance(source, TokenizerCheckpoint) else source, 1024)
+
+
+def _load(source: str | Path | TokenizerCheckpoint, dtype: DTypeLike) -> TokenizerModel:
+    checkpoint = source if isinstance(source, TokenizerCheckpoint) else read_tokenizer(source)
     params = {name: jnp.asarray(leaf) for name, leaf in checkpoint.params.items()}
     return build_tokenizer(checkpoint.config, unflatten(params), dtype=dtype)
 

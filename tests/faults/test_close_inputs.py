@@ -65,7 +65,7 @@ def test_a_model_is_read_from_what_is_close(
         if given == "hub":
             fake_hub.use(hub.url, tmp_path, monkeypatch)
             hub.push("org/digits", {name: (DIGITS / name).read_bytes() for name in HUB_FILES})
-        found = sources.read(option, "org/digits" if given == "hub" else str(folder / given))
+        found = sources.READERS[option](option, "org/digits" if given == "hub" else str(folder / given))
         huggingface_hub.close_session()
     assert isinstance(found, NativeCheckpoint) and found.config == expected.config
     assert found.params.keys() == expected.params.keys()
@@ -74,7 +74,7 @@ def test_a_model_is_read_from_what_is_close(
 
 @pytest.mark.parametrize("given", ["tokenizer", "tokenizer-run", "tokenizer-run/tokenizer", "encoder.safetensors"])
 def test_a_tokenizer_is_read_from_what_is_close(given: str, folder: Path) -> None:
-    expected, found = read_tokenizer(folder / "tokenizer"), sources.read("tokenizer", str(folder / given))
+    expected, found = read_tokenizer(folder / "tokenizer"), sources.tokenizer("tokenizer", str(folder / given))
     assert isinstance(found, TokenizerCheckpoint) and found.config == expected.config
     assert all(np.array_equal(found.params[name], leaf) for name, leaf in expected.params.items())
 
@@ -93,7 +93,7 @@ def test_a_tokenizer_is_read_from_what_is_close(given: str, folder: Path) -> Non
 )
 def test_what_cannot_be_meant_is_one_line(option: str, given: str, message: str, folder: Path) -> None:
     with pytest.raises(BeitJaxError, match=f"^--{option}: .*{message}"):
-        sources.read(option, str(folder / given))
+        sources.READERS[option](option, str(folder / given))
 
 
 @pytest.mark.parametrize(
