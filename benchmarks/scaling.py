@@ -44,7 +44,7 @@ from step_time import (
     workload,
 )
 
-from beit_jax.train.costs.hlo import BETWEEN_SLICES
+from beit_jax.train.costs.work import BETWEEN_SLICES
 from beit_jax.train.distributed.topology import CHIPS, GIB, parse_topology
 from beit_jax.train.forecast.aot import report
 from beit_jax.train.recipe import Recipe

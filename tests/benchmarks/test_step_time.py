@@ -46,7 +46,7 @@ from step_time import (
 )
 
 from beit_jax.models.build import num_params
-from beit_jax.train.costs.hlo import BETWEEN_SLICES
+from beit_jax.train.costs.work import BETWEEN_SLICES
 from beit_jax.train.distributed.topology import CHIPS, Topology, parse_topology
 from beit_jax.train.forecast.aot import abstract_program
 from beit_jax.train.recipes import recipe_named

@@ -1,6 +1,7 @@
 """The costs of a training step, before and after it is compiled.
 
-`estimate` computes FLOPs and memory from shapes and traces; `hlo` reads the work of a compiled program from its text.
+`estimate` computes FLOPs and memory from shapes and traces; `work` adds up a compiled program,
+whose text `hlo` reads.
 
 May import: `beit_jax.models`, the ground.
 """

@@ -18,7 +18,7 @@ from beit_jax.models.partition import BATCH_AXES
 from beit_jax.variants import VARIANTS
 
 from ..costs.estimate import compiled_bytes
-from ..costs.hlo import BETWEEN_SLICES, Work, work
+from ..costs.work import BETWEEN_SLICES, Work, work
 from ..distributed.sharding import check_batch, make_mesh
 from ..distributed.topology import GIB, Topology
 from ..initial.model_config import DIGITS
@@ -164,6 +164,11 @@ class Report:
             *(
                 f"  {one.kind:<20} {one.count:>6,} x, {one.bytes / 1e6:>9,.2f} MB in all to each chip"
                 for one in self.work.collectives
+            ),
+            *(
+                [f"unknown      to this library, counted by their shapes: {', '.join(self.work.unknown)}"]
+                if self.work.unknown
+                else []
             ),
             "roofline     " + ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in self.times.items()),
             f"step         {low * 1e3:.3g} ms if all overlap, {high * 1e3:.3g} ms if none do: utilisation "

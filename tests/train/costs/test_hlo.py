@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from beit_jax.train.costs.hlo import BETWEEN_SLICES, Collective, Leaf, read, work
+from beit_jax.train.costs.hlo import Leaf, read
+from beit_jax.train.costs.work import BETWEEN_SLICES, Collective, work
 
 MODULE = """HloModule step, is_scheduled=true, num_partitions=8
 
@@ -239,3 +240,90 @@ def test_every_computation_of_a_program_is_read() -> None:
         "data_condition", "data_body", "main",
     ]  # fmt: skip
     assert [len(one.instructions) for one in computations.values()] == [3, 4, 2, 8, 4, 13, 4, 2, 3, 14]
+
+
+SPARSE_CORE = """HloModule step
+
+%fused (table: f32[512,196,768], places: s32[38400]) -> f32[38400,768] {
+  %table = f32[512,196,768]{2,0,1:T(8,128)} parameter(0)
+  %places = s32[38400]{0:T(1024)} parameter(1)
+  ROOT %rows = f32[38400,768]{1,0:T(8,128)} custom-call(%table, %places), custom_call_target="GatherScatterIndicesBitpacked"
+}, execution_thread="sparsecore"
+
+%called_computation.12 (param_0: f32[512,196,768], param_1: s32[38400]) -> f32[38400,768] {
+  %param_0 = f32[512,196,768]{2,0,1:T(8,128)} parameter(0)
+  %param_1 = s32[38400]{0:T(1024)} parameter(1)
+  ROOT %gather_offload_custom_fusion.16 = f32[38400,768]{1,0:T(8,128)} fusion(%param_0, %param_1), kind=kCustom, calls=%fused, backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
+}, execution_thread="sparsecore"
+
+%called_computation.4 (param_2: f32[512,196,768], param_3: s32[38400]) -> f32[38400,768] {
+  %param_2 = f32[512,196,768]{2,0,1:T(8,128)} parameter(0)
+  %param_3 = s32[38400]{0:T(1024)} parameter(1)
+  %cloned.call-start = ((f32[512,196,768]{2,0,1:T(8,128)}, s32[38400]{0:T(1024)}), f32[38400,768]{1,0:T(8,128)}, u32[]{:S(8)}) call-start(%param_2, %param_3), async_execution_thread="sparsecore", to_apply=%called_computation.12
+  ROOT %cloned.call-done = f32[38400,768]{1,0:T(8,128)} call-done(%cloned.call-start)
+}, execution_thread="sparsecore"
+
+ENTRY %main (images: f32[512,196,768], chosen: s32[38400]) -> f32[38400,768] {
+  %images = f32[512,196,768]{2,0,1:T(8,128)} parameter(0)
+  %chosen = s32[38400]{0:T(1024)} parameter(1)
+  %gather_offload_async_start.2 = ((), (), (s32[1]{0:T(128)S(2)})) call-start(), async_execution_thread="sparsecore", to_apply=%called_computation.4, backend_config={"sparse_core_config":{"offload":"OFFLOAD_GATHER"}}
+  %gather_offload_async_start.2.update = ((f32[512,196,768]{2,0,1:T(8,128)}, s32[38400]{0:T(1024)}), f32[38400,768]{1,0:T(8,128)}) call-update(%gather_offload_async_start.2, %images, %chosen)
+  ROOT %gather_offload_async_done.2 = f32[38400,768]{1,0:T(8,128)} call-done(%gather_offload_async_start.2.update)
+}
+"""  # noqa: E501
+
+
+def test_a_gather_on_sparse_cores_counts_once() -> None:
+    """As libtpu 0.0.50.1 writes it for v5p and v6e: the first start has no operands, and the cycles no number."""
+    found = work(SPARSE_CORE, 4)
+    images, chosen, rows = 512 * 196 * 768, 38_912, 38_400 * 768  # indices fill tiles of 1024
+    assert found.traffic == 4 * (images + chosen + rows)
+    assert found.cycles == 0 and found.unknown == () and found.flops == 0
+
+
+# Each line is one that this counter did not know, in this form or at all; and the bytes of its shapes.
+STRANGE = {
+    "warp-gather": ("f32[8]{0} warp-gather(%a, %b)", 4 * (8 + 64 + 64)),
+    "scaled-dot": ("f32[8,8]{1,0} scaled-dot(%a, %b), lhs_contracting_dims={1}", 4 * 3 * 64),
+    "quantum-start": ("(f32[8]{0}) quantum-start(%a)", 4 * (8 + 64)),
+    "slice-start": ("(s32[1]{0}) slice-start()", 4),
+    "call-start": ("((), s32[4]{0}) call-start(), to_apply=%nowhere", 16),
+    "dot": ("f32[8,8]{1,0} dot(), lhs_contracting_dims={1}", 256),
+    "convolution": ("f32[8,8]{1,0} convolution(%a, %b), window={size=1}", 4 * 3 * 64),
+    "while": ("(f32[8]{0}) while(%a), body=%nowhere", 4 * (8 + 64)),
+    "conditional": ("f32[8]{0} conditional(%a), branch_computations={%nowhere}", 4 * (8 + 64)),
+    "dynamic-update-slice": ("f32[8,8]{1,0} dynamic-update-slice(%a)", 4 * 2 * 64),
+    "all-reduce": ("f32[8,8]{1,0} all-reduce(%elsewhere)", 4 * 64),
+    "gather": ("f32[8]{0} gather()", 32),
+    "negate": ("f32[8,8]{4,3:T(8,128)} negate(%a)", 4 * 2 * 64),
+    "unreadable line": ("something=else", 0),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_is_not_known_counts_by_its_shapes_and_is_named(name: str) -> None:
+    line, size = STRANGE[name]
+    text = f"""HloModule step
+
+ENTRY %main (a: f32[8,8], b: f32[8,8]) -> f32[8,8] {{
+  %a = f32[8,8]{{1,0}} parameter(0)
+  %b = f32[8,8]{{1,0}} parameter(1)
+  %strange = {line}
+  ROOT %known = f32[8,8]{{1,0}} add(%a, %b)
+}}
+"""
+    found = work(text, 1)
+    assert found.unknown == (name,)
+    assert found.traffic == size + 4 * 3 * 64
+    assert found.flops == 0 and found.collectives == ()
+
+
+def test_a_dimension_with_a_bound_counts_as_its_bound() -> None:
+    text = """HloModule step
+
+ENTRY %main (a: f32[<=8,4]) -> f32[<=8,4] {
+  %a = f32[<=8,4]{1,0} parameter(0)
+  ROOT %negated = f32[<=8,4]{1,0} negate(%a)
+}
+"""
+    assert work(text, 1).traffic == 2 * 8 * 4 * 4

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from beit_jax.errors import BeitJaxError
-from beit_jax.train.costs.hlo import BETWEEN_SLICES, Collective, Work
+from beit_jax.train.costs.work import BETWEEN_SLICES, Collective, Work
 from beit_jax.train.data.prepare import prepare_digits
 from beit_jax.train.distributed.topology import GIB, parse_topology
 from beit_jax.train.forecast.aot import Attempt, Report, abstract_program, largest_batch, memory_needed, report
@@ -157,6 +157,15 @@ def test_bounds_follow_from_the_data_sheet() -> None:
     assert "4.00 of 15.75 GiB a chip: fits" in printed
     assert "utilisation 25% to 12%" in printed
     assert json.loads(json.dumps(made.as_dict()))["largest_batch"] == 2048
+
+
+def test_instructions_that_are_not_known_are_named() -> None:
+    made = Work(1e12, 1e9, cycles=0, collectives=(), unknown_loops=0, unknown=("scaled-dot", "warp-gather"))
+    found = Report(recipe_named("beit_base_ft1k"), parse_topology("v5e:2x4"), {"data": 8}, GIB, made, 1e12, None, 1.0)
+    assert "counted by their shapes: scaled-dot, warp-gather" in "\n".join(found.lines())
+    assert json.loads(json.dumps(found.as_dict()))["unknown"] == ["scaled-dot", "warp-gather"]
+    known = replace(found, work=replace(made, unknown=()))
+    assert "unknown" not in "\n".join(known.lines())
 
 
 def test_a_program_that_does_not_fit_says_so() -> None:
