@@ -40,7 +40,7 @@ def attend(
     query, key, value = separated(qkv)
     scores = jnp.einsum("bhqe,bhke->bhqk", query * query.shape[-1] ** -0.5, key, preferred_element_type=jnp.float32)
     if bias is not None:
-        scores = scores + of_every_sample(bias, len(scores))
+        scores = scores + of_every_sample(bias, scores.shape[0])
     # softmax(scores) is exponentials / total. Dividing the averages instead of the many more weights is cheaper.
     exponentials = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = exponentials.sum(axis=-1, keepdims=True)

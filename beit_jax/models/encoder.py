@@ -46,7 +46,7 @@ class Embeddings(nnx.Module):
         if bool_masked_pos is not None:
             mask = interface.checked_mask(self.config, bool_masked_pos, x.shape[:2])
             x = jnp.where(mask[..., None], self.mask_token[...], x)
-        x = jnp.concatenate([jnp.broadcast_to(self.cls_token[...], (len(x), 1, x.shape[-1])), x], axis=1)
+        x = jnp.concatenate([jnp.broadcast_to(self.cls_token[...], (x.shape[0], 1, x.shape[-1])), x], axis=1)
         if self.config.use_absolute_position_embeddings:
             x = x + resize_position_embeddings(self.position_embeddings[...], self.config.grid, grid)
         return dropout(x, self.config.hidden_dropout_prob, key)
@@ -113,7 +113,7 @@ class BeitModel(nnx.Module):
         if key is not None:
             embed_key, *block_keys = jax.random.split(key, 1 + depth)
         embedded = constrain(self.embeddings(pixel_values, bool_masked_pos, embed_key))
-        shared_bias = self.shared_bias(grid, len(pixel_values))
+        shared_bias = self.shared_bias(grid, pixel_values.shape[0])
 
         def run(carry: _Carry, layer: tuple[Block, Array, Array | None, Array | None]) -> tuple[_Carry, _States]:
             (x, tapped), (block, drop_rate, block_key, slot) = carry, layer

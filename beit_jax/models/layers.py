@@ -85,7 +85,7 @@ class Attention(nnx.Module):
         cast, rate = partial(jnp.asarray, dtype=self.dtype), self.config.attention_probs_dropout_prob
         qkv_bias = jnp.stack([self.q_bias[...], jnp.zeros_like(self.q_bias[...]), self.v_bias[...]])
         qkv = project(cast(x), cast(self.qkv_kernel[...]), cast(qkv_bias))
-        biases = [bias for bias in (self.layer_bias(grid, len(x)), shared_bias) if bias is not None]
+        biases = [bias for bias in (self.layer_bias(grid, x.shape[0]), shared_bias) if bias is not None]
         bias = sum(biases[1:], biases[0]) if biases else None
         drop = None if key is None or not rate else lambda weights: dropout(weights, rate, key)
         attended, probabilities = attend(qkv, bias, drop, output_attentions=output_attentions)

@@ -111,7 +111,7 @@ class BeitForMaskedImageModeling(nnx.Module):
         aggregated = self.aggregation(
             jnp.concatenate([last[:, :1], early[:, 1:]], axis=1),
             grid,
-            self.beit.shared_bias(grid, len(pixel_values)),
+            self.beit.shared_bias(grid, pixel_values.shape[0]),
             None if key is None else jax.random.fold_in(key, 0),
             remat,
         )

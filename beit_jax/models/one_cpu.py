@@ -22,6 +22,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jaxtyping import Array, Float
 
 P = ParamSpec("P")
@@ -97,11 +98,13 @@ def attend_in_pieces(
     """`attention.attend` of the largest pieces whose scores fit into the cache: all samples, one sample, or one head.
 
     The scores are written and read several times, which is slow in main memory. Dropout draws for all samples at once,
-    so attention with dropout is computed in one piece, and so are weights that are returned.
+    so attention with dropout is computed in one piece, and so are weights that are returned, and scores of a size that
+    is symbolic (`jax.export`).
     """
     batch, tokens, _, heads, _ = qkv.shape
     scores = jnp.dtype(jnp.float32).itemsize * heads * tokens**2  # of one sample
-    if drop is not None or output_attentions or batch * scores <= CACHE:
+    whole = drop is not None or output_attentions or export.is_symbolic_dim(batch * scores)
+    if whole or batch * scores <= CACHE:
         return textbook(qkv, bias, drop, output_attentions=output_attentions)
     if scores <= CACHE:
         return jax.lax.map(lambda one: textbook(one[None], bias)[0][0], qkv), None

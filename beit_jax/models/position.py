@@ -3,12 +3,27 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jaxtyping import Array, Float
 
+from beit_jax.errors import BeitJaxError
 from beit_jax.models.partition import each_shard
 from beit_jax.resize import bias_matrix, bicubic_matrix
 
 Grid = tuple[int, int]  # patches, (rows, columns)
+
+
+def check_known(grid: Grid, what: str) -> None:
+    """Refuses a grid of symbolic size (`jax.export`) for what is computed for one size.
+
+    Raises:
+        BeitJaxError: names what needs the size.
+    """
+    if any(export.is_symbolic_dim(side) for side in grid):
+        raise BeitJaxError(
+            f"pixel_values: {what} need a known height and width, found {grid[0]} x {grid[1]} patches; export the "
+            "model once for each size, where the batch alone may be symbolic"
+        )
 
 
 def num_relative_offsets(grid: Grid) -> int:
@@ -24,7 +39,11 @@ def attention_bias(
     Args:
         table: the bias table, of the grid `source`.
         method: how to resize the table, as in `resize_bias_table`.
+
+    Raises:
+        BeitJaxError: a grid of symbolic size.
     """
+    check_known(target, "tables of relative position bias")
     copies = each_shard(resize_bias_table(table, source, target, method), batch)
     return jax.vmap(lambda table: position_bias_by_slices(table, target))(copies)
 
@@ -74,8 +93,12 @@ def resize_position_embeddings(embeddings: Float[Array, "1 n d"], source: Grid, 
     """Absolute position embeddings (class token first), resampled by torch's bicubic method. The class token's
     embedding stays as it is.
 
+    Raises:
+        BeitJaxError: a grid of symbolic size.
+
     Source: microsoft/unilm@768a3c8 beit/run_class_finetuning.py; transformers 5.23 `BeitEmbeddings`.
     """
+    check_known(target, "absolute position embeddings")
     if source == target:
         return embeddings
     rows, columns = (

@@ -28,6 +28,7 @@ from beit_jax.models.dense import (
 )
 from beit_jax.models.encoder import BeitModel
 from beit_jax.models.interface import ArrayLike, BeitOutput, Remat, check_task, patch_grid
+from beit_jax.models.position import check_known
 from beit_jax.tree import Nested
 
 
@@ -66,6 +67,7 @@ class FeaturePyramid(nnx.Module):
         self.up2 = Upsample(features, dtype=dtype, rngs=rngs)
 
     def __call__(self, maps: list[Float[Array, "b h w d"]], train: bool) -> list[Float[Array, "b _h _w d"]]:
+        check_known(map_size(maps[0]), "the feature pyramid and the heads on it")
         if min(maps[0].shape[1:3]) < 2:
             raise BeitJaxError(f"the feature pyramid needs at least 2x2 patches, found {maps[0].shape[1:3]}")
         up4 = self.up4_norm(self.up4_first(maps[0]), train)
@@ -231,7 +233,7 @@ def feature_maps(
 ) -> list[Float[Array, "b rows columns d"]]:
     """The patch tokens of sequences (class token first) as maps of the patch grid."""
     grid = patch_grid(config, pixel_shape)
-    return [tokens[:, 1:].reshape(len(tokens), *grid, -1) for tokens in taps]
+    return [tokens[:, 1:].reshape(tokens.shape[0], *grid, tokens.shape[-1]) for tokens in taps]
 
 
 def batch_statistics(model: nnx.Module) -> Nested:
