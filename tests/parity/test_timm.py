@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose
 from tolerances import EXPORT, MODEL, RESIZE
 
 from beit_jax.config import BeitConfig
-from beit_jax.convert import export, load
+from beit_jax.convert import Options, export, load
 from beit_jax.convert.formats.rules import steps
 from beit_jax.convert.formats.unilm import UNILM
 from beit_jax.errors import BeitJaxError
@@ -98,6 +98,27 @@ def assert_same_logits(theirs: Any, config: BeitConfig, params: dict[str, np.nda
         expected = theirs(torch.from_numpy(pixel_values).permute(0, 3, 1, 2))
     assert 0.5 < np.abs(expected).max() < 10
     assert_allclose(found.logits, expected, rtol=0.0, atol=MODEL)
+
+
+TABLELESS = {"use_rel_pos_bias": False, "use_abs_pos_emb": True}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "heads"),
+    [
+        ("eva_giant_patch14_224", {"embed_dim": 704, "num_heads": 8, "img_size": 28}, 8),
+        ("beit_base_patch16_224", TABLELESS | {"embed_dim": 128, "num_heads": 4, "img_size": 32}, 4),
+        ("beit_base_patch16_224", TABLELESS | {"img_size": 32}, 12),
+        ("beit_base_patch16_224", {"embed_dim": 96, "num_heads": 3, "img_size": (32, 64)}, 3),
+    ],
+)
+def test_directories_that_timm_saves(architecture: str, options: dict[str, Any], heads: int, tmp_path: Path) -> None:
+    """Heads of 88, 32 and 64 channels, and a grid of two shapes: timm's own config.json says them, no tensor does."""
+    theirs = randomised(timm.create_model(architecture, depth=2, num_classes=7, **options).eval())
+    timm.models.save_for_hf(theirs, tmp_path)
+    checkpoint = load(resolve(tmp_path), Options(image_preset="hf"))
+    assert checkpoint.config.num_attention_heads == heads
+    assert_same_logits(theirs, checkpoint.config, checkpoint.params, checkpoint.config.image_size)
 
 
 ARCHITECTURES = timm.list_models("beit_*") + timm.list_models("beitv2_*")
