@@ -55,11 +55,11 @@ def _describe(sighting: Sighting) -> Description:
 
 def _image_sizes(argument: object, channels_and_size: object) -> list[tuple[int, int]]:
     """What timm's configuration may state as (height, width), the most reliable first."""
-    written = [argument if isinstance(argument, list) else [argument] * 2]
+    written: list[list[object]] = [argument if isinstance(argument, list) else [argument, argument]]
     if isinstance(channels_and_size, list):
         written.append(channels_and_size[1:])
-    pairs = [size for size in written if len(size) == 2 and all(type(side) is int and side > 0 for side in size)]
-    return [(height, width) for height, width in pairs]
+    sides = [[side for side in size if type(side) is int and side > 0] for size in written]
+    return [(size[0], size[1]) for size in sides if len(size) == 2]
 
 
 def images_of(content: Mapping[str, Any], config: BeitConfig, file: str) -> ImageProcessor:
