@@ -50,10 +50,10 @@ UNCHECKED = {
     "native": "nothing",
     "native_config": "numbers and names that no tensor contradicts",
 }
-# What a config.json says and no tensor can contradict.
+# What a config.json of a classifier says and none of its tensors can contradict.
 FREE = {
     "layer_norm_eps", "labels", "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob",
-    "initializer_range", "layer_scale_init_value",
+    "initializer_range", "layer_scale_init_value", "vocab_size",
 }  # fmt: skip
 
 

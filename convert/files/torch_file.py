@@ -88,7 +88,7 @@ def _view(info: TensorInfo, tensor: PickledTensor, storage: Extent) -> _View:
     if min((offset, *strides)) < 0 or len(strides) != len(info.shape):
         raise PickleError(f"has offset {offset} and strides {list(strides)} for shape {list(info.shape)}")
     numel, stored = math.prod(info.shape), tensor.storage.numel
-    if any(stride == 0 and size > 1 for stride, size in zip(strides, info.shape, strict=True)) or numel > stored:
+    if _overlaps(info.shape, strides) or numel > stored:
         raise PickleError(
             f"repeats elements: shape {list(info.shape)}, strides {list(strides)}, storage of {stored} elements"
         )
@@ -103,6 +103,16 @@ def _view(info: TensorInfo, tensor: PickledTensor, storage: Extent) -> _View:
         strides=tuple(stride * item for stride in strides),
         contiguous=numel == 0 or _is_contiguous(info.shape, strides),
     )
+
+
+def _overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """True if two indices may name one element: learned tensors have none, so a stride is damaged."""
+    inner = 0  # the furthest element that the axes of smaller strides reach
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+        if stride <= inner:
+            return True
+        inner += (size - 1) * stride
+    return False
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

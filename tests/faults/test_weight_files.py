@@ -533,6 +533,8 @@ def test_compressed_record(tmp_path: Path, compression: int) -> None:
         (Strided((100_000, 100_000), (0, 0), 4), "repeats elements"),
         (Strided((2, 2), (0, 1), 4), "repeats elements"),
         (Strided((3, 3), (1, 1), 4), "repeats elements"),
+        (Strided((2, 2), (1, 1), 4), "repeats elements"),
+        (Strided((2, 1, 2), (1, 9, 1), 4), "repeats elements"),
         (Strided((5,), (1,), 4), "storage of 4 elements"),
         (Strided((4,), (1,), 4, offset=1), "reaches element 5"),
         (Strided((2, 2), (3, 1), 4), "reaches element 5"),
