@@ -112,7 +112,7 @@ def reconstruct(
     hidden = _spread(masks, grid, student.config.patch_size)[..., None]
     masked = np.where(hidden, np.uint8(GREY), original)
     arrays = (original, masked, decoded, predicted, masks.sum(axis=1), right)
-    return Reconstruction(*(array[0] for array in arrays) if one else arrays)
+    return Reconstruction(*(np.asarray(array[0]) for array in arrays) if one else arrays)
 
 
 def reconstruct_files(

@@ -135,6 +135,17 @@ def test_against_one_image_at_a_time(processor: ImageProcessor, parts: Parts) ->
     assert (found.tokenizer != found.predicted).mean() > 0.1
 
 
+def test_one_image_has_no_axis_of_images(parts: Parts) -> None:
+    (image,), masks = pictures(1), drawn_masks(1)
+    batch = parts([image], masks)
+    for one, mask in ((image, masks[0]), (np.asarray(image), masks[0]), (image, masks)):
+        found = parts(one, mask)
+        assert found.original.shape == (32, 32, 3) and (found.hidden, found.right) == (batch.hidden[0], batch.right[0])
+        assert_alike(found.predicted, batch.predicted[0])
+        assert found.correct == batch.correct
+        assert np.array_equal(grid_picture(found), grid_picture(batch))
+
+
 def test_hidden_patches_are_grey_and_the_others_as_they_were(parts: Parts) -> None:
     masks = np.zeros((1, PATCHES), bool)
     masks[0, [1, 4, 15]] = True  # (row, column): (0, 1), (1, 0), (3, 3)
