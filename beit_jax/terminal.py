@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _NUMBER = re.compile(r"-|[-+]?\d[\d.,]*(e[-+]?\d+)?( \w| %)?|")
 
 # Seconds until the first line about work where there is no terminal: of so many bytes or images; of unknown length, as
-# waiting for a network. Then between two lines.
+# waiting for a network or a compiler. Then the most between two lines.
 SILENCE, UNKNOWN_SILENCE, LONGEST_PAUSE = 15.0, 2.0, 60.0
 
 Advance = Callable[[int], None]  # called with the work done since the last call, in bytes, records or images
@@ -129,8 +129,9 @@ def image_progress(total: int, description: str = "segmenting", first: str | Non
     """
     from rich.progress import MofNCompleteColumn
 
+    silence = SILENCE if first is None else UNKNOWN_SILENCE
     return _bar(
-        description, total, "images", MofNCompleteColumn(), lambda speed: f"{speed:,.2f} images/s", SILENCE, first
+        description, total, "images", MofNCompleteColumn(), lambda speed: f"{speed:,.2f} images/s", silence, first
     )
 
 

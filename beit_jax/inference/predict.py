@@ -25,7 +25,7 @@ def from_pretrained(
     source: str | Path,
     *,
     revision: str | None = None,
-    cache_dir: Path | None = None,
+    cache_dir: str | Path | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Model, ImageProcessor]:
     """The model and image processor of a checkpoint.

@@ -94,7 +94,7 @@ def test_numbers_are_aligned_at_their_ends(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "SILENCE", 0.05)
+    monkeypatch.setattr(terminal, "UNKNOWN_SILENCE", 0.05)
     monkeypatch.setattr(terminal, "LONGEST_PAUSE", 0.05)
 
 
@@ -118,7 +118,7 @@ def test_short_work_in_a_pipe_says_nothing(capfd: pytest.CaptureFixture[str]) ->
 def test_classify_and_features_show_progress(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(terminal, "SILENCE", 0.001)
+    monkeypatch.setattr(terminal, "UNKNOWN_SILENCE", 0.001)
     monkeypatch.setattr(terminal, "LONGEST_PAUSE", 0.001)
     options = ["-o", str(tmp_path / "f.npz")] if command == "features" else ["--json"]
     assert main([command, str(DIGITS), str(IMAGE), *options]) == 0
