@@ -145,6 +145,7 @@ class BeitConfig:
             _require(min(getattr(self, name)) > 0, name, "positive pixels", getattr(self, name))
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             _require(0.0 <= getattr(self, name) < 1.0, name, "a rate in [0, 1)", getattr(self, name))
+        _require(self.layer_norm_eps <= 1.0, "layer_norm_eps", "at most 1", self.layer_norm_eps)
         for name in ("layer_norm_eps", "layer_scale_init_value", "initializer_range"):
             value = getattr(self, name)
             _require(value >= 0.0, name, "a number >= 0", value)

@@ -248,6 +248,8 @@ def label_notes(names: Any) -> list[str]:
     """Says how a map of class names was read, if its keys are not 0 to n - 1."""
     if not isinstance(names, Mapping) or set(names) == {str(i) for i in range(len(names))}:
         return []
+    if not all(map(_is_number, names)):  # refused when they are read
+        return []
     numbers = sorted(int(key) for key in names)
     missing = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers)) if numbers[-1] < 2 * MOST_LABELS else []
     gaps = f", without {', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}" if missing else ""
@@ -258,9 +260,13 @@ def label_notes(names: Any) -> list[str]:
 
 
 def _number(read: "Fields", key: str) -> int:
-    if not (key.isascii() and key.isdecimal() and len(key) <= _DIGITS):
+    if not _is_number(key):
         raise BeitJaxError(f"{read.file}: id2label: expected numbers as keys, found {printable(key)}")
     return int(key)
+
+
+def _is_number(key: str) -> bool:
+    return key.isascii() and key.isdecimal() and len(key) <= _DIGITS
 
 
 def _name(read: "Fields", name: Any) -> str:

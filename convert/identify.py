@@ -1,5 +1,6 @@
 """Recognises a checkpoint: its format, the first of a list that fits, and the model it holds."""
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,11 +48,11 @@ def identify(source: Source, checkpoint: Checkpoint, formats: Sequence[SourceFor
     def content() -> Mapping[str, Any] | None:
         if variant is not None:
             return None
-        return read_json(config_file) if config_file.exists() else json_inside(checkpoint, CONFIG)
+        return read_json(config_file) if os.path.lexists(config_file) else json_inside(checkpoint, CONFIG)
 
     naming, prefix, found = recognise(checkpoint.tensors.keys(), formats, str(source.path), content)
     if variant is None:
-        inside = found is not None and not config_file.exists()
+        inside = found is not None and not os.path.lexists(config_file)
         description = naming.describe(
             Sighting(
                 format=naming,

@@ -3,6 +3,7 @@
 Nothing of it touches the weights. What is wrong with it is therefore an error only for those who prepare images.
 """
 
+import os
 from dataclasses import dataclass, replace
 
 from beit_jax.config import BeitConfig
@@ -73,7 +74,7 @@ def _stated(source: Source, checkpoint: Checkpoint, described: Description) -> t
     path, config = source.directory / PROCESSOR, described.config
     if described.processor is not None:
         return described.processor(), ()
-    if path.exists():
+    if os.path.lexists(path):  # a broken link is an error, not absence
         return ImageProcessor.from_file(path), ()
     inside = json_inside(checkpoint, PROCESSOR)
     if inside is not None:

@@ -43,7 +43,8 @@ class TokenizerCheckpoint:
 
 def is_native_tokenizer(directory: str | Path) -> bool:
     """Returns True if a native checkpoint holds a tokenizer or a decoder, by its ``config.json``."""
-    return read_json(Path(directory) / CONFIG).get("model_type") in _CONFIGS
+    kind = read_json(Path(directory) / CONFIG).get("model_type")
+    return isinstance(kind, str) and kind in _CONFIGS
 
 
 def save_tokenizer(directory: str | Path, checkpoint: TokenizerCheckpoint) -> None:

@@ -5,10 +5,10 @@ With them a native checkpoint's ``config.json`` is compared with the header of i
 to import, and it can name the key that is wrong. tests/weights compares both for every published model.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from beit_jax.config import BeitConfig
+from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.weights.sizes import check_sizes
 
@@ -31,6 +31,12 @@ def check_config(config: BeitConfig, shapes: Mapping[str, tuple[int, ...]], conf
     Raises:
         BeitJaxError: they describe another model; names both files, the key and the tensor.
     """
+    if _parts(shapes) != _PARTS[config.task] - ({"classifier"} if not config.labels else set()):
+        task_parts = " and ".join(sorted(_parts(shapes))) or "nothing"
+        raise BeitJaxError(
+            f"{printable(config_file)}: architectures: a model of the task {config.task}, but {weights.name} holds "
+            f"{task_parts}; correct {config_file.name}, or use the one that was written with these weights"
+        )
     check_sizes(config, shapes, str(config_file), str(weights))
     expected = leaves(config)
     for name in sorted(expected.keys() & shapes.keys()):
@@ -43,6 +49,20 @@ def check_config(config: BeitConfig, shapes: Mapping[str, tuple[int, ...]], conf
     for name in sorted(expected.keys() ^ shapes.keys()):
         want = [side for side, _ in expected[name]] if name in expected else None
         raise _disagreement(config_file, weights, _switch(name), name, want, None if want else list(shapes[name]))
+
+
+_PARTS: Mapping[Task, set[str]] = {
+    "features": {"embeddings"},
+    "masked_image_modeling": {"beit", "lm_head"},
+    "image_classification": {"beit", "classifier"},
+    "semantic_segmentation": {"beit", "decode_head"},
+    "backbone": {"beit"},
+}
+"""The first words of the names of leaves, by which the tasks differ."""
+
+
+def _parts(names: Iterable[str]) -> set[str]:
+    return {name.partition("/")[0] for name in names} & set().union(*_PARTS.values())
 
 
 def _disagreement(
