@@ -268,7 +268,7 @@ def _quietly() -> Iterator[None]:
 
     before = logging.get_verbosity()
     if "HF_HUB_VERBOSITY" not in os.environ and "HF_DEBUG" not in os.environ:
-        logging.set_verbosity_error()
+        logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:

@@ -41,8 +41,22 @@ def run(function: Function, prog: str, arguments: Sequence[str], *, of_recipe: b
         return tyro.cli(function, prog=prog, args=list(arguments), config=switches)
 
 
+COMPLETION = {"--tyro-print-completion": "SHELL", "--tyro-write-completion": "SHELL FILE"}
+"""tyro's options for completion scripts, and their values."""
+SHELLS = ("bash", "zsh", "tcsh", "fish")
+
+
 def completion(functions: dict[str, Function], prog: str, arguments: Sequence[str]) -> NoReturn:
-    """Prints or writes tyro's completion script for a shell, with the options of all commands."""
+    """Prints or writes tyro's completion script for a shell, with the options of all commands.
+
+    Raises:
+        BeitJaxError: another number of values than `COMPLETION` says, or another shell than `SHELLS`.
+        SystemExit: the script was printed or written.
+    """
+    option, *values = arguments
+    if len(values) != len(COMPLETION[option].split()) or values[0] not in SHELLS:
+        found = " ".join(map(printable, values)) or "nothing"
+        raise BeitJaxError(f"{option}: expected {COMPLETION[option]}, of {_listed(SHELLS, 'or')}; found {found}")
     tyro.extras.subcommand_cli_from_dict(functions, prog=prog, args=list(arguments), config=(FlagCreatePairsOff,))
     raise AssertionError("tyro ends the process")
 

@@ -35,6 +35,8 @@ def refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str
         ([], ["expected a command", "see beit-jax --help"]),
         (["clasify"], ["clasify", "the nearest is classify", "see beit-jax --help"]),
         (["--jsn"], ["expected a command", "--jsn"]),
+        (["--tyro-print-completion"], ["expected SHELL", "found nothing"]),
+        (["--tyro-print-completion", "bsh"], ["bash, zsh, tcsh or fish", "found bsh"]),
         (["list", "extra"], ["extra", "list takes no such argument", "see beit-jax list --help"]),
         ([*CLASSIFY, "--tpo", "3"], ["--tpo", "the nearest is --top", "see beit-jax classify --help"]),
         ([*CLASSIFY, "--top"], ["--top", "expected INT, found nothing"]),
