@@ -199,7 +199,7 @@ def _run(arguments: Sequence[str]) -> int:
         return 0
     from beit_jax.cli import usage  # after the answers that need no tyro
 
-    if name.startswith("--tyro-"):  # tyro's completion scripts hold the options of all commands
+    if name in usage.COMPLETION:
         functions = {command: _function(command, [command]) for command in EVERY}
         usage.completion(functions, PROG, arguments)
     if name not in EVERY:
