@@ -144,7 +144,7 @@ def _origin(checkpoint: NativeCheckpoint | TokenizerCheckpoint | None) -> dict[s
 def _compare(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any], recipe: Recipe) -> list[str]:
     then = {**earlier, "recipe": _as_read(Fields(earlier, str(path)).typed("recipe", dict, {}), recipe, path)}
     found = list(changes(then, _as_json(now)))
-    fatal = [change for change in found if change[0] not in FREE and not change[0].startswith("versions.")]
+    fatal = [change for change in found if change[0] not in FREE and change[0].split(".")[0] != "versions"]
     fatal.sort(key=lambda change: change[0] not in ("recipe.objective", "recipe.name"))  # the rest follows from them
     if fatal:
         name, old, new = fatal[0]

@@ -102,6 +102,19 @@ def test_an_absent_option_counts_as_its_default_and_not_as_the_recipe_has_it(
         begun(plan_of(recipe), out)
 
 
+def test_a_run_of_a_version_that_kept_less_goes_on(plan_of: Callable[[Recipe], Plan], tmp_path: Path) -> None:
+    """Versions of packages, a place for a source that this objective has none of, and where a recipe is tuned for."""
+    plan, out = plan_of(recipe_named("digits_finetune")), tmp_path / "run"
+    begun(plan, out)
+    path = out / "run.json"
+    content = json.loads(path.read_text())
+    for name in ("versions", "teacher", "tokenizer", "start"):
+        del content[name]
+    del content["recipe"]["topology"]
+    path.write_text(json.dumps(content))
+    assert all(note.startswith("versions") for note in begun(plan, out))
+
+
 def test_what_the_objective_reads_is_compared(plan_of: Callable[[Recipe], Plan], tmp_path: Path) -> None:
     recipe, out = recipe_named("digits_data2vec"), tmp_path / "run"
     begun(plan_of(recipe), out)
