@@ -29,6 +29,7 @@ from beit_jax.train.loop.watch import INTERRUPTED
 from beit_jax.train.recipe import Recipe
 from beit_jax.train.recipes import recipe_named
 from beit_jax.train.step.state import from_saved, to_saved
+from beit_jax.weights.native import load
 
 STEPS = 48
 OPTIONS = {
@@ -194,10 +195,18 @@ def test_the_model_classifies_as_the_run_says(uninterrupted: Path, digits: Path)
 
 
 def test_a_finished_run_finishes_again(plan: Plan, uninterrupted: Path) -> None:
-    before = sha256(plan, uninterrupted)
+    """Its models are written again; what a person has put beside them stays."""
+    before, model = sha256(plan, uninterrupted), uninterrupted / "model"
+    (model / "NOTES.md").write_text("mine")
+    (model / "pictures").mkdir()
+    (model / "pictures" / "a.png").write_bytes(b"mine")
+    (model / "config.json").write_text("{}")
     outcome = train(plan, uninterrupted, resume="must", quiet=True)
     assert outcome.step == STEPS
     assert sha256(plan, uninterrupted) == before
+    assert (model / "NOTES.md").read_text() == "mine"
+    assert (model / "pictures" / "a.png").read_bytes() == b"mine"
+    assert load(model).config == plan.config
 
 
 def test_another_recipe_is_refused_with_what_differs(recipe: Recipe, digits: Path, uninterrupted: Path) -> None:
