@@ -3,9 +3,9 @@
 #
 # out_indices=[3, 5, 7, 11] is BEiT's usual choice for segmentation. BeitBackbone gives the outputs of blocks 3, 5, 7
 # and 11, counted from 1. BeitForSemanticSegmentation, with the same configuration and weights, decodes those of
-# blocks 2, 4, 6 and 10. The original (and mmsegmentation, from whose configuration the numbers come) counts from 0
-# and collects after each: blocks 4, 6, 8 and 12, so that the published weights are read two blocks early. One cannot
-# correct it by other numbers, since the last that one would need is refused. Shapes are the same everywhere.
+# blocks 2, 4, 6 and 10. The original, from whose configuration the numbers come, counts from 0 and collects after
+# each (read in its source, not run here): blocks 4, 6, 8 and 12, two further than are decoded. One cannot correct it
+# by other numbers, since the last that one would need is refused. Shapes are the same everywhere.
 # Seen:
 #   BeitBackbone: [3, 5, 7, 11]
 #   BeitForSemanticSegmentation: [2, 4, 6, 10]
