@@ -87,7 +87,10 @@ def work(text: str, devices: int) -> Work:
     """
     computations, entry = read(text)
     counter = _Counter(computations, devices)
-    counter.run(entry, 1)
+    if entry in computations:
+        counter.run(entry, 1)
+    else:
+        counter.unknown.add("program without an entry")
     return Work(
         counter.flops,
         counter.traffic,
@@ -110,6 +113,7 @@ class _Counter:
         computation = self.computations[name]
         for instruction in computation.instructions.values():
             try:
+                _check_known(instruction.opcode)
                 flops = self._products(instruction, computation)
                 transfer = self._transfer(instruction, name, computation)
                 traffic = 0.0 if fused else self._touched(instruction, computation)
@@ -182,16 +186,10 @@ class _Counter:
         return (kind, channel[1] if channel else f"{name}/{instruction.name}"), size
 
     def _touched(self, instruction: Instruction, computation: Computation) -> float:
-        """Bytes of main memory that an instruction reads and writes.
-
-        Raises:
-            LookupError: an instruction that is not known.
-        """
+        """Bytes of main memory that an instruction reads and writes."""
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith("-done") or any(name in instruction.attributes for name in _HANDLES):
             return 0
-        if opcode.removesuffix("-start") not in _PLAIN and opcode not in _PLAIN:
-            raise LookupError(opcode)
         operands = _operands(instruction, computation)
         if opcode.endswith("-start"):
             target = instruction.leaves[0 if opcode == "copy-start" else 1]
@@ -211,6 +209,13 @@ class _Counter:
     def _by_shapes(instruction: Instruction, computation: Computation) -> float:
         """Bytes of all operands and results, without padding, wherever they lie."""
         return sum(_size(one) for one in (instruction, *_operands(instruction, computation)))
+
+
+def _check_known(opcode: str) -> None:
+    """Raises LookupError for an opcode that may stand for work of any kind, within a kernel too."""
+    base = opcode.removesuffix("-start").removesuffix("-done")
+    if not {opcode, base} & (_PLAIN | _FREE):
+        raise LookupError(opcode)
 
 
 def _operands(instruction: Instruction, computation: Computation) -> list[Instruction]:

@@ -327,3 +327,25 @@ ENTRY %main (a: f32[<=8,4]) -> f32[<=8,4] {
 }
 """
     assert work(text, 1).traffic == 2 * 8 * 4 * 4
+
+
+def test_a_product_of_an_unknown_kind_within_a_kernel_is_named() -> None:
+    text = """HloModule step
+
+%kernel (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  ROOT %y = f32[8,8]{1,0} scaled-dot(%x, %x)
+}
+
+ENTRY %main (a: f32[8,8]) -> f32[8,8] {
+  %a = f32[8,8]{1,0} parameter(0)
+  ROOT %b = f32[8,8]{1,0} fusion(%a), kind=kOutput, calls=%kernel
+}
+"""
+    found = work(text, 1)
+    assert found.unknown == ("scaled-dot",) and found.traffic == 2 * 256
+
+
+def test_a_text_of_another_form_is_no_traceback() -> None:
+    for text in ("", "module @step { func.func public @main() }"):
+        assert work(text, 1).unknown == ("program without an entry",)
