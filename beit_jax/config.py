@@ -291,7 +291,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
         BeitJaxError: a value of another type, or an integer beyond `LARGEST`.
     """
     if isinstance(default, bool):
-        _require(isinstance(value, bool) or type(value).__name__ == "bool_", name, "True or False", value)
+        _require(type(value).__name__ in ("bool", "bool_"), name, "True or False", value)
         return bool(value)
     if isinstance(default, int):
         return _integer(name, value, "an integer")
@@ -308,6 +308,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
 
 
 def _integer(name: str, value: Any, expected: str) -> int:
+    number: int | None
     try:
         number = operator.index(value)
     except TypeError:

@@ -118,7 +118,7 @@ def _problem_type(read: "Fields") -> ProblemType | None:
 def _task(read: "Fields", model_type: ModelType) -> Task:
     known = {_CLASS_PREFIX[model_type] + suffix: task for task, suffix in _CLASS_SUFFIX.items()}
     names = read.content.get("architectures") or [_CLASS_PREFIX[model_type] + "Model"]
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in known:
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str) or names[0] not in known:
         raise read.error("architectures", "one of " + ", ".join(known))
     return known[names[0]]
 
@@ -132,15 +132,24 @@ def _dense_fields(read: "Fields", task: Task, model_type: ModelType, layers: int
     if task == "semantic_segmentation":
         found["pool_scales"] = read.integers("pool_scales", (1, 2, 3, 6))
     names = read.content.get("out_features")
-    stages = ["stem", *(f"stage{i}" for i in range(1, layers + 1))]
-    if isinstance(names, list) and read.content.get("out_indices") is None and set(names) <= set(stages):
-        indices = tuple(stages.index(name) for name in names)
+    stages = [_stage(name, layers) for name in names] if isinstance(names, list) else [None]
+    if read.content.get("out_indices") is None and None not in stages:
+        indices: tuple[int, ...] = tuple(stage for stage in stages if stage is not None)
     else:
         key = "out_indices" if read.content.get("out_indices") is not None else "segmentation_indices"
         indices = read.integers(key, (3, 5, 7, 11) if model_type == "data2vec-vision" else (layers,))
-    found["out_indices"] = tuple(i + len(stages) if i < 0 else i for i in indices)
+    found["out_indices"] = tuple(i + layers + 1 if i < 0 else i for i in indices)
     found["feature_taps"] = "hf"
     return found
+
+
+def _stage(name: object, layers: int) -> int | None:
+    """The hidden state that transformers calls "stem" or "stage" and a number; None for any other name."""
+    if name == "stem":
+        return 0
+    digits = name.removeprefix("stage") if isinstance(name, str) and name.startswith("stage") else ""
+    number = int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 10 else 0
+    return number if 0 < number <= layers and digits == str(number) else None
 
 
 def _own_fields(read: "Fields") -> dict[str, Any]:

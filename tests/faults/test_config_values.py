@@ -138,6 +138,7 @@ BAD_VALUES: list[tuple[dict[str, Any], list[str]]] = [
     ({"hidden_act": ["gelu"]}, ["hidden_act"]),
     ({"model_type": {"a": 1}}, ["model_type"]),
     ({"architectures": {"a": 1}}, ["architectures"]),
+    ({"architectures": [{"a": 1}]}, ["architectures"]),
     ({"problem_type": "detection"}, ["problem_type", "regression"]),
     ({"id2label": {"a": "b"}}, ["id2label", "numbers as keys", "found a"]),
     ({"id2label": {"-1": "b"}}, ["id2label", "numbers as keys"]),
@@ -160,6 +161,16 @@ def test_values_that_no_model_has(
 ) -> None:  # fmt: skip
     source = changed(kind, values)
     refused(["inspect", str(source)], capsys, str(source / CONFIG), *needles)
+
+
+@pytest.mark.parametrize("architecture", ["BeitBackbone", "BeitForSemanticSegmentation"])
+@pytest.mark.parametrize("kind", ["native", "hf"])
+@pytest.mark.parametrize("names", [None, ["stage1"], ["stage" + "9" * 400], [{"a": 1}], ["stem", 3]])
+def test_ten_million_layers_are_not_counted(
+    changed: Callable[..., Path], capsys: pytest.CaptureFixture[str], architecture: str, kind: str, names: Any
+) -> None:
+    values = {"architectures": [architecture], "num_hidden_layers": 10**7, "out_features": names}
+    refused(["inspect", str(changed(kind, values))], capsys, CONFIG)
 
 
 @pytest.mark.parametrize("kind", ["native", "hf"])

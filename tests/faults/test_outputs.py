@@ -342,7 +342,10 @@ def slow(wait: str, *arguments: object) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(
     ("number", "code", "message", "options"),
-    [(signal.SIGINT, 130, "interrupted; nothing was kept\n", ["--overwrite"]), (signal.SIGTERM, 143, "interrupted; nothing was kept\n", [])],
+    [
+        (signal.SIGINT, 130, "interrupted; nothing was kept\n", ["--overwrite"]),
+        (signal.SIGTERM, 143, "interrupted; nothing was kept\n", []),
+    ],
 )
 def test_interrupted(work: Path, number: signal.Signals, code: int, message: str, options: list[str]) -> None:
     if options:
