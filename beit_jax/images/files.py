@@ -120,7 +120,7 @@ def image_list(images: ImageLike | Iterable[ImageLike]) -> tuple[list[ImageLike]
     one = isinstance(images, str | bytes | os.PathLike | Image.Image) or not isinstance(images, Iterable)
     if one or getattr(images, "ndim", None) in (0, 2, 3):
         return [cast(ImageLike, images)], True
-    return list(images), False
+    return list(cast("Iterable[ImageLike]", images)), False
 
 
 def image_name(image: ImageLike, place: int) -> str:
