@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# timm 1.0.31 on Pillow 13.0.0: RandAugment fails on one image in a thousand, AutoAugment "v0" on one in thirty.
+# timm 1.0.31 on Pillow 13.0.0: RandAugment fails on one image in some hundreds, AutoAugment "v0" on one in thirty.
 #
 # timm's posterize keeps 0 to 8 bits, 0 of them at the ends of its scale. Pillow 13 refuses 0 ("bits must be between
 # or equal to 1 and 8"); earlier ones made a black image of it. The magnitude is drawn anew for each image, so that
