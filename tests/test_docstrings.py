@@ -18,7 +18,7 @@ FILES = {
     for path in sorted((ROOT / room).rglob("*.py"))
 }
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
-SHAPED = re.compile(r"\b(?:Float|Int|UInt|Bool|Key|Shaped|Num|Inexact)\d*\[[^\[\]]*\]")
+SHAPED = re.compile(r"\b(?:Float|Int|Integer|UInt|Bool|Key|Shaped|Num|Inexact)\d*\[[^\[\]]*\]")
 ARRAY = re.compile(r"\b(?:Array|ndarray|ArrayLike)\b")
 COLLECTION = re.compile(r"^(?:Mapping|dict|Callable)\[")  # by name, or made elsewhere: no shape is common to them
 
