@@ -5,6 +5,7 @@ output that takes its place (`Contents`), and whatever else is found in it is re
 """
 
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -26,6 +27,8 @@ class Contents:
         name: what such a directory holds, for messages: "native checkpoint".
         files: patterns of the names of its files, which lie in it flat. Nothing else belongs to it.
         written: True for a directory that this library wrote.
+
+    What people and their systems put beside any output (`_COMPANIONS`) is neither: it moves into the new directory.
     """
 
     name: str
@@ -36,9 +39,24 @@ class Contents:
         """What is in a directory and not of this kind, sorted by name."""
         return sorted(entry for entry in directory.iterdir() if not self._owns(entry))
 
+    def strangers(self, directory: Path) -> list[Path]:
+        """Those of the others that would make another thing of a new output, and are for a person to move."""
+        return _but_companions(self.others(directory))
+
     def _owns(self, entry: Path) -> bool:
-        matches = any(fnmatchcase(entry.name, pattern) for pattern in self.files)
-        return matches and not (os.path.isdir(entry) and not os.path.islink(entry))
+        return _matches(entry.name, self.files) and not (os.path.isdir(entry) and not os.path.islink(entry))
+
+
+# Hidden files are .git, .gitattributes, .DS_Store; a README is a model card.
+_COMPANIONS = (".*", "README*", "LICENSE*", "Thumbs.db", "desktop.ini")
+
+
+def _but_companions(entries: Iterable[Path]) -> list[Path]:
+    return [entry for entry in entries if not _matches(entry.name, _COMPANIONS)]
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @contextmanager
@@ -58,8 +76,10 @@ def new_directory(
 
     Args:
         overwrite: replace an existing directory, which stays whole until the new one is complete.
-        contents: the kind of the new directory. Only an earlier one of this kind, or an empty directory, is replaced.
-        keep_others: what is in the old directory and not of this kind moves into the new one. It is refused otherwise.
+        contents: the kind of the new directory. Only an earlier one of this kind is replaced, or a directory that
+            is empty but for a README and hidden files (a fresh clone).
+        keep_others: all that is in the old directory and not of this kind moves into the new one. Otherwise a README
+            and hidden files do, and the rest is refused.
         source: what the block reads, as in `check_destination`.
         need_bytes: refuse at once if the disk has less free space.
 
@@ -121,7 +141,8 @@ def check_destination(
         )
     if source is not None and any(_is_in(path, destination) for path in _read_from(source)):
         raise BeitJaxError(f"{name}: holds the source itself, which --overwrite never replaces; choose another name")
-    if any(destination.iterdir()):
+    entries = destination.iterdir() if contents is None else _but_companions(destination.iterdir())
+    if any(entries):
         _check_contents(destination, contents, keep_others)
 
 
@@ -130,14 +151,15 @@ def _check_contents(destination: Path, contents: Contents | None, keep_others: b
     name, kind = printable(destination), "output" if contents is None else contents.name
     if contents is None or not (contents.written(destination) or keep_others):
         raise BeitJaxError(
-            f"{name}: holds no {kind} that beit-jax wrote; --overwrite replaces nothing else: choose another name"
+            f"{name}: holds no {kind} that bears beit-jax's marks, and --overwrite replaces nothing else; choose "
+            "another name, or remove it yourself if nothing in it is needed"
         )
-    others = contents.others(destination)
-    if others and not keep_others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    strangers = contents.strangers(destination)
+    if strangers and not keep_others:
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
         raise BeitJaxError(
-            f"{name}: holds {printable(others[0].name)}{more}, which is no part of a {kind}: --overwrite would delete "
-            "it; move it away or choose another name"
+            f"{name}: holds {printable(strangers[0].name)}{more}, which --overwrite would delete and which is not of "
+            f"the earlier {kind}; move it away or choose another name"
         )
 
 
@@ -217,13 +239,11 @@ def check_place(destination: Path) -> None:
         raise BeitJaxError(f"{name}: {place} is a file, not a directory; choose another place")
     if not os.access(parent, os.W_OK):
         raise BeitJaxError(f"{name}: the directory {place} is not writable")
-    # A file beside the destination has a longer name than the destination.
-    spare = len(os.fsencode(_sibling(destination, f"partial-{os.getpid()}").name)) - longest
-    if spare > 0:
-        length = len(os.fsencode(destination.name))
+    length = len(os.fsencode(destination.name))
+    if length > longest:
         raise BeitJaxError(
             f"{printable(destination.name)}: cannot be created, the name is too long: {length} bytes, expected at most "
-            f"{length - spare}"
+            f"{longest}"
         )
 
 
@@ -240,7 +260,7 @@ _REASONS = {
     errno.EDQUOT: "the disk is full for you (quota); nothing was kept, free space and run again",
     errno.EFBIG: "a file may not become that large here; nothing was kept, see ulimit -f and the file system's limit",
 }
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EIO)
 
 
 @contextmanager
@@ -261,8 +281,15 @@ def _is_beside(name: str | bytes | int, destination: Path) -> bool:
     return not isinstance(name, int) and _is_in(Path(os.fsdecode(name)), destination.parent)
 
 
+_LONGEST_STEM = 100  # bytes, so that a sibling's name fits wherever its destination's does
+
+
 def _sibling(destination: Path, suffix: str) -> Path:
-    return destination.with_name(f".{destination.name}.{suffix}")
+    """A hidden name beside the destination, which only this destination has."""
+    stem, name = destination.name, os.fsencode(destination.name)
+    if len(name) > _LONGEST_STEM:
+        stem = hashlib.sha256(name).hexdigest()[:32]
+    return destination.with_name(f".{stem}.{suffix}")
 
 
 def _remains(destination: Path) -> tuple[Path, Path]:

@@ -201,6 +201,31 @@ def test_what_it_wrote_is_replaced(work: Path, command: str, earlier: str) -> No
     assert [path.name for path in work.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize(("command", "earlier"), [(CONVERT, "native"), (TOKENIZER, "tokenizer"), (EXPORT, "exported"),
+    (ORIGINAL, "original"), (EXPORT, None), (CONVERT, None)])  # fmt: skip
+def test_what_people_and_systems_put_beside_it_is_kept(work: Path, command: list[str], earlier: str | None) -> None:
+    """A README, and what a clone of a repository or a file browser leaves. None: nothing else is there."""
+    if earlier is None:
+        (work / "out").mkdir()
+    else:
+        shutil.copytree(work / earlier, work / "out")
+    (work / "out" / ".git").mkdir()
+    beside = {"README.md": b"a person's", ".gitattributes": b"", ".DS_Store": b"", ".git/config": b"[core]"}
+    for name, content in beside.items():
+        (work / "out" / name).write_bytes(content)
+    assert run(work, command) == 0
+    after = tree(work / "out")
+    written = earlier or ("native" if command is CONVERT else "exported")
+    assert {name: after[name] for name in beside} == beside
+    assert after.keys() - beside.keys() - {".git"} == tree(work / written).keys()
+
+
+def test_an_export_without_marks_is_nobodys(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As builds before 0.1.0 wrote it, and as transformers does."""
+    trained_further(work / "out")
+    refused(work, EXPORT, capsys, "marks", "remove it yourself")
+
+
 def test_a_destination_inside_the_source_costs_nothing(work: Path) -> None:
     before = tree(work / "native")
     assert main(["export", str(work / "native"), str(work / "native" / "exported")]) == 0

@@ -78,6 +78,14 @@ def test_nothing_can_be_made_there(
     assert listed(work) == before
 
 
+@pytest.mark.parametrize("command", ["convert", "export", "prepare"])
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127])
+def test_the_longest_names(native: Path, work: Path, command: str, name: str) -> None:
+    assert main(COMMANDS[command](native, work / name)) == 0
+    assert main([*COMMANDS[command](native, work / name), "--overwrite"]) == 0
+    assert [path.name for path in work.iterdir() if path.name.startswith(".")] == []
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_folder_that_is_read_only(
     native: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
@@ -112,12 +120,12 @@ def small_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("command", ["convert", "export", "export original"])
+@pytest.mark.parametrize("command", ["convert", "export", "export original", "prepare"])
 def test_files_that_may_not_become_so_large(
     native: Path, work: Path, capsys: pytest.CaptureFixture[str], small_files: None, command: str
 ) -> None:
     before = listed(work)
-    refused(COMMANDS[command](native, work / "out"), capsys, str(work / "out"), "may not become that large")
+    refused(COMMANDS[command](native, work / "out"), capsys, f"{work / 'out'}: ", "may not become that large")
     assert listed(work) == before
 
 

@@ -186,23 +186,12 @@ def _write_split(source: Source, split: str, directory: Path, examples: Iterator
     )
     shards = ShardWriter(template)
     for example in examples:
-        record = source.features.serialize_example(example)
-        try:
-            shards.add(record)
-        except RuntimeError as error:
-            raise _unwritten(directory, error) from error
-    try:
-        shards.close()
-    except RuntimeError as error:
-        raise _unwritten(directory, error) from error
+        shards.add(source.features.serialize_example(example))
+    shards.close()
     shards.name()
     return tfds.core.SplitInfo(
         name=split, shard_lengths=shards.lengths, num_bytes=shards.nbytes, filename_template=template
     )
-
-
-def _unwritten(directory: Path, error: RuntimeError) -> BeitJaxError:
-    return BeitJaxError(f"{printable(directory)}: cannot be written ({printable(error)}); free space and run again")
 
 
 def _write_info(source: Source, directory: Path, splits: Sequence[tfds.core.SplitInfo]) -> None:

@@ -1,7 +1,10 @@
 """The ArrayRecord files of a prepared data set: written one after the other, and checked before they are read."""
 
-from collections.abc import Sequence
+import errno
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,12 +30,18 @@ class ShardWriter:
         self._room = 0
 
     def add(self, record: bytes) -> None:
-        """Appends a record to the file that is open, or to a new one."""
+        """Appends a record to the file that is open, or to a new one.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         if self._writer is None:
-            self._writer = ArrayRecordWriter(str(self._partial(len(self.lengths))), _OPTIONS)
+            with self._explained():
+                self._writer = ArrayRecordWriter(str(self._partial(len(self.lengths))), _OPTIONS)
             self.lengths.append(0)
             self._room = SHARD_BYTES
-        self._writer.write(record)
+        with self._explained():
+            self._writer.write(record)
         self.lengths[-1] += 1
         self.nbytes += len(record)
         self._room -= len(record)
@@ -40,15 +49,30 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """Ends the file that is open."""
+        """Ends the file that is open.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         if self._writer is not None:
-            self._writer.close()
+            with self._explained():
+                self._writer.close()
             self._writer = None
 
     def name(self) -> None:
         """Gives all files the names by which TFDS finds them."""
         for index in range(len(self.lengths)):
             self._partial(index).rename(self.template.sharded_filepath(shard_index=index, num_shards=len(self.lengths)))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Gives the writer's errors, which say only in their text what the system said, the system's numbers."""
+        try:
+            yield
+        except RuntimeError as error:
+            full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            code = next((code for code in full if os.strerror(code) in str(error)), errno.EIO)
+            raise OSError(code, printable(error), self.template.data_dir) from error
 
     def _partial(self, index: int) -> Path:
         return Path(self.template.data_dir) / f"{self.template.split}-{index}.partial"
