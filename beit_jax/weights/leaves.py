@@ -39,7 +39,8 @@ def check_config(config: BeitConfig, shapes: Mapping[str, tuple[int, ...]], conf
         )
     check_sizes(config, shapes, str(config_file), str(weights))
     expected = leaves(config)
-    for name in sorted(expected.keys() & shapes.keys()):
+    # Tables of positions last: their grid comes from the size of the patches as well, which other leaves show alone.
+    for name in sorted(expected.keys() & shapes.keys(), key=lambda name: (_is_grid(expected[name]), name)):
         sides, found = expected[name], shapes[name]
         if found == tuple(side for side, _ in sides):
             continue
@@ -59,6 +60,10 @@ _PARTS: Mapping[Task, set[str]] = {
     "backbone": {"beit"},
 }
 """The first words of the names of leaves, by which the tasks differ."""
+
+
+def _is_grid(sides: Sides) -> bool:
+    return any(key == "image_size" for _, key in sides)
 
 
 def _parts(names: Iterable[str]) -> set[str]:
