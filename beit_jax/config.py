@@ -139,7 +139,7 @@ class BeitConfig:
     def __post_init__(self) -> None:
         self._check_types()
         positive = ("num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        for name in (*positive, "vocab_size"):
+        for name in (*positive, *(["vocab_size"] if self.task == "masked_image_modeling" else [])):
             _require(getattr(self, name) > 0, name, "a positive integer", getattr(self, name))
         for name in ("image_size", "patch_size"):
             _require(min(getattr(self, name)) > 0, name, "positive pixels", getattr(self, name))
@@ -198,8 +198,9 @@ class BeitConfig:
             "positive integers",
             list(self.pool_scales),
         )
-        _require(self.auxiliary_channels > 0, "auxiliary_channels", "a positive integer", self.auxiliary_channels)
-        _require(self.auxiliary_num_convs > 0, "auxiliary_num_convs", "a positive integer", self.auxiliary_num_convs)
+        if self.has_auxiliary_head:
+            for name in ("auxiliary_channels", "auxiliary_num_convs"):
+                _require(getattr(self, name) > 0, name, "a positive integer", getattr(self, name))
         weight = self.auxiliary_loss_weight
         _require(weight >= 0, "auxiliary_loss_weight", "a number >= 0", weight)
 
@@ -237,6 +238,10 @@ class BeitConfig:
     @property
     def has_pooler(self) -> bool:
         return self.task == "image_classification" or (self.task == "features" and self.add_pooling_layer)
+
+    @property
+    def has_auxiliary_head(self) -> bool:
+        return self.task == "semantic_segmentation" and self.use_auxiliary_head
 
     @property
     def tapped_states(self) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """From the name of a model to its files on this machine: a local path, or a hub name by huggingface_hub's cache."""
 
 import errno
+import logging
 import os
 import re
 import time
@@ -264,15 +265,15 @@ class _ByteBar:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Keeps what huggingface_hub says about its retries from standard error, unless its environment asks for it."""
-    from huggingface_hub.utils import logging
+    from huggingface_hub.utils import logging as hub_logging
 
-    before = logging.get_verbosity()
+    before = hub_logging.get_verbosity()
     if "HF_HUB_VERBOSITY" not in os.environ and "HF_DEBUG" not in os.environ:
-        logging.set_verbosity(logging.ERROR)
+        hub_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        hub_logging.set_verbosity(before)
 
 
 def _shards(index: Path) -> list[str]:

@@ -55,7 +55,10 @@ class ClassificationArguments:
 
 @dataclass(frozen=True)
 class AnnotationArguments:
-    """How annotations count classes. 255 is no class. By default as the checkpoint says (do_reduce_labels)."""
+    """How annotations count classes, by default as the checkpoint says (do_reduce_labels).
+
+    No class: 255 beyond the classes, and the checkpoint's semantic_loss_ignore_index.
+    """
 
     labels_from_zero: bool = False
     """Annotations count classes from 0."""

@@ -146,11 +146,18 @@ def _describe_provenance(provenance: Mapping[str, Any]) -> list[str]:
     return [f"{key:12} {printable(value, 500)}" for key, value in facts.items() if value]
 
 
+def _outputs(config: BeitConfig) -> str:
+    """What a classifier's outputs are, by its problem_type."""
+    if config.problem_type == "regression":
+        return "values (regression)"
+    return "classes, of which several may hold" if config.problem_type == "multi_label_classification" else "classes"
+
+
 def _describe_model(config: BeitConfig, images: ImageProcessor | BeitJaxError, dtypes: Iterable[str]) -> list[str]:
     head = {
         "features": "no head",
         "masked_image_modeling": f"{config.vocab_size} visual tokens",
-        "image_classification": f"{config.num_labels} classes",
+        "image_classification": f"{config.num_labels} {_outputs(config)}",
         "semantic_segmentation": f"UperNet, {config.num_labels} classes",
         "backbone": f"{len(config.out_indices)} feature maps",
     }[config.task]

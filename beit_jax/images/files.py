@@ -1,26 +1,39 @@
 """Image files, PIL images of any mode and arrays to 8-bit PIL images. Every error is one line that names the image."""
 
 import io
+import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, cast
+from typing import Final, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images import libtiff
 from beit_jax.images.containers import DamageError, check_container
 
-ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
+
+@runtime_checkable
+class OtherArray(Protocol):
+    """An array of another library: `jax.Array`, or a tensor in memory."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | OtherArray
 Mode: TypeAlias = Literal["RGB", "L"]
 
 MAX_PIXELS: Final = 89_478_485  # the size above which Pillow warns of a decompression bomb
 MAX_FILE: Final = 1 << 30  # bytes: MAX_PIXELS of 16-bit RGBA, uncompressed, and a third more
 # Pillow reads more formats, some of them by other programs (EPS by Ghostscript), which untrusted files must not start.
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
+
+# Pillow logs some damage as well, which would be a second line on standard error where nobody has set up logging.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _CONVERTED: Final = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
 _SIXTEEN_BIT: Final = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
@@ -103,8 +116,8 @@ def load_image(image: ImageLike, mode: Mode, name: str) -> Image.Image:
     """
     if isinstance(image, str | os.PathLike):
         return open_image(image, mode)
-    if isinstance(image, np.ndarray):
-        image = _from_array(image, name)
+    if not isinstance(image, Image.Image) and isinstance(image, np.ndarray | OtherArray):
+        image = _from_array(_copied(image, name), name)
     if not isinstance(image, Image.Image):
         found = type(image).__name__
         raise BeitJaxError(f"{name}: expected a path, a PIL image or a uint8 array, found {found}; convert it")
@@ -115,10 +128,10 @@ def image_list(images: ImageLike | Iterable[ImageLike]) -> tuple[list[ImageLike]
     """One image or several as a list; and True if it was one.
 
     One image is a path, a PIL image, or an array [h, w], [h, w, 1] or [h, w, 3]. Everything else that can be iterated
-    is several images: a list of these kinds, or an array [b, h, w, c].
+    is several images: a list of these kinds, or an array [b, h, w, c]. A data set's row and an open file are neither.
     """
-    one = isinstance(images, str | bytes | os.PathLike | Image.Image) or not isinstance(images, Iterable)
-    if one or getattr(images, "ndim", None) in (0, 2, 3):
+    one = isinstance(images, str | os.PathLike | Image.Image | bytes | io.IOBase | Mapping)
+    if one or not isinstance(images, Iterable) or getattr(images, "ndim", None) in (0, 2, 3):
         return [cast(ImageLike, images)], True
     return list(cast("Iterable[ImageLike]", images)), False
 
@@ -126,6 +139,13 @@ def image_list(images: ImageLike | Iterable[ImageLike]) -> tuple[list[ImageLike]
 def image_name(image: ImageLike, place: int) -> str:
     """The name of an image in errors: its path, or its place among the images."""
     return printable(Path(image)) if isinstance(image, str | os.PathLike) else f"image {place}"
+
+
+def _copied(array: object, name: str) -> np.ndarray:
+    try:
+        return np.asarray(array)
+    except (TypeError, ValueError, RuntimeError) as error:  # on another device, or a value that is being traced
+        raise BeitJaxError(f"{name}: is no array in memory ({printable(error, 200)}); copy it there first") from None
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
@@ -145,6 +165,7 @@ def _decode(data: bytes, name: str, oriented: bool, max_pixels: int) -> Image.Im
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         raise BeitJaxError(f"{name}: an HTML page, expected an image; fetch the image itself")
     with _one_line(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of strange EXIF data, which ImageNet has too
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -155,7 +176,7 @@ def _decode(data: bytes, name: str, oriented: bool, max_pixels: int) -> Image.Im
             ) from error
         if image.width * image.height > max_pixels:  # independent of Image.MAX_IMAGE_PIXELS
             raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels, expected at most {max_pixels}")
-        check_container(data, image.format)
+        check_container(data, image)
         return ImageOps.exif_transpose(image) if oriented else image
 
 
@@ -187,7 +208,10 @@ def _one_line(name: str) -> Iterator[None]:
     # Every Exception: Pillow's plugins let out many classes (OSError, ValueError, SyntaxError, EOFError, struct.error,
     # IndexError, ...), and the enclosed block holds nothing but Pillow's work on untrusted bytes.
     try:
-        yield
+        with libtiff.noticed() as complaints:
+            yield
+        if complaints:
+            raise DamageError(f"noticed by libtiff's {printable(complaints[0])}")
     except BeitJaxError:
         raise
     except DamageError as error:

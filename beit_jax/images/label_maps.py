@@ -47,7 +47,7 @@ def decode_label_map(data: bytes, name: str) -> LabelMap:
                 raise BeitJaxError(
                     f"{name}: mode {printable(image.mode)} holds colours, expected class numbers (a greyscale PNG)"
                 )
-            check_container(data, image.format)
+            check_container(data, image)
             return np.asarray(image).astype(np.int32)
     except BeitJaxError:
         raise
@@ -72,6 +72,19 @@ def reduce_labels(labels: LabelMap) -> LabelMap:
     return np.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1).astype(labels.dtype)
 
 
+def model_labels(labels: LabelMap, classes: int, *, from_one: bool, ignored: int) -> LabelMap:
+    """Renumbers annotations as a model's classes, and gives every pixel of no class one number, int64.
+
+    Args:
+        classes: how many the model has. 255 and `ignored` are no class where they lie beyond them.
+        from_one: annotations count from 1, and 0 is no class.
+        ignored: the model's number for no class. It may be one of its classes, which then does not count.
+    """
+    first = int(from_one)
+    no_class = [number for number in (IGNORED, ignored) if number >= classes + first]
+    return np.where(np.isin(labels, no_class) | (labels < first), ignored, labels.astype(np.int64) - first)
+
+
 def resize_labels(labels: LabelMap, size: tuple[int, int]) -> LabelMap:
     """Resizes a map to (height, width) by the nearest pixel, at floor(i * old / new), as OpenCV and torch do.
 
@@ -90,19 +103,22 @@ def check_labels(
     classes: Sequence[str],
     name: str,
     advice: str = "is it this model's, and to be reduced or not?",
+    *,
+    ignored: int = IGNORED,
 ) -> None:
     """Refuses a map with class numbers that the model does not have.
 
     Args:
         advice: the end of the error.
+        ignored: the number of pixels of no class.
 
     Raises:
         BeitJaxError: names the map and the first such number.
     """
-    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= len(classes)))
+    wrong = (labels != ignored) & ((labels < 0) | (labels >= len(classes)))
     if wrong.any():
         row, column = (int(i) for i in np.argwhere(wrong)[0])
         raise BeitJaxError(
             f"{name}: label {int(labels[row, column])} at row {row}, column {column}, expected 0 to {len(classes) - 1} "
-            f"or {IGNORED} (ignored); {int(wrong.sum())} such pixels: {advice}"
+            f"or {ignored} (ignored); {int(wrong.sum())} such pixels: {advice}"
         )

@@ -13,12 +13,12 @@ from beit_jax.errors import BeitJaxError, printable
 # Sides of images have a bound of their own: a model without position tables takes images of any size.
 _LARGEST_GRID = 1 << 12  # patches along a side
 _NO_SIZES = ("image_size", "semantic_loss_ignore_index", "out_indices")
-# Sizes of parts that only some models have; the defaults of the others mean nothing.
-_OF_TASKS: Mapping[str, tuple[str, ...]] = {
-    "vocab_size": ("masked_image_modeling",),
-    "pool_scales": ("semantic_segmentation",),
-    "auxiliary_channels": ("semantic_segmentation",),
-    "auxiliary_num_convs": ("semantic_segmentation",),
+# Sizes of parts that only some models have, by the field that says so; the defaults of the others mean nothing.
+_OF_PARTS: Mapping[str, tuple[str, object]] = {
+    "vocab_size": ("task", "masked_image_modeling"),
+    "pool_scales": ("task", "semantic_segmentation"),
+    "auxiliary_channels": ("has_auxiliary_head", True),
+    "auxiliary_num_convs": ("has_auxiliary_head", True),
 }
 
 
@@ -54,10 +54,10 @@ def check_sizes(
 
 def _sizes(config: Any) -> Iterator[tuple[str, int]]:
     """The sizes in a configuration by their keys, and the lengths of its lists."""
-    task = getattr(config, "task", None)
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name in _NO_SIZES or task not in _OF_TASKS.get(field.name, (task,)):
+        part, present = _OF_PARTS.get(field.name, ("", None))
+        if field.name in _NO_SIZES or getattr(config, part, present) != present:
             continue
         if type(value) is int:
             yield field.name, value

@@ -22,7 +22,10 @@ from beit_jax import weights
 from beit_jax.cli.main import main
 from beit_jax.config import BeitConfig, hf_notes
 from beit_jax.errors import BeitJaxError
+from beit_jax.inference.predict import from_pretrained
+from beit_jax.inference.segmentation import segment
 from beit_jax.models.build import MODELS
+from tests.support.segmenter import save_segmenter
 
 DIGITS = Path(str(files("beit_jax") / "digits"))
 IMAGE = next(iter(sorted((DIGITS / "images").iterdir())))
@@ -74,7 +77,7 @@ OTHER_MODELS: list[tuple[dict[str, Any], list[str]]] = [
     ({"hidden_size": 128}, ["hidden_size", "128", "64"]),
     ({"intermediate_size": 128}, ["intermediate_size", "mlp/fc1"]),
     ({"image_size": 64}, ["image_size", "bias_table"]),
-    ({"patch_size": 8}, ["bias_table", "image_size"]),
+    ({"patch_size": 8}, ["patch_size", "embeddings/patch_kernel"]),
     ({"image_size": 64, "patch_size": 8}, ["patch_size", "embeddings/patch_kernel"]),
     ({"num_channels": 1}, ["num_channels", "embeddings/patch_kernel"]),
     ({"id2label": {"0": "no", "1": "yes"}}, ["id2label", "classifier/", "[2]", "[10]"]),
@@ -194,6 +197,23 @@ def test_numbers_as_names_are_text(changed: Callable[..., Path]) -> None:
     """Data sets whose classes are numbers are saved so."""
     source = changed("hf", {"id2label": {str(i): i * 10 for i in range(10)}})
     assert BeitConfig.from_file(source / CONFIG).labels == tuple(str(i * 10) for i in range(10))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"auxiliary_channels": 256, "auxiliary_num_convs": 10**6},
+        {"auxiliary_channels": 0, "auxiliary_num_convs": 0},
+        {"vocab_size": 0},
+        {"vocab_size": 10**6},
+    ],
+)
+def test_the_sizes_of_an_absent_part_bound_nothing(values: dict[str, Any], tmp_path: Path) -> None:
+    source = save_segmenter(tmp_path / "segmenter", ("no", "yes"), use_auxiliary_head=False)
+    content = json.loads((source / CONFIG).read_text()) | values
+    (source / CONFIG).write_text(json.dumps(content))
+    found = from_pretrained(source)
+    assert segment(*found, IMAGE).shape == (8, 8)
 
 
 # --- Label maps with gaps --------------------------------------------------------------------------------------------

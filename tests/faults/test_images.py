@@ -4,6 +4,7 @@ The tables name the formats and the places where images are read. A changed byte
 another picture would, without a word.
 """
 
+import contextlib
 import errno
 import io
 import json
@@ -17,6 +18,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -110,15 +114,51 @@ def test_a_changed_byte_of_a_png_is_always_noticed(reader: str, tmp_path: Path) 
         assert refused_or(expected, lambda changed=changed: read(changed, tmp_path / "x"), f"byte {place}"), place
 
 
-def test_a_changed_byte_of_deflated_pixels_of_a_tiff_is_always_noticed(tmp_path: Path) -> None:
-    data = CHECKED["tiff, deflated"]
-    with Image.open(io.BytesIO(data)) as image:
+@pytest.mark.parametrize("options", [{}, {"tiffinfo": {317: 2}}], ids=["plain", "differences of neighbours"])
+def test_a_changed_byte_of_deflated_pixels_of_a_tiff_is_always_noticed(options: dict[str, Any]) -> None:
+    """Also where the damage gives enough pixels before the end: there libtiff does not read on to the checksum."""
+    buffer = io.BytesIO()
+    smooth = picture().resize((30, 24))
+    smooth.save(buffer, "TIFF", compression="tiff_adobe_deflate", **options)
+    data = buffer.getvalue()
+    with Image.open(buffer) as image:
         start, length = image.tag_v2[273][0], image.tag_v2[279][0]  # type: ignore[attr-defined]
     expected, refused = decode(data, "x"), 0
+    assert np.array_equal(expected, smooth)
     for place in range(start, start + length):
         changed = data[:place] + bytes([data[place] ^ 0x11]) + data[place + 1 :]
         refused += refused_or(expected, lambda changed=changed: decode(changed, "x"), f"byte {place}")
     assert refused >= length - 1, "deflate has bits that mean nothing"
+
+
+def test_a_damaged_header_of_a_tiff_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """Pillow logs what it finds there, and warns of EXIF data; both would be lines of their own."""
+    data = CHECKED["tiff, deflated"]
+    expected = decode(data, "x")
+    for place in [*range(8), *range(len(data) - 160, len(data))]:
+        changed = data[:place] + bytes([data[place] ^ 0x11]) + data[place + 1 :]
+        with contextlib.suppress(BeitJaxError):
+            assert decode(changed, "x").dtype == expected.dtype
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("compression", "mode"), [("tiff_adobe_deflate", "RGB"), ("group4", "1")])
+def test_what_libtiff_notices_is_one_line(compression: str, mode: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """libtiff would print a line of its own, and go on after the damage of a fax page."""
+    buffer = io.BytesIO()
+    picture().convert(mode).save(buffer, "TIFF", compression=compression)
+    whole = buffer.getvalue()
+    with Image.open(buffer) as image:
+        start, length = image.tag_v2[273][0], image.tag_v2[279][0]  # type: ignore[attr-defined]
+    place = start + length // 2
+    damaged = whole[:place] + bytes([whole[place] ^ 0x11]) + whole[place + 1 :]
+    with pytest.raises(BeitJaxError, match="damaged"):
+        decode(damaged, "x")
+    assert capfd.readouterr() == ("", "")
+    assert decode(whole, "x").shape == (*SIZE, 3)
+    with pytest.raises(OSError, match="decoder error") if mode == "RGB" else contextlib.nullcontext():
+        Image.open(io.BytesIO(damaged)).load()
+    assert "Decode" in capfd.readouterr().err, "a program's own pictures print what they did"
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -248,7 +288,8 @@ def kinds(path: Path) -> dict[str, Any]:
         rgb = image.convert("RGB")
     grey = np.asarray(rgb.convert("L"))
     colour = np.asarray(rgb)
-    return {"path": path, "text": str(path), "PIL": rgb, "array h w 3": colour, "h w": grey, "h w 1": grey[..., None]}
+    arrays = {"array h w 3": colour, "h w": grey, "h w 1": grey[..., None], "jax": jnp.asarray(colour)}
+    return {"path": path, "text": str(path), "PIL": rgb, **arrays}
 
 
 KINDS = list(kinds(PICTURES[0]))
@@ -290,6 +331,32 @@ def test_an_image_of_no_kind_is_named_by_its_place(digits: Any) -> None:
     for images, name in ((wrong, "image 0"), ([PICTURES[0]] * 9 + [wrong], "image 9")):
         with pytest.raises(BeitJaxError, match=f"^{name}: expected a uint8 array"):
             beit_jax.classify(*digits, images, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        ({"image": PICTURES[0]}, "dict"),
+        (io.BytesIO(PICTURES[0].read_bytes()), "BytesIO"),
+        (PICTURES[0].read_bytes(), "bytes"),
+        (None, "NoneType"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_image_is_named_by_its_type(
+    digits: Any, wrong: Any, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users have it
+    for images in (wrong, [wrong]):
+        with pytest.raises(
+            BeitJaxError, match=f"image 0: expected a path, a PIL image or a uint8 array, found {found}"
+        ):
+            beit_jax.features(*digits, images)
+
+
+def test_what_is_being_traced_is_no_image(digits: Any) -> None:
+    with pytest.raises(BeitJaxError, match="image 0: is no array in memory"):
+        jax.jit(lambda image: digits[1](image))(np.zeros((4, 4, 3), np.uint8))
 
 
 def test_a_model_without_aggregation_says_so() -> None:

@@ -4,6 +4,7 @@ A model of two classes with random weights and masks of 0 and 1 once scored 100 
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,42 @@ def test_where_no_pixel_counts_there_is_no_score(
         assert main(["evaluate", str(models[says]), *arguments, *json_option]) == 2
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1 and "2,160 pixels" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("ignored", "says", "values", "classes"),
+    [
+        (255, False, [0, 1, 255], [0, 1, None]),
+        (1, False, [0, 1, 255], [0, None, None]),  # the model was trained without its second class
+        (0, False, [0, 1], [None, 1]),
+        (7, False, [0, 1, 7, 255], [0, 1, None, None]),
+        (-100, False, [0, 1, 255], [0, 1, None]),  # torch's default, which no PNG holds
+        (0, True, [0, 1, 2], [None, None, 1]),
+        (1, True, [0, 1, 2, 255], [None, 0, None, None]),
+        (65535, True, [0, 1, 2, 65535], [None, 0, 1, None]),
+    ],
+)
+def test_what_the_checkpoint_ignores_does_not_count(
+    ignored: int, says: bool, values: list[int], classes: list[int | None], models: dict[bool | None, Path],
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    rng, model = np.random.default_rng(3), tmp_path / "model"
+    shutil.copytree(models[says], model)
+    config = json.loads((model / "config.json").read_text()) | {"semantic_loss_ignore_index": ignored}
+    (model / "config.json").write_text(json.dumps(config))
+    loaded, right, total = from_pretrained(model), 0, 0
+    (tmp_path / "masks").mkdir()
+    for image in sorted((scenes / "images").iterdir()):
+        truth = rng.integers(0, len(values), SIZE)
+        write_label_map(np.asarray(values)[truth], tmp_path / "masks" / image.name)
+        found = segment(*loaded, image)
+        total += sum(int((truth == i).sum()) for i, name in enumerate(classes) if name is not None)
+        right += sum(int(((truth == i) & (found == name)).sum()) for i, name in enumerate(classes) if name is not None)
+    arguments = ["--images", str(scenes / "images"), "--annotations", str(tmp_path / "masks"), "--json"]
+    assert main(["evaluate", str(model), *arguments]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert (scores["pixels"], scores["all_pixels"]) == (total, 3 * SIZE[0] * SIZE[1])
+    assert scores["aAcc"] == pytest.approx(right / total)
 
 
 def test_a_class_beyond_the_model_names_the_other_option(

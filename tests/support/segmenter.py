@@ -1,6 +1,7 @@
 """A tiny segmentation model with random weights, as a native checkpoint on disk."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,8 +11,14 @@ from beit_jax.models.build import param_shapes
 from beit_jax.weights import NativeCheckpoint, save
 
 
-def save_segmenter(directory: Path, labels: tuple[str, ...], *, do_reduce_labels: bool | None = None) -> Path:
-    """Writes a model of these classes for images of 32 x 32 pixels; the checkpoint may say how label maps count."""
+def save_segmenter(
+    directory: Path, labels: tuple[str, ...], *, do_reduce_labels: bool | None = None, **changes: Any
+) -> Path:
+    """Writes a model of these classes for images of 32 x 32 pixels; the checkpoint may say how label maps count.
+
+    Args:
+        changes: other fields of the configuration.
+    """
     config = BeitConfig(
         task="semantic_segmentation",
         image_size=(32, 32),
@@ -23,6 +30,7 @@ def save_segmenter(directory: Path, labels: tuple[str, ...], *, do_reduce_labels
         labels=labels,
         out_indices=(0, 1, 2, 3),
         auxiliary_channels=8,
+        **changes,
     )
     rng = np.random.default_rng(0)
     params = {

@@ -15,8 +15,8 @@ from beit_jax.images.label_maps import (
     IGNORED,
     LabelMap,
     check_labels,
+    model_labels,
     read_label_map,
-    reduce_labels,
 )
 from beit_jax.images.processor import ImageProcessor, open_image
 from beit_jax.inference.segmentation import DEFAULT, Inference, segment
@@ -73,7 +73,8 @@ class Numbering:
     """How annotations count the classes.
 
     Attributes:
-        from_one: they count from 1, and 0 is no class; otherwise from 0. 255 is no class in both.
+        from_one: they count from 1, and 0 is no class; otherwise from 0. In both, neither 255 beyond the classes nor
+            the checkpoint's ``semantic_loss_ignore_index`` is a class.
         source: who says so, for people.
     """
 
@@ -194,7 +195,8 @@ def evaluate_folders(
     bad = BadImages(len(pairs) + len(alone), max_bad)
     for place, reason in enumerate(alone, start=len(pairs)):
         bad.note(place, BeitJaxError(reason))
-    confusion = Confusion(model.config.labels)
+    labels, ignored = model.config.labels, model.config.semantic_loss_ignore_index
+    confusion = Confusion(labels, ignored)
     with progress(len(pairs)) as advance:
         for place, (image, annotation) in enumerate(pairs):
             try:
@@ -203,9 +205,9 @@ def evaluate_folders(
                 bad.note(place, error)
             else:
                 _check_size(truth, picture, annotation, image)
-                truth = reduce_labels(truth) if how_counted.from_one else truth
+                truth = model_labels(truth, len(labels), from_one=how_counted.from_one, ignored=ignored)
                 advice = f"annotations were read as {how_counted.option} reads them; or do you want {other.option}?"
-                check_labels(truth, model.config.labels, printable(annotation), advice)
+                check_labels(truth, labels, printable(annotation), advice, ignored=ignored)
                 confusion.add(segment(model, processor, picture, how), truth, printable(annotation))
             advance(1)
     scores = confusion.scores()
