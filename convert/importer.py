@@ -212,6 +212,13 @@ def _target(config: BeitConfig, options: Options) -> BeitConfig:
         changes["image_size"] = tuple(n * p for n, p in zip(config.grid, changes["patch_size"], strict=True))
     if options.image_size is not None:
         changes["image_size"] = _pair(options.image_size)
+    sides, patch = changes.get("image_size", config.image_size), changes.get("patch_size", config.patch_size)
+    if any(side % step for side, step in zip(sides, patch, strict=True)):
+        near = (max(1, round(side / step)) * step for side, step in zip(sides, patch, strict=True))
+        raise BeitJaxError(
+            f"--image-size {sides[0]} {sides[1]}: expected multiples of the patch {patch[0]}x{patch[1]}, such as "
+            f"{' '.join(map(str, near))}"
+        )
     return replace(config, **changes)
 
 

@@ -16,14 +16,14 @@ import numpy as np
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.hub import Source
+from beit_jax.hub import CONFIG, Source
 from beit_jax.json_file import read_json_array
 from beit_jax.models.build import build_model
 from beit_jax.models.interface import BeitOutput
 from beit_jax.tree import unflatten
 
 from .importer import plan
-from .reference import Reference
+from .reference import Reference, refusing
 
 TOLERANCE = 1e-5
 """The largest absolute error of a stage may be this, times the stage's largest magnitude where that exceeds 1. float32
@@ -67,7 +67,7 @@ class Comparison:
 
 
 def check(source: Source, pixel_values: np.ndarray | None = None, *, seed: int = 0, batch: int = 2) -> list[Stage]:
-    """Returns the stages of `compare`."""
+    """Returns the stages of `compare`, on `pixel_values` [b, h, w, c] or noise."""
     return compare(source, pixel_values, seed=seed, batch=batch).stages
 
 
@@ -100,7 +100,8 @@ def compare(
             pixel_values = rng.standard_normal((batch, *config.image_size, config.num_channels)).astype(np.float32)
         mask = _mask(config, pixel_values, rng)
         reference = Reference(decided)
-        expected = list(_reference_stages(reference.model, pixel_values, mask))
+        with refusing(source.directory / CONFIG):
+            expected = list(_reference_stages(reference.model, pixel_values, mask))
         params = {name: leaf.astype(np.float32) for name, leaf in decided.reader.params().items()}
     with jax.default_matmul_precision("highest"):
         model = build_model(config, unflatten(params))

@@ -1,6 +1,8 @@
 """transformers' model of a checkpoint, with the tensors of the file itself, or a refusal."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,22 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG
 from beit_jax.json_file import read_json
 
+from .formats.format import TRANSPOSED, is_transposed
 from .importer import Plan
+
+
+@contextmanager
+def refusing(file: Path) -> Iterator[None]:
+    """Says that transformers cannot take what a ``config.json`` describes.
+
+    Raises:
+        BeitJaxError: in the place of any error; the libraries that check a configuration raise errors of many classes.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = printable(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+        raise BeitJaxError(f"{file}: transformers refuses it ({reason}): nothing to compare with") from None
 
 
 class Reference:
@@ -45,20 +62,18 @@ class Reference:
             raise self._unread("its configuration is not that of transformers' model")
         self._kind = getattr(transformers, config.to_hf()["architectures"][0])
         self._options = {"add_pooling_layer": config.has_pooler} if config.task == "features" else {}
-        try:
+        with refusing(file):
             self._config = self._kind.config_class.from_dict(content)
             self._config._attn_implementation = "eager"
             self.model = self._kind(self._config, **self._options).float().eval()
-        except Exception as error:  # the libraries that check a configuration raise errors of many classes
-            reason = printable(" ".join(f"{type(error).__name__}: {error}".split()), 300)
-            raise BeitJaxError(f"{file}: transformers refuses it ({reason}): nothing to compare with") from None
         state = self.model.state_dict()
         tensors = {
             theirs: torch.from_numpy(decided.checkpoint.read(name).astype(np.float32))
             for name, theirs in self._names(state).items()
         }
         self.model.load_state_dict(state | tensors, strict=True)
-        self.notes = self._from_pretrained(tensors)
+        with refusing(file):
+            self.notes = (*self._from_pretrained(tensors), *(TRANSPOSED,) * is_transposed(config))
 
     def _names(self, state: dict[str, Any]) -> dict[str, str]:
         """The name in transformers' model of every tensor in the file. All learned tensors of both are in it."""

@@ -72,7 +72,7 @@ def check_tensors(
 
 
 _QUANTISED = re.compile(
-    r"\.(SCB|weight_format|(nested_)?absmax|quant_\w+(\..*)?|qweight|qzeros|scales|g_idx|_weight_\w+)$"
+    r"\.(SCB|weight_format|(nested_)?absmax|quant_\w+(\..*)?|qweight|qzeros|scales|g_idx|W_q|_data|_scale|_weight_\w+)$"
 )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from beit_jax.cli.arguments import Hub, Json, SourceName
+from beit_jax.cli.arguments import Hub, Json, SourceName, require_counts
 from beit_jax.convert.formats import LAYOUTS, Layout
 from beit_jax.convert.options import Options
 from beit_jax.errors import BeitJaxError, printable
@@ -140,7 +140,7 @@ def export(
 def parity(
     source: Positional[SourceName],
     *,
-    image: tuple[Path, ...] = (),
+    image: Annotated[tuple[Path, ...], arg(metavar="IMAGE...", help_behavior_hint="")] = (),
     batch: int = 2,
     seed: int = 0,
     json: Json = False,
@@ -162,6 +162,9 @@ def parity(
     from beit_jax.convert import parity as comparison
     from beit_jax.weights.native import is_native
 
+    require_counts(batch=batch)
+    if seed < 0:
+        raise BeitJaxError(f"--seed {seed}: expected an integer of at least 0")
     where = hub.resolve(source)
     if where.path.is_dir() and is_native(where.path):
         raise BeitJaxError(

@@ -28,22 +28,24 @@ def adaptations(source: BeitConfig, target: BeitConfig) -> dict[str, tuple[tuple
     """
     parent = "" if source.task == "features" else "beit/"
     shared, layer = parent + "shared_bias_table", parent + "blocks/attention/bias_table"
+    stacks = {layer: source.num_hidden_layers}  # the number of blocks of every leaf that holds one table per block
+    if source.aggregation_layers:
+        stacks["aggregation/blocks/attention/bias_table"] = source.aggregation_layers
     result: dict[str, tuple[tuple[str, ...], Adaptation]] = {}
     resize = partial(resize_table, source=source.grid, target=target.grid, method=target.position_resize)
     if source.position_bias != target.position_bias:
         if (source.position_bias, target.position_bias) != ("shared", "per_layer"):
             change = f"{source.position_bias} cannot become {target.position_bias}"
-            raise BeitJaxError(f"position bias {change}; only shared can become per_layer")
+            raise BeitJaxError(f"position bias {change}; only shared can become per_layer: leave --position-bias out")
         # Fine-tuning starts every layer from the table that pre-training shared (beit/run_class_finetuning.py).
-        result[layer] = (
-            (shared,),
-            lambda leaves: np.repeat(resize(leaves[shared])[None], source.num_hidden_layers, axis=0),
-        )
+        for name, count in stacks.items():
+            result[name] = (shared,), partial(_copies, name=shared, count=count, resize=resize)
     elif source.grid != target.grid:
         if source.has_shared_bias:
             result[shared] = (shared,), lambda leaves: resize(leaves[shared])
         if source.has_layer_bias:
-            result[layer] = (layer,), lambda leaves: np.stack([resize(table) for table in leaves[layer]])
+            for name in stacks:
+                result[name] = (name,), partial(_each, name=name, resize=resize)
     if source.grid != target.grid and source.use_absolute_position_embeddings:
         name = parent + "embeddings/position_embeddings"
         result[name] = (
@@ -54,6 +56,14 @@ def adaptations(source: BeitConfig, target: BeitConfig) -> dict[str, tuple[tuple
         kernel = parent + "embeddings/patch_kernel"
         result[kernel] = (kernel,), lambda leaves: resize_patch_kernel(leaves[kernel], target.patch_size)
     return result
+
+
+def _copies(leaves: Leaves, *, name: str, count: int, resize: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return np.repeat(resize(leaves[name])[None], count, axis=0)
+
+
+def _each(leaves: Leaves, *, name: str, resize: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return np.stack([resize(table) for table in leaves[name]])
 
 
 def resize_table(table: np.ndarray, *, source: Grid, target: Grid, method: PositionResize) -> np.ndarray:

@@ -4,7 +4,7 @@ Opening checks everything that names, shapes, dtypes and layout can tell; no ten
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -13,6 +13,7 @@ from typing import Literal, Self
 import numpy as np
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.hub import WEIGHTS as NATIVE
 
 from . import adapters
 from .msgpack_file import MsgpackFile
@@ -36,6 +37,12 @@ WEIGHT_NAMES: Mapping[str, Format] = {
 
 Kind = Literal["safetensors", "zip", "pickle", "msgpack"]
 
+# Parallel training, torch.compile, Lightning and transformers' wrapper of timm's models put one of these before every
+# name of a model. No known format begins with one.
+_WRAPPED = ("module.", "_orig_mod.", "model.", "timm_model.")
+
+_OTHERS = {b"\x89HDF": "HDF5, of TensorFlow or Keras", b"GGUF": "GGUF"}
+
 
 class Checkpoint:
     """Open weights. A context manager; `close` closes the files.
@@ -52,15 +59,17 @@ class Checkpoint:
     def __init__(self, path: Path, parts: Sequence[WeightFile], notes: Sequence[str] = ()) -> None:
         """`parts` hold no name twice."""
         self._parts = tuple(parts)
-        self._owner = {name: part for part in parts for name in part.tensors}
+        removed = _wrapping({name for part in parts for name in part.tensors})
+        self._owner = {name.removeprefix(removed): (part, name) for part in parts for name in part.tensors}
         self.path = path
         self.files = tuple(part.file.path for part in parts)
         formats = " and ".join(sorted({part.format for part in parts}))
         self.format = formats if len(parts) == 1 else f"{formats}, {len(parts)} shards"
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {name: self._owner[name].tensors[name] for name in sorted(self._owner)}
+            {name: part.tensors[stored] for name, (part, stored) in sorted(self._owner.items())}
         )
         self.notes = (*notes, *(note for part in parts for note in part.notes))
+        self.notes += (f"prefix {removed!r} removed from every name",) * bool(removed)
         self.metadata: Mapping[str, object] = MappingProxyType(
             {key: value for part in parts for key, value in part.metadata.items()}
         )
@@ -78,7 +87,8 @@ class Checkpoint:
         """
         if name not in self._owner:
             raise BeitJaxError(f"{printable(self.path, 1024)} holds no tensor {printable(name)}")
-        return self._owner[name].read(name, out)
+        part, stored = self._owner[name]
+        return part.read(stored, out)
 
     def close(self) -> None:
         """Closes all files."""
@@ -92,6 +102,14 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _wrapping(names: Collection[str]) -> str:
+    """What wrappers have put before every name, "" if nothing; nested wrappers come one behind the other."""
+    found, bare = "", names
+    while bare and (prefix := next((each for each in _WRAPPED if all(n.startswith(each) for n in bare)), "")):
+        found, bare = found + prefix, {name.removeprefix(prefix) for name in bare}
+    return found
 
 
 def open_checkpoint(path: Path, *, prefer: str | None = None, format: Format | None = None) -> Checkpoint:
@@ -113,6 +131,8 @@ def open_checkpoint(path: Path, *, prefer: str | None = None, format: Format | N
             adapters.refuse_adapter(path.parent)
         if path.name.endswith(INDEX_SUFFIX):
             return _open_shards(path, path, prefer, ())
+        if path.name == NATIVE:
+            raise BeitJaxError(f"{printable(path, 1024)}: of a native checkpoint; give its directory")
         return Checkpoint(path, [_open_file(path, prefer)])
     adapters.refuse_adapter(path)
     wanted = [name for name in WEIGHT_NAMES if format in (None, WEIGHT_NAMES[name])]
@@ -132,12 +152,20 @@ def _nothing_found(directory: Path, wanted: Sequence[str]) -> str:
         names = sorted(os.listdir(directory))
     except OSError as error:
         raise BeitJaxError(f"cannot read {label}: {printable(error.strerror)}") from None
+    if NATIVE in names:
+        return (
+            f"{label} is a native checkpoint, converted already: use it as it is, or convert what it was made of; "
+            "beit-jax export makes a Hugging Face directory of it"
+        )
+    holding = [name for name in names if any(os.path.lexists(directory / name / each) for each in wanted)]
     found = ", ".join(printable(name, 60) for name in names[:10]) or "nothing"
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return (
-        f"{label} holds no weights: expected one of {', '.join(wanted)}; found {found}{more}. "
-        "A weight file of another name can be given itself"
-    )
+    advice = "A weight file of another name can be given itself"
+    if holding:
+        advice = f"Give one of its directories: {printable(directory / holding[-1], 1024)}"
+    elif wanted != list(WEIGHT_NAMES):
+        advice = "Leave --format out, or give a weight file of another name itself"
+    return f"{label} holds no weights: expected one of {', '.join(wanted)}; found {found}{more}. {advice}"
 
 
 def _open_shards(path: Path, index_path: Path, prefer: str | None, notes: Sequence[str]) -> Checkpoint:
@@ -211,6 +239,9 @@ def _describe(head: bytes) -> str | None:
         return "JSON text, probably an error message saved as weights (download it again)"
     if head[257:262] == b"ustar":
         return "a tar archive, which PyTorch before 0.2 wrote (load it there and save it again)"
+    for start, kind in _OTHERS.items():
+        if head.startswith(start):
+            return f"{kind}; save the model with save_pretrained or torch.save"
     if head.startswith(b"\x1f\x8b"):
         return "gzip-compressed (unpack it first)"
     return None

@@ -100,7 +100,10 @@ def _entry(file: RandomAccessFile, name: str, entry: object) -> tuple[TensorInfo
         raise BeitJaxError(f"{where} has the header entry {shown(entry)}; expected dtype, shape and data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise BeitJaxError(f"{where} has dtype {shown(entry['dtype'])}; expected one of {', '.join(DTYPES)}")
+        raise BeitJaxError(
+            f"{where} has dtype {shown(entry['dtype'])}; expected one of {', '.join(DTYPES)}: "
+            "load it with the library that wrote it, and save it as float32 or bfloat16"
+        )
     info = checked_info(name, entry["shape"], dtype, file.path)
     match entry["data_offsets"]:
         case [int(begin), int(end)] if 0 <= begin <= end < 2**63:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
     from ..files.weight_file import TensorInfo
 
+TRANSPOSED = (
+    "transformers 5 reads the position biases of a grid that is not square with height and width exchanged; here they "
+    "are read as they are counted, and its outputs are others"
+)
+
 _RUNNING_MEAN, _BATCHES = ".running_mean", ".num_batches_tracked"
 
 
@@ -127,6 +132,11 @@ def _head(sighting: Sighting) -> str:
         if any(name.startswith("decode_head.") for name in sighting.tensors):
             return "ForSemanticSegmentation"
     return "Model"
+
+
+def is_transposed(config: BeitConfig) -> bool:
+    """True for a model of which transformers reads the position biases in another order than they are counted in."""
+    return config.position_bias != "none" and config.grid[0] != config.grid[1]
 
 
 def default_preset(config: BeitConfig) -> PresetName:

@@ -79,7 +79,7 @@ def settle(size: Size, certain: Sequence[Statement], hints: Sequence[Statement],
     if first.heads < 1 or size.width % first.heads:
         raise BeitJaxError(
             f"{file}: {first.where}: expected a number of attention heads that divides the width {size.width}, "
-            f"found {first.heads}"
+            f"found {first.heads}: correct it"
         )
     return first
 
@@ -96,7 +96,9 @@ def stated_by_architecture(name: object, arguments: Mapping[str, Any], size: Siz
     weights of another model.
     """
     for key in _HEADS:
-        if (heads := integer(arguments.get(key))) is not None:
+        if (stated := arguments.get(key)) is not None:
+            if (heads := integer(stated)) is None:
+                raise BeitJaxError(f"{where}{key}: expected the number of attention heads, found {printable(stated)}")
             return [Statement(heads, f"{where}{key}")]
     bare = str(name).rpartition("/")[2].partition(".")[0]  # hub names have an owner, timm's names a tag
     known = next((known for pattern, known in _ARCHITECTURES.items() if pattern.fullmatch(bare)), None)
@@ -116,7 +118,7 @@ def stated_in_training(metadata: Mapping[str, object], size: Size | None = None)
     """
     explicit: list[Statement] = []
     named: list[Statement] = []
-    for path, settings in _settings(metadata, ""):
+    for path, settings in all_settings(metadata):
         for key in _HEADS:
             if (heads := integer(settings.get(key))) is not None:
                 explicit.append(Statement(heads, printable(path + key, 80)))
@@ -127,15 +129,23 @@ def stated_in_training(metadata: Mapping[str, object], size: Size | None = None)
     return explicit or named
 
 
-def _settings(value: Mapping[str, object], path: str, depth: int = _DEPTH) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def all_settings(
+    value: Mapping[str, object], path: str = "", depth: int = _DEPTH
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the settings of a training loop, and those within them that are of the model, each with its path."""
     yield path, value
     for key, inner in value.items():
         if depth and isinstance(inner, Mapping) and not _OTHER_NETWORKS.search(key):
-            yield from _settings(inner, f"{path}{key}.", depth - 1)
+            yield from all_settings(inner, f"{path}{key}.", depth - 1)
 
 
 def integer(value: object) -> int | None:
-    """Returns an integer that may count something, also from the text that safetensors' metadata holds, else None."""
+    """Returns a whole number that may count something, else None.
+
+    safetensors' metadata holds it as text, and some configuration files as 12.0.
+    """
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 31:
+        return int(value)
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,6}", value):
         return int(value)
     return value if type(value) is int and abs(value) < 1 << 31 else None

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from beit_jax.config import BeitConfig
+from beit_jax.config import BeitConfig, ProblemType
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG
 from beit_jax.images.preprocessor_config import RESAMPLES
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
 
 
 def _matches(content: Mapping[str, Any] | None) -> bool:
-    return content is not None and "architecture" in content and "model_type" not in content
+    """timm's own file, or transformers' of a model that it lets timm build."""
+    return content is not None and "architecture" in content and content.get("model_type") in (None, "timm_wrapper")
 
 
 def _describe(sighting: Sighting) -> Description:
     """The model from the tensors and ``model_args``, the images from ``pretrained_cfg``."""
-    content, file = sighting.content, sighting.config_file
-    assert content is not None  # `_matches`
+    file = sighting.config_file
+    assert sighting.content is not None  # `_matches`
+    content = {key: value for key, value in sighting.content.items() if value is not None}
     arguments = Fields(content, file).typed("model_args", dict, {})
     images = Fields(content, file).typed("pretrained_cfg", dict, {})
     found = describe_by_tensors(
@@ -45,12 +47,20 @@ def _describe(sighting: Sighting) -> Description:
         origin=file,
     )
     labels = content.get("label_names")
-    config = replace(found.config, position_resize="geometric_linear")
+    config = replace(
+        found.config, position_resize="geometric_linear", problem_type=_problem_type(Fields(content, file))
+    )
     if isinstance(labels, list) and len(labels) == config.num_labels:
         config = replace(config, labels=tuple(map(str, labels)))
     seen = (f"timm's {printable(content['architecture'])}, images by its pretrained_cfg", *found.seen)
     prepare = partial(images_of, images, config, f"{file}: pretrained_cfg")
     return replace(found, config=config, seen=seen, processor=prepare)
+
+
+def _problem_type(read: Fields) -> ProblemType | None:
+    """What an export of a model that is no usual classifier says; timm has no word for it, and does not read it."""
+    stated = "problem_type" in read.content
+    return read.choice("problem_type", get_args(ProblemType), None) if stated else None  # type: ignore[no-any-return]
 
 
 def _image_sizes(argument: object, channels_and_size: object) -> list[tuple[int, int]]:
@@ -115,6 +125,8 @@ def _write(naming: SourceFormat, directory: Path, checkpoint: "NativeCheckpoint"
     content = timm_config(config, processor)
     write_safetensors(directory / "model.safetensors", naming.to_torch(config, checkpoint.params))
     write_json(directory / CONFIG, content)
+    if processor.num_channels != config.num_channels:
+        return [f"timm prepares images of {config.num_channels} channels in no way that is known here"]
     theirs = images_of(content["pretrained_cfg"], config, CONFIG)
     if theirs == processor:
         return []
@@ -153,6 +165,7 @@ def timm_config(config: BeitConfig, processor: ImageProcessor) -> dict[str, Any]
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
+        **({} if config.problem_type is None else {"problem_type": config.problem_type}),  # not read by timm
         "beit_jax": __version__,
     }
 

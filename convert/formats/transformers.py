@@ -11,7 +11,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.hub import CONFIG, PROCESSOR
 from beit_jax.json_file import write_json
 
-from .format import SourceFormat
+from .format import TRANSPOSED, Description, Sighting, SourceFormat, describe_by_config, is_transposed
 from .rules import CONV, FLAT, LINEAR, QKV, Rules, affine, linear, renamed, rule
 from .segmentation import SegmentationNames
 from .writing import write_safetensors
@@ -79,7 +79,17 @@ EXCHANGED = (
 )
 
 
+def _describe(sighting: Sighting) -> Description:
+    found = describe_by_config(sighting)
+    return replace(found, seen=(*found.seen, TRANSPOSED)) if is_transposed(found.config) else found
+
+
 def _refusal(config: BeitConfig) -> str | None:
+    (height, width), patch = config.image_size, config.patch_size
+    if config.use_absolute_position_embeddings and height != width:
+        return "transformers computes absolute position embeddings of square images only"
+    if config.position_bias != "none" and patch[0] != patch[1]:
+        return "transformers computes position biases of square patches only"
     if config.aggregation_layers:
         return "transformers has no patch aggregation, the extra blocks that convert --aggregate-from 0 leaves out"
     if config.model_type == "data2vec-vision" and config.task == "masked_image_modeling":
@@ -89,7 +99,7 @@ def _refusal(config: BeitConfig) -> str | None:
 
 def _refusal_data2vec(config: BeitConfig) -> str | None:
     if config.model_type == "data2vec-vision" and config.task == "semantic_segmentation":
-        return None
+        return _refusal(config)
     return "only Data2VecVision's segmentation models have these names"
 
 
@@ -99,7 +109,8 @@ def _write(naming: SourceFormat, directory: Path, checkpoint: "NativeCheckpoint"
     write_json(directory / CONFIG, checkpoint.config.to_hf())
     write_json(directory / PROCESSOR, checkpoint.processor.to_hf())
     config = checkpoint.config
-    return [EXCHANGED] if config.task == "masked_image_modeling" and config.pooling == "cls" else []
+    exchanged = config.task == "masked_image_modeling" and config.pooling == "cls"
+    return [EXCHANGED] * exchanged + [TRANSPOSED] * is_transposed(config)
 
 
 HF = SourceFormat(
@@ -111,6 +122,7 @@ HF = SourceFormat(
     # transformers 5 writes a model that gives feature maps without prefix, except for this norm.
     unused_norm_prefix="beit.",
     hosts=("backbone.",),
+    describe=_describe,
     write=_write,
     refusal=_refusal,
 )

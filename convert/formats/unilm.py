@@ -14,10 +14,11 @@ import numpy as np
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.json_file import Fields
 from beit_jax.models.attention import relative_position_index
 
 from .format import Description, Sighting, SourceFormat, default_preset, describe_by_config
-from .heads import BASE, LARGE, Size, Statement, integer, settle, stated_by_user, stated_in_training
+from .heads import BASE, LARGE, Size, Statement, all_settings, integer, settle, stated_by_user, stated_in_training
 from .rules import CONV, FLAT, FUSED_QKV, LINEAR, Rules, affine, linear, rule
 from .writing import write_pth
 
@@ -95,6 +96,7 @@ def describe_by_tensors(
             )
         return found
 
+    _refuse_relatives(sighting)
     hidden, channels, *patch = shape("patch_embed.proj.weight", 4)
     size = Size(hidden, _count(tensors, r"blocks\.(\d{1,6})\..*"), shape("blocks.0.mlp.fc1.weight", 2)[0])
     shared, layer = "rel_pos_bias.relative_position_bias_table", "blocks.0.attn.relative_position_bias_table"
@@ -119,8 +121,7 @@ def describe_by_tensors(
     if regression:
         seen.append("data2vec: its head predicts features of the encoder's own width")
     early, extra = _aggregation(sighting, size) if task == "masked_image_modeling" else (0, 0)
-    if extra:
-        seen.append(f"patch aggregation: {extra} extra blocks read the patches of block {early}")
+    seen += _aggregation_seen(early, extra)
     config = BeitConfig(
         model_type="data2vec-vision" if regression else "beit",
         task=task,  # type: ignore[arg-type]
@@ -186,32 +187,74 @@ def _image_size(
     return int(side) * patch[0], int(side) * patch[1]
 
 
+def _refuse_relatives(sighting: Sighting) -> None:
+    """Refuses models with the same names for most tensors: no number of heads, and no configuration, makes them BEiT.
+
+    Raises:
+        BeitJaxError: names the tensor that BEiT does not have.
+    """
+    tensors, first = sighting.backbone, "blocks.0."
+    shapes = [tensors[n].shape for n in (f"{first}mlp.fc1.weight", f"{first}mlp.fc2.weight") if n in tensors]
+    gated = [len(shape) for shape in shapes] == [2, 2] and shapes[0][0] == 2 * shapes[1][1]
+    found = {
+        f"{first}attn.qkv.bias: one bias for all three, as in ViT, DeiT, MAE, DINO and BEiT-3; BEiT has q_bias and "
+        "v_bias": f"{first}attn.qkv.bias" in tensors and f"{first}attn.q_bias" not in tensors,
+        f"{first}mlp.fc1.weight: a gated MLP, as in EVA-02": gated,
+    }
+    for what, is_there in found.items():
+        if is_there:
+            raise BeitJaxError(f"{sighting.file}: {what}: a relative of BEiT, which nothing here computes")
+
+
 def _aggregation(sighting: Sighting, size: Size) -> tuple[int, int]:
     """BEiT v2's patch aggregation: the block it reads, and its number of blocks; zeros where it is left out.
 
     A second head (``cls_pt_lm_head``) has no place here, and its blocks are left out with it.
     """
-    names = sighting.tensors
-    count = _count(names, r"cls_pt_layers\.(\d{1,6})\..*")
-    if not count or sighting.aggregate_from == 0 or any(name.startswith("cls_pt_lm_head.") for name in names):
+    count = _extra_blocks(sighting)
+    if not count or sighting.aggregate_from == 0 or any(n.startswith("cls_pt_lm_head.") for n in sighting.tensors):
         return 0, 0
-    early = sighting.aggregate_from
-    if early is None:
-        arguments = sighting.metadata.get("args")
-        early = integer(arguments.get("early_layers")) if isinstance(arguments, Mapping) else None
-    if early is None:
+    stated = {integer(settings.get("early_layers")) for _, settings in all_settings(sighting.metadata)} - {None}
+    early = sighting.aggregate_from or (stated.pop() if len(stated) == 1 else None)
+    if early is None and not stated:
         early = EARLY.get(size)
     if early is None or not 0 < early <= size.depth:
+        found = " and ".join(str(each) for each in {early, *stated} - {None}) or "nothing"
         raise BeitJaxError(
             f"{sighting.file}: expected the block whose patches its {count} cls_pt_layers read (early_layers, 1 to "
-            f"{size.depth}), found {'nothing' if early is None else early}: convert it with --aggregate-from N, or "
-            "with --aggregate-from 0 to leave them out"
+            f"{size.depth}), found {found}: convert it with --aggregate-from N, or with "
+            "--aggregate-from 0 to leave them out"
         )
     return early, count
 
 
+def _aggregation_seen(early: int, extra: int) -> list[str]:
+    return [f"patch aggregation: {extra} extra blocks read the patches of block {early}"] if extra else []
+
+
+def _extra_blocks(sighting: Sighting) -> int:
+    return _count(sighting.tensors, r"cls_pt_layers\.(\d{1,6})\..*")
+
+
 def _describe(sighting: Sighting) -> Description:
-    return describe_by_tensors(sighting) if sighting.content is None else describe_by_config(sighting)
+    if sighting.content is None:
+        return describe_by_tensors(sighting)
+    found, count = describe_by_config(sighting), _extra_blocks(sighting)
+    config, file = found.config, sighting.config_file
+    if config.task != "masked_image_modeling" or not count:
+        return found
+    own = Fields(sighting.content, file).typed("beit_jax", dict, {})
+    if "aggregation_layers" not in own:  # transformers has no place for these blocks, and says nothing of them
+        size = Size(config.hidden_size, config.num_hidden_layers, config.intermediate_size)
+        early, extra = _aggregation(sighting, size)
+        config = replace(config, aggregate_from=early, aggregation_layers=extra)
+        return replace(found, config=config, seen=(*found.seen, *_aggregation_seen(early, extra)))
+    if config.aggregation_layers not in (0, count):
+        raise BeitJaxError(
+            f"{file}: beit_jax: aggregation_layers: expected {count}, as the file has cls_pt_layers, or 0 to leave "
+            f"them out, found {config.aggregation_layers}"
+        )
+    return found
 
 
 def position_indices(config: BeitConfig) -> dict[str, np.ndarray]:

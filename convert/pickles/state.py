@@ -73,9 +73,6 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
         _refuse_nested(others, bool(mapping), label)
     tensors = _named_tensors(mapping, label)
     metadata, noted = _settings(others)
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-        notes.append("prefix 'module.' removed from every name")
     return State(tensors, metadata, (*notes, *noted))
 
 

@@ -215,6 +215,36 @@ def weights_of_another_name(place: Place) -> Case:
     return place.convert(place.hf), ["holds no weights", "can be given itself"], nothing, place.convert(file)
 
 
+def run_of_a_trainer(place: Place) -> Case:
+    directory = place.hf.rename(place.path / "run")
+    (directory / "checkpoint-5").mkdir()
+    for file in [each for each in directory.iterdir() if each.is_file()]:
+        file.rename(directory / "checkpoint-5" / file.name)
+    return (
+        place.convert(directory),
+        ["checkpoint-5", "one of its directories"],
+        nothing,
+        place.convert(directory / "checkpoint-5"),
+    )
+
+
+def another_format(place: Place) -> Case:
+    refused = place.convert(place.hf, "--format", "flax")
+    return refused, ["flax_model.msgpack", "Leave --format out"], nothing, place.convert(place.hf)
+
+
+def no_multiple_of_the_patch(place: Place) -> Case:
+    refused = place.convert(place.hf, "--image-size", "30")
+    return refused, ["--image-size", "such as 32 32"], nothing, place.convert(place.hf, "--image-size", "32", "32")
+
+
+def no_shared_table(place: Place) -> Case:
+    model = reference.random_model(**reference.TINY | {"num_labels": 3})
+    place.hf = reference.save(model, place.path / "none")
+    refused = place.convert(place.hf, "--position-bias", "per_layer")
+    return refused, ["leave --position-bias out"], nothing, place.convert(place.hf)
+
+
 def timm_with_borders(place: Place) -> Case:
     state = original.original_names(place.state())
     save_file(state, place.hf / "model.safetensors")
@@ -293,6 +323,10 @@ CASES: Mapping[str, Callable[[Place], Case]] = {
     "not finite": not_finite,
     "pickle under a wrong name": pickle_under_a_wrong_name,
     "weights of another name": weights_of_another_name,
+    "run of a trainer": run_of_a_trainer,
+    "another format": another_format,
+    "no multiple of the patch": no_multiple_of_the_patch,
+    "no shared table": no_shared_table,
     "timm with borders": timm_with_borders,
     "preset of a square": preset_of_a_square,
     "classified at once": classified_at_once,

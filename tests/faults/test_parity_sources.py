@@ -147,6 +147,40 @@ def test_a_configuration_that_transformers_refuses_is_one_line(saved: Path, monk
         parity.check(resolve(saved))
 
 
+def test_transformers_order_of_oblong_grids_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It reads their biases with height and width exchanged: convert, parity and export say it."""
+    source = str(reference.save(reference.random_model(**OPTIONS | {"image_size": [16, 40]}), tmp_path / "wide"))
+    native = str(tmp_path / "native")
+    for code, command in (
+        (0, ["convert", source, native]), (1, ["parity", source]), (0, ["export", native, str(tmp_path / "out")])
+    ):  # fmt: skip
+        assert main(command) == code
+        assert "height and width exchanged" in capsys.readouterr().out, command
+
+
+@pytest.mark.parametrize("option", [["--batch", "0"], ["--batch", "-1"], ["--seed", "-1"]])
+def test_numbers_that_compare_nothing(option: list[str], saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parity", str(saved), *option]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and option[0] in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_size": [16, 40], "use_absolute_position_embeddings": True},
+        {"quantization_config": {"load_in_8bit": True}},
+    ],
+)
+def test_what_transformers_cannot_run_is_one_line(changes: dict[str, Any], tmp_path: Path) -> None:
+    options = reference.TINY | {"num_labels": 3} | {k: v for k, v in changes.items() if k != "quantization_config"}
+    directory = reference.save(reference.random_model(**options), tmp_path / "saved")
+    config = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BeitJaxError, match="transformers refuses it"):
+        parity.compare(resolve(directory))
+
+
 # What from_pretrained makes of a file. --------------------------------------------------------------------------------
 
 CONVERTING = (Path(__file__).parents[2] / "docs" / "converting.md").read_text(encoding="utf-8")

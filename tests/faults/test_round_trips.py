@@ -44,6 +44,10 @@ MODELS = {
     ),
     "classifier, not square": replace(TINY, **CLASSES, image_size=(16, 40), position_bias="both"),
     "classifier of one channel": replace(TINY, **CLASSES, num_channels=1),
+    "several labels": replace(TINY, **CLASSES, problem_type="multi_label_classification"),
+    "regression": replace(TINY, **CLASSES, problem_type="regression"),
+    "oblong patches": replace(TINY, **CLASSES, patch_size=(8, 4), position_bias="per_layer"),
+    "oblong, with positions": replace(TINY, **CLASSES, image_size=(16, 40), use_absolute_position_embeddings=True),
     "data2vec classifier": replace(TINY, **CLASSES, **DATA2VEC),
     "pre-training": replace(TINY, **MASKED, position_bias="shared"),
     "pre-training, class token": replace(TINY, **MASKED, pooling="cls"),
@@ -71,9 +75,15 @@ SAID_BY_TIMM = {"hf", "unilm_eval", "timm", "timm, crop_pct", "lanczos, squashed
 HELD_BY_TIMM = {
     "encoder", "encoder, class token", "classifier", "classifier without a table", "classifier, class token",
     "classifier, odd sizes", "classifier, not square", "classifier of one channel", "data2vec classifier",
+    "several labels", "regression", "oblong patches", "oblong, with positions",
 }  # fmt: skip
 REFUSED = {
-    "hf": {"pre-training, aggregation": "--aggregate-from 0", "data2vec pre-training": "--to original"},
+    "hf": {
+        "pre-training, aggregation": "--aggregate-from 0",
+        "data2vec pre-training": "--to original",
+        "oblong patches": "square patches only: export --to original or --to timm",
+        "oblong, with positions": "square images only: export --to original or --to timm",
+    },
     "original": {"pre-training, class token": "--to hf"},
     "timm": {name: "timm's BEiT has no place for" for name in MODELS.keys() - HELD_BY_TIMM},
 }

@@ -93,6 +93,12 @@ def in_metadata(state: Tensors, directory: Path) -> Path:
     return directory / "weights.safetensors"
 
 
+def timm_wrapper(state: Tensors, directory: Path) -> Path:
+    """transformers' model that timm builds, as `save_pretrained` writes it."""
+    wrapped = {f"timm_model.{name}": tensor for name, tensor in state.items()}
+    return timm(model_type="timm_wrapper", model_args={"num_heads": HEADS})(wrapped, directory)
+
+
 STATED = {
     "timm's model_args": timm(model_args={"num_heads": HEADS}),
     "timm's model_args of another size": timm(architecture="beit_base_patch16_224", model_args={"num_heads": HEADS}),
@@ -102,6 +108,9 @@ STATED = {
     "opt": saved(opt={"num_attention_heads": HEADS}),
     "hyper-parameters of Lightning": saved(hyper_parameters={"net": {"num_heads": HEADS}}),
     "metadata of safetensors": in_metadata,
+    "a float": saved(args={"num_heads": float(HEADS)}),
+    "null beside it": timm(model_args={"num_heads": HEADS}, pretrained_cfg=None, label_names=None),
+    "transformers' wrapper of timm": timm_wrapper,
     "transformers' config.json": beside(num_attention_heads=HEADS),
     "a decoder's heads beside": saved(args={"num_heads": HEADS, "decoder": {"num_heads": 8}}),
 }
@@ -228,7 +237,21 @@ def unmerged(directory: Path) -> Path:
     return directory
 
 
+def damaged(directory: Path) -> Path:
+    (directory / "adapter_config.json").write_text("nonsense")
+    return directory
+
+
+def of_another_kind(directory: Path) -> Path:
+    """VeRA's, LoKr's, BOFT's and layer norms have other names, behind peft's own prefix."""
+    name = "base_model.model.beit.layers.0.attention.q_proj.vera_lambda_b"
+    save_file({name: torch.zeros(4)}, directory.parent / "vera.safetensors")
+    return directory.parent / "vera.safetensors"
+
+
 ADAPTED = {
+    "damaged": damaged,
+    "of another kind": of_another_kind,
     "beside the weights": lambda directory: directory,
     "beside the weight file": lambda directory: directory / "model.safetensors",
     "its configuration": only_config,
@@ -258,6 +281,39 @@ def test_a_model_without_its_adapter(adapted: Path) -> None:
     (adapted / "adapter_config.json").rename(adapted.parent / "adapter_config.json")
     (adapted / "adapter_model.safetensors").rename(adapted.parent / "adapter_model.safetensors")
     convert(resolve(adapted), adapted.parent / "native")
+
+
+# Wrappers' prefixes, and relatives of BEiT. ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "model._orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_prefixes_of_wrappers_are_removed(
+    prefix: str, suffix: str, state: Tensors, model: torch.nn.Module, tmp_path: Path
+) -> None:
+    """DistributedDataParallel's, torch.compile's, Lightning's."""
+    wrapped = {prefix + name: tensor for name, tensor in state.items()}
+    path = tmp_path / f"weights.{suffix}"
+    save_file(wrapped, path) if suffix == "safetensors" else torch.save({"state_dict": wrapped}, path)
+    assert any(repr(prefix) in note for note in plan(resolve(path), Options(num_heads=HEADS)).notes)
+    assert_logits(path, model, Options(num_heads=HEADS))
+
+
+RELATIVES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "ViT": (lambda s: {n.replace("q_bias", "qkv.bias"): t for n, t in s.items() if "v_bias" not in n}, "qkv.bias"),
+    "EVA-02": (lambda s: s | {"blocks.0.mlp.fc2.weight": torch.zeros(WIDTH, 24)}, "gated MLP"),
+}
+
+
+@pytest.mark.parametrize(("change", "word"), RELATIVES.values(), ids=RELATIVES)
+def test_relatives_are_refused_before_anything_is_asked_for(
+    change: Callable[[Tensors], Tensors], word: str, state: Tensors, tmp_path: Path
+) -> None:
+    """No number of heads and no configuration would make them BEiT."""
+    source = saved()(change(state), tmp_path)
+    with pytest.raises(BeitJaxError, match=f"{word}.*relative of BEiT") as caught:
+        plan(resolve(source))
+    assert "--num-heads" not in str(caught.value)
 
 
 # VQ-KD's attention heads. ---------------------------------------------------------------------------------------------

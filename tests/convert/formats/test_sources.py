@@ -173,6 +173,37 @@ def test_patch_aggregation_by_option(tmp_path: Path) -> None:
     assert any(f"{len(left.dropped)} tensors of heads" in note and "cls_pt_layers" in note for note in left.notes)
 
 
+@pytest.mark.parametrize(
+    "entries", [{"config": {"early_layers": 2}}, {"hyper_parameters": {"model": {"early_layers": "2"}}}, {"args": {}}]
+)
+def test_patch_aggregation_beside_a_configuration(tmp_path: Path, entries: dict[str, Any]) -> None:
+    """transformers' config.json has no word for these blocks: what the file, or the user, says of them counts."""
+    state, params = aggregated(tmp_path)
+    torch.save({"model": state} | entries, tmp_path / "hf" / "v2.pth")
+    options = Options(aggregate_from=2) if entries == {"args": {}} else Options()
+    checkpoint = load(resolve(tmp_path / "hf" / "v2.pth"), options)
+    assert (checkpoint.config.aggregate_from, checkpoint.config.aggregation_layers) == (2, 2)
+    assert_same(checkpoint.params, params)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["beit_jax"] = {"aggregate_from": 2, "aggregation_layers": 1}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BeitJaxError, match=r"aggregation_layers: expected 2.*found 1"):
+        plan(resolve(tmp_path / "hf" / "v2.pth"))
+
+
+@pytest.mark.parametrize(
+    ("bias", "change"), [("per_layer", {"image_size": 48}), ("shared", {"position_bias": "per_layer"})]
+)
+def test_patch_aggregation_of_another_size(tmp_path: Path, bias: str, change: dict[str, Any]) -> None:
+    """The extra blocks' tables change as the encoder's do."""
+    state, _ = aggregated(tmp_path, bias)
+    torch.save({"model": state}, tmp_path / "v2.pth")
+    params = load(resolve(tmp_path / "v2.pth"), Options(aggregate_from=1, **change)).params
+    tables = [params[f"{part}/blocks/attention/bias_table"] for part in ("beit", "aggregation")]
+    shift = 1 if bias == "per_layer" else 0  # the copies of the encoder's blocks are shifted by one
+    np.testing.assert_allclose(tables[1], tables[0] + shift, rtol=0, atol=1e-5)
+
+
 def test_aggregation_with_its_own_head_is_left_out(tmp_path: Path) -> None:
     """--shared_lm_head False has a second head, for which there is no place; the rest is whole."""
     state, params = aggregated(tmp_path)
