@@ -108,12 +108,15 @@ class OptimOptions:
     min_lr: Annotated[float, NOT_NEGATIVE] = 1e-6
     """Learning rate at the end."""
     epochs: Annotated[float, POSITIVE] = 30.0
+    """Passes over the training images."""
     warmup_epochs: Annotated[float, NOT_NEGATIVE] = 5.0
-    """Linear warmup from `warmup_lr`."""
+    """Epochs in which the learning rate grows linearly to its peak."""
     warmup_lr: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Learning rate at the first step of the warmup."""
     schedule: Literal["cosine", "poly"] = "cosine"
     """After the warmup: half a cosine, or a straight line (a polynomial of power 1)."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
+    """AdamW's weight decay, times the learning rate at each step."""
     layer_decay: Annotated[float, PART] = 1.0
     """Learning rate of each layer over that of the next; 1 for none."""
     decay_bias_tables: bool = True
@@ -121,16 +124,19 @@ class OptimOptions:
     decay_class_token: bool = False
     """Apply weight decay to the class token; the original does so in segmentation only."""
     beta1: Annotated[float, RATE] = 0.9
+    """Decay of the moving average of gradients."""
     beta2: Annotated[float, RATE] = 0.999
+    """Decay of the moving average of squared gradients."""
     epsilon: Annotated[float, POSITIVE] = 1e-8
+    """Added to the root of the squared gradients' average."""
     clip: Annotated[float | None, POSITIVE] = None
-    """Largest global norm of the gradient."""
+    """Largest global norm of the gradient; without it nothing is clipped."""
     accumulate: Annotated[int, COUNT] = 1
     """Parts of a batch that are computed one after the other."""
     ema: Annotated[float | None, RATE] = None
-    """Decay of the moving average of parameters, data2vec's teacher; None keeps none."""
+    """Decay of the moving average of parameters, data2vec's teacher; without it none is kept."""
     ema_start: Annotated[float | None, RATE] = None
-    """Decay at the first step, from which it grows linearly to `ema`; None: constant."""
+    """Decay at the first step, from which it grows linearly to that of `ema`; without it the decay is constant."""
     ema_steps: Annotated[int, WHOLE] = 0
     """Steps over which it grows."""
     max_bad_steps: Annotated[int, COUNT] = 10
@@ -142,6 +148,7 @@ class RunOptions:
     """How a run is carried out; nothing here changes what it computes, except `seed` and `mesh` (rounding)."""
 
     seed: Annotated[int, WHOLE] = 0
+    """Of everything that is drawn: parameters, order of images, augmentation, dropout."""
     mesh: Annotated[tuple[int, int, int], AXES] = (-1, 1, 1)
     """Devices along (data, fsdp, tensor); -1: all that are left."""
     log_every: Annotated[int, COUNT] = 50
@@ -173,6 +180,7 @@ class CropOptions:
     crop_ratio: Annotated[tuple[float, float], GROWING] = (3 / 4, 4 / 3)
     """Width over height of the crop."""
     interpolation: Interpolation = "bicubic"
+    """How the crop is resized; random: bilinear or bicubic, drawn for every image."""
     flip: Annotated[float, SHARE] = 0.5
     """Probability of a horizontal flip."""
     color_jitter: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -187,7 +195,7 @@ class AugmentOptions(CropOptions):
     """
 
     randaugment: str | None = "rand-m9-mstd0.5-inc1"
-    """RandAugment in timm's notation; None for none."""
+    """RandAugment in timm's notation; None: no RandAugment."""
     erasing: Annotated[float, SHARE] = 0.25
     """Probability of erasing a rectangle (2 % to 1/3 of the area) by normal noise."""
     mixup: Annotated[float, NOT_NEGATIVE] = 0.0

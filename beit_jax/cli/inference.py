@@ -195,7 +195,7 @@ def reconstruct(
     tokenizer: Annotated[str, arg(metavar="TOKENIZER", help="dVAE encoder that the model was trained with.")],
     decoder: Annotated[str, arg(metavar="DECODER", help="dVAE decoder of the same tokens.")],
     output: Annotated[Path, arg(aliases=["-o"])] = Path("reconstruction.png"),
-    mask_patches: int | None = None,
+    mask_patches: Annotated[int | None, arg(metavar="NUMBER", help_behavior_hint="")] = None,
     seed: int = 0,
     json: Json = False,
     hub: Annotated[Hub, arg(name="")] = Hub(),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _Image = Annotated[Path, arg(metavar="IMAGE", help="Image file.")]
 _Output = Annotated[Path, arg(aliases=["-o"], help="Picture to write, ending in .png, .svg or .pdf.")]
-_Block = Annotated[int | None, arg(metavar="NUMBER")]
+_Block = Annotated[int | None, arg(metavar="NUMBER", help_behavior_hint="")]
 _Patch = Annotated[
     tuple[int, int] | None,
     arg(

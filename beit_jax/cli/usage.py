@@ -6,13 +6,27 @@ mistakes, `tyro._errors`, is not part of its interface: where it is missing, tyr
 
 import ast
 import difflib
+import inspect
 import io
+import shutil
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
-from typing import Any, NoReturn
+from dataclasses import is_dataclass, replace
+from functools import partial
+from types import NoneType
+from typing import Annotated, Any, NoReturn, Union, get_args
 
 import tyro
-from tyro.conf import FlagCreatePairsOff
+from tyro.conf import FlagCreatePairsOff, arg
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from beit_jax.errors import BeitJaxError, printable
 
@@ -38,7 +52,14 @@ def run(function: Function, prog: str, arguments: Sequence[str], *, of_recipe: b
     """
     with _one_line(function, prog, arguments, of_recipe=of_recipe):
         switches = () if of_recipe else (FlagCreatePairsOff,)
-        return tyro.cli(function, prog=prog, args=list(arguments), config=switches)
+        return tyro.cli(
+            function,
+            prog=prog,
+            description=_description(function),
+            args=list(arguments),
+            config=switches,
+            registry=_registry(),
+        )
 
 
 COMPLETION = {"--tyro-print-completion": "SHELL", "--tyro-write-completion": "SHELL FILE"}
@@ -59,6 +80,62 @@ def completion(functions: dict[str, Function], prog: str, arguments: Sequence[st
         raise BeitJaxError(f"{option}: expected {COMPLETION[option]}, of {_listed(SHELLS, 'or')}; found {found}")
     tyro.extras.subcommand_cli_from_dict(functions, prog=prog, args=list(arguments), config=(FlagCreatePairsOff,))
     raise AssertionError("tyro ends the process")
+
+
+def _description(function: Function) -> str:
+    """A function's docstring without its arguments, for this terminal.
+
+    tyro prints a paragraph as one line of any length, but keeps a line that begins with no letter: hence the indent.
+    """
+    text = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
+    wrap = partial(
+        textwrap.fill,
+        width=max(shutil.get_terminal_size().columns, 20),
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n\n".join(block if "\n  " in block else wrap(block) for block in text.split("\n\n"))
+
+
+def _registry() -> ConstructorRegistry:
+    """tyro's reading of a group of options, a dataclass, except for how an option that may be None is shown.
+
+    tyro shows it as "--clip {None}|FLOAT  (default: None)", which tells nobody what happens by default: its text does.
+    """
+    registry = ConstructorRegistry()
+    asked: list[Any] = []  # the groups that tyro's own rule is being asked about
+
+    @registry.struct_rule
+    def group(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not is_dataclass(info.type) or info.type in asked:
+            return None
+        asked.append(info.type)
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            asked.pop()
+        if not isinstance(spec, StructConstructorSpec):
+            return None
+        return replace(spec, fields=tuple(map(_in_words, spec.fields)))
+
+    return registry
+
+
+def _in_words(option: StructFieldSpec) -> StructFieldSpec:
+    """The option without "None", unless None is what somebody has to say to take the default back."""
+    kind, *notes = get_args(option.type) if hasattr(option.type, "__metadata__") else (option.type,)
+    kinds = tuple(each for each in get_args(kind) if each is not NoneType)
+    if NoneType not in get_args(kind) or is_dataclass(kinds[0]):
+        return option
+    values = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(Union[kinds], set()))  # noqa: UP007
+    if not isinstance(values, PrimitiveConstructorSpec):
+        return option
+    if option.default is None:
+        shown = arg(metavar=values.metavar, help_behavior_hint="")
+    else:
+        shown = arg(metavar=f"{values.metavar}|None")
+    return replace(option, type=Annotated[(kind, shown, *notes)])  # what stands in `notes` goes first
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -88,8 +165,9 @@ def _one_line(
             case mistakes.MissingSubcommand(subcommand_spec=choices):
                 text = f"{name}: expected {_listed(list(choices.parser_from_name), 'or')} after it"
             case mistakes.InvalidChoice(argument=argument, value=value, choices=choices):
-                expected = _listed(list(choices), "or")
-                text = f"{_flag(argument)}: expected {expected}, found {printable(value)}{nearest(value, choices)}"
+                words = sorted({*choices} - {"None"}, key=_metavar(argument).index)
+                expected = _listed(words, "or")
+                text = f"{_flag(argument)}: expected {expected}, found {printable(value)}{nearest(value, words)}"
             case mistakes.BadValue(argument=argument) | mistakes.InstantiationFailure(argument=argument) if argument:
                 found = " ".join(map(printable, _values(argument, arguments))) or "nothing"
                 text = f"{_flag(argument)}: expected {_metavar(argument)}, found {found}"
@@ -142,7 +220,7 @@ def _spelled(argument: Any) -> str:
 
 
 def _metavar(argument: Any) -> str:
-    return str(argument.lowered.metavar).replace("{None}|", "")
+    return str(argument.lowered.metavar).replace("{None}|", "").replace("{None,", "{")
 
 
 def _values(argument: Any, arguments: Sequence[str]) -> Iterator[str]:

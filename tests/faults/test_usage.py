@@ -45,6 +45,8 @@ def refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str
         ([*CLASSIFY, "--batch_sise", "3"], ["--batch_sise", "the nearest is --batch-size"]),
         (["classify"], ["SOURCE", "missing", "see beit-jax classify --help"]),
         (["convert", "only-one"], ["DEST", "missing"]),
+        (["convert", "a", "b", "--position-resize", "timm"], ["expected bilinear, geometric or geometric_linear,"]),
+        (["convert", "a", "b", "--num-heads", "x"], ["--num-heads: expected INT, found x"]),
         (["inspect", "a", "--tensor"], ["the nearest is --tensors"]),
         (["features", "a", "b.png", "--pooling", "cl"], ["--pooling", "pooled, mean, cls or tokens", "found cl"]),
         (["export", "a", "b", "--to", "tim"], ["--to", "the nearest is timm"]),
@@ -187,8 +189,31 @@ def help_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [*([name] for name in COMMANDS), *([name, "digits_finetune"] for name in RECIPE_COMMANDS),
      *(["plot", kind] for kind in ("attention", "rollout", "position-bias", "curves", "parity"))],
 )  # fmt: skip
-def test_help_says_no_empty_default(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert "(default: )" not in help_of(arguments, capsys)
+def test_help_says_defaults_in_words(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is no word for it, and is named only where it is a value to give: `--optim.clip FLOAT|None`."""
+    monkeypatch.setenv("COLUMNS", "600")  # nothing is wrapped
+    text = help_of(arguments, capsys)
+    for nothing in ("(default: )", "(default: None)", "{None"):
+        assert nothing not in text
+
+
+@pytest.mark.parametrize("width", [60, 100])
+@pytest.mark.parametrize("arguments", [["convert"], ["prepare"], ["train"], ["aot", "beit_base_pt1k"]])
+def test_paragraphs_of_help_keep_to_the_width(
+    arguments: list[str], width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    blocks = help_of(arguments, capsys).partition("╭")[0].split("\n\n")[1:]
+    prose = [block for block in blocks if not block.startswith(("Try:", "SOURCE:"))]
+    assert prose and max(len(line) for block in prose for line in block.splitlines()) <= width
+
+
+def test_none_takes_a_recipes_value_back(capsys: pytest.CaptureFixture[str]) -> None:
+    """digits_finetune clips, and --optim.clip None stops that: the next thing that is missing is the data."""
+    assert "FLOAT|None" in help_of(["train", "digits_finetune"], capsys)
+    assert "nowhere: no data set" in refused([*TRAIN, "--optim.clip", "None"], capsys)
 
 
 def test_a_switch_that_may_be_on_has_both_forms(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,7 @@ def digits_data2vec() -> Data2vecRecipe:
 def digits_finetune() -> ClassificationRecipe:
     """A classifier of 8x8 digits from a random start: at least 97 % of 450 held-out images, in minutes on a laptop.
 
-    `beit-jax prepare digits DIR` makes the data.
+    The data are made by `beit-jax prepare digits DIR`.
     """
     return ClassificationRecipe(
         model=ModelOptions(variant="digits", drop_path=0.1, dtype="float32"),

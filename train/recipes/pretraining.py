@@ -33,7 +33,7 @@ def _imagenet_statistics(recipe: MaskedTokensRecipe) -> MaskedTokensRecipe:
 def beit_base_pt22k() -> MaskedTokensRecipe:
     """BEiT-B on ImageNet-22k: `beit_base_patch16_224_pt22k`. 16 V100 x 128, 150 epochs, 10,000 steps of warmup.
 
-    `--tokenizer` is DALL-E's encoder, converted.
+    Its --tokenizer is DALL-E's encoder, converted.
     """
     return _beit("beit_base_patch16_224_pt22k", epochs=150, warmup=10_000 / (_IMAGENET22K // 2048))
 
@@ -75,7 +75,7 @@ def _beitv2(variant: str, *, epochs: float, aggregate_from: int, drop_path: floa
 def beitv2_base_pt1k() -> MaskedTokensRecipe:
     """BEiT v2 B on ImageNet-1k, 1600 epochs: 85.5 top-1 fine-tuned. 16 V100 x 128.
 
-    `--tokenizer` is vqkd_encoder_base_decoder_3x768x12_clip, converted.
+    Its --tokenizer is vqkd_encoder_base_decoder_3x768x12_clip, converted.
     """
     return _beitv2("beit_base_patch16_224_pt22k", epochs=1600, aggregate_from=9, drop_path=0.1, beta2=0.999)
 
