@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from beit_jax.cli.main import main
 from beit_jax.convert import tokenizers
 from beit_jax.tokenizers.build import tokenizer_shapes
 from beit_jax.tokenizers.dvae import DvaeEncoderConfig
+from beit_jax.train.loop import run as training
 
 DIGITS = Path(str(files("beit_jax") / "digits"))
 IMAGE = next(iter(sorted((DIGITS / "images").iterdir())))
@@ -224,6 +226,27 @@ def test_an_export_without_marks_is_nobodys(work: Path, capsys: pytest.CaptureFi
     """As builds before 0.1.0 wrote it, and as transformers does."""
     trained_further(work / "out")
     refused(work, EXPORT, capsys, "marks", "remove it yourself")
+
+
+@pytest.mark.thorough
+def test_a_training_run_keeps_what_is_put_into_its_model(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it runs: a directory that is not empty is no place to begin a run."""
+    save = training._Run._write
+    mine = {"model/thesis.md": b"years of work", "model/pictures/a.png": b"a person's", "model/.hidden": b""}
+
+    def put_first(run: training._Run, directory: Path, *rest: Any) -> None:
+        for name, content in mine.items():
+            (work / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+            (work / "run" / name).write_bytes(content)
+        save(run, directory, *rest)
+
+    monkeypatch.setattr(training._Run, "_write", put_first)
+    assert main(["prepare", "digits", str(work / "data")]) == 0
+    options = ["--data", str(work / "data"), "--init", str(work / "native"), "--out", str(work / "run")]
+    assert main(["train", "digits_finetune", *options, "--optim.epochs", "0.05", "--optim.warmup-epochs", "0"]) == 0
+    after = tree(work / "run")
+    assert {name: after[name] for name in mine} == mine
+    assert main(["export", str(work / "run" / "model"), str(work / "again")]) == 0
 
 
 def test_a_destination_inside_the_source_costs_nothing(work: Path) -> None:

@@ -93,6 +93,10 @@ def no_records(data: Path) -> None:
         (lambda at: (at / INFO).write_text("{"), r"dataset_info.json: damaged"),
         (lambda at: (at / "features.json").unlink(), r"dataset_info.json: damaged"),
         (lambda at: (at / "features.json").write_text("[]"), r"dataset_info.json: damaged"),
+        (
+            lambda at: (at / "label.labels.txt").write_bytes(b"ant\nb\xff\n"),
+            r"labels.txt: no UTF-8 text at byte 5; correct",
+        ),
         (lambda at: edit(at / INFO, fileFormat="tfrecord"), r"array_record.*tfrecord"),
         (no_records, r"the split train has no records"),
     ],
