@@ -130,7 +130,8 @@ def export(
     from beit_jax.weights.native import is_native, load, read_config
 
     if not is_native(native):
-        raise BeitJaxError(f"{printable(native)}: not a native checkpoint (no {WEIGHTS}); convert it first")
+        way = "give its directory" if native.name == WEIGHTS else "convert it first"
+        raise BeitJaxError(f"{printable(native)}: not the directory of a native checkpoint (no {WEIGHTS}); {way}")
     exporter.check_export(dest, to, read_config(native), overwrite=overwrite, source=native)
     notes = exporter.export(load(native), dest, to, overwrite=overwrite, source=native)
     print_lines([f"{dest}: written for {to}", *(f"note: {note}" for note in notes)])
@@ -141,7 +142,7 @@ def parity(
     source: Positional[SourceName],
     *,
     image: Annotated[tuple[Path, ...], arg(metavar="IMAGE...", help_behavior_hint="")] = (),
-    batch: int = 2,
+    batch: Annotated[int | None, arg(metavar="NUMBER", help_behavior_hint="")] = None,
     seed: int = 0,
     json: Json = False,
     hub: Annotated[Hub, arg(name="")] = Hub(),
@@ -156,13 +157,15 @@ def parity(
 
     Args:
         image: Images to compare on; by default BATCH images of noise.
-        batch: Number of images of noise.
+        batch: Number of images of noise, by default 2.
         seed: Seed of the noise and of the masked patches.
     """
     from beit_jax.convert import parity as comparison
     from beit_jax.weights.native import is_native
 
-    require_counts(batch=batch)
+    require_counts(batch=batch, most=1024)
+    if image and batch is not None:
+        raise BeitJaxError("--batch is the number of images of noise, which --image replaces; leave one out")
     if seed < 0:
         raise BeitJaxError(f"--seed {seed}: expected an integer of at least 0")
     where = hub.resolve(source)
@@ -171,7 +174,7 @@ def parity(
             f"{source}: a native checkpoint; give the Hugging Face directory it was converted from, or what "
             "beit-jax export writes"
         )
-    found = comparison.compare(where, images=image, seed=seed, batch=batch)
+    found = comparison.compare(where, images=image, seed=seed, batch=2 if batch is None else batch)
     stages, notes = found.stages, list(found.notes)
     if json:
         print_json([stage.as_dict() | ({"notes": notes} if notes else {}) for stage in stages])

@@ -60,7 +60,7 @@ def _describe(sighting: Sighting) -> Description:
 def _problem_type(read: Fields) -> ProblemType | None:
     """What an export of a model that is no usual classifier says; timm has no word for it, and does not read it."""
     stated = "problem_type" in read.content
-    return read.choice("problem_type", get_args(ProblemType), None) if stated else None  # type: ignore[no-any-return]
+    return read.choice("problem_type", get_args(ProblemType), None) if stated else None
 
 
 def _image_sizes(argument: object, channels_and_size: object) -> list[tuple[int, int]]:
