@@ -1,6 +1,7 @@
 """The images below a folder: one rule for every command."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -14,15 +15,24 @@ SUFFIXES: Final = frozenset(
 )
 """The endings of the formats in `beit_jax.images.files.FORMATS`."""
 
+_FOREIGN_FOLDERS: Final = frozenset({"__MACOSX", "@eaDir"})  # of macOS's archives, of Synology's thumbnails
+
 
 def image_files(root: Path) -> list[Path]:
     """The images at any depth below a folder, sorted by path.
 
-    A file is an image if its suffix is one of `SUFFIXES`. Hidden files, such as macOS's ``._cat.png``, and files in
-    hidden folders are left out.
+    A file is an image if its suffix is one of `SUFFIXES`. Links to folders are followed, as torchvision does. What
+    `is_foreign` names is left out.
+
+    Raises:
+        BeitJaxError: a folder cannot be read.
     """
-    found = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and not _is_hidden(path, root))
-    return sorted(path for path in found if path.is_file())
+    return sorted(_below(root, frozenset({os.path.realpath(root)})))
+
+
+def is_foreign(name: str) -> bool:
+    """True for what other programs put between a person's files: hidden ones, as macOS's ``._cat.png``, and folders."""
+    return name.startswith(".") or name in _FOREIGN_FOLDERS
 
 
 def named_images(paths: Iterable[Path]) -> list[Path]:
@@ -42,5 +52,16 @@ def named_images(paths: Iterable[Path]) -> list[Path]:
     return images
 
 
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def _below(folder: Path, chain: frozenset[str]) -> Iterator[Path]:
+    """The images below a folder. The chain holds the real places of the folders above, so that no link leads round."""
+    try:
+        entries = [entry for entry in os.scandir(folder) if not is_foreign(entry.name)]
+    except OSError as error:
+        raise BeitJaxError(f"{printable(folder)}: cannot be read ({error.strerror}); check its permissions") from None
+    for entry in entries:
+        path = Path(entry.path)
+        if entry.is_dir():
+            if (place := os.path.realpath(path)) not in chain:
+                yield from _below(path, chain | {place})
+        elif path.suffix.lower() in SUFFIXES and entry.is_file():
+            yield path

@@ -9,6 +9,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -30,11 +31,12 @@ from beit_jax.cli.main import main
 from beit_jax.errors import BeitJaxError
 from beit_jax.images.files import FORMATS, open_image
 from beit_jax.images.label_maps import decode_label_map, read_label_map
-from beit_jax.images.listing import SUFFIXES
+from beit_jax.images.listing import SUFFIXES, image_files
 from beit_jax.inference.segmentation import MAX_SIDE, segment
 from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
 from beit_jax.train.augmentation.decode import decode
 from beit_jax.train.data.datasets import open_dataset
+from beit_jax.train.data.listing import annotated_images, class_images
 from tests.support.segmenter import save_segmenter
 
 DIGITS = Path(str(files("beit_jax") / "digits"))
@@ -391,6 +393,49 @@ def folder(tmp_path: Path) -> Path:
 
 
 GOOD = 13
+
+
+def test_foreign_folders_are_left_out_and_links_are_followed_once(folder: Path, tmp_path: Path) -> None:
+    bad = folder / "nine" / "bad.png"
+    for name in ("__MACOSX", "@eaDir", ".git"):
+        shutil.copytree(folder / "zero", folder / name)
+    (folder / "nine" / "up").symlink_to(folder)
+    (tmp_path / "elsewhere").mkdir()
+    bad.rename(tmp_path / "elsewhere" / "bad.png")
+    (folder / "nine" / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "nine" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    found = image_files(folder)
+    assert len(found) == GOOD + 1 and folder / "nine" / "linked" / "bad.png" in found and found == sorted(found)
+    assert set(class_images(folder)) == {"nine", "zero"}
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scan(place: Path) -> Any:
+        if place.name == "zero":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return scandir(place)
+
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(BeitJaxError, match=r"zero: cannot be read \(Permission denied\)"):
+        image_files(folder)
+
+
+def test_annotations_of_one_name_in_two_folders_are_not_exchanged(tmp_path: Path) -> None:
+    """Pairs by the name alone once compared every image with the last map of its name."""
+    for kind, names in (("images", ["a/0.jpg", "b/0.jpg", "a/1.jpg"]), ("maps", ["a/0.png", "b/0.png", "1.png"])):
+        for name in names:
+            (tmp_path / kind / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / kind / name).touch()
+    images, maps = tmp_path / "images", tmp_path / "maps"
+    assert annotated_images(images, maps) == [
+        (images / "a" / "0.jpg", maps / "a" / "0.png"),
+        (images / "a" / "1.jpg", maps / "1.png"),
+        (images / "b" / "0.jpg", maps / "b" / "0.png"),
+    ]
+    (maps / "b" / "0.png").unlink()
+    with pytest.raises(BeitJaxError, match=r"maps/b/0\.png: no such file.*1 of 3"):
+        annotated_images(images, maps)
 
 
 def test_classify_leaves_out_and_names(native: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,12 @@
 """Lists the images of a tree with a folder per class, or with annotations; for `prepare` and for `evaluate`."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.listing import SUFFIXES, image_files
+from beit_jax.images.listing import SUFFIXES, image_files, is_foreign
 
 SPLIT_FOLDERS: Final[Mapping[str, tuple[str, ...]]] = {
     "train": ("train", "training"),
@@ -16,13 +17,13 @@ SPLIT_FOLDERS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def class_folders(root: Path) -> list[Path]:
-    """The folders of a tree with a folder per class, sorted by name. Hidden folders are left out.
+    """The folders of a tree with a folder per class, sorted by name. Foreign ones (`is_foreign`) are left out.
 
     Raises:
         BeitJaxError: `root` is no folder.
     """
     check_folder(root)
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in root.iterdir() if path.is_dir() and not is_foreign(path.name))
 
 
 def class_images(root: Path) -> dict[str, list[Path]]:
@@ -46,6 +47,8 @@ def class_images(root: Path) -> dict[str, list[Path]]:
 def annotated_images(images: Path, annotations: Path) -> list[tuple[Path, Path]]:
     """Every image of a folder with its annotation, the PNG of the same name in another folder; sorted by path.
 
+    In folders below these, names are compared with their folders; where no two files share a name, without them.
+
     Raises:
         BeitJaxError: a folder is missing or has no files of its kind, or an image has no annotation.
     """
@@ -61,18 +64,26 @@ def images_with_maps(images: Path, annotations: Path) -> tuple[list[tuple[Path, 
     Raises:
         BeitJaxError: a folder is missing or has no files of its kind.
     """
-    pictures = image_files(images)
-    maps = {path.stem: path for path in image_files(annotations) if path.suffix.lower() == ".png"}
-    for folder, kind, found in ((images, "images", pictures), (annotations, "annotations (.png)", maps)):
+    found = []
+    for folder, kind, suffixes in ((images, "images", SUFFIXES), (annotations, "annotations (.png)", {".png"})):
         check_folder(folder, kind)
-        if not found:
+        found.append([path for path in image_files(folder) if path.suffix.lower() in suffixes])
+        if not found[-1]:
             raise BeitJaxError(f"{printable(folder)}: no {kind} in this folder")
-    alone = [
-        f"{printable(annotations / (path.stem + '.png'))}: no such file, the annotation of {printable(path.name)}"
-        for path in pictures
-        if path.stem not in maps
-    ]
-    return [(path, maps[path.stem]) for path in pictures if path.stem in maps], alone
+    pictures, maps = found
+    known = {path.relative_to(annotations).with_suffix(""): path for path in maps}
+    counts = Counter(path.stem for path in maps), Counter(path.stem for path in pictures)
+    alike = {path.stem: path for path in maps if max(count[path.stem] for count in counts) == 1}
+    pairs, alone = [], []
+    for path in pictures:
+        name = path.relative_to(images).with_suffix("")
+        annotation = known.get(name, alike.get(path.stem))
+        if annotation is not None:
+            pairs.append((path, annotation))
+        else:
+            missing = printable(annotations / f"{name}.png")
+            alone.append(f"{missing}: no such file, the annotation of {printable(path.name)}")
+    return pairs, alone
 
 
 def check_folder(root: Path, kind: str = "") -> None:

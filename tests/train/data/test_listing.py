@@ -59,12 +59,14 @@ def test_both_commands_know_the_same_names_of_splits(train: str, validation: str
 
 def test_an_images_annotation_has_its_name(tmp_path: Path) -> None:
     images, annotations = tree(tmp_path / "images"), tmp_path / "annotations"
-    annotations.mkdir()
     for path in image_files(images):
-        Image.new("L", (2, 3)).save(annotations / f"{path.stem}.png")
+        annotation = (annotations / path.relative_to(images)).with_suffix(".png")
+        annotation.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (2, 3)).save(annotation)
     pairs = annotated_images(images, annotations)
     assert [image for image, _ in pairs] == image_files(images)
-    assert all(image.stem == annotation.stem for image, annotation in pairs)
+    for image, annotation in pairs:
+        assert image.relative_to(images).with_suffix("") == annotation.relative_to(annotations).with_suffix("")
 
 
 def test_a_class_without_images_is_named(tmp_path: Path) -> None:
