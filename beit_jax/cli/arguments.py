@@ -142,12 +142,15 @@ def refuse_given(options: Any, reason: str) -> None:
         raise BeitJaxError(f"{', '.join(found)}: {reason}; leave {'it' if len(found) == 1 else 'them'} out")
 
 
-def require_counts(**counts: int | None) -> None:
-    """Refuses numbers below 1, by the names of their options: ``batch_size`` for --batch-size. None was not given.
+def require_counts(*, least: int = 1, most: int = 1 << 16, **counts: int | None) -> None:
+    """Refuses numbers out of range, by the names of their options: ``batch_size`` for --batch-size. None was not given.
+
+    A larger number is a slip, and would fill the memory or the machine with processes.
 
     Raises:
         BeitJaxError: names the first such option.
     """
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise BeitJaxError(f"--{name.replace('_', '-')}: expected an integer of at least 1, found {count}")
+        if count is not None and not least <= count <= most:
+            expected = f"an integer of at least {least}" if count < least else f"at most {most:,}"
+            raise BeitJaxError(f"--{name.replace('_', '-')}: expected {expected}, found {count}")

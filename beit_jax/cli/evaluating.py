@@ -46,9 +46,8 @@ class ClassificationArguments:
         Raises:
             BeitJaxError: names the option.
         """
-        require_counts(eval_batch_size=self.eval_batch_size)
-        if self.workers is not None and self.workers < 0:
-            raise BeitJaxError(f"--workers {self.workers}: expected at least 0")
+        require_counts(eval_batch_size=self.eval_batch_size, most=4096)
+        require_counts(workers=self.workers, least=0, most=1024)
         if self.confusion is not None and self.confusion.suffix.lower() != ".png":
             raise BeitJaxError(f"{printable(self.confusion)}: expected a name ending in .png")
 

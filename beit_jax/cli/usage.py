@@ -148,11 +148,11 @@ def _one_line(
     function: Function, prog: str, arguments: Sequence[str], *, of_recipe: bool
 ) -> AbstractContextManager[None]:
     """Makes tyro raise a BeitJaxError for a mistake, instead of printing a box and ending the process."""
-    if mistakes is None:
+    if not hasattr(mistakes, "on_parse_error"):
         return nullcontext()
     name = prog.rpartition(" ")[2]
 
-    def refuse(event: Any) -> None:
+    def said(event: Any) -> str | None:
         path, known = _level(function, arguments)
         match event:
             case mistakes.UnrecognizedArgs(tokens=tokens):
@@ -172,9 +172,20 @@ def _one_line(
                 found = " ".join(map(printable, _values(argument, arguments))) or "nothing"
                 text = f"{_flag(argument)}: expected {_metavar(argument)}, found {found}"
             case _:  # a kind that this module does not know
-                return
+                return None
         recipe = [word for word in arguments[:1] if of_recipe and not word.startswith("-")]
-        raise BeitJaxError(f"{text}; see {' '.join([prog, *recipe, *path])} --help")
+        return f"{text}; see {' '.join([prog, *recipe, *path])} --help"
+
+    def refuse(event: Any) -> None:
+        try:
+            line = said(event)
+        except (
+            AttributeError,
+            StopIteration,
+        ):  # another release of tyro, with other names: its box remains
+            return
+        if line is not None:
+            raise BeitJaxError(line)
 
     hook: AbstractContextManager[None] = mistakes.on_parse_error(refuse)
     return hook

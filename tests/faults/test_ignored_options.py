@@ -46,6 +46,11 @@ ROWS: list[tuple[str, list[str]]] = [
     ("convert DIGITS OUT --image-size -32", ["--image-size", "-32"]),
     ("convert DIGITS OUT --image-size 100000000", ["--image-size", "100000000"]),
     ("convert DIGITS OUT --variant beit_base_patch16_225", ["--variant", "did you mean beit_base_patch16_224?"]),
+    ("parity DIGITS --batch 100000", ["--batch", "at most 1,024", "found 100000"]),
+    ("parity DIGITS --image x.png --batch 5", ["--batch", "--image"]),
+    ("evaluate DIGITS --data nowhere --workers 100000", ["--workers", "at most 1,024"]),
+    ("evaluate DIGITS --data nowhere --workers -3", ["--workers", "at least 0"]),
+    ("evaluate DIGITS --data nowhere --eval-batch-size 999999999999", ["--eval-batch-size", "at most 4,096"]),
     # Before anything is looked for or downloaded.
     ("convert no-owner/no-model OUT --patch-size 0", ["--patch-size", "found 0"]),
     ("convert no-owner/no-model OUT --variant beit", ["--variant", "beit"]),

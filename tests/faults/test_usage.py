@@ -6,6 +6,7 @@ files that the rows name do not exist.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -208,6 +209,20 @@ def test_paragraphs_of_help_keep_to_the_width(
     blocks = help_of(arguments, capsys).partition("╭")[0].split("\n\n")[1:]
     prose = [block for block in blocks if not block.startswith(("Try:", "SOURCE:"))]
     assert prose and max(len(line) for block in prose for line in block.splitlines()) <= width
+
+
+@pytest.mark.parametrize("gone", ["module", "on_parse_error", "UnrecognizedArgs"])
+def test_another_release_of_tyro_answers_itself(
+    gone: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hook for mistakes is private, and may be gone: then its box tells the mistake, with the same exit code."""
+    from beit_jax.cli import usage
+
+    left = {name: value for name, value in vars(usage.mistakes).items() if name != gone}
+    monkeypatch.setattr(usage, "mistakes", None if gone == "module" else SimpleNamespace(**left))
+    with pytest.raises(SystemExit, match="2"):
+        main([*CLASSIFY, "--top", "three"])
+    assert "--top" in capsys.readouterr().err
 
 
 def test_none_takes_a_recipes_value_back(capsys: pytest.CaptureFixture[str]) -> None:
