@@ -131,7 +131,7 @@ def export(
 
     if not is_native(native):
         way = "give its directory" if native.name == WEIGHTS else "convert it first"
-        raise BeitJaxError(f"{printable(native)}: not the directory of a native checkpoint (no {WEIGHTS}); {way}")
+        raise BeitJaxError(f"{printable(native)}: not a native checkpoint (no {WEIGHTS} in it); {way}")
     exporter.check_export(dest, to, read_config(native), overwrite=overwrite, source=native)
     notes = exporter.export(load(native), dest, to, overwrite=overwrite, source=native)
     print_lines([f"{dest}: written for {to}", *(f"note: {note}" for note in notes)])
