@@ -249,7 +249,9 @@ def read_labels(read: "Fields") -> tuple[str, ...]:
     names = read.typed("id2label", dict, {})
     numbers = {_number(read, key): key for key in names}
     if len(numbers) != len(names):
-        raise BeitJaxError(f"{read.file}: id2label: expected one name for every number, found a number twice")
+        raise BeitJaxError(
+            f"{read.file}: id2label: expected one name for every number, found a number twice; {_AS_MAP}"
+        )
     return tuple(_name(read, names[numbers[number]]) for number in sorted(numbers))
 
 
@@ -268,9 +270,12 @@ def label_notes(names: Any) -> list[str]:
     ]
 
 
+_AS_MAP = 'write it as {"0": "first name", "1": "second name", ...}, or num_labels in its place'
+
+
 def _number(read: "Fields", key: str) -> int:
     if not _is_number(key):
-        raise BeitJaxError(f"{read.file}: id2label: expected numbers as keys, found {printable(key)}")
+        raise BeitJaxError(f"{read.file}: id2label: expected numbers as keys, found {printable(key)}; {_AS_MAP}")
     return int(key)
 
 
@@ -281,5 +286,5 @@ def _is_number(key: str) -> bool:
 def _name(read: "Fields", name: Any) -> str:
     if isinstance(name, bool) or not isinstance(name, str | int | float):
         kind = "nothing" if name is None else f"{printable(name, 60)}"
-        raise BeitJaxError(f"{read.file}: id2label: expected text as the name of a class, found {kind}")
+        raise BeitJaxError(f"{read.file}: id2label: expected text as the name of a class, found {kind}; {_AS_MAP}")
     return name if isinstance(name, str) else printable(name)

@@ -4,6 +4,7 @@ Tensors have flat names ``a/b/c``. The metadata of their file holds the provenan
 tensor, which is checked at every load.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from beit_jax.atomic import Contents
 from beit_jax.config import BeitConfig
+from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG, PROCESSOR, WEIGHTS
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.json_file import write_json
@@ -38,8 +40,18 @@ class NativeCheckpoint:
 
 
 def is_native(path: str | Path) -> bool:
-    """True if `path` is a directory that holds a native checkpoint."""
-    return (Path(path) / WEIGHTS).is_file()
+    """True if `path` is a directory that holds a native checkpoint.
+
+    Raises:
+        BeitJaxError: its weights are no file: a link to nothing, a pipe, a directory.
+    """
+    weights = Path(path) / WEIGHTS
+    if os.path.lexists(weights) and not weights.is_file():
+        raise BeitJaxError(
+            f"{printable(weights)}: expected a regular file, found a directory, a device or a link to nothing; convert "
+            "again what the checkpoint was made of, to another directory"
+        )
+    return weights.is_file()
 
 
 def save(directory: str | Path, checkpoint: NativeCheckpoint) -> None:

@@ -364,3 +364,16 @@ def test_images_of_another_size_are_noted(changed: Callable[..., Path], capsys: 
 def test_every_field_of_closed_words_is_in_the_table() -> None:
     words = {field.name for field in fields(BeitConfig) if isinstance(field.default, str)}
     assert words <= {name for name, *_ in WORDS}
+
+
+@pytest.mark.parametrize("command", ["classify", "export", "inspect"])
+@pytest.mark.parametrize("what", ["FIFO", "folder", "nothing"])
+def test_weights_that_are_no_file(
+    changed: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, what: str, command: str
+) -> None:
+    weights = changed("native", {}) / "flax_model.safetensors"
+    weights.unlink()
+    make = {"FIFO": os.mkfifo, "folder": os.mkdir, "nothing": lambda path: os.symlink("/nowhere", path)}
+    make[what](weights)
+    more = {"classify": [str(IMAGE)], "export": [str(tmp_path / "out")], "inspect": []}
+    refused([command, str(weights.parent), *more[command]], capsys, str(weights), "expected a regular file", "convert")
