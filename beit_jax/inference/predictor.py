@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from beit_jax.choices import nearest
 from beit_jax.config import BeitConfig
-from beit_jax.errors import BeitJaxError
+from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.bad_images import BadImages
 from beit_jax.images.files import ImageLike, image_list, image_name
 from beit_jax.images.processor import ImageProcessor, batch_of
@@ -108,6 +109,12 @@ class Predictor:
     ) -> Float[np.ndarray, "*images d"]:
         """The same as `beit_jax.features`; arguments as those of `outputs`."""
         check_counts(batch_size=batch_size)
+        if pooling not in get_args(Pooling):
+            near = nearest(str(pooling), get_args(Pooling))
+            advice = f"; did you mean {near}?" if near else ""
+            raise BeitJaxError(
+                f"pooling: expected {' or '.join(get_args(Pooling))}, found {printable(pooling)}{advice}"
+            )
         listed, one = image_list(images)
         found = list(self.outputs(listed, pooling, batch_size=batch_size, bad=bad, advance=advance))
         if one:

@@ -328,6 +328,19 @@ def test_no_images_have_no_results(digits: Any, pooling: Any, shape: tuple[int, 
     assert beit_jax.classify(*digits, []) == []
 
 
+@pytest.mark.parametrize(
+    ("wrong", "advice"), [("CLS", "cls"), ("average", "mean"), ("last_hidden_state", ""), (None, "")]
+)
+@pytest.mark.parametrize("images", [PICTURES[0], []])
+def test_a_pooling_that_does_not_exist_is_not_another(
+    digits: Any, images: Any, wrong: Any, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users have it
+    with pytest.raises(BeitJaxError, match="pooling: expected pooled or mean or cls or tokens, found") as caught:
+        beit_jax.features(*digits, images, pooling=wrong)
+    assert str(caught.value).endswith(f"did you mean {advice}?" if advice else str(wrong))
+
+
 def test_an_image_of_no_kind_is_named_by_its_place(digits: Any) -> None:
     wrong = np.zeros((4, 4, 3), np.float32)
     for images, name in ((wrong, "image 0"), ([PICTURES[0]] * 9 + [wrong], "image 9")):
