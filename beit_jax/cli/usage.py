@@ -160,12 +160,12 @@ def _one_line(
             case mistakes.MissingArgs(unrecognized_tokens=[_, *_] as tokens) if any(map(_is_option, tokens)):
                 text = _unknown(tokens, name, known)  # a misspelt option is missing, too
             case mistakes.MissingArgs(missing_arguments=missing):
-                words = _listed([_spelled(entry.arg) for entry in missing], "and")
-                text = f"{name}: {words} {'is' if len(missing) == 1 else 'are'} missing"
+                named = _listed([_spelled(entry.arg) for entry in missing], "and")
+                text = f"{name}: {named} {'is' if len(missing) == 1 else 'are'} missing"
             case mistakes.MissingSubcommand(subcommand_spec=choices):
                 text = f"{name}: expected {_listed(list(choices.parser_from_name), 'or')} after it"
             case mistakes.InvalidChoice(argument=argument, value=value, choices=choices):
-                words = sorted({*choices} - {"None"}, key=_metavar(argument).index)
+                words = sorted({*choices} - {"None"}, key=_metavar(argument).find)
                 expected = _listed(words, "or")
                 text = f"{_flag(argument)}: expected {expected}, found {printable(value)}{nearest(value, words)}"
             case mistakes.BadValue(argument=argument) | mistakes.InstantiationFailure(argument=argument) if argument:

@@ -18,14 +18,21 @@ DIGITS = str(files("beit_jax") / "digits")
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What stands in the rows for a path: DIGITS, TOKENIZER, OUT."""
+    """What stands in the rows for a path: DIGITS, NATIVE, TOKENIZER, OUT."""
     directory = tmp_path_factory.mktemp("places")
     config = DvaeEncoderConfig(n_hid=8, vocab_size=16, group_count=2, n_blk_per_group=1)
     draw = np.random.default_rng(0)
     params = {name: draw.normal(size=shape).astype(np.float32) for name, shape in tokenizer_shapes(config).items()}
     tensors = tokenizers.to_torch(config, params)
     torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, directory / "encoder.pth")
-    return {"DIGITS": DIGITS, "TOKENIZER": str(directory / "encoder.pth"), "OUT": str(directory / "out")}
+    native = directory / "native"
+    assert main(["convert", DIGITS, str(native)]) == 0
+    return {
+        "DIGITS": DIGITS,
+        "NATIVE": str(native),
+        "TOKENIZER": str(directory / "encoder.pth"),
+        "OUT": str(directory / "out"),
+    }
 
 
 # The command line, and what the error names.
@@ -46,6 +53,8 @@ ROWS: list[tuple[str, list[str]]] = [
     ("convert DIGITS OUT --image-size -32", ["--image-size", "-32"]),
     ("convert DIGITS OUT --image-size 100000000", ["--image-size", "100000000"]),
     ("convert DIGITS OUT --variant beit_base_patch16_225", ["--variant", "did you mean beit_base_patch16_224?"]),
+    ("inspect NATIVE --weights ema", ["--weights", "native"]),
+    ("inspect NATIVE --expect-sha256 deadbeef --image-size 32", ["--image-size, --expect-sha256", "leave them out"]),
     ("parity DIGITS --batch 100000", ["--batch", "at most 1,024", "found 100000"]),
     ("parity DIGITS --image x.png --batch 5", ["--batch", "--image"]),
     ("evaluate DIGITS --data nowhere --workers 100000", ["--workers", "at most 1,024"]),
