@@ -260,7 +260,7 @@ _REASONS = {
     errno.EDQUOT: "the disk is full for you (quota); nothing was kept, free space and run again",
     errno.EFBIG: "a file may not become that large here; nothing was kept, see ulimit -f and the file system's limit",
 }
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EIO)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENAMETOOLONG, errno.EIO)
 
 
 @contextmanager

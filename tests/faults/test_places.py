@@ -129,6 +129,10 @@ def test_files_that_may_not_become_so_large(
     assert listed(work) == before
 
 
+def test_a_file_system_that_takes_no_files(native: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["features", str(native), str(IMAGE), "-o", "/proc/x.npz"], capsys, "/proc/x.npz", "choose another place")
+
+
 def test_a_link_to_a_file_is_written_through(native: Path, work: Path) -> None:
     (work / "link.npz").symlink_to("file")
     assert main(["features", str(native), str(IMAGE), "-o", str(work / "link.npz")]) == 0
