@@ -51,8 +51,8 @@ def check_container(data: bytes, image: Image.Image) -> None:
     try:
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             _check_tiff(data, image)
-        elif image.format in _CHECKS:
-            _CHECKS[image.format](data)
+        elif check := _CHECKS.get(image.format or ""):
+            check(data)
     except IndexError:
         raise DamageError("cut off") from None
 

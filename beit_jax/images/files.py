@@ -133,7 +133,7 @@ def image_list(images: ImageLike | Iterable[ImageLike]) -> tuple[list[ImageLike]
     one = isinstance(images, str | os.PathLike | Image.Image | bytes | io.IOBase | Mapping)
     if one or not isinstance(images, Iterable) or getattr(images, "ndim", None) in (0, 2, 3):
         return [cast(ImageLike, images)], True
-    return list(cast("Iterable[ImageLike]", images)), False
+    return list(images), False
 
 
 def image_name(image: ImageLike, place: int) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from PIL import Image
+from PIL import _imaging
 
 # void handler(const char *module, const char *format, va_list arguments); a va_list is passed as a pointer.
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
@@ -37,7 +37,7 @@ def noticed() -> Iterator[list[str]]:
 def _listen() -> object:
     """Sets libtiff's handler of errors, once for the process. Its return value must stay alive as long."""
     try:
-        library = ctypes.CDLL(Image.core.__file__)  # its names include those of the libraries that it was linked with
+        library = ctypes.CDLL(_imaging.__file__)  # its names include those of the libraries that it was linked with
         set_handler = library.TIFFSetErrorHandler
     except (AttributeError, OSError):  # a Pillow without libtiff, or with one that shows no names
         return None
