@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from beit_jax.cli.arguments import Hub, Json, SourceName, require_counts
+from beit_jax.cli.arguments import Hub, Json, SourceName, refuse_given, require_counts
 from beit_jax.convert.formats import LAYOUTS, Layout
 from beit_jax.convert.options import Options
 from beit_jax.errors import BeitJaxError, printable
@@ -51,8 +51,12 @@ def inspect(
         tensors: List every tensor with its shape and dtype.
     """
     from beit_jax.cli import inspection
+    from beit_jax.weights.native import is_native
 
-    found = inspection.inspect(hub.resolve(source), options, tensors=tensors)
+    where = hub.resolve(source)
+    if where.path.is_dir() and is_native(where.path):
+        refuse_given(options, f"{printable(source)} is native, and is read as it is")
+    found = inspection.inspect(where, options, tensors=tensors)
     if json:
         print_json(found.as_dict)
     else:

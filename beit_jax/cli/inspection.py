@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from beit_jax.cli.arguments import refuse_given
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import PROCESSOR, WEIGHTS, Source
@@ -39,11 +38,9 @@ def inspect(source: Source, options: "Options | None" = None, *, tensors: bool =
         tensors: list every tensor too.
 
     Raises:
-        BeitJaxError: the checkpoint cannot be loaded or converted; an option for a source, with a native one.
+        BeitJaxError: the checkpoint cannot be loaded or converted.
     """
     if source.path.is_dir() and is_native(source.path):
-        if options is not None:
-            refuse_given(options, f"{printable(source.path)} is native, and is read as it is")
         if is_native_tokenizer(source.path):
             return describe_tokenizer(read_tokenizer(source.path))
         return _native(source, tensors)
