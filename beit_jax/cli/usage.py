@@ -128,14 +128,16 @@ def _in_words(option: StructFieldSpec) -> StructFieldSpec:
     kinds = tuple(each for each in get_args(kind) if each is not NoneType)
     if NoneType not in get_args(kind) or is_dataclass(kinds[0]):
         return option
-    values = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(Union[kinds], set()))  # noqa: UP007
+    either: Any = Union[kinds]  # noqa: UP007
+    values = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(either, set()))
     if not isinstance(values, PrimitiveConstructorSpec):
         return option
     if option.default is None:
         shown = arg(metavar=values.metavar, help_behavior_hint="")
     else:
         shown = arg(metavar=f"{values.metavar}|None")
-    return replace(option, type=Annotated[(kind, shown, *notes)])  # what stands in `notes` goes first
+    noted: Any = Annotated[(kind, shown, *notes)]  # what stands in `notes` goes first
+    return replace(option, type=noted)
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
