@@ -263,7 +263,7 @@ def test_a_parent_that_is_not_writable(work: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_name_too_long_for_the_file_system(work: Path) -> None:
-    refusal(lambda: make(work / ("x" * 254)), "cannot be created", "too long")
+    refusal(lambda: make(work / ("x" * 256)), "cannot be created", "too long")
     assert tree(work) == {}
 
 
