@@ -68,7 +68,6 @@ class Inference:
         if self.batch_size < 1:
             raise BeitJaxError(f"batch size: expected a positive integer, found {self.batch_size}")
 
-
     @property
     def averages(self) -> bool:
         """True if several views of an image are averaged."""
