@@ -88,6 +88,7 @@ def test_a_mistake_is_one_line(arguments: list[str], parts: list[str], capsys: p
         ("data.max-bad", ["-0.1", "1.1", "nan"]),
         ("model.image-size", ["0", "-32", str(10**9)]),
         ("model.layer-scale", ["-1", "nan"]),
+        ("augment.randaugment", ["strong", "rand-m", "rand-m9-x3"]),
         ("run.seed", ["-1", str(2**32)]),
         ("run.mesh", ["0 0 0", "1 -2 1", f"{10**30} 1 1"]),
         ("run.profile-steps", ["-1", str(10**30)]),

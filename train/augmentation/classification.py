@@ -91,16 +91,26 @@ def train_transform(options: AugmentOptions, size: tuple[int, int], mean: tuple[
         mean: the colour, in [0, 1], that RandAugment uses for pixels from outside the image.
 
     Raises:
+        BeitJaxError: as `randaugment_policy`.
+    """
+    red, green, blue = (min(255, round(255 * value)) for value in mean)
+    return TrainTransform(options, size, (red, green, blue), randaugment_policy(options))
+
+
+def randaugment_policy(options: AugmentOptions) -> RandAugment | None:
+    """The policy that `options` names, None without one.
+
+    Raises:
         BeitJaxError: `options.randaugment` is not understood, or would need a filter that it cannot use.
     """
-    if options.randaugment is not None and options.interpolation == "lanczos":
+    if options.randaugment is None:
+        return None
+    if options.interpolation == "lanczos":
         raise BeitJaxError(
             "--augment.interpolation: RandAugment moves pixels by bilinear or bicubic, found lanczos; choose one of "
             "those, or pass --augment.randaugment None"
         )
-    red, green, blue = (min(255, round(255 * value)) for value in mean)
-    policy = None if options.randaugment is None else RandAugment.parse(options.randaugment)
-    return TrainTransform(options, size, (red, green, blue), policy)
+    return RandAugment.parse(options.randaugment)
 
 
 def draw_box(

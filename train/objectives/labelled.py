@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from beit_jax.images.processor import ImageProcessor
 
-from ..augmentation.classification import train_transform
+from ..augmentation.classification import randaugment_policy, train_transform
 from ..data.datasets import Dataset, open_dataset
 from ..data.evaluation_batches import eval_batches
 from ..recipe import STATISTICS, AugmentOptions, Recipe
@@ -30,6 +30,7 @@ class LabelledRecipe(Recipe):
     def check(self) -> None:
         super().check()
         self.check_pairs(self.augment)
+        randaugment_policy(self.augment)
 
 
 LabelledT = TypeVar("LabelledT", bound=LabelledRecipe, covariant=True)
