@@ -22,7 +22,6 @@ _OTHER_NAMES: Mapping[str, str] = {
     "avg": "mean",
     "average": "mean",
     "token": "cls",
-    "data2vec": "data2vec-vision",
     "classification": "image_classification",
     "segmentation": "semantic_segmentation",
     "pretraining": "masked_image_modeling",

@@ -257,6 +257,7 @@ WORDS = [
     ("hidden_act", "swish", "silu"),
     ("hidden_act", "GELU", "gelu"),
     ("model_type", "data2vec_vision", "data2vec-vision"),
+    ("model_type", "data2vec", "data2vec-vision"),
     ("task", "classification", "image_classification"),
     ("task", "image-classification", "image_classification"),
     ("position_resize", "bilinar", "bilinear"),

@@ -123,7 +123,7 @@ def test_a_shard_of_another_data_set(data: Path) -> None:
     ("split", "message"),
     [
         ("validation", "no split validation, found train"),
-        ("", "no split , found train"),
+        ("", "no split '', found train"),
         ("train[nonsense]", r"split train\[nonsense\]: "),
         ("train[:0]", r"the split train\[:0\] has no records"),
     ],

@@ -93,7 +93,7 @@ def test_the_same_size_changes_nothing(source: Source) -> None:
 
 
 def test_size_must_fit_the_patch(source: Source) -> None:
-    with pytest.raises(BeitJaxError, match=r"image_size.*\(33, 33\).*\(8, 8\)"):
+    with pytest.raises(BeitJaxError, match=r"--image-size 33 33: .*8x8"):
         load(source, Options(image_size=33))
 
 

@@ -78,9 +78,10 @@ def save(model: torch.nn.Module, directory: Path, *, processor: bool = True) -> 
     if processor:
         size = model.config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        transformers.BeitImageProcessorPil(size={"height": height, "width": width}, resample=2).save_pretrained(
-            directory
-        )
+        half = [0.5] * model.config.num_channels
+        transformers.BeitImageProcessorPil(
+            size={"height": height, "width": width}, resample=2, image_mean=half, image_std=half
+        ).save_pretrained(directory)
     return directory
 
 

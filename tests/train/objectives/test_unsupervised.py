@@ -570,7 +570,7 @@ REFUSED: Mapping[str, tuple[str, Options, Given, str]] = {
     ),
     "a teacher of tokens": (
         "digits_pretrain", PLAIN, lambda at: {"tokenizer": at.tokenizer, "teacher": at.teacher},
-        "--teacher: masked_tokens does not use it, leave it out; found .*/teacher",
+        "--teacher: masked_tokens does not use it, leave it out.*",
     ),
     "a tokenizer of data2vec": (
         "digits_data2vec", DATA2VEC, lambda at: {"tokenizer": at.tokenizer}, "--tokenizer: data2vec does not use it.*",
