@@ -65,7 +65,7 @@ def test_the_path_is_complete() -> None:
     assert PIP.match(section(FIRST)) and section(FIRST).strip().endswith(".venv/bin/beit-jax demo")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_in_this_environment(tmp_path: Path) -> None:
     """Everything but the installation."""
     (tmp_path / "beit_jax").mkdir()
