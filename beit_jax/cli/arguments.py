@@ -25,7 +25,9 @@ ImageFiles = Annotated[
     tuple[Path, ...],
     arg(metavar="IMAGE...", help="Image files, or folders of them.", help_behavior_hint="(at least one)"),
 ]
-Json = FlagCreatePairsOff[Annotated[bool, arg(help="Print JSON for programs instead of text for people.")]]
+Switch = Annotated[bool, arg(help_behavior_hint="")]
+"""Off by default; says what it does when given, and nothing else."""
+Json = FlagCreatePairsOff[Annotated[Switch, arg(help="Print JSON for programs instead of text for people.")]]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from beit_jax.cli.arguments import Hub, Json, SourceName, refuse_given, require_counts
+from beit_jax.cli.arguments import Hub, Json, SourceName, Switch, refuse_given, require_counts
 from beit_jax.convert.formats import LAYOUTS, Layout
 from beit_jax.convert.options import Options
 from beit_jax.errors import BeitJaxError, printable
@@ -36,7 +36,7 @@ def demo(*, out: Path = Path("beit-jax-demo"), json: Json = False) -> int:
 def inspect(
     source: Positional[SourceName],
     *,
-    tensors: bool = False,
+    tensors: Switch = False,
     json: Json = False,
     options: Annotated[Options, arg(name="")] = Options(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
@@ -68,7 +68,7 @@ def convert(
     source: Positional[SourceName],
     dest: Positional[Annotated[Path, arg(metavar="DEST", help="Directory to create: the native checkpoint.")]],
     *,
-    overwrite: bool = False,
+    overwrite: Switch = False,
     json: Json = False,
     options: Annotated[Options, arg(name="")] = Options(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
@@ -114,7 +114,7 @@ def export(
     dest: Positional[Annotated[Path, arg(metavar="DEST", help="Directory to create.")]],
     *,
     to: Layout = LAYOUTS[0],
-    overwrite: bool = False,
+    overwrite: Switch = False,
 ) -> int:
     """Give a model back to PyTorch: the inverse of convert, through the same tables, bit for bit.
 

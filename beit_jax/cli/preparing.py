@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from beit_jax.cli.arguments import Json, SkipBad, refuse_given
+from beit_jax.cli.arguments import Json, SkipBad, Switch, refuse_given
 from beit_jax.cli.extras import train_extra
 from beit_jax.errors import BeitJaxError
 from beit_jax.terminal import image_progress, print_json, print_lines
@@ -23,7 +23,7 @@ def prepare(
     *,
     held_out: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None,
     skip: Annotated[SkipBad, arg(name="")] = SkipBad(),
-    overwrite: bool = False,
+    overwrite: Switch = False,
     json: Json = False,
 ) -> int:
     """Write a data set as `beit-jax train` and `evaluate` read it: TFDS in ArrayRecord files, without TensorFlow.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from beit_jax.cli.arguments import Json
+from beit_jax.cli.arguments import Json, Switch
 from beit_jax.cli.extras import train_extra
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.terminal import image_progress, print_json, print_lines
@@ -111,7 +111,7 @@ def _names(kind: type[Recipe]) -> set[str]:
     return {f"{group}.{entry.name}" for group, options in kind.group_types().items() for entry in fields(options)}
 
 
-_Switch = FlagCreatePairsOff[bool]
+_Switch = FlagCreatePairsOff[Switch]
 _RecipeName = Annotated[str, arg(metavar="RECIPE", help=f"One of: {', '.join(RECIPES)}.")]
 _Data = Annotated[Path, arg(metavar="DIR", help="Prepared data: beit-jax prepare --help.")]
 

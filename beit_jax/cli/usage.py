@@ -123,8 +123,14 @@ def _registry() -> ConstructorRegistry:
 
 
 def _in_words(option: StructFieldSpec) -> StructFieldSpec:
-    """The option without "None", unless None is what somebody has to say to take the default back."""
+    """The option without "None", unless None is what somebody has to say to take the default back.
+
+    A switch that is off by default says what it does when given, and nothing else.
+    """
     kind, *notes = get_args(option.type) if hasattr(option.type, "__metadata__") else (option.type,)
+    if kind is bool and option.default is False:
+        quiet: Any = Annotated[(kind, arg(help_behavior_hint=""), *notes)]
+        return replace(option, type=quiet)
     kinds = tuple(each for each in get_args(kind) if each is not NoneType)
     if NoneType not in get_args(kind) or is_dataclass(kinds[0]):
         return option

@@ -197,7 +197,7 @@ def test_help_says_defaults_in_words(
     """None is no word for it, and is named only where it is a value to give: `--optim.clip FLOAT|None`."""
     monkeypatch.setenv("COLUMNS", "600")  # nothing is wrapped
     text = help_of(arguments, capsys)
-    for nothing in ("(default: )", "(default: None)", "{None"):
+    for nothing in ("(default: )", "(default: None)", "(default: False)", "{None"):
         assert nothing not in text
 
 
