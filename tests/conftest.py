@@ -32,8 +32,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 # Tests compile thousands of small programs and run each a few times. XLA's new emitters and LLVM's optimizations take
-# eight times as long to compile such a program, which computes the same sums either way. .ci/run compiles the thorough
-# tests of parity as users do.
+# eight times as long to compile such a program, which computes the same sums either way. .ci/run compiles parity's
+# thorough tests and forward passes as users do.
 QUICK_FLAG = "--xla_cpu_use_fusion_emitters=false"
 
 
