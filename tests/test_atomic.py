@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from trees import tree
 
 from beit_jax.atomic import Contents, check_destination, new_directory, new_file
 from beit_jax.errors import BeitJaxError
@@ -19,18 +20,6 @@ from beit_jax.errors import BeitJaxError
 TIMEOUT = 30  # seconds, of every child process
 OLD = {"out": None, "out/config": b"old", "out/weights": b"old"}
 NEW = {"out": None, "out/config": b"new", "out/weights": b"new"}
-
-
-def tree(root: Path) -> dict[str, bytes | str | None]:
-    """Everything under `root`: bytes of files, targets of links, None for directories."""
-    return {
-        str(path.relative_to(root)): os.readlink(path)
-        if path.is_symlink()
-        else path.read_bytes()
-        if path.is_file()
-        else None
-        for path in sorted(root.rglob("*"))
-    }
 
 
 def fill(directory: Path, content: str) -> None:

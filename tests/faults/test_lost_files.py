@@ -1,6 +1,5 @@
 """Nothing that a person made is removed or replaced. A row is what stands at the destination, a column a command."""
 
-import os
 import shutil
 from collections.abc import Callable
 from importlib.resources import files
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from trees import tree
 
 from beit_jax.cli.main import main
 from beit_jax.convert import tokenizers
@@ -47,18 +47,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def work(made: Path, tmp_path: Path) -> Path:
     shutil.copytree(made, tmp_path / "work", symlinks=True)
     return tmp_path / "work"
-
-
-def tree(root: Path) -> dict[str, bytes | str | None]:
-    """Everything under `root`: bytes of files, targets of links, None for directories."""
-    return {
-        str(path.relative_to(root)): os.readlink(path)
-        if path.is_symlink()
-        else path.read_bytes()
-        if path.is_file()
-        else None
-        for path in sorted(root.rglob("*"))
-    }
 
 
 def thesis(out: Path) -> None:

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from trees import Tree, tree
 
 from beit_jax import weights
 from beit_jax.cli.main import main
@@ -35,19 +36,6 @@ LAYER = "beit.encoder.layer.2."
 FC1, FC1_LEAF = LAYER + "intermediate.dense.weight", "beit/blocks/mlp/fc1/kernel"
 
 Tensors = dict[str, np.ndarray]
-Tree = dict[str, bytes | str | None]
-
-
-def tree(root: Path) -> Tree:
-    """Everything under `root`: bytes of files, targets of links, None for directories."""
-    return {
-        str(path.relative_to(root)): os.readlink(path)
-        if path.is_symlink()
-        else path.read_bytes()
-        if path.is_file()
-        else None
-        for path in sorted(root.rglob("*"))
-    }
 
 
 @pytest.fixture(autouse=True)
