@@ -242,7 +242,8 @@ def abstract_program(
     mesh = make_mesh(recipe.run.mesh, devices)
     check_batch(recipe.data.batch_size, mesh, parts=recipe.optim.accumulate)
     objective = kind(recipe, config, sources, len(rates))
-    return Program(recipe, config, mesh, objective, optimizer(recipe.optim, config), rates)
+    tx = optimizer(recipe.optim, config, objective.division.blocks)
+    return Program(recipe, config, mesh, objective, tx, rates)
 
 
 def compile_step(program: Program) -> Attempt:

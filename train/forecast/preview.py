@@ -70,7 +70,8 @@ def preview(plan: Plan) -> Preview:
     with jax.set_mesh(plan.mesh):
         jax.eval_shape(plan.step, plan.abstract_state, plan.abstract_batch)
     mesh = dict(plan.mesh.shape)
-    learned = _count(plan.abstract_state.params)
+    state = plan.abstract_state
+    learned = _count(state.params)
     images = recipe.data.batch_size // recipe.optim.accumulate // prod(mesh[axis] for axis in BATCH_AXES)
     return Preview(
         recipe=recipe,
@@ -84,7 +85,7 @@ def preview(plan: Plan) -> Preview:
         memory=memory(
             4 * learned,
             images * plan.objective.activations,
-            others=4 * (_count(plan.abstract_state.average) + _count(plan.abstract_state.frozen)),
+            others=4 * sum(_count(tree) for tree in (state.average, state.frozen, state.fixed)),
             accumulate=recipe.optim.accumulate,
             shards=mesh["fsdp"] * mesh["tensor"],
         ),

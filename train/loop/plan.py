@@ -102,7 +102,7 @@ def make_plan(
         validation=validation,
         mesh=mesh,
         objective=learned,
-        tx=optimizer(recipe.optim, config),
+        tx=optimizer(recipe.optim, config, learned.division.blocks),
         rates=rates,
     )
 

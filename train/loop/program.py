@@ -1,5 +1,6 @@
 """The compiled step of a run: what it computes and where its arrays lie. Compiling needs no data."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Key
 
 from beit_jax.config import BeitConfig
 from beit_jax.tree import Nested
@@ -15,11 +17,15 @@ from beit_jax.tree import Nested
 from ..distributed.sharding import batch_sharding, init_sharded, place, state_shardings
 from ..recipe import Recipe
 from ..step.schedule import decay_table, poly_table, schedule_table
-from ..step.state import Draw, Parts, State, initial_state
+from ..step.state import Draw, Parts, State, initial_state, whole
 from ..step.step import make_train_step
 
 if TYPE_CHECKING:
     from ..objectives.objective import Objective
+
+
+START, DIVISION = 2**31, 2**31 + 1
+"""Branches of the seed's key from which a run starts. Its steps have keys of the same seed, by their numbers."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Program:
             self.rates,
             accumulate=optim.accumulate,
             decays=decay_table(optim, self.steps),
+            division=self.objective.division,
             seed=self.recipe.run.seed,
         )
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
@@ -88,10 +95,22 @@ class Program:
 
     def first_state(self) -> State:
         """The state before the first step, drawn or read, each part of it where it belongs."""
-        # Step keys are made from the seed too: the initial draw takes another branch of it.
-        first = self.objective.initial(jax.random.fold_in(jax.random.key(self.recipe.run.seed), 2**31))
+        first = self.objective.initial(self._key(START))
         placed = Parts(*(self._placed(part) for part in (first.params, first.stats, first.frozen)))
         return init_sharded(self._state, self.mesh, placed)
+
+    def whole(self, state: State) -> State:
+        """The state with all parameters of the model, as evaluation and results read it: `step.state.whole`."""
+        return whole(state, self._join) if state.fixed else state
+
+    @cached_property
+    def _join(self) -> Callable[[Nested, Nested], Nested]:
+        join, state = self.objective.division.join, self._shapes
+        joined = jax.eval_shape(join, state.params, state.fixed)
+        return jax.jit(join, out_shardings=state_shardings(joined, self.mesh))
+
+    def _key(self, branch: int) -> Key[Array, ""]:
+        return jax.random.fold_in(jax.random.key(self.recipe.run.seed), branch)
 
     def _placed(self, part: Nested | Draw) -> Nested:
         if callable(part):
@@ -104,7 +123,8 @@ class Program:
 
     def _state(self, parts: Parts) -> State:
         average = self.recipe.optim.ema is not None
-        state = initial_state(parts.params, self.tx, average=average, frozen=parts.frozen)
+        params, fixed = self.objective.division.divide(parts.params, self._key(DIVISION))
+        state = initial_state(params, self.tx, average=average, frozen=parts.frozen, fixed=fixed)
         return replace(state, stats=parts.stats)
 
 

@@ -217,7 +217,7 @@ class _Run:
             self._evaluate()
         written = []
         with self.clock.measure("checkpoint"):
-            for name, result in self.plan.objective.results(self.state).items():
+            for name, result in self.plan.objective.results(self.plan.whole(self.state)).items():
                 leaves = {path: on_host(leaf) for path, leaf in flatten(result.params).items()}
                 if jax.process_index() == 0:
                     self._write(self.out / name, result, leaves)
@@ -319,10 +319,11 @@ class _Run:
         if plan.validation is None:
             return
         with self.watchdog.phase("evaluation"), self.clock.measure("evaluation"):
+            state = plan.whole(self.state)
             self.scores = plan.objective.scores(
-                self.state, plan.validation, plan.processor, plan.mesh, lambda images: self.watchdog.beat()
+                state, plan.validation, plan.processor, plan.mesh, lambda images: self.watchdog.beat()
             )
-            pictures = plan.objective.pictures(self.state, plan.validation)
+            pictures = plan.objective.pictures(state, plan.validation)
         self.log.write(self.step, self.scores)
         for name, picture in pictures.items():
             self.log.picture(self.step, name, picture)

@@ -26,6 +26,7 @@ from ..initial.model_config import image_processor, model_config
 from ..initial.parameters import Scheme, from_checkpoint, initial_params
 from ..recipe import Recipe
 from ..step.criterion import Criterion
+from ..step.division import Division
 from ..step.state import Draw, Initial, Parts, State, divided, variables
 
 if TYPE_CHECKING:
@@ -181,6 +182,14 @@ class Objective(Generic[RecipeT]):
     def criterion(self) -> Criterion:
         """The loss."""
         raise NotImplementedError
+
+    @property
+    def division(self) -> Division:
+        """What of the trained network learns; by default all of it.
+
+        States that `scores`, `pictures` and `results` are given are whole: `step.state.whole` has joined them.
+        """
+        return Division()
 
     def shapes(self) -> Parts:
         """Shapes of what `initial` returns."""

@@ -1,5 +1,6 @@
 """One optimizer step: a pure function from state and batch to state and metrics.
 
-`state` is what a step reads and writes, `criterion` the loss that it differentiates, `optim` and `schedule` say how
-parameters move, `step` puts these together. May import: the ground and models of the library, `..recipe`.
+`state` is what a step reads and writes, `division` what of a model learns, `criterion` the loss that is differentiated,
+`optim` and `schedule` say how parameters move, `step` puts these together. May import: the ground and models of the
+library, `..recipe`.
 """

@@ -39,18 +39,23 @@ BLOCK_TABLES = r"(beit/)?blocks/attention/bias_table"
 CLASS_TOKEN = r"(beit/)?embeddings/cls_token"
 
 
-def optimizer(options: OptimOptions, config: BeitConfig) -> optax.GradientTransformation:
+def optimizer(
+    options: OptimOptions, config: BeitConfig, blocks: Sequence[int] | None = None
+) -> optax.GradientTransformation:
     """AdamW without its learning rate: subtract its updates times the rate of the step.
 
     Gradients are clipped by their global norm, then scaled by Adam; decay is added; both are multiplied by the layer's
     share of the learning rate. All as torch.optim.AdamW on the original's parameter groups.
+
+    Args:
+        blocks: numbers of the blocks that learn, `Division.blocks`; by default all.
     """
 
     def mask(params: Nested) -> Nested:
         return weight_decay_mask(params, bias_tables=options.decay_bias_tables, class_token=options.decay_class_token)
 
     def scale(updates: Nested, params: Nested | None) -> Nested:
-        return jax.tree.map(jnp.multiply, updates, layer_scales(updates, config, options.layer_decay))
+        return jax.tree.map(jnp.multiply, updates, layer_scales(updates, config, options.layer_decay, blocks))
 
     return optax.chain(
         optax.identity() if options.clip is None else clip_by_global_norm(options.clip),
@@ -119,18 +124,22 @@ def weight_decay_mask(params: Nested, *, bias_tables: bool = True, class_token: 
     return unflatten({name: first_match(rules, name) for name in flatten(params)})
 
 
-def layer_scales(params: Nested, config: BeitConfig, rate: float) -> Nested:
+def layer_scales(params: Nested, config: BeitConfig, rate: float, blocks: Sequence[int] | None = None) -> Nested:
     """Each parameter's share of the learning rate, float32 and broadcastable to it. Takes arrays or shapes.
 
     Embeddings are layer 0, block i is layer i + 1, what follows the blocks is layer depth + 1: of share 1. Every layer
     has `rate` times the share of the next.
+
+    Args:
+        blocks: numbers of the blocks, from 0, that the rows of stacked leaves are; by default all.
     """
     depth = config.num_hidden_layers
+    rows = np.arange(depth) if blocks is None else np.asarray(blocks)
     shares = rate ** np.arange(depth + 1, -1, -1.0)
 
     def share(depth_of: Depth, ndim: int) -> np.ndarray:
         if depth_of == "blocks":
-            return shares[1:-1].astype(np.float32).reshape(depth, *[1] * (ndim - 1))
+            return shares[1:-1][rows].astype(np.float32).reshape(len(rows), *[1] * (ndim - 1))
         return np.asarray(shares[0 if depth_of == "first" else -1], np.float32)
 
     return unflatten({name: share(first_match(DEPTH, name), leaf.ndim) for name, leaf in flatten(params).items()})

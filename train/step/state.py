@@ -1,7 +1,7 @@
 """The state of a training run: one pytree of nested dicts, saved, sharded and donated as such."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ class Initial:
     """The values that a state begins with: arrays of the host, or functions that draw them on the devices.
 
     Attributes:
-        params: what gradients move.
+        params: of the trained model, all of them; `division.Division` says which learn.
         stats: running statistics; empty for models without.
         frozen: a second network, which nothing moves (a tokenizer, a teacher, a backbone); empty for most objectives.
     """
@@ -53,6 +53,9 @@ class State:
         average: moving average of `params`, float32; empty where the run keeps none.
         frozen: parameters of a second network, which nothing moves: a tokenizer, a teacher or a backbone; empty for
             most runs.
+        fixed: parameters of the trained model itself which nothing moves, float32: they have no gradient, no optimizer
+            state and no average. Empty where the whole model learns. `division.Division.join` makes the model's
+            parameters of `params` and `fixed`; `whole` does so for a state.
         bad: steps in a row, up to now, that were skipped because loss or gradient was not finite.
         skipped: all such steps.
     """
@@ -65,6 +68,7 @@ class State:
     frozen: Nested
     bad: Int[Array, ""]
     skipped: Int[Array, ""]
+    fixed: Nested = field(default_factory=dict)
 
 
 def initial_state(
@@ -74,14 +78,16 @@ def initial_state(
     statistics: Collection[str] = (),
     average: bool = False,
     frozen: Nested | None = None,
+    fixed: Nested | None = None,
 ) -> State:
     """The state before the first step. Traceable: `jax.eval_shape` of it is what sharding and restoring ask for.
 
     Args:
-        params: all that the model is merged from.
+        params: what learns of the model, with its running statistics.
         statistics: flat names of running statistics among them, `beit_jax.models.build.statistics`.
         average: whether to keep a moving average. It starts as a copy: donating the state must donate no buffer twice.
         frozen: parameters of a second network.
+        fixed: the model's other parameters, which nothing moves.
     """
     learned, stats = divided(params, statistics)
     return State(
@@ -93,18 +99,31 @@ def initial_state(
         frozen={} if frozen is None else frozen,
         bad=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
+        fixed={} if fixed is None else fixed,
     )
+
+
+def whole(state: State, join: Callable[[Nested, Nested], Nested]) -> State:
+    """The state as evaluation and results read it: `params` and `average` are all of the model, `fixed` is empty.
+
+    Args:
+        join: `division.Division.join`.
+    """
+    average = join(state.average, state.fixed) if state.average else {}
+    return replace(state, params=join(state.params, state.fixed), average=average, fixed={})
 
 
 def to_saved(state: State) -> dict[str, Any]:
     """The state as training checkpoints name its parts. Takes arrays or shapes.
 
     Files have one place, ``ema``, for the average or, where there is no average, for the frozen network; a state that
-    has both keeps the second as ``frozen``. Runs of earlier versions are read by the same names.
+    has both keeps the second as ``frozen``. Where nothing is fixed there is no ``fixed``. Runs of earlier versions are
+    read by the same names.
     """
     saved = {name: getattr(state, name) for name in ("step", "params", "stats", "opt", "bad", "skipped")}
     both = {"frozen": state.frozen} if state.average and state.frozen else {}
-    return saved | both | {"ema": state.average or state.frozen}
+    fixed = {"fixed": state.fixed} if state.fixed else {}
+    return saved | both | fixed | {"ema": state.average or state.frozen}
 
 
 def from_saved(saved: Mapping[str, Any], like: State) -> State:

@@ -17,12 +17,14 @@ from beit_jax.models.segmenter import batch_statistics
 from beit_jax.tree import Nested
 
 from .criterion import Batch, Criterion, Metrics
+from .division import Division
 from .optim import ema_update
 from .state import State, variables
 
 TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
 _Part = tuple[Batch, Key[Array, ""]]
 _Parts = tuple[Batch, Key[Array, " parts"]]
+EVERYTHING = Division()
 
 
 def make_train_step(
@@ -33,6 +35,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     decays: np.ndarray | None = None,
+    division: Division = EVERYTHING,
     seed: int = 0,
 ) -> TrainStep:
     """The step of a run. Compile it with ``donate_argnums=0``.
@@ -47,6 +50,7 @@ def make_train_step(
         rates: [steps] float32, the learning rate of every step.
         accumulate: parts of the batch that are computed one after the other; their gradients are averaged.
         decays: [steps, 2] float32, `schedule.decay_table`: the moving average's, for states that have one.
+        division: makes the model's parameters of those that learn and those that are fixed; by default all learn.
         seed: with the number of the step, all of its randomness.
 
     Returns:
@@ -63,7 +67,9 @@ def make_train_step(
         scalars = {name: jnp.broadcast_to(value, accumulate) for name, value in criterion.schedule(state.step).items()}
         prepared = split(criterion.prepare(batch, prepare_key), accumulate)
         parts = {**prepared, **scalars}, jax.random.split(loss_key, accumulate)
-        differentiate = partial(_differentiate, graph, criterion, state.params, state.frozen or state.average or None)
+        join = partial(division.join, fixed=state.fixed)
+        teacher = state.frozen or (join(state.average) if state.average else None)
+        differentiate = partial(_differentiate, graph, criterion, join, state.params, teacher)
         stats, gradients, metrics = _average(differentiate, state.stats, parts)
 
         norm, rate = optax.tree.norm(gradients), jnp.asarray(table)[state.step]
@@ -80,6 +86,7 @@ def make_train_step(
             bad=jnp.where(finite, 0, state.bad + 1),
             skipped=state.skipped + jnp.where(finite, 0, 1),
             frozen=state.frozen,
+            fixed=state.fixed,
             **_chosen(finite, new, old),
         )
         metrics |= {"grad_norm": norm, "learning_rate": rate, "finite": finite}
@@ -108,13 +115,19 @@ def split(batch: Batch, parts: int) -> Batch:
 
 
 def _differentiate(
-    graph: nnx.GraphDef[Model], criterion: Criterion, params: Nested, teacher: Nested | None, stats: Nested, part: _Part
+    graph: nnx.GraphDef[Model],
+    criterion: Criterion,
+    join: Callable[[Nested], Nested],
+    params: Nested,
+    teacher: Nested | None,
+    stats: Nested,
+    part: _Part,
 ) -> tuple[Nested, Nested, Metrics]:
     """New running statistics, gradients and metrics of one part of a batch."""
     batch, key = part
 
     def loss(params: Nested) -> tuple[Array, tuple[Nested, Metrics]]:
-        model = nnx.merge(graph, variables(params, stats))
+        model = nnx.merge(graph, variables(join(params), stats))
         value, metrics = criterion.loss(model, batch, key, teacher)
         return value, (batch_statistics(model), metrics | {"loss": value})
 

@@ -20,8 +20,9 @@ from beit_jax.train.objectives.classification import soft_cross_entropy
 from beit_jax.train.objectives.segmentation import SegmentationRecipe, segmentation
 from beit_jax.train.recipe import OptimOptions
 from beit_jax.train.step.criterion import Batch, Criterion, Metrics
+from beit_jax.train.step.division import Division
 from beit_jax.train.step.optim import ema_update, optimizer
-from beit_jax.train.step.state import State, initial_state, variables
+from beit_jax.train.step.state import State, divided, initial_state, variables
 from beit_jax.train.step.step import make_train_step, split
 from beit_jax.tree import Nested, flatten, unflatten
 
@@ -395,6 +396,41 @@ def test_a_bad_step_leaves_running_statistics_alone() -> None:
     after, metrics = segmentation_step()(state, segmentation_batch())
     assert not metrics["finite"]
     for field in fields(State):
-        if field.name not in ("step", "bad", "skipped", "frozen"):
+        if field.name not in ("step", "bad", "skipped", "frozen", "fixed"):
             assert same_bits(getattr(after, field.name), getattr(state, field.name)), field.name
-    assert after.frozen == state.frozen == {}
+    assert after.frozen == state.frozen == after.fixed == state.fixed == {}
+
+
+# --- Parameters that are fixed ----------------------------------------------------------------------------------------
+
+
+class Head(Division):
+    """The classifier learns, and everything else is fixed."""
+
+    def divide(self, params: Nested, key: Any) -> tuple[Nested, Nested]:
+        return divided(params, [name for name in flatten(params) if not name.startswith("classifier/")])
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_what_is_fixed_has_no_gradient_no_moments_and_no_average(accumulate: int) -> None:
+    """The others move as if it were not there: the norm that clips them is their own."""
+    division, (graph, _), tx = Head(), abstract_model(CONFIG), optimizer(OPTIM, CONFIG)
+    params, fixed = division.divide(drawn(CONFIG), jax.random.key(0))
+    state = initial_state(params, tx, average=True, fixed=fixed)
+    assert flatten(state.params).keys() == flatten(state.average).keys() == {"classifier/bias", "classifier/kernel"}
+    options = {"accumulate": accumulate, "decays": DECAYS}
+    after, metrics = jax.jit(make_train_step(graph, OBJECTIVE, tx, RATES + 0.01, division=division, **options))(
+        state, batch()
+    )
+    assert same_bits(after.fixed, fixed)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+    def value(learned: Nested) -> jax.Array:
+        return loss(nnx.merge(graph, division.join(learned, fixed)), batch(), jax.random.key(0), None)[0]
+
+    gradients = jax.jit(jax.grad(value))(params)
+    assert metrics["grad_norm"] == pytest.approx(norm(gradients), rel=1e-5)
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    for name, leaf in flatten(after.params).items():
+        expected = flatten(params)[name] - (RATES[0] + np.float32(0.01)) * flatten(updates)[name]
+        np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-6, err_msg=name)
