@@ -36,7 +36,7 @@ FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000"
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _CONVERTED: Final = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
-_SIXTEEN_BIT: Final = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
+SIXTEEN_BIT: Final = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
 def open_image(path: str | os.PathLike[str], mode: Mode = "RGB") -> Image.Image:
@@ -85,7 +85,7 @@ def decode_image(
     Raises:
         BeitJaxError: not one of FORMATS, truncated, damaged, or more than `max_pixels`.
     """
-    return _convert(_decode(data, name, oriented, max_pixels), mode, name)
+    return convert_picture(open_picture(data, name, oriented=oriented, max_pixels=max_pixels), mode, name)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -101,7 +101,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         BeitJaxError: the mode has no defined 8-bit scale: F (float), LAB, I with larger values.
     """
-    return _convert(image, "RGB", "image")
+    return convert_picture(image, "RGB", "image")
 
 
 def load_image(image: ImageLike, mode: Mode, name: str) -> Image.Image:
@@ -117,11 +117,11 @@ def load_image(image: ImageLike, mode: Mode, name: str) -> Image.Image:
     if isinstance(image, str | os.PathLike):
         return open_image(image, mode)
     if not isinstance(image, Image.Image) and isinstance(image, np.ndarray | OtherArray):
-        image = _from_array(_copied(image, name), name)
+        image = _from_array(in_memory(image, name), name)
     if not isinstance(image, Image.Image):
         found = type(image).__name__
         raise BeitJaxError(f"{name}: expected a path, a PIL image or a uint8 array, found {found}; convert it")
-    return _convert(image, mode, name)
+    return convert_picture(image, mode, name)
 
 
 def image_list(images: ImageLike | Iterable[ImageLike]) -> tuple[list[ImageLike], bool]:
@@ -141,7 +141,12 @@ def image_name(image: ImageLike, place: int) -> str:
     return printable(Path(image)) if isinstance(image, str | os.PathLike) else f"image {place}"
 
 
-def _copied(array: object, name: str) -> np.ndarray:
+def in_memory(array: object, name: str) -> np.ndarray:
+    """The NumPy array of an array of another library.
+
+    Raises:
+        BeitJaxError: it is on another device, or its values are not known.
+    """
     try:
         return np.asarray(array)
     except (TypeError, ValueError, RuntimeError) as error:  # on another device, or a value that is being traced
@@ -156,7 +161,12 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
 
 
-def _decode(data: bytes, name: str, oriented: bool, max_pixels: int) -> Image.Image:
+def open_picture(data: bytes, name: str, *, oriented: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Opens the bytes of an image file in the mode that it has, with the checks of its format; nothing is converted.
+
+    Raises:
+        BeitJaxError: as `decode_image`; pixels may be damaged, which their decoding (`Image.load`) notices later.
+    """
     head = data[:64]
     if not head:
         raise BeitJaxError(f"{name}: empty file, expected an image; fetch or export it again")
@@ -164,7 +174,7 @@ def _decode(data: bytes, name: str, oriented: bool, max_pixels: int) -> Image.Im
         raise BeitJaxError(f"{name}: a Git LFS pointer, expected the image itself; run `git lfs pull`")
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         raise BeitJaxError(f"{name}: an HTML page, expected an image; fetch the image itself")
-    with _one_line(name), warnings.catch_warnings():
+    with in_one_line(name), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of strange EXIF data, which ImageNet has too
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -180,10 +190,15 @@ def _decode(data: bytes, name: str, oriented: bool, max_pixels: int) -> Image.Im
         return ImageOps.exif_transpose(image) if oriented else image
 
 
-def _convert(image: Image.Image, mode: Mode, name: str) -> Image.Image:
-    with _one_line(name):
+def convert_picture(image: Image.Image, mode: Mode, name: str) -> Image.Image:
+    """Converts a PIL image to 8-bit RGB or greyscale, as `to_rgb` does.
+
+    Raises:
+        BeitJaxError: as `to_rgb`, naming the image.
+    """
+    with in_one_line(name):
         image.load()
-        if image.mode in _SIXTEEN_BIT:
+        if image.mode in SIXTEEN_BIT:
             image = _high_byte(image, name)
         elif image.mode not in _CONVERTED:
             found = printable(image.mode)
@@ -204,7 +219,8 @@ def _high_byte(image: Image.Image, name: str) -> Image.Image:
 
 
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def in_one_line(name: str) -> Iterator[None]:
+    """Makes one line, which names the image, of every error of the decoders in the block."""
     # Every Exception: Pillow's plugins let out many classes (OSError, ValueError, SyntaxError, EOFError, struct.error,
     # IndexError, ...), and the enclosed block holds nothing but Pillow's work on untrusted bytes.
     try:
