@@ -18,6 +18,9 @@ from beit_jax.terminal import Bar
 WEIGHTS, CONFIG, PROCESSOR = "flax_model.safetensors", "config.json", "preprocessor_config.json"
 """The files of a native checkpoint; a directory in Hugging Face format has the same two JSON files."""
 
+ADAPTER_WEIGHTS = "flax_adapter.safetensors"
+"""The factors of a native checkpoint that was trained with an adapter, in its directory."""
+
 ADAPTER = "adapter_config.json"
 """peft's; a model with an adapter beside its weights is another model than the weights alone."""
 

@@ -7,9 +7,9 @@
 The way of a checkpoint: `files` opens it, with `pickles` for what torch pickled; `identify` finds its format among the
 pages of `formats`, and `images` how its images are prepared; `validation` compares its tensors with the model;
 `importer` plans and runs the import by a reader of leaves, `reading`, and `beit_jax.models.adapt` changes sizes.
-`exporter` is the way back. `parity` compares both implementations, for which `reference` builds transformers' model.
-`tokenizers` converts tokenizers, `options` holds what a user may ask for, and `provenance` is the record of where
-weights came from.
+`adapters` reads and writes PEFT's files. `exporter` is the way back. `parity` compares both implementations, for which
+`reference` builds transformers' model. `tokenizers` converts tokenizers, `options` holds what a user may ask for, `labels` the head among it, and `provenance`
+is the record of where weights came from.
 
 May import: the ground of `beit_jax`, its images, weights, models and tokenizers. `pickles` comes first, then `files`,
 `formats`, and the modules here. Names are imported when they are first used.

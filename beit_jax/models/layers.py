@@ -4,14 +4,13 @@ Precision. Parameters are float32. `dtype` (float32 or bfloat16) is what matrix 
 float32. LayerNorm, softmax, layer scale and the residual stream are float32 always.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from beit_jax.adapters.kernel import Linear, adaptable
 from beit_jax.config import BeitConfig
 from beit_jax.models.activations import ACTIVATIONS
 from beit_jax.models.attention import attend
@@ -31,7 +30,7 @@ def dense(
 ) -> nnx.Linear:
     """A linear layer that computes in `dtype` and returns the dtype `result` (by default `dtype`)."""
     normal = nnx.initializers.normal(config.initializer_range)
-    return nnx.Linear(inputs, outputs, dtype=dtype, preferred_element_type=result, kernel_init=normal, rngs=rngs)
+    return Linear(inputs, outputs, dtype=dtype, preferred_element_type=result, kernel_init=normal, rngs=rngs)
 
 
 def dropout(x: Array, rate: float | Array, key: Key[Array, ""] | None, *, per_sample: bool = False) -> Array:
@@ -46,6 +45,7 @@ def dropout(x: Array, rate: float | Array, key: Key[Array, ""] | None, *, per_sa
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
+@adaptable
 @for_one_cpu(project_by_matrices)
 def project(
     x: Float[Array, "b n *inputs"], kernel: Float[Array, "*both"], bias: Float[Array, "*outputs"]
@@ -82,7 +82,7 @@ class Attention(nnx.Module):
         output_attentions: bool = False,
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b heads n n"] | None]:
         """The attended values; on request, the probabilities (float32, after their dropout as in the reference)."""
-        cast, rate = partial(jnp.asarray, dtype=self.dtype), self.config.attention_probs_dropout_prob
+        cast, rate = lambda value: value.astype(self.dtype), self.config.attention_probs_dropout_prob
         qkv_bias = jnp.stack([self.q_bias[...], jnp.zeros_like(self.q_bias[...]), self.v_bias[...]])
         qkv = project(cast(x), cast(self.qkv_kernel[...]), cast(qkv_bias))
         biases = [bias for bias in (self.layer_bias(grid, x.shape[0]), shared_bias) if bias is not None]

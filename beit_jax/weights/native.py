@@ -14,13 +14,13 @@ import numpy as np
 from beit_jax.atomic import Contents
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.hub import CONFIG, PROCESSOR, WEIGHTS
+from beit_jax.hub import ADAPTER_WEIGHTS, CONFIG, PROCESSOR, WEIGHTS
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.json_file import write_json
 from beit_jax.weights.leaves import check_config
 from beit_jax.weights.tensors import LeafSpec, read_metadata, read_specs, read_tensors, verify, write_tensors
 
-NATIVE = Contents("native checkpoint", (CONFIG, PROCESSOR, WEIGHTS), lambda directory: is_native(directory))
+NATIVE = Contents("native checkpoint", (CONFIG, PROCESSOR, WEIGHTS, ADAPTER_WEIGHTS), lambda directory: is_native(directory))
 """What a native checkpoint of a model or of a tokenizer may replace."""
 
 
