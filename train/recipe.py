@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_type_hints
 
+from beit_jax.choices import Activation, ModelType, PositionBias, PositionResize
 from beit_jax.errors import BeitJaxError
 
 Resume = Literal["auto", "must", "never"]
@@ -47,6 +48,12 @@ NOT_NEGATIVE = Range("a number >= 0", lambda value: value >= 0)
 COUNT = Range("a positive integer", lambda value: value >= 1)
 WHOLE = Range("an integer >= 0", lambda value: value >= 0)
 SIZE = Range("a positive integer up to 65536", lambda value: 1 <= value <= 65536)
+WIDTH = Range("a positive integer up to 1048576", lambda value: 1 <= value <= 1 << 20)
+SIDES = Range(
+    "a positive integer up to 65536, or two: height and width",
+    lambda sides: all(1 <= side <= 65536 for side in (sides if isinstance(sides, tuple) else (sides,))),
+)
+EPSILON = Range("a number in [0, 1]", lambda value: 0.0 <= value <= 1.0)
 LAYERS = Range("a positive integer up to 256", lambda value: 1 <= value <= 256)
 WORKERS = Range("an integer from 0 to 1024", lambda value: 0 <= value <= 1024)
 GROWING = Range("two growing positive numbers", lambda pair: 0 < pair[0] <= pair[1])
@@ -62,10 +69,38 @@ AXES = Range("positive numbers, one of which may be -1", lambda axes: all(axis =
 class ModelOptions:
     """The architecture and how it computes."""
 
-    variant: str = "beit_base_patch16_224"
-    """A row of `beit-jax list`, or "digits" for the small model of the digits recipes."""
-    image_size: Annotated[int | None, SIZE] = None
-    """Pixels of a side; by default the variant's."""
+    variant: str | None = None
+    """A row of `beit-jax list`, or "digits" for the small model of the digits recipes; by default the architecture of
+    --init, and without that the recipe's. A variant that is named must be the checkpoint's."""
+    image_size: Annotated[int | tuple[int, int] | None, SIDES] = None
+    """Pixels of a side, or height and width; by default the variant's, or the checkpoint's own."""
+    patch_size: Annotated[int | tuple[int, int] | None, SIDES] = None
+    """Pixels of a patch's side, or height and width. The patch projection of a checkpoint is resized."""
+    channels: Annotated[int | None, SIZE] = None
+    """Channels of an image."""
+    hidden_size: Annotated[int | None, SIZE] = None
+    """Width of a token, of a model drawn at random; a checkpoint has its own, as of the options down to `epsilon`."""
+    depth: Annotated[int | None, LAYERS] = None
+    """Blocks of a model drawn at random."""
+    heads: Annotated[int | None, SIZE] = None
+    """Attention heads, which divide the width."""
+    mlp: Annotated[int | None, WIDTH] = None
+    """Width of the hidden layer of a block's MLP."""
+    activation: Activation | None = None
+    """Of the MLP."""
+    absolute_positions: bool | None = None
+    """Learned position embeddings, which are added to the patches."""
+    epsilon: Annotated[float | None, EPSILON] = None
+    """Of LayerNorm."""
+    position_bias: PositionBias | None = None
+    """Relative position bias: none, one table shared by all blocks, one per layer, or both. A checkpoint's shared table
+    can become one per layer, and does so by default where the variant has that."""
+    position_resize: PositionResize | None = None
+    """How bias tables are resized to other image sizes: as the original code, as timm, or (bilinear) transformers."""
+    initializer_range: Annotated[float | None, POSITIVE] = None
+    """Standard deviation of weights that are drawn."""
+    family: ModelType | None = None
+    """Under whose name the result is known to transformers; the mathematics is the same."""
     drop_path: Annotated[float, RATE] = 0.1
     """Stochastic depth of the last block; grows linearly from 0 at the first."""
     dropout: Annotated[float, RATE] = 0.0
@@ -73,7 +108,8 @@ class ModelOptions:
     attention_dropout: Annotated[float, RATE] = 0.0
     """Dropout rate of attention probabilities."""
     layer_scale: Annotated[float | None, NOT_NEGATIVE] = None
-    """Initial layer scale of a model drawn at random; by default the variant's. A checkpoint brings its own."""
+    """Initial layer scale of a model drawn at random, 0 for none; by default the variant's. A checkpoint brings its
+    own."""
     pooling: Literal["mean", "cls"] = "mean"
     """The features that the classifier reads: the mean patch token, or the class token."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -277,18 +313,29 @@ class Recipe:
         objective: name of the objective, which is the name of its module in `beit_jax.train.objectives`.
         topology: TPUs that the batch, split over them, fits: `topology.parse_topology` reads it. Empty: any device.
     """
+        fallback: the variant of a model drawn at random where no run was published and none is named.
 
+        published: the variant of the published run, whose image size belongs to the recipe. A checkpoint of its
+            architecture trains as published. Empty: no such run, checkpoints of any size keep what they are. A variant
+            that somebody asks for stands in `model.variant`.
     objective: ClassVar[str] = ""
 
     name: str = ""
+    fallback: ClassVar[str] = "beit_base_patch16_224"
     topology: str = ""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    published: str = ""
     optim: OptimOptions = field(default_factory=OptimOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
     @property
     def eval_batch_size(self) -> int:
+    @property
+    def variant(self) -> str:
+        """The variant that is asked for, or else the published run's; of a model drawn at random."""
+        return self.model.variant or self.published or self.fallback
+
         """Images of one evaluation step."""
         return self.data.eval_batch_size or self.data.batch_size // self.optim.accumulate
 
@@ -314,7 +361,8 @@ class Recipe:
             for name, group in kind.group_types().items()
             if type(getattr(self, name, None)) is group
         }
-        return kind(**({"name": self.name, "topology": self.topology} | shared | changes))
+        own = {name: getattr(self, name) for name in ("name", "topology", "published")}
+        return kind(**(own | shared | changes))
 
     def for_tpus(self) -> Self:
         """The recipe laid out for the smallest slice of v5e, of 16 GB a chip, on which nothing else has to change.
@@ -323,7 +371,7 @@ class Recipe:
         the state fits (benchmarks/scaling.md). benchmarks/aot.md has what the compiler says; with more memory, 80 GB
         for example, ``--model.remat none`` saves a quarter of the products.
         """
-        many = self.data.batch_size >= 4096 or "_large" in self.model.variant
+        many = self.data.batch_size >= 4096 or "_large" in self.variant
         model = dataclasses.replace(self.model, remat="block")
         return dataclasses.replace(self, model=model, topology="v5e:8x8" if many else "v5e:4x4")
 

@@ -238,7 +238,7 @@ def abstract_program(
     labels = _labels(recipe, classes)
     sources = kind.abstract_sources(recipe, labels)
     config = kind.configure(recipe, labels, sources)
-    rates = learning_rates(recipe, images or (SCANS if recipe.model.variant == DIGITS else kind.epoch_images))
+    rates = learning_rates(recipe, images or (SCANS if recipe.variant == DIGITS else kind.epoch_images))
     mesh = make_mesh(recipe.run.mesh, devices)
     check_batch(recipe.data.batch_size, mesh, parts=recipe.optim.accumulate)
     objective = kind(recipe, config, sources, len(rates))
@@ -326,6 +326,6 @@ def largest_batch(first: Attempt, attempt: Callable[[int], Attempt], unit: int, 
 
 
 def _labels(recipe: Recipe, classes: int | None) -> tuple[str, ...]:
-    variant = VARIANTS.get(recipe.model.variant, BeitConfig())
-    published = 10 if recipe.model.variant == DIGITS else len(variant.labels)
+    variant = VARIANTS.get(recipe.variant, BeitConfig())
+    published = 10 if recipe.variant == DIGITS else len(variant.labels)
     return tuple(f"LABEL_{i}" for i in range(classes or published))

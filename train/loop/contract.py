@@ -111,11 +111,22 @@ def _as_read(earlier: Mapping[str, Any], recipe: Recipe, path: Path) -> dict[str
     """
     fields = Fields(earlier, f"{path}: recipe")
     found = {name: value for name, value in earlier.items() if not isinstance(value, Mapping)}
+    found.setdefault("published", recipe.published)
     for name, group in recipe.group_types().items():
         defaults = _as_json(asdict(group()))
         given = fields.typed(name, dict, {})
         found[name] = defaults | {option: given[option] for option in defaults.keys() & given.keys()}
     return found
+
+
+def _with_variant(recipe: Mapping[str, Any], fallback: str) -> dict[str, Any]:
+    """A recorded recipe with the variant that decides, whether it was named or is the recipe's own.
+
+    Earlier versions recorded it as if it had always been named.
+    """
+    model = dict(recipe["model"])
+    model["variant"] = model["variant"] or recipe["published"] or fallback
+    return {**recipe, "model": model}
 
 
 def _as_json(content: Any) -> Any:
@@ -124,8 +135,11 @@ def _as_json(content: Any) -> Any:
 
 
 def _record(plan: "Plan") -> dict[str, Any]:
+    model = asdict(plan.config)
+    del model["labels"]  # which are the data's
     return {
         "recipe": plan.recipe.as_dict(),
+        "model": model,
         "data": {
             "train": plan.training.contract(),
             "validation": None if plan.validation is None else plan.validation.contract(),
@@ -142,9 +156,13 @@ def _origin(checkpoint: NativeCheckpoint | TokenizerCheckpoint | None) -> dict[s
 
 
 def _compare(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    then = {**earlier, "recipe": _as_read(Fields(earlier, str(path)).typed("recipe", dict, {}), recipe, path)}
-    found = list(changes(then, _as_json(now)))
+    now, fields = _as_json(now), Fields(earlier, str(path))
+    then = {**earlier, "recipe": _as_read(fields.typed("recipe", dict, {}), recipe, path)}
+    # Earlier versions kept no architecture, or one of fewer fields.
+    then["model"] = {name: fields.typed("model", dict, {}).get(name, value) for name, value in now["model"].items()}
+    found = list(changes(*({**each, "recipe": _with_variant(each["recipe"], recipe.fallback)} for each in (then, now))))
     fatal = [change for change in found if change[0] not in FREE and change[0].split(".")[0] != "versions"]
+    fatal.sort(key=lambda change: change[0].startswith("model."))  # which follows from the recipe and the start
     fatal.sort(key=lambda change: change[0] not in ("recipe.objective", "recipe.name"))  # the rest follows from them
     if fatal:
         name, old, new = fatal[0]

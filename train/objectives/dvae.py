@@ -90,9 +90,10 @@ class Dvae(UnlabelledImages[DvaeRecipe]):
         assert isinstance(recipe, DvaeRecipe)
         if recipe.model.image_size is None:
             raise BeitJaxError("--model.image-size: expected pixels of the tokenizer's images, found None")
-        side = recipe.model.image_size
-        encoder, _ = configs(recipe.dvae, (side, side))
-        return BeitConfig(image_size=(side, side), patch_size=(encoder.stride, encoder.stride))
+        size = recipe.model.image_size
+        sides = size if isinstance(size, tuple) else (size, size)
+        encoder, _ = configs(recipe.dvae, sides)
+        return BeitConfig(image_size=sides, patch_size=(encoder.stride, encoder.stride))
 
     @property
     def graph(self) -> nnx.GraphDef[Any]:

@@ -70,12 +70,12 @@ class Probe(LabelledImages[LinearProbeRecipe]):
     def configure(cls, recipe: Recipe, labels: tuple[str, ...], sources: Sources) -> BeitConfig:
         if sources.start is None:
             raise BeitJaxError("a linear probe needs an encoder: give --init CHECKPOINT")
-        return model_config(recipe.model, labels, sources.start.config)
+        return model_config(recipe, labels, sources.start.config)
 
     @classmethod
     def abstract_sources(cls, recipe: Recipe, labels: tuple[str, ...]) -> Sources:
         """An encoder of the recipe's own size."""
-        config = model_config(recipe.model, labels)
+        config = model_config(recipe, labels)
         return Sources(start=NativeCheckpoint(config, cls.processor(recipe, config), {}))
 
     @property

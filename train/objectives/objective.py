@@ -243,7 +243,11 @@ class WholeModel(Objective[RecipeT]):
     @classmethod
     def configure(cls, recipe: Recipe, labels: tuple[str, ...], sources: Sources) -> BeitConfig:
         start = None if sources.start is None else sources.start.config
-        return model_config(recipe.model, labels, start, task=cls.architecture)
+        return model_config(recipe, labels, start, task=cls.architecture)
+
+    @property
+    def division(self) -> Division:
+        return freezing.division(self.recipe.optim.freeze, self.config)
 
     @property
     def graph(self) -> nnx.GraphDef[Model]:

@@ -62,6 +62,7 @@ class SegmentationRecipe(Recipe):
     """A run that trains a segmentation model."""
 
     objective: ClassVar[str] = "segmentation"
+    fallback: ClassVar[str] = "beit_base_patch16_640_ade20k"
     segment: SegmentationOptions = field(default_factory=SegmentationOptions)
 
     def for_tpus(self) -> "SegmentationRecipe":

@@ -74,7 +74,7 @@ class Vqkd(UnlabelledImages[VqkdRecipe]):
         assert isinstance(recipe, VqkdRecipe)
         if sources.teacher is None:
             raise BeitJaxError("vqkd needs a teacher: give --teacher CHECKPOINT")
-        config = model_config(recipe.model, (), task="features")
+        config = model_config(recipe, (), task="features")
         grid = sources.teacher.config.grid
         if grid != config.grid:
             raise BeitJaxError(
@@ -87,7 +87,7 @@ class Vqkd(UnlabelledImages[VqkdRecipe]):
     @classmethod
     def abstract_sources(cls, recipe: Recipe, labels: tuple[str, ...]) -> Sources:
         """A teacher of the tokenizer's own size."""
-        config = model_config(recipe.model, (), task="features")
+        config = model_config(recipe, (), task="features")
         return Sources(teacher=NativeCheckpoint(config, cls.processor(recipe, config), {}))
 
     @cached_property

@@ -38,7 +38,8 @@ def digits_pretrain() -> MaskedTokensRecipe:
     Probe the result by `beit-jax train digits_probe --model.image-size 16 --init RUN/model`.
     """
     return MaskedTokensRecipe(
-        model=ModelOptions(variant="digits", image_size=16, drop_path=0.0, dtype="float32"),
+        published="digits",
+        model=ModelOptions(image_size=16, drop_path=0.0, dtype="float32"),
         data=DataOptions(batch_size=32, eval_batch_size=90, workers=0),
         augment=_DIGITS,
         mask=MaskOptions(patches=6, min_block=2),
@@ -65,7 +66,8 @@ def digits_finetune() -> ClassificationRecipe:
     The data are made by `beit-jax prepare digits DIR`.
     """
     return ClassificationRecipe(
-        model=ModelOptions(variant="digits", drop_path=0.1, dtype="float32"),
+        published="digits",
+        model=ModelOptions(drop_path=0.1, dtype="float32"),
         data=DataOptions(batch_size=32, eval_batch_size=90, workers=0),
         augment=AugmentOptions(
             crop_scale=(0.7, 1.0),

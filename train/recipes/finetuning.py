@@ -30,7 +30,8 @@ def _finetune(
 ) -> ClassificationRecipe:
     """A line of the fine-tuning tables."""
     return ClassificationRecipe(
-        model=ModelOptions(variant=variant, drop_path=drop_path, image_size=image_size),
+        published=variant,
+        model=ModelOptions(drop_path=drop_path, image_size=image_size),
         data=DataOptions(batch_size=batch_size),
         augment=_MIXED if mixed else AugmentOptions(),
         optim=OptimOptions(
@@ -250,7 +251,8 @@ def data2vec_large_ft1k() -> ClassificationRecipe:
 def beit_base_linear() -> LinearProbeRecipe:
     """Linear probe of BEiT-B on ImageNet-1k (beit/run_linear_eval.py). 8 GPUs x 128. No published number."""
     return LinearProbeRecipe(
-        model=ModelOptions(variant=_BASE, drop_path=0.0),
+        published=_BASE,
+        model=ModelOptions(drop_path=0.0),
         data=DataOptions(batch_size=1024),
         augment=AugmentOptions(interpolation="bilinear", randaugment=None, erasing=0.0, smoothing=0.0),
         optim=OptimOptions(lr=4e-3, min_lr=0.0, epochs=100, warmup_epochs=0, weight_decay=1e-4),
@@ -259,13 +261,12 @@ def beit_base_linear() -> LinearProbeRecipe:
 
 def beit_large_linear() -> LinearProbeRecipe:
     """Linear probe of BEiT-L on ImageNet-1k, as `beit_base_linear`."""
-    recipe = beit_base_linear()
-    return replace(recipe, model=replace(recipe.model, variant=_LARGE))
+    return replace(beit_base_linear(), published=_LARGE)
 
 
 def _sized(recipe: ClassificationRecipe, variant: str) -> ClassificationRecipe:
     """The same recipe for a variant of another image size; its positions are resized when the checkpoint is read."""
-    return replace(recipe, model=replace(recipe.model, variant=variant))
+    return replace(recipe, published=variant)
 
 
 RECIPES = (

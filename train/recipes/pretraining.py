@@ -18,7 +18,8 @@ _VIEWS = CropOptions(color_jitter=0.4)
 def _beit(variant: str, *, epochs: float, warmup: float) -> MaskedTokensRecipe:
     """A line of BEiT's pre-training: 2048 images a step, 75 of 196 patches hidden."""
     return MaskedTokensRecipe(
-        model=ModelOptions(variant=variant, drop_path=0.1),
+        published=variant,
+        model=ModelOptions(drop_path=0.1),
         data=DataOptions(batch_size=2048),
         augment=_VIEWS,
         optim=OptimOptions(lr=1.5e-3, min_lr=1e-5, epochs=epochs, warmup_epochs=warmup, clip=3.0),
@@ -43,8 +44,7 @@ def beit_large_pt22k() -> MaskedTokensRecipe:
 
     Layer scale starts at 1e-5, which is published. Blocks are computed again on the way back, to fit into 16 GB.
     """
-    recipe = beit_base_pt22k()
-    return replace(recipe, model=replace(recipe.model, variant="beit_large_patch16_224_pt22k"))
+    return replace(beit_base_pt22k(), published="beit_large_patch16_224_pt22k")
 
 
 def beit_base_pt1k() -> MaskedTokensRecipe:
@@ -98,8 +98,11 @@ def beitv2_large_pt1k_300e() -> MaskedTokensRecipe:
 # --- data2vec: 120 of 196 patches, the last six blocks of a teacher of constant decay.
 
 
-def _data2vec(model: ModelOptions, *, batch_size: int, lr: float, warmup: float, ema: float) -> Data2vecRecipe:
+def _data2vec(
+    variant: str, model: ModelOptions, *, batch_size: int, lr: float, warmup: float, ema: float
+) -> Data2vecRecipe:
     return Data2vecRecipe(
+        published=variant,
         model=model,
         data=DataOptions(batch_size=batch_size, statistics="imagenet"),
         augment=_VIEWS,
@@ -112,14 +115,14 @@ def _data2vec(model: ModelOptions, *, batch_size: int, lr: float, warmup: float,
 
 def data2vec_base_800() -> Data2vecRecipe:
     """data2vec B on ImageNet-1k, 800 epochs: 84.2 top-1 fine-tuned. 16 GPUs x 128."""
-    model = ModelOptions(variant="data2vec_vision_base", drop_path=0.25, attention_dropout=0.05)
-    return _data2vec(model, batch_size=2048, lr=2e-3, warmup=10, ema=0.9998)
+    model = ModelOptions(drop_path=0.25, attention_dropout=0.05)
+    return _data2vec("data2vec_vision_base", model, batch_size=2048, lr=2e-3, warmup=10, ema=0.9998)
 
 
 def data2vec_large_800() -> Data2vecRecipe:
     """data2vec L on ImageNet-1k, the first 800 epochs. 64 GPUs x 64."""
-    model = ModelOptions(variant="data2vec_vision_large", drop_path=0.2, attention_dropout=0.15, layer_scale=1e-5)
-    return _data2vec(model, batch_size=4096, lr=1e-3, warmup=80, ema=0.9998)
+    model = ModelOptions(drop_path=0.2, attention_dropout=0.15, layer_scale=1e-5)
+    return _data2vec("data2vec_vision_large", model, batch_size=4096, lr=1e-3, warmup=80, ema=0.9998)
 
 
 def data2vec_large_1600() -> Data2vecRecipe:

@@ -17,7 +17,8 @@ def _ade20k(
     batch_size = 16
     steps_per_epoch = _ADE20K // batch_size
     return SegmentationRecipe(
-        model=ModelOptions(variant=variant, image_size=size, drop_path=drop_path),
+        published=variant,
+        model=ModelOptions(image_size=size, drop_path=drop_path),
         data=DataOptions(batch_size=batch_size, statistics="imagenet"),
         segment=SegmentationOptions(scale=(4 * size, size)),
         optim=OptimOptions(

@@ -15,7 +15,8 @@ def vqkd_base() -> VqkdRecipe:
     CLIP B/16 and DINO B/16 taught the published ones; `--teacher` is any native checkpoint.
     """
     return VqkdRecipe(
-        model=ModelOptions(variant="beit_base_patch16_224_pt22k", drop_path=0.0),
+        published="beit_base_patch16_224_pt22k",
+        model=ModelOptions(drop_path=0.0),
         data=DataOptions(batch_size=512),
         augment=CropOptions(),
         vqkd=VqkdOptions(),

@@ -170,7 +170,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_numbers(name: str) -> None:
     recipe, expected = recipe_named(name), PUBLISHED[name]
-    config = model_config(recipe.model, (), task="masked_image_modeling")
+    config = model_config(recipe, (), task="masked_image_modeling")
     optim, mask, augment = recipe.optim, recipe.mask, recipe.augment
     tokens = recipe.tokens if isinstance(recipe, MaskedTokensRecipe) else TokenOptions()
     images = IMAGENET22K if name.endswith("22k") else IMAGENET

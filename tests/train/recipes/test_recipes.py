@@ -60,9 +60,9 @@ def test_every_published_recipe_names_tpus_over_which_its_batch_divides(name: st
 def test_every_recipe_traces(name: str) -> None:
     """Shapes of one whole step at the recipe's own sizes: nothing is computed."""
     recipe = recipe_named(name)
-    variant = VARIANTS.get(recipe.model.variant)
+    variant = VARIANTS.get(recipe.variant)
     labels = tuple(f"class {i}" for i in range(10 if variant is None else variant.num_labels))
-    config = model_config(recipe.model, labels)
+    config = model_config(recipe, labels)
     graph, params = abstract_model(config, dtype=jnp.dtype(recipe.model.dtype))
     tx = optimizer(recipe.optim, config)
     state = jax.eval_shape(lambda params: initial_state(params, tx, average=recipe.optim.ema is not None), params)
@@ -104,8 +104,8 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_numbers(name: str) -> None:
     recipe = recipe_named(name)
-    variant = VARIANTS[recipe.model.variant]
-    config = model_config(recipe.model, variant.labels)
+    variant = VARIANTS[recipe.variant]
+    config = model_config(recipe, variant.labels)
     optim = recipe.optim
     assert (
         recipe.data.batch_size,
@@ -126,7 +126,7 @@ def test_every_segmentation_recipe_traces(name: str) -> None:
     """As above, with running statistics."""
     recipe = recipe_named(name)
     labels = tuple(f"class {i}" for i in range(150))
-    config = model_config(recipe.model, labels, task="semantic_segmentation")
+    config = model_config(recipe, labels, task="semantic_segmentation")
     graph, params = abstract_model(config, dtype=jnp.dtype(recipe.model.dtype))
     tx = optimizer(recipe.optim, config)
     state = jax.eval_shape(lambda params: initial_state(params, tx, statistics=statistics(config)), params)
@@ -167,7 +167,7 @@ PUBLISHED_ADE20K = {
 def test_published_numbers_of_segmentation(name: str) -> None:
     lr, layer_decay, drop_path, pixels, blocks, images, accumulate = PUBLISHED_ADE20K[name]
     recipe = recipe_named(name)
-    config = model_config(recipe.model, VARIANTS[recipe.model.variant].labels, task="semantic_segmentation")
+    config = model_config(recipe, VARIANTS[recipe.variant].labels, task="semantic_segmentation")
     assert (recipe.optim.lr, recipe.optim.layer_decay, config.drop_path_rate) == (lr, layer_decay, drop_path)
     assert (recipe.data.batch_size, recipe.optim.accumulate) == (8 * images * accumulate, accumulate)
     assert (config.image_size, config.num_hidden_layers) == ((pixels, pixels), blocks)
@@ -185,24 +185,24 @@ def test_published_numbers_of_segmentation(name: str) -> None:
 
 def test_a_variant_that_does_not_segment() -> None:
     with pytest.raises(BeitJaxError, match=r"beit_base_patch16_224 does not segment; choose .*640_ade20k or "):
-        model_config(recipe_named("beit_base_ft1k").model, ("a",), task="semantic_segmentation")
+        model_config(recipe_named("beit_base_ft1k"), ("a",), task="semantic_segmentation")
 
 
 def test_evaluation_images_are_prepared_as_the_original_does() -> None:
     """Shorter side 256, centre 224; from 384 on the whole image: unilm beit/datasets.py."""
     for name, resize, crop in (("beit_base_ft1k", 256, 224), ("beit_large_ft22k_ft1k_512", 512, 512)):
         recipe = recipe_named(name)
-        config = model_config(recipe.model, ("a", "b"))
+        config = model_config(recipe, ("a", "b"))
         processor = objective_of(recipe).processor(recipe, config)
         assert (processor.resize, processor.crop) == (resize, (crop, crop))
         assert processor.resample == "bicubic"
     v2 = recipe_named("beitv2_base_ft1k")
-    assert objective_of(v2).processor(v2, model_config(v2.model, ("a",))).mean == (0.485, 0.456, 0.406)
+    assert objective_of(v2).processor(v2, model_config(v2, ("a",))).mean == (0.485, 0.456, 0.406)
 
 
 def test_a_checkpoint_brings_its_own_architecture() -> None:
     pretrained = replace(VARIANTS["data2vec_vision_base"], layer_norm_eps=1e-12)
-    config = model_config(recipe_named("beit_base_ft1k").model, ("cat", "dog"), pretrained)
+    config = model_config(recipe_named("beit_base_ft1k"), ("cat", "dog"), pretrained)
     assert config.model_type == "data2vec-vision"
     assert config.layer_norm_eps == 1e-12
     assert config.layer_scale_init_value == 1e-4
@@ -211,11 +211,13 @@ def test_a_checkpoint_brings_its_own_architecture() -> None:
     assert config.labels == ("cat", "dog")
 
 
-def test_a_checkpoint_of_another_size_is_refused() -> None:
+def test_a_checkpoint_of_another_size_than_the_named_variant_is_refused() -> None:
+    recipe = recipe_named("beit_base_ft1k")
+    named = replace(recipe, model=replace(recipe.model, variant="beit_base_patch16_224"))
     with pytest.raises(
         BeitJaxError, match=r"--init: hidden_size 1024, but --model.variant has 768; choose the variant"
     ):
-        model_config(recipe_named("beit_base_ft1k").model, ("a",), VARIANTS["beit_large_patch16_224_pt22k"])
+        model_config(named, ("a",), VARIANTS["beit_large_patch16_224_pt22k"])
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
@@ -226,7 +228,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 def test_an_unknown_variant() -> None:
     recipe = recipe_named("beit_base_ft1k")
     with pytest.raises(BeitJaxError, match=r"--model.variant: no variant is called beit_huge"):
-        model_config(replace(recipe.model, variant="beit_huge"), ("a",))
+        model_config(replace(recipe, model=replace(recipe.model, variant="beit_huge")), ("a",))
 
 
 @pytest.mark.parametrize(
