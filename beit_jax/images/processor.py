@@ -261,7 +261,9 @@ def preset(
 
     - hf: resize to (height, width) without regard to proportions, bilinear, as the hub's BEiT checkpoints record.
     - unilm_eval: resize the shortest edge to int(size / crop_pct), bicubic, and crop the centre as torchvision does.
-      crop_pct is 224/256 below 384 pixels, and 1 from 384 on (unilm beit/datasets.py, build_transform).
+      crop_pct is 224/256 below 384 pixels, and 1 from 384 on (unilm beit/datasets.py, build_transform). The originals
+      are square. For another size both edges are resized, each to int(size / crop_pct), as training stretches its crops
+      and as transformers' processor can do it.
     - timm: the same with crop_pct 0.9 below 384. Some tags differ (beitv2_large .95, beit3 1.0), for which there is the
       argument. This is timm's path for PIL images; its GPU prefetcher normalises with other roundings.
 
@@ -270,7 +272,7 @@ def preset(
             Data2Vec-Vision as pre-trained.
 
     Raises:
-        BeitJaxError: an unknown name, a crop of a size that is not square, or a crop_pct outside (0, 1].
+        BeitJaxError: an unknown name, timm's crop of a size that is not square, or a crop_pct outside (0, 1].
     """
     height, width = size if isinstance(size, tuple) else (size, size)
     if name == "hf" and crop_pct is None:
@@ -278,17 +280,20 @@ def preset(
     percents = {"unilm_eval": 224 / 256, "timm": 0.9}
     if name not in percents:
         raise BeitJaxError(f"image preset {printable(name)}, expected one of {', '.join(PRESETS)}, hf without crop_pct")
-    if height != width:
+    if height != width and name == "timm":
         raise BeitJaxError(
-            f"image preset {name}: size {height}x{width}, expected a square; the preset hf takes any size"
+            f"image preset {name}: size {height}x{width}, expected a square; hf and unilm_eval take any size"
         )
     if crop_pct is None:
-        crop_pct = 1.0 if height >= 384 else percents[name]
+        crop_pct = 1.0 if min(height, width) >= 384 else percents[name]
     if not 0 < crop_pct <= 1:
         raise BeitJaxError(f"image preset {name}: crop_pct {crop_pct}, expected above 0 and at most 1")
-    edge = int(height / crop_pct)
-    crop = (height, width)
-    return ImageProcessor(edge, "bicubic", crop, crop_rounding="half_even", mean=mean, std=std, num_channels=len(mean))
+    whole, crop = (int(height / crop_pct), int(width / crop_pct)), (height, width)
+    if height != width:
+        return ImageProcessor(whole, "bicubic", crop, mean=mean, std=std, num_channels=len(mean))
+    return ImageProcessor(
+        whole[0], "bicubic", crop, crop_rounding="half_even", mean=mean, std=std, num_channels=len(mean)
+    )
 
 
 def ade20k_processor(size: int = 640) -> ImageProcessor:
