@@ -140,8 +140,9 @@ def train_batches(
         rows: row numbers in a global batch, from `sharding.batch_rows`; by default all rows.
 
     Yields:
-        "image" uint8 [local, h, w, 3] as `transform` makes it, and "label": int32 [local], or [local, h, w] for label
-        maps. A `ViewsTransform` makes other views instead of the label. local = len(rows).
+        "image" uint8 [local, h, w, 3] as `transform` makes it, and "label": a `targets.Label` for every image (int32
+        [local], uint8 [local, classes] or float32 [local, values]), or int32 [local, h, w] for label maps. A
+        `ViewsTransform` makes other views instead of the label. local = len(rows).
 
     Raises:
         BeitJaxError: a seed out of range; from iterating, more unreadable records than `options.max_bad` or
@@ -192,12 +193,12 @@ _PairedTransform = Callable[[Pixels, Any, np.random.Generator], dict[str, Any]]
 
 @dataclass(frozen=True)
 class _ImageOnly:
-    """Transforms the image and keeps its class."""
+    """Transforms the image and keeps its label, whatever the data say."""
 
     transform: Transform
 
-    def __call__(self, image: Pixels, label: int, rng: np.random.Generator) -> dict[str, Any]:
-        return {"image": self.transform(image, rng), "label": np.int32(label)}
+    def __call__(self, image: Pixels, label: Any, rng: np.random.Generator) -> dict[str, Any]:
+        return {"image": self.transform(image, rng), "label": label}
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class _Views:
 
     transform: ViewsTransform
 
-    def __call__(self, image: Pixels, label: int, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: Pixels, label: Any, rng: np.random.Generator) -> dict[str, Any]:
         return dict(self.transform(image, rng))
 
 

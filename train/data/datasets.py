@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, TypedDict, TypeVar
+from typing import Any, Final, TypedDict, TypeVar, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -17,20 +17,21 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.label_maps import ADE20K_CLASSES, LabelMap, check_labels, decode_label_map, reduce_labels
-from beit_jax.json_file import read_text
+from beit_jax.json_file import read_json, read_text
 
 from ..augmentation.decode import Pixels, decode
-from .shards import INFO, check_shards
+from ..labels.targets import Target, found_target
+from .shards import INFO, METADATA, check_shards
 
 PIPELINE: Final = 1
 """Part of a run's contract; goes up when the same data and seed would give other batches."""
 
 
 class Record(TypedDict):
-    """An image file, the number of its class, and the file's original name."""
+    """An image file, what the data set says about it (`targets.Label`), and the file's original name."""
 
     image: bytes
-    label: int
+    label: Any
     file_name: str
 
 
@@ -100,6 +101,14 @@ class Records:
             kind: what a record should be, for errors.
             lists: by name of a feature, the list of ``tf.train.Feature`` that holds its values.
         """
+
+        def first(found: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: getattr(found[name], held).value[0] for name, held in lists.items()}
+
+        return self._parsed(index, kind, first)
+
+    def _parsed(self, index: int, kind: str, parse: Callable[[Mapping[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        """What `parse` makes of a record's features, by name, and the file name; `kind` as for `_values`."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
@@ -111,7 +120,7 @@ class Records:
         try:
             # TFDS' own parser would take as long as decoding a small image.
             found = tf_example_pb2.Example.FromString(data).features.feature
-            values = {name: getattr(found[name], held).value[0] for name, held in lists.items()}
+            values = parse(found)
         except (DecodeError, IndexError) as error:
             raise BeitJaxError(f"{self.where(index)}: no {kind} ({printable(error)})") from error
         name = b"".join(found["file_name"].bytes_list.value).decode("utf-8", "replace")
@@ -121,24 +130,33 @@ class Records:
         return f"{self.where(index)} ({printable(file_name)})"
 
 
+@dataclass(frozen=True)
 class Dataset(Records):
-    """A split of classified images. Indexing reads a record."""
+    """A split of images of which the data say something: see `targets`. Indexing reads a record.
+
+    Attributes:
+        target: what they say; `labels` are its names.
+    """
+
+    target: Target
 
     def __getitem__(self, index: int) -> Record:
         """The record at `index`.
 
         Raises:
-            BeitJaxError: the record is damaged, is no classified image, or its label is out of range.
+            BeitJaxError: the record is damaged, is no such image, or its label is out of range.
             RuntimeError: the storage failed.
             IndexError: no record has this index.
         """
-        values = self._values(index, "classified image", image="bytes_list", label="int64_list")
-        image, label, file_name = values["image"], values["label"], values["file_name"]
-        if not 0 <= label < len(self.labels):
-            raise BeitJaxError(f"{self.where(index)}: label {label}, expected 0 to {len(self.labels) - 1}")
-        return Record(image=image, label=label, file_name=file_name)
+        target = self.target
 
-    def load(self, index: int) -> tuple[Pixels, int]:
+        def parse(found: Mapping[str, Any]) -> dict[str, Any]:
+            image = found["image"].bytes_list.value[0]
+            return {"image": image, "label": target.read(found[target.feature], self.where(index))}
+
+        return cast("Record", self._parsed(index, target.kind, parse))
+
+    def load(self, index: int) -> tuple[Pixels, Any]:
         """The decoded image, uint8 [h, w, 3], and its label.
 
         Raises:
@@ -195,7 +213,7 @@ def open_dataset(directory: Path, split: str) -> Dataset:
         BeitJaxError: no data set there, another format, no such split, no images with labels; a file of the split is
             missing, cut off or not the one that was written.
     """
-    return _open(Dataset, directory, split, _class_names)
+    return _open(Dataset, directory, split, _with_target)
 
 
 def open_segmentation(directory: Path, split: str) -> SegmentationDataset:
@@ -207,14 +225,19 @@ def open_segmentation(directory: Path, split: str) -> SegmentationDataset:
     Raises:
         BeitJaxError: as `open_dataset`; no images with segmentations.
     """
-    return _open(SegmentationDataset, directory, split, _map_names)
+    return _open(SegmentationDataset, directory, split, _with_maps)
 
 
 def _open(
-    kind: type[_Kind], directory: Path, split: str, class_names: Callable[[Path, Mapping[str, Any]], tuple[str, ...]]
+    kind: type[_Kind], directory: Path, split: str, described: Callable[[Path, Mapping[str, Any]], Mapping[str, Any]]
 ) -> _Kind:
+    """A split of a data set.
+
+    Args:
+        described: what the features say: ``labels``, and the fields that `kind` has besides those of `Records`.
+    """
     builder = _builder(directory)
-    labels = class_names(directory, builder.info.features)
+    fields = described(directory, builder.info.features)
     instructions = _instructions(directory, builder.info.splits, split)
     check_shards(instructions)
     shards = (
@@ -222,7 +245,7 @@ def _open(
     )
     name = f"{builder.info.name} {builder.info.version}"
     source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    return kind(directory, name, split, labels, tuple(shards), source)
+    return kind(directory=directory, name=name, split=split, shards=tuple(shards), _source=source, **fields)
 
 
 def splits(directory: Path) -> tuple[str, ...]:
@@ -265,14 +288,16 @@ def _check_texts(directory: Path) -> None:
             read_text(path, advice="correct it, or prepare the data again")
 
 
-def _class_names(directory: Path, features: Mapping[str, Any]) -> tuple[str, ...]:
-    _check_features(directory, features, {"image": tfds.features.Image, "label": tfds.features.ClassLabel})
-    return tuple(features["label"].names)
+def _with_target(directory: Path, features: Mapping[str, Any]) -> dict[str, Any]:
+    path = directory / METADATA
+    metadata = read_json(path, advice="prepare the data again") if os.path.lexists(path) else {}
+    target = found_target(directory, dict(features.items()), metadata)
+    return {"labels": target.names, "target": target}
 
 
-def _map_names(directory: Path, features: Mapping[str, Any]) -> tuple[str, ...]:
+def _with_maps(directory: Path, features: Mapping[str, Any]) -> dict[str, Any]:
     _check_features(directory, features, {"image": tfds.features.Image, "segmentation": tfds.features.Image})
-    return tuple(f"LABEL_{number}" for number in range(ADE20K_CLASSES))
+    return {"labels": tuple(f"LABEL_{number}" for number in range(ADE20K_CLASSES))}
 
 
 def _check_features(directory: Path, features: Mapping[str, Any], wanted: Mapping[str, type]) -> None:

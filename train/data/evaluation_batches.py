@@ -12,6 +12,7 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.bad_images import BadImages
 
 from ..augmentation.decode import decode
+from ..labels.targets import Target
 from .workers import Batch, BatchStream
 
 if TYPE_CHECKING:  # imports SciPy: a third of the time in which a worker process starts
@@ -23,6 +24,9 @@ class Images(Protocol):
 
     @property
     def directory(self) -> Path: ...
+
+    @property
+    def target(self) -> Target: ...
 
     def __len__(self) -> int: ...
 
@@ -47,8 +51,9 @@ def eval_batches(
         bad: notes the records that cannot be read, whose rows are not valid; by default the first one is an error.
 
     Yields:
-        "image" float32 [local, h, w, c], "label" int32 [local], "index" int32 [local] (the record's; -1 in a row that
-        only fills up), "valid" bool [local] (False in such a row); local = batch size / hosts.
+        "image" float32 [local, h, w, c], "label" (a `targets.Label` for every image: int32 [local], uint8 [local,
+        classes] or float32 [local, values]), "index" int32 [local] (the record's; -1 in a row that only fills up),
+        "valid" bool [local] (False in such a row); local = batch size / hosts.
 
     Raises:
         BeitJaxError: the hosts cannot share the batch size, or the processor gives images of different sizes; from
@@ -86,15 +91,16 @@ class _Evaluate:
         except BeitJaxError:
             if not self.leave_out:
                 raise
-            image, label, readable = self.processor(np.zeros((1, 1, 3), np.uint8))[0], 0, False
+            image = self.processor(np.zeros((1, 1, 3), np.uint8))[0]
+            label, readable = self.images.target.nothing, False
         return {
             "image": image,
-            "label": np.int32(label),
+            "label": np.asarray(label, self.images.target.dtype),
             "index": np.int32(-1 if fills else element),
             "valid": np.bool_(readable and not fills),
         }
 
-    def _read(self, index: int) -> tuple[np.ndarray, int]:
+    def _read(self, index: int) -> tuple[np.ndarray, Any]:
         record = self.images[index]
         return self.processor(decode(record["image"], printable(record["file_name"])))[0], record["label"]
 

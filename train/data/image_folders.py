@@ -7,7 +7,8 @@ from typing import Final
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.listing import SUFFIXES, image_files
 
-from .listing import SPLIT_FOLDERS, check_folder, class_folders, class_images
+from ..labels.splits import SPLIT_FOLDERS
+from .listing import check_folder, class_folders, class_images
 from .sources import Example, Source, Split, check_share, classification_features, name_hash, read_bytes, utf8
 
 Labelled = Sequence[tuple[Path, int]]
@@ -22,7 +23,7 @@ def folder(source: Path, held_out: float | None = None) -> Source:
     """A tree with a folder per class, in one of two forms.
 
     Either ``train/CLASS/...`` with ``val`` or ``validation``, and perhaps ``test``, beside ``train``; all names are in
-    `listing.SPLIT_FOLDERS`. Or ``CLASS/...``. `listing.class_images` says which files are images. Classes are numbered
+    `splits.SPLIT_FOLDERS`. Or ``CLASS/...``. `listing.class_images` says which files are images. Classes are numbered
     in the order of their sorted names, as torchvision's ImageFolder numbers them.
 
     Args:

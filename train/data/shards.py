@@ -15,6 +15,8 @@ from beit_jax.errors import BeitJaxError, printable
 
 INFO: Final = "dataset_info.json"
 """The file that makes a directory a prepared data set."""
+METADATA: Final = "metadata.json"
+"""The file of what TFDS calls a data set's metadata."""
 SHARD_BYTES: Final = 1 << 30
 _OPTIONS: Final = "group_size:1,uncompressed"  # a record at a time, at any place; pictures are compressed already
 

@@ -21,8 +21,10 @@ from beit_jax.terminal import Progress, no_progress
 
 from ..data.datasets import Dataset, open_dataset
 from ..data.evaluation_batches import eval_batches
-from ..data.listing import SPLIT_FOLDERS, class_folders, class_images
+from ..data.listing import class_folders, class_images
 from ..data.shards import INFO
+from ..labels.splits import SPLIT_FOLDERS
+from ..labels.targets import Target, classes_of
 from .accuracy import HostBatch, Scores, evaluate_classification
 
 
@@ -40,6 +42,10 @@ class ImageFolder:
     paths: tuple[Path, ...]
     classes: tuple[int, ...]
 
+    @property
+    def target(self) -> Target:
+        return classes_of(self.labels)
+
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -51,7 +57,7 @@ class ImageFolder:
 def open_folder(directory: Path, split: str = "validation") -> ImageFolder:
     """A tree with a folder per class, as `listing.class_images` lists it.
 
-    The tree is the folder of the split below `directory` ("val" and the like count, see `listing.SPLIT_FOLDERS`), or
+    The tree is the folder of the split below `directory` ("val" and the like count, see `splits.SPLIT_FOLDERS`), or
     `directory` itself where there is no such folder.
 
     Raises:
