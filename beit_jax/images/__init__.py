@@ -1,9 +1,9 @@
 """Images: files, PIL images and arrays to ``pixel_values``, computed as the references do; and label maps.
 
 `files` opens images and uses the checks of their `containers` and what `libtiff` notices; `bands` reads images of any
-number of bands, with `tiff` and `array_files`; `listing` finds images below a folder, `bad_images` counts those that cannot be read, `preprocessor_config` reads the image settings of a checkpoint,
-`processor` computes ``pixel_values``, `label_maps` reads and writes a class number for every pixel. May import: the
-ground. Imports no JAX.
+number of bands, with `tiff` and `array_files`; `listing` finds images below a folder, `bad_images` counts those that
+cannot be read, `preprocessor_config` reads the image settings of a checkpoint, `processor` computes ``pixel_values``,
+`label_maps` reads and writes a class number for every pixel. May import: the ground. Imports no JAX.
 """
 
 from beit_jax.images.files import open_image

@@ -15,7 +15,7 @@ left out if it is one too many. Or bands are selected, by their numbers from 1, 
 
 import io
 import os
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from jaxtyping import Shaped
@@ -120,22 +120,29 @@ def load(image: ImageLike, channels: int, name: str, *, select: Selection = None
         found = type(image).__name__
         raise BeitJaxError(f"{name}: expected a path, a PIL image or an array [h, w, channels], found {found}")
     array = in_memory(image, name)
-    if array.ndim not in (2, 3) or not array.size:
-        raise BeitJaxError(
-            f"{name}: expected an array [h, w] or [h, w, channels], found {printable(array.dtype)} {list(array.shape)}"
-        )
+    _check_array(array, channels, select, name)
     pixels = array.reshape(*array.shape[:2], -1)
-    grey = pixels.shape[2] == 1 and channels == 3
-    if pixels.dtype == np.uint8 and select is None and (grey or (pixels.shape[2] == 3 and channels in (1, 3))):
-        return convert_picture(
-            Image.fromarray(pixels[..., 0] if grey else pixels), "RGB" if channels == 3 else "L", name
-        )
-    if select is None and pixels.shape[2] != channels and array.ndim == 3 and len(array) == channels:
-        raise BeitJaxError(
-            f"{name}: expected an array [h, w, {channels}], found {printable(array.dtype)} {list(array.shape)}; bands "
-            "come last: numpy.moveaxis(array, 0, -1)"
-        )
+    if pixels.dtype == np.uint8 and select is None and channels in (1, 3) and pixels.shape[2] in (1, 3):
+        plane = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+        return convert_picture(Image.fromarray(plane), "RGB" if channels == 3 else "L", name)
     return _fitting(Bands(pixels), channels, select, name, MAX_PIXELS)
+
+
+def _check_array(array: np.ndarray, channels: int, select: Selection, name: str) -> None:
+    """Refuses an array in memory that is no image of as many channels."""
+    counts = (1, 3) if channels in (1, 3) and array.dtype == np.uint8 else (channels,)
+    shaped = array.ndim in (2, 3) and array.size > 0
+    count = (*array.shape, 1)[2] if shaped else 0
+    if shaped and (select is not None or count in counts) and _kind(array.dtype) is not None:
+        return
+    grey = "[h, w] or " if 1 in counts else ""
+    advice = "convert it"
+    if shaped and array.ndim == 3 and len(array) == channels:
+        advice = "bands come last: numpy.moveaxis(array, 0, -1)"
+    raise BeitJaxError(
+        f"{name}: expected an array {grey}[h, w, {'bands' if select else channels}] of uint8, uint16, int16 or "
+        f"float32, found {printable(array.dtype)} {list(array.shape)}; {advice}"
+    )
 
 
 def visible(pixels: Pixels) -> Image.Image:
@@ -269,10 +276,8 @@ def _luma(pixels: Pixels, name: str) -> Pixels:
 
 
 def _in_own_dtype(pixels: Pixels, name: str) -> Pixels:
-    kind = pixels.dtype.newbyteorder("=")
-    if kind in _AS_FLOAT32:
-        kind = np.dtype(np.float32)
-    elif kind not in DTYPES:
+    kind = _kind(pixels.dtype)
+    if kind is None:
         raise BeitJaxError(
             f"{name}: {printable(pixels.dtype)} values, expected uint8, uint16, int16 or float32; convert them"
         )
@@ -286,6 +291,12 @@ def _in_own_dtype(pixels: Pixels, name: str) -> Pixels:
                 "numbers; fill what has no data before"
             )
     return pixels.astype(kind, copy=False)
+
+
+def _kind(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """The type of an image whose values are stored as `dtype`; None if no image is stored so."""
+    native = dtype.newbyteorder("=")
+    return np.dtype(np.float32) if native in _AS_FLOAT32 else native if native in DTYPES else None
 
 
 def _counted(count: int) -> str:

@@ -42,6 +42,7 @@ _DEFAULTS: Final[dict[str, Any]] = {
     "do_normalize": True,
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
+    "bands": None,
 }
 _TYPES: Final[dict[str, dict[str, Any]]] = {
     "BeitFeatureExtractor": {"size": 256, "do_center_crop": True},
@@ -71,6 +72,7 @@ def processor_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "mean": mean if normalise else None,
         "std": std if normalise else None,
         "num_channels": channels,
+        "bands": read.bands(),
         "do_reduce_labels": read.reduces_labels(),
     }
 
@@ -114,6 +116,15 @@ class _Reader:
     def channels(self) -> int:
         lists = [self.values[key] for key in ("image_mean", "image_std") if isinstance(self.values[key], list | tuple)]
         return len(lists[0]) if lists else 3
+
+    def bands(self) -> tuple[int, ...] | None:
+        """Reads this library's key ``bands``, which selects bands of files."""
+        value = self.values["bands"]
+        if value is None:
+            return None
+        if not isinstance(value, list | tuple) or not value or not all(type(band) is int for band in value):
+            raise self.wrong("bands", "a list of the numbers of bands, from 1")
+        return tuple(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         value = self.values[key]

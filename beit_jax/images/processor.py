@@ -4,6 +4,8 @@ The same arithmetic serves every preset. transformers (image_transforms.rescale,
 factor in float64 and rounds to float32. torchvision's ToTensor, which unilm and timm use, divides by 255 in float32.
 For the factor 1/255 both give the same float32 for all 256 values, and both apply mean and std in float32. They differ
 in the centre crop, for which there is the field `crop_rounding`.
+
+Images of other types than uint8 are resized in float32, every channel by Pillow's kernels, and are not rounded.
 """
 
 import os
@@ -13,20 +15,13 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Shaped
 from PIL import Image
 
 from beit_jax.config import PresetName
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.files import (
-    MAX_PIXELS,
-    ImageLike,
-    image_list,
-    image_name,
-    load_image,
-    open_image,
-    to_rgb,
-)
+from beit_jax.images.bands import Pixels, Selection, load
+from beit_jax.images.files import MAX_PIXELS, ImageLike, image_list, image_name, open_image, to_rgb
 from beit_jax.images.preprocessor_config import RESAMPLES, ROUNDINGS, Resample, Rounding, Within, processor_fields
 from beit_jax.json_file import read_json
 from beit_jax.resize import linear_taps
@@ -39,8 +34,11 @@ __all__ = [
     "ImageProcessor",
     "Within",
     "ade20k_processor",
+    "for_channels",
     "open_image",
     "preset",
+    "rescale_factor",
+    "resized",
     "to_rgb",
 ]
 
@@ -49,15 +47,18 @@ PRESETS: Final[tuple[PresetName, ...]] = get_args(PresetName)
 HALF: Final = (0.5, 0.5, 0.5)
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
+BY_TYPE: Final = 1 / 255
+"""The factor that brings 8-bit values to [0, 1], and stands for the same of the other types (`rescale_factor`)."""
+MOST_CHANNELS: Final = 65536
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Computes pixel_values [b, h, w, num_channels] float32 from paths, PIL images or uint8 arrays.
+    """Computes pixel_values [b, h, w, num_channels] float32 from paths, PIL images or arrays.
 
-    The steps: decode and convert to RGB, or to greyscale if `num_channels` is 1 (`open_image`, `to_rgb`); resize with
-    Pillow; centre crop; multiply by `rescale_factor`; subtract `mean` and divide by `std`. A step whose field is None
-    is skipped.
+    The steps: decode the bands of the image (`beit_jax.images.bands`), pictures as RGB, or as greyscale if
+    `num_channels` is 1 (`open_image`, `to_rgb`); resize with Pillow's kernels; centre crop; multiply by
+    `rescale_factor`; subtract `mean` and divide by `std`. A step whose field is None is skipped.
 
     Attributes:
         resize: (height, width); or the length of the shortest edge, the long edge being int(length * long / short); or
@@ -68,6 +69,10 @@ class ImageProcessor:
         crop_rounding: where the crop starts if the number of spare pixels is odd. "floor": at floor(spare / 2), also
             for a negative number, which means padding (transformers' center_crop). "half_even": at round(spare / 2) as
             Python rounds, truncated if it means padding (torchvision's).
+        rescale_factor: of the pixels' values. 1/255 brings images of every type to the same scale: uint8 is divided by
+            255, uint16 by 65535, int16 by 32767, and floats stay as they are. Any other factor is that of all types.
+        mean, std: of the rescaled values, one number for every channel.
+        bands: the bands of the file that are the channels, counted from 1; None: all, in their order.
         do_reduce_labels: of a segmentation model, whether label maps count its classes from 1, and 0 is no class, as
             ADE20K's do; None: nobody said. It changes no pixels, and two processors that differ in it are equal.
 
@@ -84,12 +89,14 @@ class ImageProcessor:
     std: tuple[float, ...] | None = HALF
     num_channels: int = 3
     antialias: bool = True
+    bands: Selection = None
     do_reduce_labels: bool | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         count, edges = self.num_channels, f"positive lengths, at most {MAX_PIXELS} pixels"
         for key, valid, expected in (
-            ("num_channels", count in (1, 3), "3 (RGB) or 1 (greyscale)"),
+            ("num_channels", 1 <= count <= MOST_CHANNELS, f"1 to {MOST_CHANNELS}"),
+            ("bands", self.bands is None or _are_bands(self.bands, count), f"{count} numbers from 1 on"),
             ("resize", _bounded(self.resize), edges),
             ("crop", _bounded(self.crop), edges),
             ("resample", self.resample in RESAMPLES, f"one of {', '.join(RESAMPLES)}"),
@@ -107,8 +114,8 @@ class ImageProcessor:
         """Computes the pixel values of one image (b = 1) or of several.
 
         Args:
-            images: paths (EXIF orientation is applied), PIL images (it is not, as in transformers) or uint8 arrays
-                [h, w], [h, w, 1] or [h, w, 3]; or an array [b, h, w, c] of several.
+            images: paths (EXIF orientation is applied), PIL images (it is not, as in transformers), or arrays [h, w]
+                or [h, w, channels], uint8, uint16, int16 or float32; or an array [b, h, w, channels] of several.
 
         Raises:
             BeitJaxError: an image of another type, an unreadable file, or images whose results differ in size.
@@ -125,22 +132,41 @@ class ImageProcessor:
         Raises:
             BeitJaxError: an image of another type, or an unreadable file.
         """
-        pil = load_image(image, "RGB" if self.num_channels == 3 else "L", name)
+        found = load(image, self.num_channels, name, select=self.bands)
+        dtype = np.dtype(np.uint8) if isinstance(found, Image.Image) else found.dtype
         if self.resize is not None:
-            height, width = _target(self.resize, pil.height, pil.width, name)
-            if self.antialias:
-                pil = pil.resize((width, height), Image.Resampling[self.resample.upper()])
+            height, width = (found.height, found.width) if isinstance(found, Image.Image) else found.shape[:2]
+            target, filter = _target(self.resize, height, width, name), Image.Resampling[self.resample.upper()]
+            if not self.antialias:
+                found = _sampled(np.asarray(found), target)
+            elif isinstance(found, Image.Image):
+                found = found.resize(target[::-1], filter)
             else:
-                pil = Image.fromarray(_sampled(np.asarray(pil), (height, width)))
-        pixels = np.asarray(pil).reshape(pil.height, pil.width, self.num_channels)
+                found = resized(found, target, filter)
+        pixels = np.asarray(found)
+        pixels = pixels.reshape(*pixels.shape[:2], self.num_channels)
         if self.crop is not None:
             pixels = _centre_crop(pixels, self.crop, self.crop_rounding)
-        factor = 1.0 if self.rescale_factor is None else self.rescale_factor
+        factor = rescale_factor(self.rescale_factor, dtype)
         values = (pixels.astype(np.float64) * factor).astype(np.float32)
         if self.mean is not None:
             values -= np.array(self.mean, np.float32)
             values /= np.array(self.std, np.float32)
         return values
+
+    def for_channels(self, channels: int, origin: tuple[int, ...] | None = None) -> "ImageProcessor":
+        """The processor of the same steps for another number of channels.
+
+        Args:
+            origin: for every channel the channel, from 0, whose mean and std it takes; by default all take the average,
+                as timm records it.
+        """
+        if channels == self.num_channels and origin is None:
+            return self
+        if self.mean is None or self.std is None:
+            return replace(self, num_channels=channels, bands=None)
+        mean, std = (for_channels(values, channels, origin) for values in (self.mean, self.std))
+        return replace(self, num_channels=channels, bands=None, mean=mean, std=std)
 
     def resized(self, size: tuple[int, int]) -> "ImageProcessor":
         """The processor of the same steps for another (height, width). A crop keeps its share of the resized image.
@@ -193,9 +219,9 @@ class ImageProcessor:
     def to_hf(self) -> dict[str, Any]:
         """The `preprocessor_config.json` of this processor: `from_hf(p.to_hf()) == p`.
 
-        BeitImageProcessorPil loads it and computes the same pixels, with three exceptions. It ignores `Within` and
-        `antialias` false. With `crop_rounding` "half_even" its crop may start one pixel off, if the number of spare
-        pixels is odd.
+        BeitImageProcessorPil loads it and computes the same pixels, with these exceptions. It multiplies images of all
+        types by the same factor, and knows no `bands`. It ignores `Within` and `antialias` false. With `crop_rounding`
+        "half_even" its crop may start one pixel off, if the number of spare pixels is odd.
         """
         sizes = {
             key: _written(edges)
@@ -217,14 +243,17 @@ class ImageProcessor:
                 "do_rescale": self.rescale_factor is not None,
                 "rescale_factor": self.rescale_factor,
                 "do_normalize": self.mean is not None,
-                "image_mean": list(self.mean or HALF[: self.num_channels]),
-                "image_std": list(self.std or HALF[: self.num_channels]),
+                "image_mean": list(self.mean or HALF[:1] * self.num_channels),
+                "image_std": list(self.std or HALF[:1] * self.num_channels),
             }
+            | ({} if self.bands is None else {"bands": list(self.bands)})
         )
 
     def describe(self) -> str:
         """One line for people; sizes are height x width: "resize 224x224 bilinear, /255, mean 0.5 std 0.5"."""
-        steps = ["greyscale"] if self.num_channels == 1 else []
+        steps = {1: ["greyscale"], 3: []}.get(self.num_channels, [f"{self.num_channels} channels"])
+        if self.bands is not None:
+            steps = [f"bands {' '.join(map(str, self.bands))}"]
         if self.resize is not None:
             steps.append(f"resize {_spoken(self.resize)} {self.resample}{'' if self.antialias else ' (sampled)'}")
         if self.crop is not None:
@@ -249,6 +278,43 @@ def batch_of(pixels: Sequence[Float32[np.ndarray, "h w c"]]) -> Float32[np.ndarr
     return np.stack(pixels)
 
 
+def rescale_factor(factor: float | None, dtype: np.dtype[Any]) -> float:
+    """What the values of an image of a type are multiplied by: `factor`, or 1 if it is None.
+
+    A factor of 1/255 means the type's own scale: one over its largest value, and 1 for floats, as torchvision's
+    ``to_dtype(scale=True)``.
+    """
+    if factor is None:
+        return 1.0
+    if factor != BY_TYPE or dtype == np.uint8:
+        return factor
+    return 1.0 if dtype.kind == "f" else 1 / np.iinfo(dtype).max
+
+
+def for_channels(values: tuple[float, ...], channels: int, origin: tuple[int, ...] | None = None) -> tuple[float, ...]:
+    """Means or standard deviations for another number of channels: the average for each, as timm's ``save_for_hf``.
+
+    Args:
+        origin: for every channel the one, from 0, whose value it takes.
+    """
+    if origin is not None:
+        return tuple(values[channel] for channel in origin)
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def resized(pixels: Pixels, size: tuple[int, int], resample: Image.Resampling) -> Pixels:
+    """Resizes every channel of an image to (height, width) by Pillow: uint8 stays so, every other type becomes float32.
+
+    So an image of three channels becomes what Pillow makes of the same RGB image.
+    """
+    kind = np.uint8 if pixels.dtype == np.uint8 else np.float32
+    found = np.empty((*size, pixels.shape[2]), kind)
+    for channel in range(pixels.shape[2]):
+        plane = Image.fromarray(np.ascontiguousarray(pixels[..., channel], kind))
+        found[..., channel] = np.asarray(plane.resize(size[::-1], resample))
+    return found
+
+
 def preset(
     name: PresetName,
     size: int | tuple[int, int] = 224,
@@ -256,6 +322,7 @@ def preset(
     mean: tuple[float, ...] = HALF,
     std: tuple[float, ...] = HALF,
     crop_pct: float | None = None,
+    num_channels: int | None = None,
 ) -> ImageProcessor:
     """The image processors of the three families of code, by name.
 
@@ -268,13 +335,17 @@ def preset(
       argument. This is timm's path for PIL images; its GPU prefetcher normalises with other roundings.
 
     Args:
-        mean, std: of 3 channels, or of 1 for greyscale images. IMAGENET_MEAN and IMAGENET_STD for BEiT v2, and for
-            Data2Vec-Vision as pre-trained.
+        mean, std: a number for every channel. IMAGENET_MEAN and IMAGENET_STD for BEiT v2, and for Data2Vec-Vision as
+            pre-trained.
+        num_channels: by default as many as `mean` has numbers; where it has another number of them, all channels take
+            their average.
 
     Raises:
         BeitJaxError: an unknown name, timm's crop of a size that is not square, or a crop_pct outside (0, 1].
     """
     height, width = size if isinstance(size, tuple) else (size, size)
+    if num_channels is not None:
+        mean, std = (for_channels(values, num_channels) for values in (mean, std))
     if name == "hf" and crop_pct is None:
         return ImageProcessor((height, width), "bilinear", mean=mean, std=std, num_channels=len(mean))
     percents = {"unilm_eval": 224 / 256, "timm": 0.9}
@@ -328,14 +399,14 @@ def _target(resize: tuple[int, int] | int | Within, height: int, width: int, nam
     return (long, resize) if width <= height else (resize, long)
 
 
-def _sampled(pixels: UInt8[np.ndarray, "h w *c"], size: tuple[int, int]) -> UInt8[np.ndarray, "h2 w2 *c"]:
-    """Bilinear interpolation between the four nearest pixels, also when shrinking."""
+def _sampled(pixels: Shaped[np.ndarray, "h w *c"], size: tuple[int, int]) -> Shaped[np.ndarray, "h2 w2 *c"]:
+    """Bilinear interpolation between the four nearest pixels, also when shrinking. uint8 is rounded half up."""
     values = pixels.astype(np.float32)
     for axis, target in enumerate(size):
         lower, upper, weight = linear_taps(values.shape[axis], target)
         weight = weight.astype(np.float32).reshape([-1 if i == axis else 1 for i in range(values.ndim)])
         values = values.take(lower, axis) * (1 - weight) + values.take(upper, axis) * weight
-    return np.floor(values + np.float32(0.5)).astype(np.uint8)
+    return np.floor(values + np.float32(0.5)).astype(np.uint8) if pixels.dtype == np.uint8 else values
 
 
 def _written(edges: tuple[int, int] | int | Within) -> dict[str, int]:
@@ -351,8 +422,8 @@ def _spoken(edges: tuple[int, int] | int | Within) -> str:
 
 
 def _centre_crop(
-    pixels: UInt8[np.ndarray, "h w c"], size: tuple[int, int], rounding: Rounding
-) -> UInt8[np.ndarray, "crop_h crop_w c"]:
+    pixels: Shaped[np.ndarray, "h w c"], size: tuple[int, int], rounding: Rounding
+) -> Shaped[np.ndarray, "crop_h crop_w c"]:
     def start(length: int, cropped: int) -> int:
         spare = length - cropped
         if rounding == "floor":
@@ -361,7 +432,7 @@ def _centre_crop(
 
     (height, width), (top, left) = size, map(start, pixels.shape[:2], size)
     inside = pixels[max(top, 0) : top + height, max(left, 0) : left + width]
-    canvas = np.zeros((height, width, pixels.shape[2]), np.uint8)
+    canvas = np.zeros((height, width, pixels.shape[2]), pixels.dtype)
     top, left = max(-top, 0), max(-left, 0)
     canvas[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
     return canvas
@@ -374,6 +445,10 @@ def _bounded(edges: tuple[int, int] | int | Within | None) -> bool:
         return 0 < edges.short <= edges.long <= MAX_PIXELS
     height, width = edges if isinstance(edges, tuple) else (edges, edges)
     return min(height, width) > 0 and height * width <= MAX_PIXELS
+
+
+def _are_bands(bands: tuple[int, ...], count: int) -> bool:
+    return len(bands) == count and all(1 <= band <= MOST_CHANNELS for band in bands)
 
 
 def _brief(values: tuple[float, ...]) -> str:
