@@ -1,15 +1,18 @@
 """A preview of a run: numbers that follow from its shapes, without running it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
 import jax
 
+from beit_jax.config import BeitConfig
 from beit_jax.models.partition import BATCH_AXES
 from beit_jax.tree import Nested
 
 from ..costs.estimate import Memory, memory
+from ..initial.parameters import Report, checkpoint_report
 from ..loop.plan import Plan
 from ..recipe import Recipe
 
@@ -19,12 +22,16 @@ class Preview:
     """Numbers of a run.
 
     Attributes:
+        network: the configuration of what is trained, without the names of its classes.
+        start: the configuration of the checkpoint that training starts from, and the fate of its tensors.
         flops_per_image: floating point operations of a training step, for one image.
         memory: of each device, estimated.
         mesh: axis to devices.
     """
 
     recipe: Recipe
+    network: Mapping[str, Any]
+    start: tuple[BeitConfig, Report] | None
     parameters: int
     steps: int
     steps_per_epoch: int
@@ -37,7 +44,8 @@ class Preview:
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""
-        return asdict(self) | {"memory": asdict(self.memory) | {"total": self.memory.total}}
+        start = None if self.start is None else asdict(self.start[1])
+        return asdict(self) | {"start": start, "memory": asdict(self.memory) | {"total": self.memory.total}}
 
     def lines(self) -> list[str]:
         """For people."""
@@ -47,6 +55,7 @@ class Preview:
         return [
             f"recipe       {self.recipe.name} ({self.recipe.objective})",
             *(f"  {setting}" for setting in settings),
+            *self._network_lines(),
             f"data         {self.training_images:,} images to train, {self.validation_images:,} to evaluate"
             + (f", {self.classes:,} classes" if self.classes else ""),
             f"steps        {self.steps:,}, {self.steps_per_epoch:,} an epoch",
@@ -59,6 +68,23 @@ class Preview:
             "one step was traced with these shapes; nothing was computed or written",
         ]
 
+    def _network_lines(self) -> list[str]:
+        """The configuration, and of every field whether it is the checkpoint's."""
+        if self.start is None:
+            return ["network", *(f"  {name} = {_spoken(value)}" for name, value in self.network.items())]
+        config, report = self.start
+        shown = []
+        for name, value in self.network.items():
+            found = getattr(config, name)
+            origin = "as the checkpoint has" if found == value else f"the checkpoint has {_spoken(found)}"
+            shown.append(f"  {name} = {_spoken(value)}: {origin}")
+        return [
+            "network",
+            *shown,
+            "start        of the checkpoint's tensors",
+            *(f"  {each}" for each in report.lines()),
+        ]
+
 
 def preview(plan: Plan) -> Preview:
     """Traces a step and adds up.
@@ -66,7 +92,7 @@ def preview(plan: Plan) -> Preview:
     Raises:
         BeitJaxError: shapes that do not fit, as the run would.
     """
-    recipe = plan.recipe
+    recipe, start = plan.recipe, plan.sources.start
     with jax.set_mesh(plan.mesh):
         jax.eval_shape(plan.step, plan.abstract_state, plan.abstract_batch)
     mesh = dict(plan.mesh.shape)
@@ -75,6 +101,8 @@ def preview(plan: Plan) -> Preview:
     images = recipe.data.batch_size // recipe.optim.accumulate // prod(mesh[axis] for axis in BATCH_AXES)
     return Preview(
         recipe=recipe,
+        network=plan.objective.network,
+        start=None if start is None else (start.config, checkpoint_report(start, plan.config)),
         parameters=learned,
         steps=plan.steps,
         steps_per_epoch=plan.steps_per_epoch,
@@ -91,6 +119,10 @@ def preview(plan: Plan) -> Preview:
         ),
         mesh=mesh,
     )
+
+
+def _spoken(value: object) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _count(tree: Nested) -> int:

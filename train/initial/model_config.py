@@ -117,6 +117,13 @@ def model_config(
         raise BeitJaxError(_in_options(error, fields)) from None
 
 
+def architecture(config: BeitConfig) -> dict[str, Any]:
+    """The fields of a configuration that say what the network is: those that options set, and its head's."""
+    heads = {"semantic_segmentation": _HEAD, "masked_image_modeling": ("vocab_size",)}
+    head = heads.get(config.task, ("pooling",))
+    return {name: getattr(config, name) for name in (*ADAPTED.values(), *SETTLED.values(), *head)}
+
+
 def segmentation_taps(depth: int) -> tuple[int, ...]:
     """The blocks that UperNet reads, from 0: after a third, a half, two thirds and all of them, as published.
 

@@ -145,13 +145,48 @@ _OPTIONAL = [
 ]
 
 
+@dataclass(frozen=True)
+class _Transfer:
+    """Where every parameter comes from, before any is made. Encoder names begin with ``beit/``.
+
+    Attributes:
+        source: the checkpoint's tensors.
+        wanted: the model's parameters, and their names in the model.
+        changes: what is adapted: of which tensors, and how.
+        taken: what is taken over: of which tensor.
+    """
+
+    source: Mapping[str, np.ndarray]
+    wanted: Mapping[str, str]
+    changes: Mapping[str, tuple[tuple[str, ...], Adaptation]]
+    taken: Mapping[str, str]
+
+    @property
+    def report(self) -> Report:
+        used = {name for names, _ in self.changes.values() for name in names} | set(self.taken.values())
+        return Report(
+            adapted=tuple(sorted(self.changes)),
+            dropped=tuple(sorted(self.source.keys() - used)),
+            drawn=tuple(sorted(self.wanted.keys() - self.changes.keys() - self.taken.keys())),
+        )
+
+
+def checkpoint_report(checkpoint: NativeCheckpoint, target: BeitConfig) -> Report:
+    """What `from_checkpoint` would do, found by names and shapes alone.
+
+    Raises:
+        BeitJaxError: as `from_checkpoint`.
+    """
+    return _transfer(checkpoint, target).report
+
+
 def from_checkpoint(checkpoint: NativeCheckpoint, target: BeitConfig, key: Key[Array, ""]) -> tuple[Nested, Report]:
     """The parameters that training `target` starts from, float32 NumPy arrays, and what happened on the way.
 
     The encoder is taken over, its position tables and patch projection adapted by `beit_jax.models.adapt`. The norm
     before a masked-image head becomes the final norm of an encoder that pools its class token, and the other way round.
-    For an encoder that pools the mean this norm is dropped, as in the original. A classifier is kept where labels and
-    pooling are the same, and drawn anew otherwise.
+    For an encoder that pools the mean this norm is dropped, as in the original. A classifier is kept where
+    `keeps_classifier` says so, and drawn anew otherwise.
 
     Args:
         key: draws what starts new, as `initial_params` does.
@@ -160,28 +195,61 @@ def from_checkpoint(checkpoint: NativeCheckpoint, target: BeitConfig, key: Key[A
         BeitJaxError: the checkpoint lacks tensors of its own configuration, or is of another architecture; one line
             naming the tensor and both shapes.
     """
+    transfer = _transfer(checkpoint, target)
+    source, wanted, shapes = transfer.source, transfer.wanted, param_shapes(target)
+    scheme: Scheme = "pretrain" if target.task == "masked_image_modeling" else "finetune"
+    leaves: dict[str, np.ndarray | Array] = {name: source[origin] for name, origin in transfer.taken.items()}
+    leaves |= {name: _adapted(name, source, *change, shapes[wanted[name]]) for name, change in transfer.changes.items()}
+    fresh = _draw(target, scheme, key, (wanted[name] for name in transfer.report.drawn))
+    params = {wanted[name]: np.asarray(leaf, np.float32) for name, leaf in leaves.items()}
+    params |= {name: np.asarray(leaf) for name, leaf in fresh.items()}
+    return unflatten(dict(sorted(params.items()))), transfer.report
+
+
+def keeps_classifier(config: BeitConfig, target: BeitConfig) -> bool:
+    """Whether a checkpoint's classifier means what the model's does: the same labels in the same order, read from the
+    same features, of the same kind. Where the checkpoint does not say which kind, classes of which one holds, as in all
+    published models; or, of a single output, any.
+    """
+    kinds: set[str | None] = {config.problem_type}
+    if config.problem_type is None:
+        kinds |= {target.problem_type} if config.num_labels == 1 else {"single_label_classification"}
+    same = (config.labels, config.pooling) == (target.labels, target.pooling)
+    return same and (target.problem_type is None or target.problem_type in kinds)
+
+
+def head_change(config: BeitConfig, target: BeitConfig) -> str:
+    """Why a checkpoint's classifier is not kept, for people; empty where it is, or where one of them has none."""
+    both = config.task == target.task == "image_classification"
+    if not both or keeps_classifier(config, target):
+        return ""
+    if config.labels != target.labels:
+        now, before = (f"{len(labels):,} ({_some(labels)})" for labels in (target.labels, config.labels))
+        return f"the head starts new: the data's labels are {now}, the checkpoint's {before}"
+    if config.pooling != target.pooling:
+        return f"the head starts new: it reads {target.pooling} features, the checkpoint's {config.pooling} features"
+    return f"the head starts new: it is for {target.problem_type}, the checkpoint's for {config.problem_type or 'none'}"
+
+
+def _some(labels: tuple[str, ...]) -> str:
+    shown = [printable(label, 30) for label in labels[:3]]
+    return ", ".join([*shown, "..."] if len(labels) > 3 else shown)
+
+
+def _transfer(checkpoint: NativeCheckpoint, target: BeitConfig) -> _Transfer:
     _check_complete(checkpoint)
     _check_same_function(checkpoint.config, target)
     source = {_canonical(name, checkpoint.config): leaf for name, leaf in checkpoint.params.items()}
     wanted = {_canonical(name, target): name for name in param_shapes(target)}
     shapes = {name: param_shapes(target)[own] for name, own in wanted.items()}
-
     changes = adaptations(_as_classifier(checkpoint.config), _as_classifier(target))
-    taken = _taken(source, checkpoint.config, target, shapes.keys() - changes.keys())
-    drawn = shapes.keys() - changes.keys() - taken.keys()
-    used = {name for names, _ in changes.values() for name in names} | set(taken.values())
-    _check_accounted(source, shapes, drawn, source.keys() - used)
-    for name, origin in taken.items():
+    transfer = _Transfer(
+        source, wanted, changes, _taken(source, checkpoint.config, target, shapes.keys() - changes.keys())
+    )
+    _check_accounted(source, shapes, transfer.report.drawn, transfer.report.dropped)
+    for name, origin in transfer.taken.items():
         _check_shape(name, source[origin].shape, shapes[name])
-
-    scheme: Scheme = "pretrain" if target.task == "masked_image_modeling" else "finetune"
-    leaves: dict[str, np.ndarray | Array] = {name: source[origin] for name, origin in taken.items()}
-    leaves |= {name: _adapted(name, source, *change, shapes[name]) for name, change in changes.items()}
-    fresh = _draw(target, scheme, key, (wanted[name] for name in drawn))
-    params = {wanted[name]: np.asarray(leaf, np.float32) for name, leaf in leaves.items()}
-    params |= {name: np.asarray(leaf) for name, leaf in fresh.items()}
-    report = Report(tuple(sorted(changes)), tuple(sorted(source.keys() - used)), tuple(sorted(drawn)))
-    return unflatten(dict(sorted(params.items()))), report
+    return transfer
 
 
 def _canonical(name: str, config: BeitConfig) -> str:
@@ -198,8 +266,10 @@ def _taken(
     source: Mapping[str, np.ndarray], config: BeitConfig, target: BeitConfig, names: Iterable[str]
 ) -> dict[str, str]:
     """Which source leaf each of the target's leaves `names` is, as far as there is one that means the same."""
-    same_classes = (config.labels, config.pooling) == (target.labels, target.pooling)
-    kept: Mapping[str, bool] = {"classifier": same_classes, "lm_head": config.vocab_size == target.vocab_size}
+    kept: Mapping[str, bool] = {
+        "classifier": keeps_classifier(config, target),
+        "lm_head": config.vocab_size == target.vocab_size,
+    }
     result = {}
     for name in sorted(names):
         head = name.split("/")[-2]

@@ -8,6 +8,7 @@ Source: arXiv 2102.12092 ("the paper" here), section 2.1 and appendix A. The cod
 the networks are those of `beit_jax.tokenizers.dvae`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar
@@ -96,6 +97,11 @@ class Dvae(UnlabelledImages[DvaeRecipe]):
         return BeitConfig(image_size=sides, patch_size=(encoder.stride, encoder.stride))
 
     @property
+    @property
+    def network(self) -> Mapping[str, Any]:
+        encoder, decoder = configs(self.recipe.dvae, self.config.image_size)
+        return vars(encoder) | vars(decoder)
+
     def graph(self) -> nnx.GraphDef[Any]:
         dtype = jnp.dtype(self.recipe.model.dtype)
         return abstract_dvae(self.recipe.dvae, self.config.image_size, dtype=dtype)[0]

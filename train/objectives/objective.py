@@ -21,9 +21,10 @@ from beit_jax.terminal import Advance, Progress, no_progress
 from beit_jax.tree import Nested
 from beit_jax.weights.native import NativeCheckpoint
 
-from ..costs.estimate import activation_bytes, flops
-from ..initial.model_config import image_processor, model_config
-from ..initial.parameters import Scheme, from_checkpoint, initial_params
+from ..adapting import adapter_of
+from ..costs.estimate import activation_bytes, flops, traced_activations, traced_flops, with_one_block
+from ..initial.model_config import architecture, image_processor, model_config
+from ..initial.parameters import Scheme, checkpoint_report, from_checkpoint, head_change, initial_params
 from ..recipe import Recipe
 from ..step.criterion import Criterion
 from ..step.division import Division
@@ -153,6 +154,24 @@ class Objective(Generic[RecipeT]):
         return replace(self, **changes)
 
     # --- Input
+    @property
+    def network(self) -> Mapping[str, Any]:
+        """The configuration of what is trained, for people: its fields by name, without the names of classes."""
+        return architecture(self.config)
+
+    def fitted(self, images: "Images") -> Self:
+        """This objective with what follows from its training images: what they say, how often, how much.
+
+        Raises:
+            BeitJaxError: the images are not what the recipe asks for.
+        """
+        return self
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for people about what the run begins with."""
+        return []
+
 
     @property
     def transform(self) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ Its tokens must be enough for a shallow decoder to rebuild a teacher's features.
 beit2/modeling_vqkd.py, norm_ema_quantizer.py and run_vqkd_training.py.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, cast
@@ -97,6 +98,10 @@ class Vqkd(UnlabelledImages[VqkdRecipe]):
         return tokenizer_config(self.recipe, self.config, teacher.config.hidden_size)
 
     @property
+    @property
+    def network(self) -> Mapping[str, Any]:
+        return vars(self.tokenizer)
+
     def graph(self) -> nnx.GraphDef[VqkdTokenizer]:
         graph = abstract_tokenizer(self.tokenizer, dtype=jnp.dtype(self.recipe.model.dtype))[0]
         return cast("nnx.GraphDef[VqkdTokenizer]", graph)
