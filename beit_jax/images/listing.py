@@ -10,24 +10,24 @@ from beit_jax.errors import BeitJaxError, printable
 SUFFIXES: Final = frozenset(
     (
         ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .ppm .pgm .pbm .pnm .tif .tiff "
-        ".jp2 .j2k .j2c .jpc .jpf .jpx .avif"
+        ".jp2 .j2k .j2c .jpc .jpf .jpx .avif .npy .npz"
     ).split()
 )
-"""The endings of the formats in `beit_jax.images.files.FORMATS`."""
+"""The endings of the formats in `beit_jax.images.files.FORMATS`, and of arrays."""
 
 _FOREIGN_FOLDERS: Final = frozenset({"__MACOSX", "@eaDir"})  # of macOS's archives, of Synology's thumbnails
 
 
-def image_files(root: Path) -> list[Path]:
+def image_files(root: Path, suffixes: frozenset[str] = SUFFIXES) -> list[Path]:
     """The images at any depth below a folder, sorted by path.
 
-    A file is an image if its suffix is one of `SUFFIXES`. Links to folders are followed, as torchvision does. What
+    A file is an image if its suffix is one of `suffixes`. Links to folders are followed, as torchvision does. What
     `is_foreign` names is left out.
 
     Raises:
         BeitJaxError: a folder cannot be read.
     """
-    return sorted(_below(root, frozenset({os.path.realpath(root)})))
+    return sorted(_below(root, suffixes, frozenset({os.path.realpath(root)})))
 
 
 def is_foreign(name: str) -> bool:
@@ -52,7 +52,7 @@ def named_images(paths: Iterable[Path]) -> list[Path]:
     return images
 
 
-def _below(folder: Path, chain: frozenset[str]) -> Iterator[Path]:
+def _below(folder: Path, suffixes: frozenset[str], chain: frozenset[str]) -> Iterator[Path]:
     """The images below a folder. The chain holds the real places of the folders above, so that no link leads round."""
     try:
         entries = [entry for entry in os.scandir(folder) if not is_foreign(entry.name)]
@@ -62,6 +62,6 @@ def _below(folder: Path, chain: frozenset[str]) -> Iterator[Path]:
         path = Path(entry.path)
         if entry.is_dir():
             if (place := os.path.realpath(path)) not in chain:
-                yield from _below(path, chain | {place})
-        elif path.suffix.lower() in SUFFIXES and entry.is_file():
+                yield from _below(path, suffixes, chain | {place})
+        elif path.suffix.lower() in suffixes and entry.is_file():
             yield path

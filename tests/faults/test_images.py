@@ -36,8 +36,7 @@ from beit_jax.inference.segmentation import MAX_SIDE, segment
 from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
 from beit_jax.train.augmentation.decode import decode
 from beit_jax.train.data.datasets import open_dataset
-from beit_jax.train.data.listing import class_images
-from beit_jax.train.data.pairs import annotated_images
+from beit_jax.train.data.listing import annotated_images, class_images
 from tests.support.segmenter import save_segmenter
 
 DIGITS = Path(str(files("beit_jax") / "digits"))

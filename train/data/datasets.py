@@ -4,8 +4,8 @@ import hashlib
 import itertools
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypedDict, TypeVar, cast
@@ -16,12 +16,20 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.label_maps import ADE20K_CLASSES, LabelMap, check_labels, decode_label_map, reduce_labels
-from beit_jax.json_file import read_json, read_text
+from beit_jax.images.label_maps import (
+    ADE20K_CLASSES,
+    IGNORED,
+    LabelMap,
+    check_labels,
+    decode_label_map,
+    ignored_number,
+    reduce_labels,
+)
+from beit_jax.json_file import Fields, read_json, read_text
 
 from ..augmentation.decode import Pixels, decode
-from ..labels.targets import Target, found_target
-from .shards import INFO, METADATA, check_shards
+from ..labels.targets import Label, Target, found_target
+from .shards import INFO, MASKS, METADATA, check_shards
 
 PIPELINE: Final = 1
 """Part of a run's contract; goes up when the same data and seed would give other batches."""
@@ -36,7 +44,7 @@ class Record(TypedDict):
 
 
 class SegmentationRecord(TypedDict):
-    """An image file, the PNG file of its label map (0 for none, classes from 1), and the image file's original name."""
+    """An image file, the PNG file of its label map, and the image file's original name."""
 
     image: bytes
     segmentation: bytes
@@ -156,6 +164,20 @@ class Dataset(Records):
 
         return cast("Record", self._parsed(index, target.kind, parse))
 
+    def said(self) -> Iterator[Label]:
+        """What the data say about each image, in order, without those whose records are damaged: training names them.
+
+        Every record is read; no image is decoded.
+
+        Raises:
+            RuntimeError: the storage failed.
+        """
+        for index in range(len(self)):
+            try:
+                yield self[index]["label"]
+            except BeitJaxError:
+                continue
+
     def load(self, index: int) -> tuple[Pixels, Any]:
         """The decoded image, uint8 [h, w, 3], and its label.
 
@@ -166,8 +188,25 @@ class Dataset(Records):
         return decode(record["image"], self._called(index, record["file_name"])), record["label"]
 
 
+@dataclass(frozen=True)
 class SegmentationDataset(Records):
-    """A split of images with label maps. Indexing reads a record."""
+    """A split of images with label maps. Indexing reads a record.
+
+    Attributes:
+        reduced: records hold classes from 1, and 0 for none, as ADE20K's do; else the model's class numbers.
+        do_reduce_labels: of a model of this data: whether the maps that the data were made of count from 1; None where
+            they counted in a way of their own.
+        pixels: of each class in this split; None where the data set does not say it.
+    """
+
+    reduced: bool
+    do_reduce_labels: bool | None
+    pixels: tuple[int, ...] | None = None
+
+    @property
+    def no_class(self) -> int:
+        """The number of pixels of no class."""
+        return ignored_number(len(self.labels))
 
     def __getitem__(self, index: int) -> SegmentationRecord:
         """The record at `index`.
@@ -182,7 +221,9 @@ class SegmentationDataset(Records):
         return SegmentationRecord(image=image, segmentation=segmentation, file_name=file_name)
 
     def load(self, index: int) -> tuple[Pixels, LabelMap]:
-        """The decoded image, uint8 [h, w, 3], and its labels, uint8 [h, w]: classes from 0, and 255 for none.
+        """The decoded image, uint8 [h, w, 3], and its labels [h, w]: classes from 0, and `no_class`.
+
+        Labels are uint8, or int32 where 255 is a class.
 
         Raises:
             BeitJaxError: as indexing, `decode` and `decode_label_map` do; the sizes differ, or a class is out of range.
@@ -194,9 +235,17 @@ class SegmentationDataset(Records):
         if labels.shape != image.shape[:2]:
             found, expected = (f"{width}x{height}" for height, width in (labels.shape, image.shape[:2]))
             raise BeitJaxError(f"{name}: segmentation of {found} pixels, expected {expected} as its image")
-        labels = reduce_labels(labels)
-        check_labels(labels, self.labels, f"{name}: reduced segmentation")
-        return image, labels.astype(np.uint8)
+        if self.reduced:
+            labels = reduce_labels(labels)
+        kind = "reduced segmentation" if self.reduced else "segmentation"
+        check_labels(labels, self.labels, f"{name}: {kind}", ignored=self.no_class)
+        return image, labels.astype(np.uint8) if self.no_class == IGNORED else labels
+
+    def load_labels(self, index: int) -> LabelMap:
+        """The labels alone, as `load` gives them, without looking at the image."""
+        name = f"{self.where(index)}: segmentation"
+        labels = decode_label_map(self[index]["segmentation"], name)
+        return reduce_labels(labels) if self.reduced else labels
 
 
 _Kind = TypeVar("_Kind", bound=Records)
@@ -217,7 +266,9 @@ def open_dataset(directory: Path, split: str) -> Dataset:
 
 
 def open_segmentation(directory: Path, split: str) -> SegmentationDataset:
-    """Opens a split of ADE20K that ``beit-jax prepare ade20k`` has written. Its 150 classes have the models' names.
+    """Opens a split that ``beit-jax prepare segmentation`` or ``ade20k`` has written. ADE20K's classes have no names.
+
+    A data set of TFDS with `tfds.features.LabeledImage` counts classes from 0, too, and 255 for none.
 
     Args:
         directory, split: as for `open_dataset`.
@@ -225,7 +276,13 @@ def open_segmentation(directory: Path, split: str) -> SegmentationDataset:
     Raises:
         BeitJaxError: as `open_dataset`; no images with segmentations.
     """
-    return _open(SegmentationDataset, directory, split, _with_maps)
+    opened = _open(SegmentationDataset, directory, split, _with_maps)
+    if opened.reduced:
+        return opened
+    facts = _metadata(directory).inside(MASKS)
+    counts = facts.inside("pixels").content.get(split)
+    known = isinstance(counts, list) and len(counts) == len(opened.labels) and all(type(n) is int for n in counts)
+    return replace(opened, pixels=tuple(counts) if known else None)
 
 
 def _open(
@@ -289,15 +346,28 @@ def _check_texts(directory: Path) -> None:
 
 
 def _with_target(directory: Path, features: Mapping[str, Any]) -> dict[str, Any]:
-    path = directory / METADATA
-    metadata = read_json(path, advice="prepare the data again") if os.path.lexists(path) else {}
-    target = found_target(directory, dict(features.items()), metadata)
+    target = found_target(directory, dict(features.items()), _metadata(directory).content)
     return {"labels": target.names, "target": target}
 
 
 def _with_maps(directory: Path, features: Mapping[str, Any]) -> dict[str, Any]:
     _check_features(directory, features, {"image": tfds.features.Image, "segmentation": tfds.features.Image})
-    return {"labels": tuple(f"LABEL_{number}" for number in range(ADE20K_CLASSES))}
+    if not isinstance(features["segmentation"], tfds.features.LabeledImage):
+        labels = tuple(f"LABEL_{number}" for number in range(ADE20K_CLASSES))
+        return {"labels": labels, "reduced": True, "do_reduce_labels": True}
+    facts = _metadata(directory).inside(MASKS)
+    reduces = facts.content.get("reduces", False)
+    if reduces is not None and not isinstance(reduces, bool):
+        raise facts.error("reduces", "true, false or null")
+    names = features["segmentation"].names
+    return {"labels": tuple(names), "reduced": False, "do_reduce_labels": reduces}
+
+
+def _metadata(directory: Path) -> Fields:
+    """What TFDS calls a data set's metadata; none where there is no such file."""
+    path = directory / METADATA
+    found = read_json(path, advice="prepare the data again") if os.path.lexists(path) else {}
+    return Fields(found, printable(path))
 
 
 def _check_features(directory: Path, features: Mapping[str, Any], wanted: Mapping[str, type]) -> None:

@@ -28,13 +28,15 @@ from .ade20k import ade20k
 from .digits import digits
 from .image_folders import folder, images
 from .imagenet import imagenet, imagenet22k
-from .shards import INFO, ShardWriter, check_shards
+from .masks import PLAIN, MaskFiles, masks
+from .shards import INFO, METADATA, ShardWriter, check_shards
 from .sources import Example, Source
+from .tables import TableOptions, table
 
 VERSION: Final = "1.0.0"
 CONTENTS: Final = Contents(
     "data set",
-    (INFO, "features.json", "*.array_record-*", "*.labels.txt"),
+    (INFO, METADATA, "features.json", "*.array_record-*", "*.labels.txt"),
     lambda directory: has_value(directory / INFO, "moduleName", __name__),  # TFDS's own data sets are somebody's
 )
 _AHEAD: Final = 64  # examples that are checked while others are written
@@ -46,14 +48,16 @@ class Prepared:
 
     Attributes:
         splits: the number of records by name of the split.
-        labels: the names of the classes; empty for segmentation.
+        labels: the names of the classes; empty for ADE20K.
         left_out: one line for each example that could not be used.
+        notes: a line for everything else that people should know of the data.
     """
 
     directory: Path
     splits: dict[str, int]
     labels: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 Kind = Literal["folder", "images", "imagenet", "imagenet22k", "ade20k"]
@@ -69,6 +73,26 @@ _WITHOUT_SPLITS: Mapping[str, Callable[..., Source]] = {
 def prepare_digits(dest: Path, progress: Progress = no_progress, *, overwrite: bool = False) -> Prepared:
     """Writes scikit-learn's handwritten digits (`digits.digits`); raises as `write` does."""
     return write(digits(), dest, progress, overwrite=overwrite)
+
+
+def prepare_table(
+    source: Path,
+    dest: Path,
+    options: TableOptions = TableOptions(),
+    progress: Progress = no_progress,
+    *,
+    held_out: float | None = None,
+    overwrite: bool = False,
+    skip_bad: bool = False,
+    max_bad: float = MAX_BAD,
+) -> Prepared:
+    """Writes the images that a table names, with what it says about them (`tables.table`).
+
+    Raises:
+        BeitJaxError: as `tables.table` and `write` do.
+    """
+    found = table(source, options, held_out, allow_missing=skip_bad)
+    return write(found, dest, progress, overwrite=overwrite, skip_bad=skip_bad, max_bad=max_bad)
 
 
 def prepare(
@@ -100,6 +124,31 @@ def prepare(
         found = _WITHOUT_SPLITS[kind](source)
     else:
         found = _WITHOUT_SPLITS[kind](source, held_out)
+    return write(found, dest, progress, overwrite=overwrite, skip_bad=skip_bad, max_bad=max_bad)
+
+
+def prepare_segmentation(
+    images: Path,
+    annotations: Path,
+    dest: Path,
+    files: MaskFiles = PLAIN,
+    progress: Progress = no_progress,
+    *,
+    held_out: float | None = None,
+    overwrite: bool = False,
+    skip_bad: bool = False,
+    max_bad: float = MAX_BAD,
+) -> Prepared:
+    """Writes somebody's images and masks (`masks.masks`).
+
+    Args:
+        files: what the numbers or colours of masks mean, and how pairs are named.
+        held_out: the share that becomes the validation split where there is none; None: `masks.HELD_OUT`.
+
+    Raises:
+        BeitJaxError: as `masks.masks` and `write` do.
+    """
+    found = masks(images, annotations, files, held_out)
     return write(found, dest, progress, overwrite=overwrite, skip_bad=skip_bad, max_bad=max_bad)
 
 
@@ -147,33 +196,32 @@ def write(
             check_bad(len(left_out), len(left_out) + sum(counts.values()), max_bad, left_out[-1])
         _write_info(source, partial, infos)
         _verify(partial, counts)
-    return Prepared(dest, counts, source.labels, tuple(left_out))
+    return Prepared(dest, counts, source.labels, tuple(left_out), tuple(source.notes()))
 
 
 def _usable(source: Source, examples: Iterable[Example], left_out: list[str], advance: Advance) -> Iterator[Example]:
-    """The examples that pass the source's check, in order. For every other example a line is added to `left_out`."""
+    """Records of the examples that pass the source's check, in order. Every other adds a line to `left_out`."""
 
-    def complaint(example: Example) -> str | None:
+    def checked(example: Example) -> Example | str:
         try:
             source.check(example)
+            return source.record(example)
         except BeitJaxError as error:
             return str(error)
-        return None
 
-    waiting: deque[tuple[Example, Future[str | None]]] = deque()
+    waiting: deque[Future[Example | str]] = deque()
 
     def next_usable() -> Iterator[Example]:
-        example, checked = waiting.popleft()
-        found = checked.result()
+        found = waiting.popleft().result()
         advance(1)
-        if found is None:
-            yield example
-        else:
+        if isinstance(found, str):
             left_out.append(found)
+        else:
+            yield found
 
     with ThreadPoolExecutor() as pool:  # decoders run outside the interpreter's lock
         for example in examples:
-            waiting.append((example, pool.submit(complaint, example)))
+            waiting.append(pool.submit(checked, example))
             if len(waiting) == _AHEAD:
                 yield from next_usable()
         while waiting:
@@ -198,7 +246,10 @@ def _write_info(source: Source, directory: Path, splits: Sequence[tfds.core.Spli
     identity = DatasetIdentity(
         name=source.name, version=tfds.core.Version(VERSION), data_dir=str(directory), module_name=__name__
     )
-    info = tfds.core.DatasetInfo(builder=identity, description=source.description, features=source.features)
+    metadata = tfds.core.MetadataDict(source.metadata())
+    info = tfds.core.DatasetInfo(
+        builder=identity, description=source.description, features=source.features, metadata=metadata or None
+    )
     info.set_file_format("array_record")
     info.set_splits(tfds.core.splits.SplitDict(splits))
     info.write_to_directory(directory)

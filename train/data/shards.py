@@ -17,6 +17,8 @@ INFO: Final = "dataset_info.json"
 """The file that makes a directory a prepared data set."""
 METADATA: Final = "metadata.json"
 """The file of what TFDS calls a data set's metadata."""
+MASKS: Final = "segmentation"
+"""The key there of what `masks` says about a data set of label maps."""
 SHARD_BYTES: Final = 1 << 30
 _OPTIONS: Final = "group_size:1,uncompressed"  # a record at a time, at any place; pictures are compressed already
 

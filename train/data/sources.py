@@ -24,13 +24,28 @@ class Split:
     examples: Iterable[Example]
 
 
+def as_found(example: Example) -> Example:
+    """The example itself is the record."""
+    return example
+
+
 def check_image(example: Example) -> None:
     """Decodes an example's image, and drops the pixels.
 
     Raises:
         BeitJaxError: the image cannot be decoded.
     """
-    decode(example["image"], printable(example["file_name"]))
+    image_size(example)
+
+
+def image_size(example: Example) -> tuple[int, int]:
+    """Height and width of an example's image, which is decoded for it.
+
+    Raises:
+        BeitJaxError: the image cannot be decoded.
+    """
+    height, width = decode(example["image"], printable(example["file_name"])).shape[:2]
+    return height, width
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,9 @@ class Source:
         features: the schema in TFDS' terms: {image, label, file_name}.
         nbytes: the space that the data set takes, about.
         check: raises BeitJaxError for an example that cannot be used; called from several threads.
+        record: the record of an example that was checked, or a BeitJaxError as of `check`; called from several threads.
+        metadata: what TFDS calls so, for JSON; called after the last example, and may raise BeitJaxError.
+        notes: a line for everything that people should know of the data; called after `metadata`.
     """
 
     name: str
@@ -51,6 +69,9 @@ class Source:
     splits: Mapping[str, Split]
     nbytes: int
     check: Callable[[Example], None] = check_image
+    record: Callable[[Example], Example] = as_found
+    metadata: Callable[[], Mapping[str, Any]] = dict
+    notes: Callable[[], Sequence[str]] = tuple
 
 
 def classification_features(labels: Sequence[str]) -> tfds.features.FeaturesDict:
