@@ -1,8 +1,10 @@
 """Recognises a checkpoint: its format, the first of a list that fits, and the model it holds."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from beit_jax.errors import BeitJaxError, printable
@@ -12,7 +14,7 @@ from beit_jax.variants import VARIANTS
 
 from .files.adapters import MERGE, are_adapted
 from .files.checkpoint import Checkpoint
-from .formats.format import Description, Sighting, SourceFormat, default_preset
+from .formats.format import Description, Place, Sighting, SourceFormat, default_preset
 from .options import Options
 
 
@@ -21,13 +23,15 @@ class Identity:
     """A checkpoint that was recognised.
 
     Attributes:
-        naming: the format of the file.
-        prefix: what stands before the names of the backbone.
+        place: the format of the file, and what stands before the names of the model and of its backbone.
+        hosted: the file is another model's, which holds the encoder.
+        part: the tensors of the model, by the names that its format gives them.
         described: the model as it lies in the file, before any resizing, and how each part was recognised.
     """
 
-    naming: SourceFormat
-    prefix: str
+    place: Place
+    hosted: bool
+    part: Checkpoint
     described: Description
 
 
@@ -50,20 +54,23 @@ def identify(source: Source, checkpoint: Checkpoint, formats: Sequence[SourceFor
             return None
         return read_json(config_file) if os.path.lexists(config_file) else json_inside(checkpoint, CONFIG)
 
-    naming, prefix, found = recognise(checkpoint.tensors.keys(), formats, str(source.path), content)
+    place, found = recognise(checkpoint.tensors.keys(), formats, str(source.path), content, options.weights)
+    part = checkpoint.within(place.outer)
+    hosted = bool(part.outside) and place.format.is_hosted(place.outer)
     if variant is None:
         inside = found is not None and not os.path.lexists(config_file)
-        description = naming.describe(
+        description = place.format.describe(
             Sighting(
-                format=naming,
-                prefix=prefix,
-                tensors=checkpoint.tensors,
+                format=place.format,
+                prefix=place.prefix,
+                tensors=part.tensors,
                 metadata=checkpoint.metadata,
                 content=found,
                 file=str(source.path),
                 config_file=f"{source.path}: {CONFIG} in it" if inside else str(config_file),
                 num_heads=options.num_heads,
                 aggregate_from=options.aggregate_from,
+                hosted=hosted,
             )
         )
     else:
@@ -73,7 +80,7 @@ def identify(source: Source, checkpoint: Checkpoint, formats: Sequence[SourceFor
         without = replace(description.config, aggregate_from=0, aggregation_layers=0)
         description = replace(description, config=without)
     _check_stated(options, description)
-    return Identity(naming, prefix, description)
+    return Identity(place, hosted, part, description)
 
 
 def _check_stated(options: Options, found: Description) -> None:
@@ -108,26 +115,68 @@ def recognise(
     formats: Sequence[SourceFormat],
     file: str,
     content: Callable[[], Mapping[str, Any] | None] = lambda: None,
-) -> tuple[SourceFormat, str, Mapping[str, Any] | None]:
-    """Returns the format of a file, the prefix of its backbone, and the content of its ``config.json``.
+    weights: str | None = None,
+) -> tuple[Place, Mapping[str, Any] | None]:
+    """Returns where the encoder of a file stands, and the content of its ``config.json``.
 
     Args:
         names: the names of all tensors in the file.
         formats: the known formats, in the order in which they are asked.
         file: the weights, for messages.
         content: reads ``config.json``; called when the names are those of some format. Returns None if there is none.
+        weights: the part of the file to take, where it holds several encoders.
 
     Raises:
-        BeitJaxError: the names are of no format, or an adapter's. The message shows a few of them.
+        BeitJaxError: the names are of no format, or an adapter's; there are several encoders, and `weights` chooses
+            none. The message shows a few of them.
     """
-    possible = [(each, prefix) for each in formats if (prefix := each.prefix_in(names)) is not None]
+    possible = [place for each in formats for place in each.places_in(names)]
     if possible:
+        chosen = _one_encoder(sorted({place.before for place in possible}), names, file, weights)
         found = content()
-        for naming, prefix in possible:
-            if naming.matches(found):
-                return naming, prefix, found
+        for place in possible:
+            if place.before == chosen and place.format.matches(found):
+                return place, found
     if are_adapted(names):
         raise BeitJaxError(f"{file}: it holds an adapter, or weights with one that is not merged: {MERGE}")
     shown = ", ".join(printable(name, 60) for name in sorted(names)[:3])
     known = ", ".join(each.name for each in formats)
     raise BeitJaxError(f"{file}: no BEiT names (known: {known}) among those of its {len(names)} tensors: {shown}, ...")
+
+
+def _one_encoder(places: Sequence[str], names: Collection[str], file: str, weights: str | None) -> str:
+    """The place of the encoder that is wanted. Raises `BeitJaxError` where that is open."""
+    wanted = [place for place in places if weights is not None and f"{place}.".startswith(f"{weights}.")]
+    if weights == "model" and not wanted and "" in places:
+        wanted = [""]
+    if weights is not None and not wanted and any(name.startswith(f"{weights}.") for name in names):
+        listed = " and ".join(printable(place) for place in places)
+        raise BeitJaxError(f"{file}: --weights {printable(weights)}: no encoder there, found one under {listed}")
+    fitting = wanted or places
+    if len(fitting) > 1:
+        listed = " and ".join(f"{printable(place)!r}" for place in fitting[:5])
+        more = f" and {len(fitting) - 5} more" if len(fitting) > 5 else ""
+        ways = " or ".join(printable(place).rstrip("./") or "model" for place in fitting[:5])
+        raise BeitJaxError(
+            f"{file}: holds {len(fitting)} encoders, under {listed}{more}: choose one of them, --weights {ways}"
+        )
+    return fitting[0]
+
+
+def groups(names: Collection[str], outer: str) -> str:
+    """Tensors of the model around an encoder by its parts, with their numbers: ``decode_head (12), scratch (3)``.
+
+    Args:
+        outer: what stands before the names of the encoder, whose neighbours are parts of their own.
+    """
+    counts: Counter[str] = Counter()
+    beside = outer.rstrip(".").split(".")
+    for name in names:
+        path = name.split(".")
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(path[:-1], beside, strict=False)))
+        counts[".".join(path[: shared + 1])] += 1
+    shown = [f"{printable(part, 60)} ({count})" for part, count in sorted(counts.items())[:_GROUPS]]
+    return ", ".join(shown) + (f" and {len(counts) - _GROUPS} parts more" if len(counts) > _GROUPS else "")
+
+
+_GROUPS = 12

@@ -27,7 +27,7 @@ from . import formats
 from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .formats.format import SourceFormat
 from .formats.rules import Step, steps
-from .identify import identify
+from .identify import Identity, groups, identify
 from .images import Images, find_images
 from .options import DEFAULT, Options
 from .provenance import digests as find_digests
@@ -46,7 +46,7 @@ class Plan:
         config: the model of the result.
         images: how images are prepared, if that is known.
         naming: the source format, a page of `formats`.
-        prefix: what stands before the names of the backbone.
+        hosted: the file is another model's, which holds the encoder.
         steps: for every leaf of the model as it lies in the file, the tensors that fill it.
         specs: shape and dtype of every leaf of the result.
         adaptations: the leaves of the result that are made from other leaves, see `beit_jax.models.adapt`.
@@ -60,7 +60,7 @@ class Plan:
     images: Images
     checkpoint: Checkpoint
     naming: SourceFormat
-    prefix: str
+    hosted: bool
     steps: Mapping[str, Step]
     specs: Mapping[str, LeafSpec]
     adaptations: Mapping[str, tuple[tuple[str, ...], Adaptation]]
@@ -109,10 +109,11 @@ def plan(source: Source | str | Path, options: Options = DEFAULT) -> Plan:
 
 def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Plan:
     digests = find_digests(checkpoint, options)
-    tensors = checkpoint.tensors
     found = identify(source, checkpoint, formats.FORMATS, options)
-    naming, prefix, described = found.naming, found.prefix, found.described
+    naming, prefix, described = found.place.format, found.place.prefix, found.described
     config, origin = described.config, described.origin
+    checkpoint, tensors = found.part, found.part.tensors
+    where = f"{source.path}{f', under {printable(found.place.outer)}' if found.place.outer else ''}"
     held = {name: info.shape for name, info in tensors.items()}
     check_sizes(config, held, origin or str(source.path), str(source.path), at_least=_PLANNED_AT_ONCE)
     shapes = param_shapes(config)
@@ -125,8 +126,9 @@ def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Plan:
         )
     planned = steps(rules, shapes)
     used = {name for step in planned.values() for names in step.layers for name in names}
-    dropped, notes = _left_out(naming, prefix, tensors, used)
-    check_tensors(planned, tensors, set(dropped), config, str(source.path), origin)
+    left_out, notes = _left_out(found, used)
+    check_tensors(planned, tensors, left_out, config, where, origin)
+    dropped = tuple(sorted([*(found.place.outer + name for name in left_out), *checkpoint.outside]))
     target = _target(config, options)
     adapted = adaptations(config, target)
     specs = {
@@ -141,7 +143,7 @@ def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Plan:
         images,
         checkpoint,
         naming,
-        prefix,
+        found.hosted,
         planned,
         specs,
         adapted,
@@ -226,19 +228,21 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _left_out(
-    naming: SourceFormat, prefix: str, tensors: Mapping[str, TensorInfo], used: Collection[str]
-) -> tuple[tuple[str, ...], list[str]]:
-    """Tensors that are not this model's, and notes for the user about those that were learned."""
-    derived = [name for name in tensors if naming.derived.search(name)]
-    foreign = [name for name in tensors if naming.foreign.search(name) and name not in used]
-    host = [name for name in tensors if prefix in naming.hosts and not name.startswith(prefix)]
+def _left_out(found: Identity, used: Collection[str]) -> tuple[set[str], list[str]]:
+    """Tensors of the part that are no parameters of the model, and notes for the user about those that were learned."""
+    naming, outer, tensors = found.place.format, found.place.outer, found.part.tensors
+    derived = {name for name in tensors if naming.derived.search(name)}
+    foreign = {name for name in tensors if naming.foreign.search(name) and name not in used}
+    heads = {name for rule in naming.heads for name in rule.torch} if found.hosted else set()
+    unused = {name for name in heads & tensors.keys() if name not in used}
     notes = []
     if foreign:
-        notes.append(f"{len(foreign)} tensors of heads that do not exist here left out: {printable(foreign[0])}, ...")
-    if host:
-        notes.append(f"encoder taken from {prefix!r}; {len(host)} tensors of the model around it left out")
-    return tuple(sorted({*derived, *foreign, *host})), notes
+        notes.append(f"{len(foreign)} tensors of heads that do not exist here left out: {printable(min(foreign))}, ...")
+    if outer:
+        others = [*found.part.outside, *(outer + name for name in unused)]
+        rest = f"; {len(others)} tensors of the model around it left out: {groups(others, outer)}" if others else ""
+        notes.append(f"{'encoder' if found.hosted else 'model'} taken from {printable(outer)!r}{rest}")
+    return {*derived, *foreign, *unused}, notes
 
 
 def _leaf_dtype(steps: Sequence[Step], tensors: Mapping[str, TensorInfo]) -> np.dtype[Any]:

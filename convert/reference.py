@@ -58,7 +58,7 @@ class Reference:
             )
         file = decided.source.directory / CONFIG
         content = read_json(file) if file.exists() else {}
-        if content.get("model_type") != config.model_type or decided.prefix in decided.naming.hosts:
+        if content.get("model_type") != config.model_type or decided.hosted:
             raise self._unread("its configuration is not that of transformers' model")
         self._kind = getattr(transformers, config.to_hf()["architectures"][0])
         self._options = {"add_pooling_layer": config.has_pooler} if config.task == "features" else {}

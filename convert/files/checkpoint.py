@@ -3,7 +3,9 @@
 Opening checks everything that names, shapes, dtypes and layout can tell; no tensor is read for it. No file needs torch.
 """
 
+import copy
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import WEIGHTS as NATIVE
 
+from ..pickles.state import names_part
 from . import adapters
 from .msgpack_file import MsgpackFile
 from .safetensors_file import SafetensorsFile
@@ -41,6 +44,11 @@ Kind = Literal["safetensors", "zip", "pickle", "msgpack"]
 # name of a model. No known format begins with one.
 _WRAPPED = ("module.", "_orig_mod.", "model.", "timm_model.")
 
+# torch.compile, FSDP and activation checkpointing of single modules put these into the middle of names.
+_INSIDE = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+_Owner = tuple[WeightFile, str]  # the file of a tensor, and its name there
+
 _OTHERS = {b"\x89HDF": "HDF5, of TensorFlow or Keras", b"GGUF": "GGUF"}
 
 
@@ -52,6 +60,7 @@ class Checkpoint:
         format: the file type for people, such as ``safetensors, 3 shards``.
         files: the weight files.
         tensors: every tensor by name, sorted.
+        outside: the names of tensors that are another model's, see `within`.
         notes: lines for the user.
         metadata: plain data that lay beside the weights.
     """
@@ -59,8 +68,10 @@ class Checkpoint:
     def __init__(self, path: Path, parts: Sequence[WeightFile], notes: Sequence[str] = ()) -> None:
         """`parts` hold no name twice."""
         self._parts = tuple(parts)
-        removed = _wrapping({name for part in parts for name in part.tensors})
-        self._owner = {name.removeprefix(removed): (part, name) for part in parts for name in part.tensors}
+        stored = {name: (part, name) for part in parts for name in part.tensors}
+        removed = _wrapping(stored)
+        self._owner, unwrapped = _unwrapped({name.removeprefix(removed): owner for name, owner in stored.items()})
+        self.outside: tuple[str, ...] = ()
         self.path = path
         self.files = tuple(part.file.path for part in parts)
         formats = " and ".join(sorted({part.format for part in parts}))
@@ -70,6 +81,7 @@ class Checkpoint:
         )
         self.notes = (*notes, *(note for part in parts for note in part.notes))
         self.notes += (f"prefix {removed!r} removed from every name",) * bool(removed)
+        self.notes += (f"{', '.join(map(repr, unwrapped))} removed from within names",) * bool(unwrapped)
         self.metadata: Mapping[str, object] = MappingProxyType(
             {key: value for part in parts for key, value in part.metadata.items()}
         )
@@ -89,6 +101,14 @@ class Checkpoint:
             raise BeitJaxError(f"{printable(self.path, 1024)} holds no tensor {printable(name)}")
         part, stored = self._owner[name]
         return part.read(stored, out)
+
+    def within(self, prefix: str) -> "Checkpoint":
+        """Returns the part whose names begin with `prefix`, by their names without it. It shares the open files."""
+        part = copy.copy(self)
+        part._owner = {n.removeprefix(prefix): owner for n, owner in self._owner.items() if n.startswith(prefix)}
+        part.tensors = MappingProxyType({name: self.tensors[prefix + name] for name in part._owner})
+        part.outside = tuple(name for name in self.tensors if not name.startswith(prefix))
+        return part
 
     def close(self) -> None:
         """Closes all files."""
@@ -110,6 +130,13 @@ def _wrapping(names: Collection[str]) -> str:
     while bare and (prefix := next((each for each in _WRAPPED if all(n.startswith(each) for n in bare)), "")):
         found, bare = found + prefix, {name.removeprefix(prefix) for name in bare}
     return found
+
+
+def _unwrapped(stored: Mapping[str, _Owner]) -> tuple[Mapping[str, _Owner], list[str]]:
+    """The names without what wrappers of single modules have put into them, and what that was."""
+    found = sorted({match[0] for name in stored for match in _INSIDE.finditer(name)})
+    bare = {_INSIDE.sub("", name): owner for name, owner in stored.items()}
+    return (bare, found) if len(bare) == len(stored) else (stored, [])
 
 
 def open_checkpoint(path: Path, *, prefer: str | None = None, format: Format | None = None) -> Checkpoint:
@@ -169,10 +196,8 @@ def _nothing_found(directory: Path, wanted: Sequence[str]) -> str:
 
 
 def _open_shards(path: Path, index_path: Path, prefer: str | None, notes: Sequence[str]) -> Checkpoint:
-    if prefer is not None:
-        label = printable(index_path, 1024)
-        raise BeitJaxError(f"{label} holds one set of weights, no {printable(prefer)}; leave --weights out")
     index = ShardIndex(index_path)
+    _check_prefer(prefer, index.owner, printable(index_path, 1024))
     with ExitStack() as stack:
         parts = []
         for shard_path in [index.locate(shard) for shard in index.shards]:
@@ -183,18 +208,21 @@ def _open_shards(path: Path, index_path: Path, prefer: str | None, notes: Sequen
     return Checkpoint(path, parts, (*notes, *shard_notes))
 
 
+def _check_prefer(prefer: str | None, names: Collection[str], label: str) -> None:
+    """Refuses a choice of weights in a file of one set, unless it is one of the models in it."""
+    if prefer is not None and not names_part(prefer, names):
+        raise BeitJaxError(f"{label} holds one set of weights, no {printable(prefer)}; leave --weights out")
+
+
 def _open_file(path: Path, prefer: str | None) -> WeightFile:
     file = RandomAccessFile(path)
     try:
         kind = _recognise(file)
         if kind in ("zip", "pickle"):
             return PickleFile(file, zipped=kind == "zip", prefer=prefer)
-        if prefer is not None:
-            raise BeitJaxError(f"{file.label} holds one set of weights, no {printable(prefer)}; leave --weights out")
-        if kind == "msgpack":
-            return MsgpackFile(file)
-        part = SafetensorsFile(file)
-        if path.suffix in {".bin", ".pt", ".pth"}:
+        part = MsgpackFile(file) if kind == "msgpack" else SafetensorsFile(file)
+        _check_prefer(prefer, part.tensors, file.label)
+        if kind == "safetensors" and path.suffix in {".bin", ".pt", ".pth"}:
             part.notes.append(f"{printable(path.name)} is a safetensors file")
         return part
     except BaseException:

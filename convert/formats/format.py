@@ -35,13 +35,34 @@ _RUNNING_MEAN, _BATCHES = ".running_mean", ".num_batches_tracked"
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where an encoder stands in a file.
+
+    Attributes:
+        format: the format whose names the tensors have.
+        outer: what stands before every name of the model, heads included: ``net.``; "" where the file is the model's.
+        prefix: what stands before the names of the backbone behind it: ``beit.``.
+    """
+
+    format: "SourceFormat"
+    outer: str
+    prefix: str
+
+    @property
+    def before(self) -> str:
+        """What stands before the names of the backbone in the file."""
+        return self.outer + self.prefix
+
+
+@dataclass(frozen=True)
 class Sighting:
     """The facts from which a format describes the model in a file.
 
     Attributes:
         format: the format whose names the tensors have.
         prefix: what stands before the names of the backbone.
-        tensors: name, shape and dtype of every tensor.
+        hosted: the file is another model's, which holds the encoder and has heads of its own.
+        tensors: name, shape and dtype of every tensor of the model, see `Place.outer`.
         metadata: plain data that lay beside the weights in their file.
         content: the parsed ``config.json``, or None where there is none.
         file: the weights, for messages.
@@ -59,17 +80,13 @@ class Sighting:
     config_file: str
     num_heads: int | None = None
     aggregate_from: int | None = None
+    hosted: bool = False
 
     @cached_property
     def backbone(self) -> dict[str, "TensorInfo"]:
         """The tensors under `prefix`, without it."""
         under = {name: info for name, info in self.tensors.items() if name.startswith(self.prefix)}
         return {name.removeprefix(self.prefix): info for name, info in under.items()}
-
-    @property
-    def hosted(self) -> bool:
-        """True if the file is another model's, which holds the encoder."""
-        return self.prefix in self.format.hosts
 
     def holds(self, rules: Collection[Rule], prefix: str, leaf: str) -> bool:
         """True if the file has a tensor of a leaf whose path begins with `leaf`."""
@@ -155,7 +172,8 @@ Writer = Callable[["SourceFormat", Path, "NativeCheckpoint"], list[str]]
 class SourceFormat:
     """All that is known of one kind of files.
 
-    A backbone's names are written bare; the prefix (``beit.`` in a model with a head) is found in the file.
+    A backbone's names are written bare; the prefix (``beit.`` in a model with a head) is found in the file, and so is
+    what other programs put before all names of a model.
 
     Attributes:
         name: for people, and for the record in a converted checkpoint.
@@ -167,7 +185,9 @@ class SourceFormat:
         head_marker: a further tensor, of a head, for a format that differs in the heads only.
         unused_norm_prefix: what stands before the norm of the last state in a model that gives feature maps, which does
             not use it; None if it is the prefix of the backbone.
-        hosts: prefixes under which other models (DPT, MiDaS) keep a BEiT encoder; the rest of such a file is theirs.
+        hosts: prefixes under which other models (DPT, MiDaS) keep a BEiT encoder; the rest of such a file is theirs,
+            and a head behind such a prefix is one that they do not use.
+        copies: prefixes under which a training keeps a copy of the encoder beside it, which is not asked for.
         derived: matches the names of tensors that are computed, not learned. They are left out.
         foreign: matches the names of learned tensors of heads that do not exist here. They are left out, with a note.
         matches: True for the content of a ``config.json`` (None without one) that a directory of this format may have.
@@ -186,6 +206,7 @@ class SourceFormat:
     head_marker: str | None = None
     unused_norm_prefix: str | None = None
     hosts: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
     derived: re.Pattern[str] = re.compile(r"(^|[./])(relative_position_index|num_batches_tracked)$")
     foreign: re.Pattern[str] = re.compile(r"(?!)")
     matches: Callable[[Mapping[str, Any] | None], bool] = lambda content: True
@@ -193,12 +214,29 @@ class SourceFormat:
     write: Writer | None = None
     refusal: Callable[[BeitConfig], str | None] = lambda config: None
 
-    def prefix_in(self, names: Collection[str]) -> str | None:
-        """Returns the prefix of the backbone in a file with these tensors, or None if the file is of another format."""
-        if self.head_marker is not None and self.head_marker not in names:
-            return None
-        prefixes = (*self.prefixes, *self.hosts)
-        return next((prefix for prefix in prefixes if prefix + self.marker in names), None)
+    def places_in(self, names: Collection[str]) -> list[Place]:
+        """Returns where a file with these tensors has encoders of this format, whatever stands before their names."""
+        found = []
+        for name in names:
+            before = name.removesuffix(self.marker)
+            prefix = self._own_end(before) if name.endswith(self.marker) else None
+            if prefix is None:
+                continue
+            place = Place(self, before.removesuffix(prefix), prefix)
+            if self.head_marker is None or place.outer + self.head_marker in names:
+                found.append(place)
+        return [each for each in found if each.outer not in self.copies or len(found) == 1]
+
+    def _own_end(self, before: str) -> str | None:
+        """The longest of `prefixes` with which `before` ends, as whole words; None if there is none."""
+        for prefix in sorted(self.prefixes, key=len, reverse=True):
+            if before.endswith(prefix) and before.removesuffix(prefix)[-1:] in ("", ".", "/"):
+                return prefix
+        return None
+
+    def is_hosted(self, outer: str) -> bool:
+        """True if another model keeps its encoder under `outer`."""
+        return any(outer == host or outer.endswith(f".{host}") for host in self.hosts)
 
     def rules(self, config: BeitConfig, prefix: str) -> list[Rule]:
         """Returns the rules for a model: torch names with `prefix`, and leaves where the model of its task has them."""

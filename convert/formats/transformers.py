@@ -141,7 +141,6 @@ HF5 = replace(
     backbone=renamed(BACKBONE, _RENAMES),
     marker="layers.0.attention.q_proj.weight",
     segmentation=replace(_SEGMENTATION, pyramid=_PYRAMID),
-    hosts=("backbone.beit.", "backbone."),
     write=None,
 )
 

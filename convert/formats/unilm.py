@@ -295,9 +295,11 @@ UNILM = SourceFormat(
     heads=HEADS,
     marker="blocks.0.attn.qkv.weight",
     prefixes=("",),
-    hosts=("pretrained.model.", "backbone.", "encoder."),
-    # BEiT v2's second prediction, where the configuration has no place for it (beit2/modeling_pretrain.py).
-    foreign=re.compile(r"^cls_pt_(layers|norm|lm_head)\."),
+    hosts=("pretrained.model.", "backbone."),
+    copies=("alignment_encoder.",),  # CAE's target (Atten4Vis/CAE models/modeling_cae.py)
+    # BEiT v2's second prediction, where the configuration has no place for it (beit2/modeling_pretrain.py); the feature
+    # pyramid that detection and segmentation add to the encoder (unilm dit/object_detection/ditod/beit.py).
+    foreign=re.compile(r"^(cls_pt_(layers|norm|lm_head)|fpn[1-4])\."),
     describe=_describe,
     write=_write,
     refusal=_refusal,

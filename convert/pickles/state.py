@@ -1,7 +1,7 @@
 """Finds the weights among the entries of a training checkpoint, and keeps the other settings as plain data."""
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from beit_jax.errors import BeitJaxError, printable
@@ -43,7 +43,8 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
     Args:
         top: a state dict, or a dict that has one under one of `WRAPPERS`, nested or not, or a module
             (see `module_tensors`).
-        prefer: the entry to take if several hold tensors: the name of a wrapper, or one of `SETS`.
+        prefer: the entry to take if several hold tensors: the name of a wrapper, or one of `SETS`; or what stands
+            before the names of one of several models in the state dict.
         label: the file, for messages.
 
     Raises:
@@ -57,7 +58,9 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
     wrappers = [key for key in WRAPPERS if _wraps_tensors(top.get(key))]
     notes: list[str] = []
     if wrappers:
-        wrapper = _choose(wrappers, prefer, label)
+        inside = [key for key in wrappers if prefer is not None and names_part(prefer, top[key])]
+        named = prefer not in (*wrappers, *SETS) and len(inside) == 1
+        wrapper = inside[0] if named else _choose(wrappers, prefer, label)
         notes.append(f"weights taken from {wrapper!r}")
         others = {key: value for key, value in top.items() if key != wrapper}
         mapping = top[wrapper]
@@ -66,7 +69,7 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
             notes.append(f"and from {wrapper!r} in it")
             mapping = mapping[wrapper]
     else:
-        if prefer is not None and prefer != "model":
+        if prefer is not None and prefer != "model" and not names_part(prefer, top):
             raise BeitJaxError(f"{label} holds one state dict, and no {printable(prefer)}; leave --weights out")
         others = {key: value for key, value in top.items() if not isinstance(value, Tensor)}
         mapping = {key: value for key, value in top.items() if isinstance(value, Tensor)}
@@ -74,6 +77,11 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
     tensors = _named_tensors(mapping, label)
     metadata, noted = _settings(others)
     return State(tensors, metadata, (*notes, *noted))
+
+
+def names_part(prefix: str, names: Iterable[object]) -> bool:
+    """True if `prefix` is what stands before the names of one of several models among `names`."""
+    return any(isinstance(name, str) and name.startswith(f"{prefix}.") for name in names)
 
 
 def _holds_tensors(value: object) -> bool:
