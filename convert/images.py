@@ -9,14 +9,12 @@ from dataclasses import dataclass, replace
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import PROCESSOR, Source
-from beit_jax.images.processor import HALF, ImageProcessor, preset
+from beit_jax.images.processor import ImageProcessor, preset
 
 from .files.checkpoint import Checkpoint
 from .formats.format import Description
 from .identify import json_inside
 from .options import Options
-
-_CHANNELS = (1, 3)  # of which images are; a model of another number gets its pixels from somewhere else
 
 
 @dataclass(frozen=True)
@@ -53,14 +51,21 @@ def find_images(
         target: the model of the result, which may be for another image size.
 
     Raises:
-        BeitJaxError: the preset that the user asks for does not fit the model.
+        BeitJaxError: the preset or the bands that the user asks for do not fit the model.
     """
+    if options.bands is not None and len(options.bands) != target.num_channels:
+        raise BeitJaxError(
+            f"--bands: the model takes {target.num_channels} channels, expected as many numbers, found "
+            f"{len(options.bands)}; --channels adapts the model"
+        )
     if options.image_preset is not None:
         size = target.image_size
-        chosen = preset(options.image_preset, size, mean=_half(target), std=_half(target))
+        chosen = replace(preset(options.image_preset, size, num_channels=target.num_channels), bands=options.bands)
         return Images(chosen, (f"images by the preset {options.image_preset}", *_notes(chosen, target)))
     try:
         processor, notes = _stated(source, checkpoint, described)
+        processor, more = _with_channels(processor, described.config, target, options)
+        notes = (*notes, *more)
         if target.image_size != described.config.image_size:
             processor = processor.resized(target.image_size)
         _check(processor, target, str(source.directory / PROCESSOR))
@@ -80,15 +85,28 @@ def _stated(source: Source, checkpoint: Checkpoint, described: Description) -> t
     if inside is not None:
         return ImageProcessor.from_hf(inside, f"{checkpoint.path}: {PROCESSOR} in it"), ()
     name = described.image_preset
-    processor = preset(name, config.image_size, mean=_half(config), std=_half(config))
+    processor = preset(name, config.image_size, num_channels=config.num_channels)
     if name == "hf" and config.task == "semantic_segmentation":
         processor = replace(processor, resample="bicubic")  # as the hub's ADE20K checkpoints record it
     return processor, (f"{path}: no such file; images will be prepared by the preset {name}: {processor.describe()}",)
 
 
-def _half(config: BeitConfig) -> tuple[float, ...]:
-    """The mean and the standard deviation of the presets, for every channel of an image."""
-    return HALF[: config.num_channels] if config.num_channels in _CHANNELS else HALF
+def _with_channels(
+    processor: ImageProcessor, found: BeitConfig, target: BeitConfig, options: Options
+) -> tuple[ImageProcessor, tuple[str, ...]]:
+    """The processor for the channels and the bands of the result.
+
+    Where the source states means of 3 channels for a model of neither 3 nor 1, as transformers writes them by default,
+    every channel takes their average. For a model of 3 or 1 that is a mistake, and stays one.
+    """
+    notes: tuple[str, ...] = ()
+    count = processor.num_channels
+    if count != found.num_channels and found.num_channels not in (1, 3) and count == 3:
+        processor = processor.for_channels(found.num_channels)
+        notes = (f"images prepared with means of {count} channels, the model takes {found.num_channels}: averaged",)
+    if processor.num_channels == found.num_channels:
+        processor = processor.for_channels(target.num_channels, options.channels_from)
+    return processor if options.bands is None else replace(processor, bands=options.bands), notes
 
 
 def _size(processor: ImageProcessor) -> tuple[int, int] | None:
@@ -110,7 +128,7 @@ def _check(processor: ImageProcessor, config: BeitConfig, file: str) -> None:
             f"{file}: images of {size[0]}x{size[1]} are not multiples of the model's patch {patch[0]}x{patch[1]}; "
             "correct the file"
         )
-    if config.num_channels in _CHANNELS and processor.num_channels != config.num_channels:
+    if processor.num_channels != config.num_channels:
         raise BeitJaxError(
             f"{file}: images of {processor.num_channels} channels, the model takes {config.num_channels}; "
             "correct the file"
@@ -125,6 +143,4 @@ def _notes(processor: ImageProcessor, config: BeitConfig) -> tuple[str, ...]:
             f"images are prepared as {size[0]}x{size[1]}, the model is of {native[0]}x{native[1]}: its positions are "
             "resized to them, every time"
         )
-    if config.num_channels not in _CHANNELS:
-        notes.append(f"images have 1 or 3 channels, the model takes {config.num_channels}: give it pixel_values")
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""A checkpoint for another input size or patch size, or with one bias table per layer.
+"""A checkpoint for another input size, patch size or number of channels, or with one bias table per layer.
 
 Only position tables and the patch projection depend on these. Every other leaf stays as it is.
 """
@@ -8,6 +8,7 @@ from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from scipy.interpolate import RectBivariateSpline
 
 from beit_jax.config import BeitConfig, PositionResize
@@ -19,9 +20,18 @@ Leaves = Mapping[str, np.ndarray]
 Adaptation = Callable[[Leaves], np.ndarray]
 
 
-def adaptations(source: BeitConfig, target: BeitConfig) -> dict[str, tuple[tuple[str, ...], Adaptation]]:
+def adaptations(
+    source: BeitConfig,
+    target: BeitConfig,
+    *,
+    channels_from: tuple[int, ...] | None = None,
+    stored: DTypeLike = np.float32,
+) -> dict[str, tuple[tuple[str, ...], Adaptation]]:
     """For every leaf of the target that differs from the source's: the source leaves that it is made from, and the
     function that makes it of them.
+
+    Args:
+        channels_from, stored: as `origin` and `stored` of `channel_kernel`, for a kernel of other channels.
 
     Raises:
         BeitJaxError: the target's position bias cannot be made from the source's.
@@ -52,10 +62,30 @@ def adaptations(source: BeitConfig, target: BeitConfig) -> dict[str, tuple[tuple
             (name,),
             lambda leaves: np.asarray(resize_position_embeddings(jnp.asarray(leaves[name]), source.grid, target.grid)),
         )
-    if source.patch_size != target.patch_size:
-        kernel = parent + "embeddings/patch_kernel"
-        result[kernel] = (kernel,), lambda leaves: resize_patch_kernel(leaves[kernel], target.patch_size)
+    kernel = partial(
+        _patch_kernel, name=parent + "embeddings/patch_kernel", patch=target.patch_size, channels=target.num_channels
+    )
+    if source.num_channels != target.num_channels or channels_from is not None:
+        kernel = partial(kernel, origin=channels_from, stored=stored)
+    elif source.patch_size == target.patch_size:
+        return result
+    result[parent + "embeddings/patch_kernel"] = (parent + "embeddings/patch_kernel",), kernel
     return result
+
+
+def _patch_kernel(
+    leaves: Leaves,
+    *,
+    name: str,
+    patch: tuple[int, int],
+    channels: int,
+    origin: tuple[int, ...] | None = None,
+    stored: DTypeLike = np.float32,
+) -> np.ndarray:
+    kernel = leaves[name]
+    if kernel.shape[2] != channels or origin is not None:
+        kernel = channel_kernel(kernel, channels, origin, stored)
+    return kernel if kernel.shape[:2] == patch else resize_patch_kernel(kernel, patch)
 
 
 def _copies(leaves: Leaves, *, name: str, count: int, resize: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -99,3 +129,27 @@ def resize_patch_kernel(kernel: np.ndarray, size: tuple[int, int]) -> np.ndarray
         np.linalg.pinv(antialiased_bicubic_matrix(old, new).T) for old, new in zip(kernel.shape[:2], size, strict=True)
     )
     return np.einsum("ty,yxcd,sx->tscd", rows, kernel.astype(np.float64), columns).astype(kernel.dtype)
+
+
+def channel_kernel(
+    kernel: np.ndarray, channels: int, origin: tuple[int, ...] | None = None, stored: DTypeLike = np.float32
+) -> np.ndarray:
+    """A patch projection [height, width, c, d] for another number of channels, computed in float32.
+
+    One channel: the sum over the old ones, by which a grey image has the embedding of the same image in grey colours.
+    Otherwise the old channels are repeated in their order, cut to `channels`, and scaled by c / `channels`, which keeps
+    the size of embeddings.
+
+    Args:
+        origin: for every new channel the old one, from 0, instead of that order; the scale is the same.
+        stored: the type of the file, to which the result is rounded before it becomes that of `kernel` again.
+
+    Source: timm 1.0 `adapt_input_conv`.
+    """
+    old, values = kernel.shape[2], kernel.astype(np.float32)
+    if origin is None and channels == 1:
+        found = values.sum(axis=2, keepdims=True)
+    else:
+        order = [channel % old for channel in range(channels)] if origin is None else list(origin)
+        found = values[:, :, order] * np.float32(old / channels)
+    return found.astype(stored).astype(kernel.dtype)

@@ -15,7 +15,7 @@ from beit_jax.config import BeitConfig, ProblemType
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG
 from beit_jax.images.preprocessor_config import RESAMPLES
-from beit_jax.images.processor import HALF, ImageProcessor
+from beit_jax.images.processor import HALF, ImageProcessor, for_channels
 from beit_jax.json_file import Fields, write_json
 from beit_jax.version import __version__
 
@@ -88,9 +88,9 @@ def images_of(content: Mapping[str, Any], config: BeitConfig, file: str) -> Imag
     pct = read.typed("crop_pct", float, 0.9)
     if not 0.01 <= pct <= 1:
         raise read.error("crop_pct", "a number from 0.01 to 1")
-    mean, std = (read.content.get(key, HALF[: config.num_channels]) for key in ("mean", "std"))
+    mean, std = (read.content.get(key, HALF[:1]) for key in ("mean", "std"))
     for key, values in (("mean", mean), ("std", std)):
-        if not isinstance(values, list | tuple) or not all(type(value) in (int, float) for value in values):
+        if not isinstance(values, list | tuple) or not values or not all(type(v) in (int, float) for v in values):
             raise read.error(key, "a list of numbers")
     scaled = int(height / pct), int(width / pct)
     return ImageProcessor(
@@ -98,8 +98,8 @@ def images_of(content: Mapping[str, Any], config: BeitConfig, file: str) -> Imag
         resample=read.choice("interpolation", RESAMPLES, "bicubic"),
         crop=None if mode == "squash" and scaled == (height, width) else (height, width),
         crop_rounding="floor" if mode == "squash" and scaled == (height, width) else "half_even",
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=for_channels(tuple(mean), config.num_channels),  # averaged where timm keeps the means of RGB
+        std=for_channels(tuple(std), config.num_channels),
         num_channels=config.num_channels,
     )
 
