@@ -24,7 +24,6 @@ from beit_jax.choices import (
     Task,
     nearest,
 )
-from beit_jax.config_file import hf_notes
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.json_file import Fields, read_json
 
@@ -39,7 +38,6 @@ __all__ = [
     "PresetName",
     "ProblemType",
     "Task",
-    "hf_notes",
 ]
 
 LARGEST = (1 << 31) - 1
@@ -81,7 +79,8 @@ class BeitConfig:
         aggregate_from, aggregation_layers: BEiT v2's patch aggregation, for masked image modelling only. So many extra
             blocks read the final class token, and the patch tokens after block `aggregate_from`, counted from 1. 0
             means no aggregation.
-        labels: class names in index order.
+        labels: class names in index order. Those of a file that numbers them otherwise than 0 to n - 1 remember its
+            numbers (`config_file.NumberedNames`), with which they are written again.
         problem_type: what a classifier's outputs are, as transformers names it: it decides the loss in training and
             `score_function`. None: nobody has said.
         out_indices: the blocks whose outputs are used, for segmentation (four) and backbones; `feature_taps` says how
@@ -253,7 +252,7 @@ class BeitConfig:
     def from_hf(cls, config: Mapping[str, Any], *, file: str = "config.json") -> "BeitConfig":
         """Reads a parsed Hugging Face ``config.json`` (transformers 4 or 5).
 
-        Keys that are absent take transformers' defaults. `hf_notes` describes the keys that are not read.
+        Keys that are absent take transformers' defaults, and others are not read.
 
         Raises:
             BeitJaxError: another model family, another head, or a value of the wrong type; names `file` and the key.
@@ -305,7 +304,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
     if name == "labels":
         listed = isinstance(value, Sequence) and not isinstance(value, str)
         _require(listed and all(isinstance(label, str) for label in value), name, "the names of classes", value)
-        return tuple(value)
+        return value if isinstance(value, config_file.NumberedNames) else tuple(value)
     if name in ("image_size", "patch_size"):
         return _pair(name, value)
     _require(isinstance(value, Sequence) and not isinstance(value, str), name, "integers", value)

@@ -1,7 +1,7 @@
 """Hugging Face's ``config.json``: the fields of `BeitConfig` in it, class names, and what is written."""
 
-import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from beit_jax.choices import Activation, FeatureTaps, ModelType, PositionBias, PositionResize, ProblemType, Task
@@ -71,6 +71,9 @@ _IGNORED_KEYS = (
     "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
     "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens use_cache"
 ).split()
+
+KNOWN_KEYS = (*_HF_DEFAULTS, *_OTHER_MODEL_KEYS, *_IGNORED_KEYS)
+"""Every key that a configuration may have; any other is not read."""
 
 
 def read_fields(read: "Fields") -> dict[str, Any]:
@@ -168,19 +171,6 @@ def _own_fields(read: "Fields") -> dict[str, Any]:
     return found
 
 
-def hf_notes(config: Mapping[str, Any], *, file: str = "config.json") -> list[str]:
-    """Notes for the user on a Hugging Face configuration that is read without an error: unknown keys, remote code."""
-    notes = [f"{file}: {note}" for note in label_notes(config.get("id2label"))]
-    if "auto_map" in config:
-        notes.append(f"{file}: auto_map names code to import; ignored, nothing of it is run")
-    known = [*_HF_DEFAULTS, *_OTHER_MODEL_KEYS, *_IGNORED_KEYS]
-    for key in sorted(set(config) - set(known)):
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        notes.append(f"{file}: unknown key {printable(key)} ignored{hint}")
-    return notes
-
-
 def written(config: "BeitConfig") -> dict[str, Any]:
     """The ``config.json`` of a configuration, see `BeitConfig.to_hf`."""
 
@@ -200,8 +190,9 @@ def written(config: "BeitConfig") -> dict[str, Any]:
     if config.problem_type is not None:
         result["problem_type"] = config.problem_type
     if config.task in ("image_classification", "semantic_segmentation"):
-        result["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
-        result["label2id"] = {label: i for i, label in enumerate(config.labels)}
+        numbered = list(zip(label_numbers(config.labels), config.labels, strict=True))
+        result["id2label"] = {str(number): label for number, label in numbered}
+        result["label2id"] = {label: number for number, label in numbered}
     result["beit_jax"] = {
         "position_resize": config.position_resize,
         "add_pooling_layer": config.add_pooling_layer,
@@ -228,63 +219,105 @@ def written(config: "BeitConfig") -> dict[str, Any]:
 
 MOST_LABELS = 1_000_000
 """The most classes that a configuration may count without naming them; the largest published model has 21,841."""
-_DIGITS = 18  # of a key
+_NUMBER = re.compile(r"\s*\+?([0-9]{1,18})(\.0*)?\s*")
+
+
+class NumberedNames(tuple[str, ...]):
+    """Class names in the order of the outputs, from a map whose numbers are not 0 to n - 1.
+
+    It is a tuple of the names and equals one. Whoever gives a model other names gives it their usual numbers, too.
+
+    Attributes:
+        numbers: the number of every name, as they are written again.
+    """
+
+    numbers: tuple[int, ...]
+
+    def __new__(cls, names: Iterable[str], numbers: Iterable[int] = ()) -> "NumberedNames":
+        self = super().__new__(cls, names)
+        self.numbers = tuple(numbers)
+        return self
+
+
+def label_numbers(labels: Sequence[str]) -> Sequence[int]:
+    """The numbers of classes in ``id2label``: 0 to n - 1, unless the file they are from has others."""
+    numbers = labels.numbers if isinstance(labels, NumberedNames) else ()
+    return numbers or range(len(labels))
 
 
 def read_labels(read: "Fields") -> tuple[str, ...]:
-    """The class names in the order of their outputs.
+    """The class names in the order of their outputs; `NumberedNames` where their numbers are not 0 to n - 1.
 
-    Keys that are not 0 to n - 1 are read in their order, because transformers makes an output for every name: its own
-    conversion of BEiT's 22k models took two classes out and left the numbers of the others. A file with a count only
-    gives ``LABEL_i``. transformers' default is two classes.
+    Numbers are read in their order, because transformers makes an output for every name: its own conversion of BEiT's
+    22k models took two classes out and left the numbers of the others. A name that is null is ``LABEL_i``. Without
+    ``id2label``, ``label2id`` gives the names, and without both ``num_labels`` their count, by transformers' default 2.
 
     Raises:
         BeitJaxError: keys that are no numbers or stand for one number, names that are neither text nor numbers.
     """
     if read.content.get("id2label") is None:
-        count = read.typed("num_labels", int, 2)
-        if not 0 <= count <= MOST_LABELS:
-            raise read.error("num_labels", f"0 to {MOST_LABELS}")
-        return tuple(f"LABEL_{i}" for i in range(count))
+        return _labels_of_numbers(read)
     names = read.typed("id2label", dict, {})
-    numbers = {_number(read, key): key for key in names}
+    numbers = {_number_of(read, key): key for key in names}
     if len(numbers) != len(names):
         raise BeitJaxError(
             f"{read.file}: id2label: expected one name for every number, found a number twice; {_AS_MAP}"
         )
-    return tuple(_name(read, names[numbers[number]]) for number in sorted(numbers))
+    order = sorted(numbers)
+    labels = [_name(read, number, names[numbers[number]]) for number in order]
+    return tuple(labels) if order == list(range(len(order))) else NumberedNames(labels, order)
 
 
-def label_notes(names: Any) -> list[str]:
-    """Says how a map of class names was read, if its keys are not 0 to n - 1."""
-    if not isinstance(names, Mapping) or set(names) == {str(i) for i in range(len(names))}:
-        return []
-    if not all(map(_is_number, names)):  # refused when they are read
-        return []
-    numbers = sorted(int(key) for key in names)
-    missing = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers)) if numbers[-1] < 2 * MOST_LABELS else []
-    gaps = f", without {', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}" if missing else ""
-    return [
-        f"id2label numbers its {len(names)} names from {numbers[0]} to {numbers[-1]}{gaps}: read in this order as the "
-        f"names of outputs 0 to {len(names) - 1}"
-    ]
+def _labels_of_numbers(read: "Fields") -> tuple[str, ...]:
+    """The names that ``label2id`` gives, if it numbers all outputs; else ``LABEL_i``."""
+    stated = read.content.get("num_labels") is not None
+    count = read.typed("num_labels", int, 2) if stated else 2
+    if not 0 <= count <= MOST_LABELS:
+        raise read.error("num_labels", f"0 to {MOST_LABELS}")
+    names = names_by_number(read.content.get("label2id"))
+    if names is None or (stated and len(names) != count):
+        return tuple(f"LABEL_{i}" for i in range(count))
+    order = sorted(names)
+    labels = [names[number] for number in order]
+    return tuple(labels) if order == list(range(len(order))) else NumberedNames(labels, order)
+
+
+def names_by_number(label2id: Any) -> dict[int, str] | None:
+    """The names of a ``label2id`` by their numbers; None if it is no map of names to numbers of their own."""
+    if not isinstance(label2id, Mapping) or not label2id:
+        return None
+    numbers = {name: class_number(value) for name, value in label2id.items()}
+    names = {number: name for name, number in numbers.items() if number is not None and isinstance(name, str)}
+    return names if len(names) == len(label2id) else None
 
 
 _AS_MAP = 'write it as {"0": "first name", "1": "second name", ...}, or num_labels in its place'
 
 
-def _number(read: "Fields", key: str) -> int:
-    if not _is_number(key):
-        raise BeitJaxError(f"{read.file}: id2label: expected numbers as keys, found {printable(key)}; {_AS_MAP}")
-    return int(key)
+def _number_of(read: "Fields", key: object) -> int:
+    number = class_number(key)
+    if number is None:
+        exchanged = all(class_number(value) is not None for value in read.content["id2label"].values())
+        way = "are id2label and label2id exchanged?" if exchanged and isinstance(key, str) else _AS_MAP
+        raise BeitJaxError(f"{read.file}: id2label: expected numbers as keys, found {printable(key)}; {way}")
+    return number
 
 
-def _is_number(key: str) -> bool:
-    return key.isascii() and key.isdecimal() and len(key) <= _DIGITS
+def class_number(value: object) -> int | None:
+    """A number of a class: an integer of at least 0, or text or a float that is one ("01", "1.0"); None otherwise."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str):
+        match = _NUMBER.fullmatch(value)
+        return int(match[1]) if match and value.isascii() else None
+    return value if type(value) is int and 0 <= value < 10**18 else None
 
 
-def _name(read: "Fields", name: Any) -> str:
+def _name(read: "Fields", number: int, name: Any) -> str:
+    if name is None:
+        return f"LABEL_{number}"
     if isinstance(name, bool) or not isinstance(name, str | int | float):
-        kind = "nothing" if name is None else f"{printable(name, 60)}"
-        raise BeitJaxError(f"{read.file}: id2label: expected text as the name of a class, found {kind}; {_AS_MAP}")
+        raise BeitJaxError(
+            f"{read.file}: id2label: expected text as the name of a class, found {printable(name, 60)}; {_AS_MAP}"
+        )
     return name if isinstance(name, str) else printable(name)

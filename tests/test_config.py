@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beit_jax import json_file
-from beit_jax.config import BeitConfig, hf_notes
+from beit_jax.config import BeitConfig
+from beit_jax.convert.formats.config_notes import hf_notes
 from beit_jax.errors import BeitJaxError
 from beit_jax.json_file import read_json, read_json_array
 from beit_jax.models.build import num_params

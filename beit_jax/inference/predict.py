@@ -1,5 +1,6 @@
 """Labels and features of images, by a model or from a checkpoint."""
 
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,15 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from beit_jax.choices import ProblemType
+from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import resolve
 from beit_jax.images.files import ImageLike
 from beit_jax.images.processor import ImageProcessor
-from beit_jax.inference.predictor import Guess, OutputName, Pooling, Predictor, float32_params
-from beit_jax.inference.reading import read
+from beit_jax.inference.predictor import Guess, OutputName, Pooling, Predictor, params_of
+from beit_jax.inference.reading import read, with_head
 from beit_jax.models.build import Model, build_model
+from beit_jax.models.heads import Labels
 from beit_jax.tree import unflatten
 from beit_jax.weights.native import NativeCheckpoint
 
@@ -27,27 +31,58 @@ def from_pretrained(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    labels: Labels | int | None = None,
+    problem_type: ProblemType | None = None,
+    seed: int = 0,
 ) -> tuple[Model, ImageProcessor]:
     """The model and image processor of a checkpoint.
 
+    >>> model, processor = from_pretrained("./beit-base-pt22k", labels=["cat", "dog"])  # with a new classifier
+
     Args:
-        source: a native checkpoint, a directory in Hugging Face format (converted in memory), or a hub name.
+        source: a native checkpoint, whatever `beit-jax convert` reads (converted in memory), or a hub name.
         revision, cache_dir: of a hub name, as huggingface_hub has them.
         dtype: of the matrix products, float32 or bfloat16.
+        param_dtype: of the parameters, float32, or bfloat16 for half the memory.
+        labels: the classes of a classifier, of a segmentation model, or of a classifier on an encoder without one:
+            names, or their count for LABEL_0, LABEL_1, .... Names of the checkpoint's classes keep their weights, in
+            this order, and so do numbers of them; of other names the whole head starts new, and a warning says so.
+        problem_type: what a classifier's outputs are, which decides how they become scores.
+        seed: draws what starts new in a head.
 
     Returns:
         The model, a pytree that works under `jax.jit`, `jax.grad` and `jax.vmap`; and its `ImageProcessor`.
 
     Raises:
-        BeitJaxError: the source does not exist or cannot be read completely; names the file or the tensor.
+        BeitJaxError: the source does not exist or cannot be read completely, naming the file or the tensor; classes
+            that the checkpoint cannot have.
     """
+    dtype, param_dtype = _float("dtype", dtype), _float("param_dtype", param_dtype)
     checkpoint = read(resolve(source, revision=revision, cache_dir=cache_dir))
-    return build(checkpoint, dtype=dtype), checkpoint.processor
+    if labels is not None or problem_type is not None:
+        checkpoint, change = with_head(checkpoint, labels, problem_type, seed=seed)
+        if change.drawn:
+            warnings.warn(f"{printable(source)}: {'; '.join(change.notes)}", stacklevel=2)
+    return build(checkpoint, dtype=dtype, param_dtype=param_dtype), checkpoint.processor
 
 
-def build(checkpoint: NativeCheckpoint, *, dtype: DTypeLike = jnp.float32) -> Model:
-    """Builds the model of a loaded checkpoint, with float32 parameters."""
-    return build_model(checkpoint.config, unflatten(float32_params(checkpoint)), dtype=dtype)
+def _float(name: str, value: DTypeLike) -> DTypeLike:
+    """A dtype that models compute or keep parameters in."""
+    try:
+        found = jnp.dtype(value)
+    except TypeError:
+        found = None
+    if found not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
+        raise BeitJaxError(f"{name}: expected float32 or bfloat16, found {printable(value)}")
+    return found
+
+
+def build(
+    checkpoint: NativeCheckpoint, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32
+) -> Model:
+    """Builds the model of a loaded checkpoint."""
+    return build_model(checkpoint.config, unflatten(params_of(checkpoint, param_dtype)), dtype=dtype)
 
 
 @overload

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from beit_jax.choices import nearest
@@ -27,9 +27,9 @@ def ignore(done: int) -> None:
     """Shows no progress."""
 
 
-def float32_params(checkpoint: NativeCheckpoint) -> dict[str, Array]:
-    """The parameters of a checkpoint, flat and float32, as every forward pass takes them; bfloat16 is widened."""
-    return {name: jnp.asarray(leaf, jnp.float32) for name, leaf in checkpoint.params.items()}
+def params_of(checkpoint: NativeCheckpoint, dtype: DTypeLike = jnp.float32) -> dict[str, Array]:
+    """The parameters of a checkpoint, flat and of one dtype: bfloat16 is widened to float32, or float32 rounded."""
+    return {name: jnp.asarray(leaf, dtype) for name, leaf in checkpoint.params.items()}
 
 
 @dataclass(frozen=True)

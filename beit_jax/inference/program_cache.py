@@ -24,7 +24,7 @@ from jaxtyping import Array
 from beit_jax.atomic import new_file
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
-from beit_jax.inference.predictor import OutputName, Predictor, float32_params
+from beit_jax.inference.predictor import OutputName, Predictor, params_of
 from beit_jax.tree import unflatten
 from beit_jax.version import source_digest
 from beit_jax.weights.native import NativeCheckpoint
@@ -53,7 +53,7 @@ def predictor(checkpoint: NativeCheckpoint) -> Predictor:
     # By default JAX stores only what takes more than a second to compile, which no small model's forward pass does.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compute = forward(checkpoint.config, float32_params(checkpoint), directory)
+    compute = forward(checkpoint.config, params_of(checkpoint), directory)
     return Predictor(checkpoint.config, checkpoint.processor, compute)
 
 

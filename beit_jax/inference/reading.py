@@ -1,6 +1,10 @@
-"""Reads a checkpoint of any format into memory as a native one."""
+"""Reads a checkpoint of any format into memory as a native one, with another head if one is asked for."""
 
+from dataclasses import replace
+
+from beit_jax.choices import ProblemType
 from beit_jax.hub import Source
+from beit_jax.models.heads import HeadChange, Labels, change_head
 from beit_jax.weights.native import NativeCheckpoint, is_native, load
 
 
@@ -15,3 +19,34 @@ def read(source: Source) -> NativeCheckpoint:
     from beit_jax.convert import importer  # not at the top: reading native checkpoints needs no converter
 
     return importer.load(source)
+
+
+def with_head(
+    checkpoint: NativeCheckpoint,
+    labels: Labels | int | None = None,
+    problem_type: ProblemType | None = None,
+    *,
+    seed: int = 0,
+) -> tuple[NativeCheckpoint, HeadChange]:
+    """The checkpoint with another head, and what became of the old one.
+
+    Args:
+        labels, problem_type, seed: as `change_head` has them; its record goes into the provenance.
+
+    Raises:
+        BeitJaxError: as `change_head`.
+    """
+    change = change_head(checkpoint.config, labels, problem_type, seed=seed)
+    params = {new: checkpoint.params[old] for new, old in change.moved.items()}
+    for name, (origins, make) in change.made.items():
+        params[name] = make({origin: checkpoint.params[origin] for origin in origins})
+    record = {"head": list(change.notes)} if change.notes else {}
+    return (
+        replace(
+            checkpoint,
+            config=change.config,
+            params=dict(sorted(params.items())),
+            provenance={**checkpoint.provenance, **record},
+        ),
+        change,
+    )

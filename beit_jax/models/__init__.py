@@ -7,5 +7,5 @@ Machines      `one_cpu`: the faster forms of one CPU; `partition`: the placement
 Around them   `build`: the model of a configuration; `adapt`: a checkpoint for other sizes; `heads`: for other classes
 
 Each textbook form stands in the module of its name; `one_cpu` alone asks for the machine. May import: the ground, which
-is the modules directly in `beit_jax`, and `adapters`.
+is the modules directly in `beit_jax`, `adapters`, and `beit_jax.weights.leaves`.
 """

@@ -72,7 +72,8 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
         mean, var = self.updated(x) if train else (self.mean[...], self.var[...])
-        return (x - mean) * jax.lax.rsqrt(var + BATCH_NORM_EPSILON) * self.scale[...] + self.bias[...]
+        spread = jax.lax.rsqrt(var.astype(jnp.float32) + BATCH_NORM_EPSILON)
+        return (x - mean) * spread * self.scale[...] + self.bias[...]
 
     def updated(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
         """The mean and the biased variance of the batch. The running statistics take their share of both first.

@@ -1,7 +1,8 @@
 """One transformer block of BEiT: attention with relative position bias, MLP, layer scale, stochastic depth.
 
-Precision. Parameters are float32. `dtype` (float32 or bfloat16) is what matrix products read; they accumulate in
-float32. LayerNorm, softmax, layer scale and the residual stream are float32 always.
+Precision. Parameters are float32, or bfloat16 to take half the memory: all that is computed of them is as of their
+values in float32. `dtype` (float32 or bfloat16) is what matrix products read; they accumulate in float32. LayerNorm,
+softmax, layer scale and the residual stream are float32 always.
 """
 
 import jax
@@ -89,7 +90,7 @@ class Attention(nnx.Module):
         bias = sum(biases[1:], biases[0]) if biases else None
         drop = None if key is None or not rate else lambda weights: dropout(weights, rate, key)
         attended, probabilities = attend(qkv, bias, drop, output_attentions=output_attentions)
-        return project(attended, cast(self.out_kernel[...]), self.out_bias[...]), probabilities
+        return project(attended, cast(self.out_kernel[...]), self.out_bias[...].astype(jnp.float32)), probabilities
 
     def layer_bias(self, grid: Grid, batch: int) -> Float[Array, "shards heads n n"] | None:
         """This layer's own position bias at the given patch grid; None if the model has none per layer."""

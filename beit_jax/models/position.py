@@ -44,7 +44,7 @@ def attention_bias(
         BeitJaxError: a grid of symbolic size.
     """
     check_known(target, "tables of relative position bias")
-    copies = each_shard(resize_bias_table(table, source, target, method), batch)
+    copies = each_shard(resize_bias_table(table.astype(jnp.float32), source, target, method), batch)
     return jax.vmap(lambda table: position_bias_by_slices(table, target))(copies)
 
 
@@ -102,8 +102,9 @@ def resize_position_embeddings(embeddings: Float[Array, "1 n d"], source: Grid, 
     if source == target:
         return embeddings
     rows, columns = (
-        jnp.asarray(bicubic_matrix(old, new), embeddings.dtype) for old, new in zip(source, target, strict=True)
+        jnp.asarray(bicubic_matrix(old, new), jnp.float32) for old, new in zip(source, target, strict=True)
     )
+    embeddings = embeddings.astype(jnp.float32)
     patches = embeddings[0, 1:].reshape(*source, -1)
     resized = jnp.einsum("ty,yxd,sx->tsd", rows, patches, columns, precision="highest")
     return jnp.concatenate([embeddings[:, :1], resized.reshape(1, target[0] * target[1], -1)], axis=1)

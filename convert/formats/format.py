@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from beit_jax.config import BeitConfig, PresetName, hf_notes
+from beit_jax.config import BeitConfig, PresetName
 from beit_jax.errors import BeitJaxError
 from beit_jax.json_file import Fields
 
+from .config_notes import hf_notes
 from .rules import Rule, Rules, export
 from .segmentation import MMSEG_NAMES, SegmentationNames
 
