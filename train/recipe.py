@@ -311,31 +311,31 @@ class Recipe:
 
     Attributes:
         objective: name of the objective, which is the name of its module in `beit_jax.train.objectives`.
-        topology: TPUs that the batch, split over them, fits: `topology.parse_topology` reads it. Empty: any device.
-    """
         fallback: the variant of a model drawn at random where no run was published and none is named.
-
+        topology: TPUs that the batch, split over them, fits: `topology.parse_topology` reads it. Empty: any device.
         published: the variant of the published run, whose image size belongs to the recipe. A checkpoint of its
             architecture trains as published. Empty: no such run, checkpoints of any size keep what they are. A variant
             that somebody asks for stands in `model.variant`.
+    """
+
     objective: ClassVar[str] = ""
+    fallback: ClassVar[str] = "beit_base_patch16_224"
 
     name: str = ""
-    fallback: ClassVar[str] = "beit_base_patch16_224"
     topology: str = ""
+    published: str = ""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
-    published: str = ""
     optim: OptimOptions = field(default_factory=OptimOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
-    @property
-    def eval_batch_size(self) -> int:
     @property
     def variant(self) -> str:
         """The variant that is asked for, or else the published run's; of a model drawn at random."""
         return self.model.variant or self.published or self.fallback
 
+    @property
+    def eval_batch_size(self) -> int:
         """Images of one evaluation step."""
         return self.data.eval_batch_size or self.data.batch_size // self.optim.accumulate
 
