@@ -29,6 +29,7 @@ from .formats.format import SourceFormat
 from .formats.rules import Step, steps
 from .identify import Identity, groups, identify
 from .images import Images, find_images
+from .labels import asked_head
 from .options import DEFAULT, Options
 from .provenance import digests as find_digests
 from .provenance import provenance
@@ -129,14 +130,28 @@ def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Plan:
     left_out, notes = _left_out(found, used)
     check_tensors(planned, tensors, left_out, config, where, origin)
     dropped = tuple(sorted([*(found.place.outer + name for name in left_out), *checkpoint.outside]))
-    target = _target(config, options)
-    adapted = adaptations(config, target)
+    head = asked_head(config, options)
+    target = _target(head.config, options)
+    adapted = {
+        **adaptations(
+            head.config,
+            target,
+            channels_from=options.channels_from,
+            stored=_leaf_dtype_in_file(planned, tensors, "embeddings/patch_kernel"),
+        ),
+        **head.made,
+    }
+    planned = {name: planned[old] for name, old in head.moved.items()} | {
+        origin: planned[origin] for origins, _ in head.made.values() for origin in origins
+    }
     specs = {
         path: LeafSpec(shape, _leaf_dtype([planned[name] for name in adapted.get(path, ((path,),))[0]], tensors))
         for path, shape in param_shapes(target).items()
     }
     images = find_images(source, checkpoint, described, target, options)
-    notes = [*described.seen, *images.notes, *notes, *checkpoint.notes, *_dtype_notes(planned, tensors)]
+    channels = _channel_notes(config.num_channels, target.num_channels, options.channels_from)
+    found_in_file = [*checkpoint.notes, *_dtype_notes(planned, tensors)]
+    notes = [*described.seen, *channels, *images.notes, *notes, *head.notes, *found_in_file]
     return Plan(
         source,
         target,
@@ -214,6 +229,13 @@ def _target(config: BeitConfig, options: Options) -> BeitConfig:
         changes["image_size"] = tuple(n * p for n, p in zip(config.grid, changes["patch_size"], strict=True))
     if options.image_size is not None:
         changes["image_size"] = _pair(options.image_size)
+    if options.channels is not None or options.channels_from is not None:
+        changes["num_channels"] = options.channels or len(options.channels_from or ())
+    if options.channels_from is not None and max(options.channels_from) >= config.num_channels:
+        raise BeitJaxError(
+            f"--channels-from {' '.join(map(str, options.channels_from))}: expected channels of the checkpoint, 0 to "
+            f"{config.num_channels - 1}"
+        )
     sides, patch = changes.get("image_size", config.image_size), changes.get("patch_size", config.patch_size)
     if any(side % step for side, step in zip(sides, patch, strict=True)):
         near = (max(1, round(side / step)) * step for side, step in zip(sides, patch, strict=True))
@@ -249,6 +271,22 @@ def _leaf_dtype(steps: Sequence[Step], tensors: Mapping[str, TensorInfo]) -> np.
     """bfloat16 stays bfloat16. Any other dtype becomes float32, which holds every float16 exactly."""
     stored = {tensors[name].dtype for step in steps for names in step.layers for name in names}
     return BFLOAT16 if stored == {BFLOAT16} else np.dtype(np.float32)
+
+
+def _leaf_dtype_in_file(planned: Mapping[str, Step], tensors: Mapping[str, TensorInfo], leaf: str) -> np.dtype[Any]:
+    """The type of the tensor that a leaf is made of, whatever stands before its name."""
+    (step,) = (step for name, step in planned.items() if name == leaf or name.endswith(f"/{leaf}"))
+    return tensors[step.layers[0][0]].dtype
+
+
+def _channel_notes(old: int, new: int, origin: tuple[int, ...] | None) -> list[str]:
+    if old == new and origin is None:
+        return []
+    if new == 1 and origin is None:
+        return [f"patch projection for 1 channel instead of {old}: their sum"]
+    order = origin or [channel % old for channel in range(new)]
+    shown = " ".join(map(str, order[:16])) + (" ..." if new > 16 else "")
+    return [f"patch projection for {new} channels instead of {old}: {shown} (from 0), times {old}/{new}"]
 
 
 def _dtype_notes(planned: Mapping[str, Step], tensors: Mapping[str, TensorInfo]) -> list[str]:
