@@ -97,11 +97,11 @@ class Dvae(UnlabelledImages[DvaeRecipe]):
         return BeitConfig(image_size=sides, patch_size=(encoder.stride, encoder.stride))
 
     @property
-    @property
     def network(self) -> Mapping[str, Any]:
         encoder, decoder = configs(self.recipe.dvae, self.config.image_size)
         return vars(encoder) | vars(decoder)
 
+    @property
     def graph(self) -> nnx.GraphDef[Any]:
         dtype = jnp.dtype(self.recipe.model.dtype)
         return abstract_dvae(self.recipe.dvae, self.config.image_size, dtype=dtype)[0]

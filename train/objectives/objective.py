@@ -149,11 +149,6 @@ class Objective(Generic[RecipeT]):
         """
         raise BeitJaxError(f"{self.recipe.name}: {self.recipe.objective} predicts no tokens; choose another recipe")
 
-    def replaced(self, **changes: Any) -> Self:
-        """This objective with other fields."""
-        return replace(self, **changes)
-
-    # --- Input
     @property
     def network(self) -> Mapping[str, Any]:
         """The configuration of what is trained, for people: its fields by name, without the names of classes."""
@@ -172,6 +167,11 @@ class Objective(Generic[RecipeT]):
         """Lines for people about what the run begins with."""
         return []
 
+    def replaced(self, **changes: Any) -> Self:
+        """This objective with other fields."""
+        return replace(self, **changes)
+
+    # --- Input
 
     @property
     def transform(self) -> Callable[..., Any]:

@@ -98,10 +98,10 @@ class Vqkd(UnlabelledImages[VqkdRecipe]):
         return tokenizer_config(self.recipe, self.config, teacher.config.hidden_size)
 
     @property
-    @property
     def network(self) -> Mapping[str, Any]:
         return vars(self.tokenizer)
 
+    @property
     def graph(self) -> nnx.GraphDef[VqkdTokenizer]:
         graph = abstract_tokenizer(self.tokenizer, dtype=jnp.dtype(self.recipe.model.dtype))[0]
         return cast("nnx.GraphDef[VqkdTokenizer]", graph)
