@@ -14,6 +14,7 @@ from beit_jax.errors import BeitJaxError
 
 Resume = Literal["auto", "must", "never"]
 Statistics = Literal["half", "imagenet"]
+PixelType = Literal["uint8", "float32"]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "random"]
 RecipeT = TypeVar("RecipeT", bound="Recipe")
 
@@ -58,6 +59,8 @@ LAYERS = Range("a positive integer up to 256", lambda value: 1 <= value <= 256)
 WORKERS = Range("an integer from 0 to 1024", lambda value: 0 <= value <= 1024)
 GROWING = Range("two growing positive numbers", lambda pair: 0 < pair[0] <= pair[1])
 TWO_POSITIVE = Range("two positive numbers", lambda pair: pair[0] > 0 and pair[1] > 0)
+POSITIVES = Range("positive numbers", lambda values: len(values) > 0 and all(value > 0 for value in values))
+BANDS = Range("numbers of bands, from 1", lambda bands: len(bands) > 0 and all(1 <= band <= 65536 for band in bands))
 EDGES = Range("pixels of the long edge and of the short one", lambda pair: 65536 >= pair[0] >= pair[1] >= 1)
 AXES = Range("positive numbers, one of which may be -1", lambda axes: all(axis == -1 or axis >= 1 for axis in axes))
 
@@ -128,11 +131,44 @@ class DataOptions:
     eval_batch_size: Annotated[int | None, COUNT] = None
     """Images of one evaluation step; by default the batch size divided by the accumulation."""
     statistics: Statistics = "half"
-    """Mean and standard deviation of pixels."""
+    """Mean and standard deviation of pixels: 0.5, or ImageNet's, of which other channels than RGB take the average. A
+    checkpoint of --init that is of other channels than RGB brings its own in place of half."""
+    mean: tuple[float, ...] | None = None
+    """Mean of pixels, one number for all channels or one for each, in place of `statistics`: of values that are scaled
+    to [0, 1], or by `scale`."""
+    std: Annotated[tuple[float, ...] | None, POSITIVES] = None
+    """Standard deviation of pixels; as the mean."""
+    scale: Annotated[float | None, POSITIVE] = None
+    """The value that becomes 1; by default the largest of the file's type: 255, 65535; floats stay as they are."""
+    bands: Annotated[tuple[int, ...] | None, BANDS] = None
+    """Bands of the files, counted from 1, that are the channels of an image; by default all, in their order."""
+    pixels: PixelType | None = None
+    """What an image is until it is normalised: 8 bits, or float32, which holds files of every type. By default 8 bits
+    for RGB, float32 for all else."""
     workers: Annotated[int | None, WORKERS] = None
     """Processes that decode and augment; 0: threads of this one. By default half of this host's cores, at most 16."""
     max_bad: Annotated[float, SHARE] = 0.001
     """Share of records that may be unreadable: each is named and replaced; beyond that the run stops."""
+
+    def pixel_type(self, channels: int) -> PixelType:
+        """The type of training images of so many channels until they are normalised."""
+        return self.pixels or ("uint8" if channels == 3 and self.bands is None else "float32")
+
+    def moments(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of so many channels.
+
+        Raises:
+            BeitJaxError: the options have numbers for another number of channels.
+        """
+        if self.mean is None or self.std is None:
+            values = STATISTICS[self.statistics]
+            mean, std = (own if channels == 3 else (sum(own) / 3,) * channels for own in values)
+            return mean, std
+        for name, own in (("mean", self.mean), ("std", self.std)):
+            expected = f"1 number or {channels}, one for each channel"
+            require(len(own) in (1, channels), f"data.{name}", expected, f"{len(own)}")
+        mean, std = (own * channels if len(own) == 1 else own for own in (self.mean, self.std))
+        return mean, std
 
 
 @dataclass(frozen=True)
@@ -155,6 +191,8 @@ class OptimOptions:
     """AdamW's weight decay, times the learning rate at each step."""
     layer_decay: Annotated[float, PART] = 1.0
     """Learning rate of each layer over that of the next; 1 for none."""
+    freeze: str | None = None
+    """What stays as it starts, by commas: embeddings, blocks, blocks.3, blocks.0-8 (from 0), norm, encoder, head."""
     decay_bias_tables: bool = True
     """Apply weight decay to the relative position bias tables of blocks."""
     decay_class_token: bool = False
@@ -195,6 +233,12 @@ class RunOptions:
     """Checkpoints that are kept."""
     eval_every_epochs: Annotated[float, POSITIVE] = 1.0
     """Epochs between evaluations."""
+    best: str | None = None
+    """Score by which the best model is kept in RUN/best, beside the last one: accuracy, loss (of validation) ..."""
+    best_is: Literal["lower", "higher"] | None = None
+    """Which values of it are better; by default lower ones where its name ends in loss, mae or mse, else higher ones."""
+    patience: Annotated[int | None, COUNT] = None
+    """Evaluations in a row without a better score after which the run ends; the score is `best`, or the run's first."""
     hang_minutes: Annotated[float, POSITIVE] = 30.0
     """Minutes without a step after which the run prints its stacks and stops."""
     profile_steps: Annotated[int, WHOLE] = 0
@@ -253,8 +297,9 @@ class SceneOptions:
     Source: microsoft/unilm@768a3c8 beit/semantic_segmentation/configs/_base_/datasets/ade20k.py.
     """
 
-    scale: Annotated[tuple[int, int], EDGES] = (2048, 512)
-    """Bounds of the long and the short edge that images are resized to; the evaluation's, and training's at ratio 1."""
+    scale: Annotated[tuple[int, int] | None, EDGES] = (2048, 512)
+    """Bounds of the long and the short edge that images are resized to; the evaluation's, and training's at ratio 1.
+    None: the short edge is the model's, the long edge at most four times as long."""
     ratio: Annotated[tuple[float, float], GROWING] = (0.5, 2.0)
     """Range of the factor of both bounds, drawn for every training image."""
     max_class_share: Annotated[float, PART] = 0.75
@@ -263,6 +308,10 @@ class SceneOptions:
     """Probability of a horizontal flip."""
     photometric: bool = True
     """Distort brightness, contrast, saturation and hue."""
+
+    def edges(self, size: tuple[int, int]) -> tuple[int, int]:
+        """`scale`, for a model of images of this size."""
+        return (4 * min(size), min(size)) if self.scale is None else self.scale
 
 
 @dataclass(frozen=True)
@@ -389,6 +438,10 @@ class Recipe:
                 require(usual, name, f"a number up to {MOST}", value)
         data, optim = self.data, self.optim
         require(optim.warmup_epochs <= optim.epochs, "optim.warmup_epochs", "at most the epochs", optim.warmup_epochs)
+        if data.mean is not None or data.std is not None:
+            require(None not in (data.mean, data.std), "data.mean", "with --data.std, or neither", data.mean)
+            require(data.statistics == "half", "data.statistics", "half beside --data.mean", data.statistics)
+            require(bool(data.mean), "data.mean", "numbers", data.mean)
         if data.batch_size % optim.accumulate:
             parts = f"{optim.accumulate} (--optim.accumulate)"
             raise BeitJaxError(f"--data.batch-size: expected a multiple of {parts}, found {data.batch_size}")
@@ -416,6 +469,15 @@ class Recipe:
         require(
             self.optim.ema is None, "optim.ema", f"None, {self.objective} has no use for an average", self.optim.ema
         )
+
+    def check_without_freezing(self) -> None:
+        """Refuses frozen parts, for an objective that trains no model as a whole.
+
+        Raises:
+            BeitJaxError: `optim.freeze` is given.
+        """
+        freeze = self.optim.freeze
+        require(freeze is None, "optim.freeze", f"None, {self.objective} trains no model as a whole", freeze)
 
     def check_without_pooling(self) -> None:
         """Refuses a choice of pooling, for an objective that pools nothing.

@@ -27,12 +27,24 @@ MODELS: Mapping[Task, type[Model]] = {
 }
 
 
-def abstract_model(config: BeitConfig, *, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef[Model], Nested]:
+def abstract_model(
+    config: BeitConfig, *, dtype: DTypeLike = jnp.float32, fixed_blocks: tuple[int, ...] = ()
+) -> tuple[nnx.GraphDef[Model], Nested]:
     """The model of a configuration without arrays, see `beit_jax.models.interface.abstract_module`.
 
     Running statistics of batch norm stand among the parameters; `statistics` names them.
+
+    Args:
+        fixed_blocks: numbers of the blocks, from 0, whose parameters have no gradient, see `encoder.scan`.
     """
-    return abstract_module(lambda: MODELS[config.task](config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+    def make() -> Model:
+        model = MODELS[config.task](config, dtype=dtype, rngs=nnx.Rngs(0))
+        encoder = model if isinstance(model, BeitModel) else model.beit
+        encoder.fixed_blocks = fixed_blocks
+        return model
+
+    return abstract_module(make)
 
 
 @lru_cache(maxsize=8)

@@ -242,7 +242,7 @@ def abstract_program(
     mesh = make_mesh(recipe.run.mesh, devices)
     check_batch(recipe.data.batch_size, mesh, parts=recipe.optim.accumulate)
     objective = kind(recipe, config, sources, len(rates))
-    tx = optimizer(recipe.optim, config, objective.division.blocks)
+    tx = optimizer(recipe.optim, config, objective.division)
     return Program(recipe, config, mesh, objective, tx, rates)
 
 

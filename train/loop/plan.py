@@ -11,6 +11,7 @@ from beit_jax.images.processor import ImageProcessor
 from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, read_tokenizer
 from beit_jax.weights.native import NativeCheckpoint, load
 
+from ..adapting import adapter_of
 from ..data.datasets import splits
 from ..distributed.sharding import check_batch, make_mesh
 from ..objectives import objective_of
@@ -77,6 +78,8 @@ def make_plan(
     for name, source in given.items():
         if source is not None and name not in kind.reads:
             raise BeitJaxError(f"--{spelled(name)}: {recipe.objective} does not use it, leave it out")
+    if init is None and adapter_of(recipe) is not None:
+        raise BeitJaxError("--adapter.rank: an adapter changes a trained model; name it with --init CHECKPOINT")
     training, validation = kind.open(data, "train"), _validation(kind, data)
     if validation is not None and training.labels != validation.labels:
         raise BeitJaxError(f"{data}: the splits train and validation have different labels; prepare them together")
@@ -90,7 +93,8 @@ def make_plan(
     )
     config = kind.configure(recipe, training.labels, sources)
     rates = learning_rates(recipe, len(training))
-    learned = kind(recipe, config, sources, len(rates))
+    learned = kind(recipe, config, sources, len(rates)).fitted(training)
+    config = learned.config
     if stored_tokens is not None:
         learned = learned.with_stored_tokens(Path(stored_tokens), training)
     return Plan(
@@ -102,7 +106,7 @@ def make_plan(
         validation=validation,
         mesh=mesh,
         objective=learned,
-        tx=optimizer(recipe.optim, config, learned.division.blocks),
+        tx=optimizer(recipe.optim, config, learned.division),
         rates=rates,
     )
 

@@ -73,6 +73,7 @@ class DvaeRecipe(UnlabelledRecipe):
     def check(self) -> None:
         super().check()
         self.check_without_average()
+        self.check_without_freezing()
         self.check_without_layers()
 
     def for_tpus(self) -> "DvaeRecipe":

@@ -49,6 +49,7 @@ class LinearProbeRecipe(LabelledRecipe):
     def check(self) -> None:
         super().check()
         self.check_without_average()
+        self.check_without_freezing()
 
     def for_tpus(self) -> "LinearProbeRecipe":
         """No gradient goes through blocks, so that nothing is gained by computing them again."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
@@ -12,11 +13,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, UInt8
 
+from beit_jax.adapters.file import AdapterRecord
 from beit_jax.config import BeitConfig
 from beit_jax.config import Task as Architecture
 from beit_jax.errors import BeitJaxError
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.build import Model, abstract_model, statistics
+from beit_jax.models.interface import Remat
 from beit_jax.terminal import Advance, Progress, no_progress
 from beit_jax.tree import Nested
 from beit_jax.weights.native import NativeCheckpoint
@@ -26,8 +29,10 @@ from ..costs.estimate import activation_bytes, flops, traced_activations, traced
 from ..initial.model_config import architecture, image_processor, model_config
 from ..initial.parameters import Scheme, checkpoint_report, from_checkpoint, head_change, initial_params
 from ..recipe import Recipe
+from ..step import freezing
+from ..step.adapting import Adapted
 from ..step.criterion import Criterion
-from ..step.division import Division
+from ..step.division import EVERYTHING, Division
 from ..step.state import Draw, Initial, Parts, State, divided, variables
 
 if TYPE_CHECKING:
@@ -208,11 +213,16 @@ class Objective(Generic[RecipeT]):
 
         States that `scores`, `pictures` and `results` are given are whole: `step.state.whole` has joined them.
         """
-        return Division()
+        return EVERYTHING
 
     def shapes(self) -> Parts:
         """Shapes of what `initial` returns."""
         raise NotImplementedError
+
+    def divided_shapes(self) -> tuple[Nested, Nested]:
+        """Shapes of what learns and of what is fixed, by `division`."""
+        learned, fixed = jax.eval_shape(self.division.divide, self.shapes().params, jax.random.key(0))
+        return learned, fixed
 
     def initial(self, key: Key[Array, ""]) -> Initial:
         """The values at the start."""
@@ -236,6 +246,14 @@ class Objective(Generic[RecipeT]):
 
     def results(self, state: State) -> dict[str, Result]:
         """Directory name to every model that the run makes."""
+        return {}
+
+    def adapters(self, state: State) -> dict[str, AdapterRecord]:
+        """For every result that is the merger of an adapter, what it was merged of.
+
+        Args:
+            state: as steps leave it, not joined.
+        """
         return {}
 
     # --- What it costs
@@ -266,11 +284,23 @@ class WholeModel(Objective[RecipeT]):
 
     @property
     def division(self) -> Division:
-        return freezing.division(self.recipe.optim.freeze, self.config)
+        adapter = adapter_of(self.recipe)
+        return freezing.division(self.recipe.optim.freeze, self.config) if adapter is None else Adapted(adapter)
 
     @property
     def graph(self) -> nnx.GraphDef[Model]:
-        return abstract_model(self.config, dtype=jnp.dtype(self.recipe.model.dtype))[0]
+        dtype = jnp.dtype(self.recipe.model.dtype)
+        return abstract_model(self.config, dtype=dtype, fixed_blocks=self.division.fixed_blocks)[0]
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the checkpoint is taken over in another form, left out, or starts new."""
+        start = self.sources.start
+        if start is None:
+            return []
+        report = checkpoint_report(start, self.config)
+        reason = head_change(start.config, self.config)
+        return [f"--init: {line}" for line in (*report.lines(), *([reason] if reason else []))]
 
     def shapes(self) -> Parts:
         params, stats = self._split(abstract_model(self.config)[1])
@@ -291,14 +321,45 @@ class WholeModel(Objective[RecipeT]):
         models = {"model": state.params} | ({"model-ema": state.average} if state.average else {})
         return {name: Result(self.config, variables(params, state.stats)) for name, params in models.items()}
 
+    def adapters(self, state: State) -> dict[str, AdapterRecord]:
+        division, start = self.division, self.sources.start
+        if not isinstance(division, Adapted) or start is None:
+            return {}
+        report = checkpoint_report(start, self.config)
+        new = (*report.adapted, *report.drawn, *statistics(self.config))
+        learned = {"model": state.params} | ({"model-ema": state.average} if state.average else {})
+        return {name: division.record(params, new, start.provenance) for name, params in learned.items()}
+
     @property
     def flops(self) -> float:
-        return flops(self.config).training()
+        learned, fixed = self.divided_shapes()
+        return traced_flops(partial(self._forward, "none"), learned) if fixed else flops(self.config).training()
 
     @property
     def activations(self) -> int:
-        model = self.recipe.model
-        return activation_bytes(self.config, dtype=jnp.dtype(model.dtype), remat=model.remat)
+        model, (learned, fixed) = self.recipe.model, self.divided_shapes()
+        if not fixed:
+            return activation_bytes(self.config, dtype=jnp.dtype(model.dtype), remat=model.remat)
+        whole = traced_activations(partial(self._forward, "none"), learned)
+        if model.remat == "none":
+            return whole
+        kept = traced_activations(partial(self._forward, model.remat), learned)
+        return with_one_block(kept, whole, len(self.division.blocks(self.config.num_hidden_layers)))
+
+    def _forward(self, remat: Remat, images: int, learned: Nested) -> Array:
+        """The sum of all logits of so many images, for tracing what the gradient of a part of the model costs."""
+        stats, fixed = (jax.tree.map(zeros, tree) for tree in (self.shapes().stats, self.divided_shapes()[1]))
+        model: Any = nnx.merge(self.graph, variables(self.division.trained(learned, fixed, jax.random.key(0)), stats))
+        pixels = jnp.zeros((images, *self.config.image_size, self.config.num_channels))
+        output = model(pixels, key=jax.random.key(0), remat=remat, **({"train": True} if stats else {}))
+        return sum(
+            logits.sum() for logits in (output.logits, getattr(output, "auxiliary_logits", None)) if logits is not None
+        )
 
     def _split(self, tree: Nested) -> tuple[Nested, Nested]:
         return divided(tree, statistics(self.config))
+
+
+def zeros(shape: jax.ShapeDtypeStruct) -> Array:
+    """An array of zeros, for tracing."""
+    return jnp.zeros(shape.shape, shape.dtype)

@@ -26,7 +26,7 @@ from ..distributed.sharding import batch_rows, put_batch
 from ..recipe import CropOptions, MaskOptions, Recipe
 from ..step.criterion import Batch, Criterion, Metrics
 from ..step.state import State, variables
-from .objective import Objective, Shapes
+from .objective import Objective, Shapes, zeros
 
 if TYPE_CHECKING:
     from .objective import Images
@@ -148,31 +148,31 @@ class UnlabelledImages(Objective[UnlabelledT]):
 
     @property
     def flops(self) -> float:
-        return traced_flops(
-            self._storing_everything()._loss, self.shapes().params
-        )  # what is computed again counts once
+        # What is computed again counts once.
+        return traced_flops(self._storing_everything()._loss, self.divided_shapes()[0])
 
     @property
     def activations(self) -> int:
-        kept = traced_activations(self._loss, self.shapes().params)
+        learned = self.divided_shapes()[0]
+        kept = traced_activations(self._loss, learned)
         if self.recipe.model.remat == "none":
             return kept
-        whole = traced_activations(self._storing_everything()._loss, self.shapes().params)
-        return with_one_block(kept, whole, self.config.num_hidden_layers)
+        whole = traced_activations(self._storing_everything()._loss, learned)
+        return with_one_block(kept, whole, len(self.division.blocks(self.config.num_hidden_layers)))
 
     def _storing_everything(self) -> Self:
         """This objective without computing anything again on the way back."""
         model = replace(self.recipe.model, remat="none")
         return self.replaced(recipe=replace(self.recipe, model=model))
 
-    def _loss(self, images: int, params: Nested) -> Array:
+    def _loss(self, images: int, learned: Nested) -> Array:
         """The training loss of so many images, for tracing."""
         shapes, criterion, key = self.shapes(), self.criterion, jax.random.key(0)
         batch = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in self.batch(images).items()}
         prepared = {**criterion.prepare(batch, key), **criterion.schedule(jnp.zeros((), jnp.int32))}
         second = shapes.frozen or (shapes.params if self.recipe.optim.ema is not None else {})
-        stats, second = (jax.tree.map(_zeros, tree) for tree in (shapes.stats, second))
-        model = nnx.merge(self.graph, variables(params, stats))
+        stats, second, fixed = (jax.tree.map(zeros, tree) for tree in (shapes.stats, second, self.divided_shapes()[1]))
+        model = nnx.merge(self.graph, variables(self.division.join(learned, fixed), stats))
         return criterion.loss(model, prepared, key, second or None)[0]
 
 
@@ -185,10 +185,6 @@ class MaskedImages(UnlabelledImages[MaskedT]):
     @property
     def mask(self) -> BlockMask:
         return BlockMask(self.config.grid, self.recipe.mask)
-
-
-def _zeros(shape: jax.ShapeDtypeStruct) -> Array:
-    return jnp.zeros(shape.shape, shape.dtype)
 
 
 def collapse(metrics: Mapping[str, float]) -> list[str]:

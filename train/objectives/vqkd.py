@@ -61,6 +61,7 @@ class VqkdRecipe(UnlabelledRecipe):
     def check(self) -> None:
         super().check()
         self.check_without_average()
+        self.check_without_freezing()
         self.check_without_layers()
 
 

@@ -15,10 +15,14 @@ class Division:
     it returns. Its subclasses are what freezing and adapters are.
 
     Attributes:
-        blocks: the numbers, from 0, of the blocks whose rows `params` holds, in their order; None: of all blocks.
+        fixed_blocks: numbers, from 0, of the blocks whose rows `params` does not hold.
     """
 
-    blocks: tuple[int, ...] | None = None
+    fixed_blocks: tuple[int, ...] = ()
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """The numbers of the blocks, of so many, whose rows `params` holds."""
+        return tuple(number for number in range(depth) if number not in self.fixed_blocks)
 
     def divide(self, params: Nested, key: Key[Array, ""]) -> tuple[Nested, Nested]:
         """(params, fixed) at the start of a run. Takes arrays or shapes, under a trace.
@@ -36,3 +40,15 @@ class Division:
             params: what learns, or its moving average.
         """
         return unflatten(flatten(params) | flatten(fixed)) if fixed else params
+
+    def trained(self, params: Nested, fixed: Nested, key: Key[Array, ""] | None) -> Nested:
+        """What the model of a training step is merged from; it may hold kernels that multiply by themselves.
+
+        Args:
+            key: of what is dropped between `params` and `fixed`; None: nothing is.
+        """
+        return self.join(params, fixed)
+
+
+EVERYTHING = Division()
+"""All parameters learn."""

@@ -17,6 +17,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.tree import Nested, first_match, flatten, unflatten
 
 from ..recipe import OptimOptions
+from .division import EVERYTHING, Division
 from .schedule import SPAN, correction_tables
 
 Depth = Literal["first", "blocks", "last"]
@@ -30,17 +31,17 @@ DEPTH: Sequence[tuple[str, Depth]] = (
 )
 
 # The same file, `get_parameter_groups`: no decay of vectors (per layer), of biases, of the class token and of absolute
-# positions. Mask token and position bias tables are matrices like others there.
+# positions. Mask token and position bias tables are matrices like others there. So are an adapter's factors here.
 DECAY: Sequence[tuple[str, bool]] = (
-    (r".*(kernel|mask_token|bias_table)", True),
-    (r".*(bias|scale|gamma_1|gamma_2|cls_token|position_embeddings)", False),
+    (r".*(kernel|mask_token|bias_table|lora_a|lora_b)", True),
+    (r".*(magnitude|bias|scale|gamma_1|gamma_2|cls_token|position_embeddings)", False),
 )
 BLOCK_TABLES = r"(beit/)?blocks/attention/bias_table"
 CLASS_TOKEN = r"(beit/)?embeddings/cls_token"
 
 
 def optimizer(
-    options: OptimOptions, config: BeitConfig, blocks: Sequence[int] | None = None
+    options: OptimOptions, config: BeitConfig, division: Division = EVERYTHING
 ) -> optax.GradientTransformation:
     """AdamW without its learning rate: subtract its updates times the rate of the step.
 
@@ -48,8 +49,9 @@ def optimizer(
     share of the learning rate. All as torch.optim.AdamW on the original's parameter groups.
 
     Args:
-        blocks: numbers of the blocks that learn, `Division.blocks`; by default all.
+        division: says which blocks learn; by default all.
     """
+    blocks = division.blocks(config.num_hidden_layers)
 
     def mask(params: Nested) -> Nested:
         return weight_decay_mask(params, bias_tables=options.decay_bias_tables, class_token=options.decay_class_token)

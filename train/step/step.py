@@ -17,14 +17,13 @@ from beit_jax.models.segmenter import batch_statistics
 from beit_jax.tree import Nested
 
 from .criterion import Batch, Criterion, Metrics
-from .division import Division
+from .division import EVERYTHING, Division
 from .optim import ema_update
 from .state import State, variables
 
 TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
 _Part = tuple[Batch, Key[Array, ""]]
 _Parts = tuple[Batch, Key[Array, " parts"]]
-EVERYTHING = Division()
 
 
 def make_train_step(
@@ -67,9 +66,9 @@ def make_train_step(
         scalars = {name: jnp.broadcast_to(value, accumulate) for name, value in criterion.schedule(state.step).items()}
         prepared = split(criterion.prepare(batch, prepare_key), accumulate)
         parts = {**prepared, **scalars}, jax.random.split(loss_key, accumulate)
-        join = partial(division.join, fixed=state.fixed)
-        teacher = state.frozen or (join(state.average) if state.average else None)
-        differentiate = partial(_differentiate, graph, criterion, join, state.params, teacher)
+        teacher = state.frozen or (division.join(state.average, state.fixed) if state.average else None)
+        trained = partial(division.trained, fixed=state.fixed)
+        differentiate = partial(_differentiate, graph, criterion, trained, state.params, teacher)
         stats, gradients, metrics = _average(differentiate, state.stats, parts)
 
         norm, rate = optax.tree.norm(gradients), jnp.asarray(table)[state.step]
@@ -117,7 +116,7 @@ def split(batch: Batch, parts: int) -> Batch:
 def _differentiate(
     graph: nnx.GraphDef[Model],
     criterion: Criterion,
-    join: Callable[[Nested], Nested],
+    trained: Callable[..., Nested],
     params: Nested,
     teacher: Nested | None,
     stats: Nested,
@@ -127,7 +126,7 @@ def _differentiate(
     batch, key = part
 
     def loss(params: Nested) -> tuple[Array, tuple[Nested, Metrics]]:
-        model = nnx.merge(graph, variables(join(params), stats))
+        model = nnx.merge(graph, variables(trained(params, key=key), stats))
         value, metrics = criterion.loss(model, batch, key, teacher)
         return value, (batch_statistics(model), metrics | {"loss": value})
 
