@@ -488,6 +488,17 @@ class Recipe:
         pooling = self.model.pooling
         require(pooling == "mean", "model.pooling", f"mean, {self.objective} pools nothing", pooling)
 
+    def check_without(self, *names: str) -> None:
+        """Refuses options of the model, for an objective whose network has no such thing.
+
+        Raises:
+            BeitJaxError: one of them is given.
+        """
+        for name in names:
+            value = getattr(self.model, name)
+            absent = value is None or (value == 0 and not isinstance(value, bool))
+            require(absent, f"model.{name}", f"None, {self.objective} has no use for it", value)
+
     def check_without_layers(self) -> None:
         """Refuses learning rates by layer, for a model whose layers have no order.
 

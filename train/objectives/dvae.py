@@ -39,6 +39,12 @@ from .codebook import counts, perplexity
 from .objective import Result, Sources
 from .unlabelled import UnlabelledImages, UnlabelledRecipe
 
+# A convolutional network has nothing of a transformer's; of `model` it reads the size of images and how to compute.
+_ABSENT = (
+    "variant patch_size hidden_size depth heads mlp activation absolute_positions epsilon position_bias "
+    "position_resize initializer_range family dropout attention_dropout layer_scale"
+).split()
+
 
 @dataclass(frozen=True)
 class DvaeOptions:
@@ -75,6 +81,7 @@ class DvaeRecipe(UnlabelledRecipe):
         self.check_without_average()
         self.check_without_freezing()
         self.check_without_layers()
+        self.check_without(*_ABSENT)
 
     def for_tpus(self) -> "DvaeRecipe":
         """A convolutional network has no blocks to compute again; its feature maps want many chips."""

@@ -33,6 +33,8 @@ from .objective import Result, Sources
 from .teachers import Teacher, abstract_teacher, teacher_params
 from .unlabelled import UnlabelledImages, UnlabelledRecipe
 
+# Both transformers are BEiT v2's in everything but their sizes.
+_FIXED = "channels activation absolute_positions epsilon position_bias position_resize initializer_range family".split()
 _ABSENT = ("drop_path", "dropout", "attention_dropout", "layer_scale")
 
 
@@ -63,6 +65,7 @@ class VqkdRecipe(UnlabelledRecipe):
         self.check_without_average()
         self.check_without_freezing()
         self.check_without_layers()
+        self.check_without(*_FIXED)
 
 
 @dataclass(frozen=True)
