@@ -145,6 +145,48 @@ def _check_array(array: np.ndarray, channels: int, select: Selection, name: str)
     )
 
 
+def check_bands(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> None:
+    """Decodes the bytes of an image file of any number of bands, and drops them.
+
+    Raises:
+        BeitJaxError: as `decode_bands`, but for the number of bands, of which nothing is known here.
+    """
+    if is_array_file(data):
+        array = read_array(data, name)
+        pixels = array.reshape(*array.shape, 1) if array.ndim == 2 else array
+        if pixels.ndim != 3 or not pixels.size:
+            found = f"{printable(array.dtype)} {list(array.shape)}"
+            raise BeitJaxError(f"{name}: expected an array [h, w], [h, w, bands] or [bands, h, w], found {found}")
+        _in_own_dtype(pixels, name)
+        if pixels.size > MAX_FILE:
+            raise BeitJaxError(f"{name}: {pixels.size:,} values, expected at most {MAX_FILE:,}; cut the image")
+    else:
+        _all_bands(data, name, max_pixels)
+
+
+def size_of(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width of an image file of any number of bands, which is decoded; its orientation is not applied.
+
+    Raises:
+        BeitJaxError: as `check_bands`; an array of which no axis is the shortest, which would be that of its bands.
+    """
+    if not is_array_file(data):
+        return _all_bands(data, name, max_pixels)
+    pixels = _in_own_dtype(_bands_last(read_array(data, name), None, name), name)
+    return pixels.shape[0], pixels.shape[1]
+
+
+def _all_bands(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
+    """Height and width of a file that is no array, whose bands are all decoded."""
+    if is_tiff(data) and not is_plain(data):
+        pixels = read_tiff(data, name, None, oriented=False, max_pixels=max_pixels).pixels
+        _in_own_dtype(pixels, name)
+        return pixels.shape[0], pixels.shape[1]
+    image = open_picture(data, name, oriented=False, max_pixels=max_pixels)
+    image = convert_picture(image, "RGB", name)
+    return image.height, image.width
+
+
 def visible(pixels: Pixels) -> Image.Image:
     """A picture of bands for people: the first three as red, green and blue, or the only one, or the first, as grey.
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from beit_jax.errors import BeitJaxError
 
-from ..recipe import AugmentOptions, Interpolation
+from ..recipe import AugmentOptions, CropOptions, Interpolation, PixelType
 from .decode import Pixels
 from .randaugment import Operation, RandAugment, perform
 from .resample import Box, Colour, Filter, resized
@@ -43,9 +43,10 @@ class Draws:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """RGB image (uint8 [h, w, 3], or PIL's) and generator -> uint8 [height, width, 3] of `size`.
+    """Image ([h, w, c] uint8 or float32, or PIL's) and generator -> [height, width, c] of `size`.
 
-    The transform is a plain value, so that it can be sent to worker processes.
+    Only RGB of 8 bits has colours to change (`check_colours`). The transform is a plain value, so that it can be sent
+    to worker processes.
     """
 
     options: AugmentOptions
@@ -84,17 +85,40 @@ class TrainTransform:
         return np.asarray(picture)
 
 
-def train_transform(options: AugmentOptions, size: tuple[int, int], mean: tuple[float, float, float]) -> TrainTransform:
+def train_transform(options: AugmentOptions, size: tuple[int, int], mean: tuple[float, ...]) -> TrainTransform:
     """The transform to images of (height, width).
 
     Args:
-        mean: the colour, in [0, 1], that RandAugment uses for pixels from outside the image.
+        mean: the colour, in [0, 1], that RandAugment uses for pixels from outside the image; of RGB.
 
     Raises:
         BeitJaxError: as `randaugment_policy`.
     """
-    red, green, blue = (min(255, round(255 * value)) for value in mean)
-    return TrainTransform(options, size, (red, green, blue), randaugment_policy(options))
+    policy, fill = randaugment_policy(options), (0, 0, 0)
+    if policy is not None:
+        red, green, blue = (max(0, min(255, round(255 * value))) for value in mean)
+        fill = (red, green, blue)
+    return TrainTransform(options, size, fill, policy)
+
+
+def check_colours(options: CropOptions, channels: int, pixels: PixelType) -> None:
+    """Refuses changes of colours, which only RGB images of 8 bits have.
+
+    Raises:
+        BeitJaxError: names what is on, and the options that switch it off.
+    """
+    if channels == 3 and pixels == "uint8":
+        return
+    on = {}
+    if isinstance(options, AugmentOptions) and options.randaugment is not None:
+        on["RandAugment"] = "--augment.randaugment None"
+    if options.color_jitter > 0:
+        on["colour jitter"] = "--augment.color-jitter 0"
+    if on:
+        raise BeitJaxError(
+            f"{' and '.join(on)}: 8-bit RGB images have colours to change, found {channels} channels of {pixels}; pass "
+            f"{' '.join(on.values())}"
+        )
 
 
 def randaugment_policy(options: AugmentOptions) -> RandAugment | None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key, UInt8
 
 from beit_jax.errors import BeitJaxError
 
-from ..recipe import STATISTICS, AugmentOptions, Statistics
+from ..recipe import AugmentOptions, DataOptions, Statistics
 from .labels import ArrayLike, class_numbers, nan_unless_class
 
 ERASED_AREA: Final = (0.02, 1 / 3)
@@ -50,10 +50,26 @@ class Mixing(NamedTuple):
     box: Boxes
 
 
-def normalise(images: UInt8[Array, "b h w 3"], statistics: Statistics) -> Float[Array, "b h w 3"]:
-    """Scales pixels from [0, 255] to [0, 1], subtracts the mean, and divides by the deviation, in float32."""
-    mean, deviation = (jnp.asarray(values, jnp.float32) for values in STATISTICS[statistics])
-    return (images.astype(jnp.float32) / 255 - mean) / deviation
+def normalise(
+    images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"], options: Statistics | DataOptions
+) -> Float[Array, "b h w c"]:
+    """Scales pixels to [0, 1] (`scaled`), subtracts the mean, and divides by the deviation, in float32.
+
+    Args:
+        options: with the mean and the deviation of the images' channels.
+
+    Raises:
+        BeitJaxError: numbers for another number of channels.
+    """
+    data = DataOptions(statistics=options) if isinstance(options, str) else options
+    mean, deviation = (jnp.asarray(values, jnp.float32) for values in data.moments(images.shape[-1]))
+    return (scaled(images, data.scale) - mean) / deviation
+
+
+def scaled(images: UInt8[Array, "b h w c"] | Float[Array, "b h w c"], scale: float | None) -> Float[Array, "b h w c"]:
+    """Pixels as float32: 8-bit values divided by `scale`, by default 255; floats, which are scaled already, as such."""
+    values = images.astype(jnp.float32)
+    return values / (255 if scale is None else scale) if images.dtype == jnp.uint8 else values
 
 
 def soft_targets(labels: Integer[ArrayLike, " b"], classes: int, smoothing: float) -> Float[Array, "b classes"]:

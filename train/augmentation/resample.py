@@ -10,8 +10,10 @@ from types import ModuleType
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 from PIL import Image
+
+from beit_jax.images.processor import resized as resized_bands
 
 Box: TypeAlias = tuple[int, int, int, int]
 """Left, top, right, bottom."""
@@ -26,16 +28,19 @@ _REACH: Final[dict[Image.Resampling, float]] = {Image.Resampling.BILINEAR: 1.0, 
 
 
 def resized(
-    pixels: UInt8[np.ndarray, "h w 3"], box: Box, size: tuple[int, int], resample: Filter
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Resizes the part of an image in a box, which lies within the image, to (height, width).
+    pixels: Shaped[np.ndarray, "h w c"], box: Box, size: tuple[int, int], resample: Filter
+) -> Shaped[np.ndarray, "height width c"]:
+    """Resizes the part of an image, uint8 or float32, in a box, which lies within the image, to (height, width).
 
-    Equals ``Image.fromarray(pixels).crop(box).resize((width, height), resample)``. The image is cropped first, because
+    Equals ``Image.fromarray(pixels).crop(box).resize((width, height), resample)``, of other images than RGB for every
+    channel. The image is cropped first, because
     `resize` with a box would use pixels outside the box at its edges.
     """
     height, width = size
     left, top, right, bottom = box
     assert 0 <= left < right <= pixels.shape[1] and 0 <= top < bottom <= pixels.shape[0], f"{box} of {pixels.shape}"
+    if pixels.dtype != np.uint8 or pixels.shape[2] != 3:
+        return resized_bands(pixels[top:bottom, left:right], size, resample)
     if resample in _REACH and height * width >= WORTHWHILE and (compiled := _kernels()):
         return np.asarray(compiled.resize(_read_only(pixels), box, size, _REACH[resample]))
     return np.asarray(Image.fromarray(pixels[top:bottom, left:right]).resize((width, height), resample))

@@ -23,12 +23,12 @@ _NO_FILL: Final[Colour] = (0, 0, 0)  # colour jitter needs no pixels from outsid
 
 @dataclass(frozen=True)
 class ViewsTransform:
-    """RGB image (uint8 [h, w, 3], or PIL's) and generator -> views of the image.
+    """Image ([h, w, c] uint8 or float32, or PIL's) and generator -> views of the image.
 
     The transform is a plain value, so that it can be sent to worker processes. The views are:
 
-    - "image": uint8 [h, w, 3], the student's view of `size` (height, width), resized by `options.interpolation`;
-    - "token_image": uint8 [th, tw, 3], the tokenizer's view of `token_size`, resized by `token_interpolation`; it is
+    - "image": [h, w, c], the student's view of `size` (height, width), resized by `options.interpolation`;
+    - "token_image": [th, tw, c], the tokenizer's view of `token_size`, resized by `token_interpolation`; it is
       the same crop of the same jittered and flipped image. Missing without a `token_size`;
     - "mask": bool [patches], row-major, True where a patch is hidden. Missing without a `mask`.
 

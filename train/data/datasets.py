@@ -13,6 +13,7 @@ from typing import Any, Final, TypedDict, TypeVar, cast
 import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
+from jaxtyping import Int64
 from tensorflow_datasets.proto import tf_example_pb2
 
 from beit_jax.errors import BeitJaxError, printable
@@ -27,7 +28,7 @@ from beit_jax.images.label_maps import (
 )
 from beit_jax.json_file import Fields, read_json, read_text
 
-from ..augmentation.decode import Pixels, decode
+from ..augmentation.decode import RGB, Pixels, Reading
 from ..labels.targets import Label, Target, found_target
 from .shards import INFO, MASKS, METADATA, check_shards
 
@@ -68,6 +69,7 @@ class Records:
     Attributes:
         name: the name and version in TFDS.
         labels: the names of the classes, by number.
+        reading: how images are decoded.
     """
 
     directory: Path
@@ -76,6 +78,7 @@ class Records:
     labels: tuple[str, ...]
     shards: tuple[Shard, ...]
     _source: Any = field(repr=False, compare=False)
+    reading: Reading = field(default=RGB, kw_only=True)
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -179,13 +182,13 @@ class Dataset(Records):
                 continue
 
     def load(self, index: int) -> tuple[Pixels, Any]:
-        """The decoded image, uint8 [h, w, 3], and its label.
+        """The decoded image, uint8 [h, w, 3] or as `reading` says, and its label.
 
         Raises:
-            BeitJaxError: as indexing and `decode` do, naming the record.
+            BeitJaxError: as indexing and `reading` do, naming the record.
         """
         record = self[index]
-        return decode(record["image"], self._called(index, record["file_name"])), record["label"]
+        return self.reading(record["image"], self._called(index, record["file_name"])), record["label"]
 
 
 @dataclass(frozen=True)
@@ -221,31 +224,50 @@ class SegmentationDataset(Records):
         return SegmentationRecord(image=image, segmentation=segmentation, file_name=file_name)
 
     def load(self, index: int) -> tuple[Pixels, LabelMap]:
-        """The decoded image, uint8 [h, w, 3], and its labels [h, w]: classes from 0, and `no_class`.
+        """The decoded image, as `reading` says, and its labels [h, w]: classes from 0, and `no_class`.
 
         Labels are uint8, or int32 where 255 is a class.
 
         Raises:
-            BeitJaxError: as indexing, `decode` and `decode_label_map` do; the sizes differ, or a class is out of range.
-                The error names the record.
+            BeitJaxError: as indexing, `reading` and `decode_label_map` do; the sizes differ, or a class is out of
+                range. The error names the record.
         """
         record = self[index]
         name = self._called(index, record["file_name"])
-        image, labels = decode(record["image"], name), decode_label_map(record["segmentation"], f"{name}: segmentation")
+        image = self.reading(record["image"], name)
+        labels = decode_label_map(record["segmentation"], f"{name}: segmentation")
         if labels.shape != image.shape[:2]:
             found, expected = (f"{width}x{height}" for height, width in (labels.shape, image.shape[:2]))
             raise BeitJaxError(f"{name}: segmentation of {found} pixels, expected {expected} as its image")
-        if self.reduced:
-            labels = reduce_labels(labels)
-        kind = "reduced segmentation" if self.reduced else "segmentation"
-        check_labels(labels, self.labels, f"{name}: {kind}", ignored=self.no_class)
+        labels = self._numbered(labels, name)
         return image, labels.astype(np.uint8) if self.no_class == IGNORED else labels
+
+    def count_pixels(self) -> Int64[np.ndarray, " classes"]:
+        """The pixels of each class: as the data set says, or else counted, which reads all label maps.
+
+        Raises:
+            BeitJaxError: a label map cannot be read.
+        """
+        if self.pixels is not None:
+            return np.array(self.pixels, np.int64)
+        count = len(self.labels)
+        found = np.zeros(count, np.int64)
+        for index in range(len(self)):
+            labels = self.load_labels(index)
+            found += np.bincount(labels[labels != self.no_class], minlength=count)
+        return found
 
     def load_labels(self, index: int) -> LabelMap:
         """The labels alone, as `load` gives them, without looking at the image."""
-        name = f"{self.where(index)}: segmentation"
-        labels = decode_label_map(self[index]["segmentation"], name)
-        return reduce_labels(labels) if self.reduced else labels
+        name = self.where(index)
+        return self._numbered(decode_label_map(self[index]["segmentation"], f"{name}: segmentation"), name)
+
+    def _numbered(self, stored: LabelMap, name: str) -> LabelMap:
+        """The model's class numbers of a stored map."""
+        labels = reduce_labels(stored) if self.reduced else stored
+        kind = "reduced segmentation" if self.reduced else "segmentation"
+        check_labels(labels, self.labels, f"{name}: {kind}", ignored=self.no_class)
+        return labels
 
 
 _Kind = TypeVar("_Kind", bound=Records)

@@ -1,7 +1,7 @@
 """Batches of evaluation: every record once, in order, prepared by an image processor."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,11 +11,12 @@ import numpy as np
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.bad_images import BadImages
 
-from ..augmentation.decode import decode
+from ..augmentation.decode import decode_own
 from ..labels.targets import Target
 from .workers import Batch, BatchStream
 
 if TYPE_CHECKING:  # imports SciPy: a third of the time in which a worker process starts
+    from beit_jax.images.bands import Selection
     from beit_jax.images.processor import ImageProcessor
 
 
@@ -65,7 +66,7 @@ def eval_batches(
     steps = -(-len(images) // batch_size)
     mine = grain.MapDataset.range(steps * batch_size)[process_index::process_count]
     leave_out = bad is not None and bad.share > 0
-    read = _Evaluate(images, processor, leave_out)
+    read = _Evaluate(images, replace(processor, bands=None), processor.bands, leave_out)
     return _until_closed(mine.map(read).batch(local, drop_remainder=True), workers, read, bad)
 
 
@@ -81,6 +82,7 @@ def _share(batch_size: int, process_index: int, process_count: int) -> int:
 class _Evaluate:
     images: Images
     processor: "ImageProcessor"
+    bands: "Selection"
     leave_out: bool
 
     def __call__(self, element: int) -> dict[str, Any]:
@@ -91,7 +93,7 @@ class _Evaluate:
         except BeitJaxError:
             if not self.leave_out:
                 raise
-            image = self.processor(np.zeros((1, 1, 3), np.uint8))[0]
+            image = self.processor(np.zeros((1, 1, self.processor.num_channels), np.uint8))[0]
             label, readable = self.images.target.nothing, False
         return {
             "image": image,
@@ -102,7 +104,9 @@ class _Evaluate:
 
     def _read(self, index: int) -> tuple[np.ndarray, Any]:
         record = self.images[index]
-        return self.processor(decode(record["image"], printable(record["file_name"])))[0], record["label"]
+        name = printable(record["file_name"])
+        pixels = decode_own(record["image"], name, self.processor.num_channels, self.bands)
+        return self.processor.one(pixels, name), record["label"]
 
     def reason(self, index: int) -> BeitJaxError:
         """Why a record cannot be read. Workers only say which: this process reads it again."""

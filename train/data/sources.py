@@ -10,8 +10,9 @@ import tensorflow_datasets as tfds
 import xxhash
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.bands import check_bands, size_of
 
-from ..augmentation.decode import decode
+from ..augmentation.decode import MAX_PIXELS
 
 Example = Mapping[str, Any]  # the values of a record, by feature
 
@@ -30,22 +31,21 @@ def as_found(example: Example) -> Example:
 
 
 def check_image(example: Example) -> None:
-    """Decodes an example's image, and drops the pixels.
+    """Decodes an example's image, of any number of bands, and drops the pixels.
 
     Raises:
         BeitJaxError: the image cannot be decoded.
     """
-    image_size(example)
+    check_bands(example["image"], printable(example["file_name"]), max_pixels=MAX_PIXELS)
 
 
 def image_size(example: Example) -> tuple[int, int]:
     """Height and width of an example's image, which is decoded for it.
 
     Raises:
-        BeitJaxError: the image cannot be decoded.
+        BeitJaxError: the image cannot be decoded, or is an array of which no axis is that of its bands for certain.
     """
-    height, width = decode(example["image"], printable(example["file_name"])).shape[:2]
-    return height, width
+    return size_of(example["image"], printable(example["file_name"]), max_pixels=MAX_PIXELS)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Source:
         labels: names of the classes; empty where images have no label.
         features: the schema in TFDS' terms: {image, label, file_name}.
         nbytes: the space that the data set takes, about.
+        unit: what `labels` names, for people.
         check: raises BeitJaxError for an example that cannot be used; called from several threads.
         record: the record of an example that was checked, or a BeitJaxError as of `check`; called from several threads.
         metadata: what TFDS calls so, for JSON; called after the last example, and may raise BeitJaxError.
@@ -72,6 +73,7 @@ class Source:
     record: Callable[[Example], Example] = as_found
     metadata: Callable[[], Mapping[str, Any]] = dict
     notes: Callable[[], Sequence[str]] = tuple
+    unit: str = "classes"
 
 
 def classification_features(labels: Sequence[str]) -> tfds.features.FeaturesDict:

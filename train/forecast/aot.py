@@ -14,14 +14,17 @@ from typing import Any
 import jax
 
 from beit_jax.config import BeitConfig
+from beit_jax.errors import BeitJaxError
 from beit_jax.models.partition import BATCH_AXES
 from beit_jax.variants import VARIANTS
+from beit_jax.weights.native import NativeCheckpoint
 
 from ..costs.estimate import compiled_bytes
 from ..costs.work import BETWEEN_SLICES, Work, work
 from ..distributed.sharding import check_batch, make_mesh
 from ..distributed.topology import GIB, Topology
 from ..initial.model_config import DIGITS
+from ..initial.pixels import with_pixels
 from ..loop.program import Program, learning_rates
 from ..objectives import objective_of
 from ..recipe import Recipe
@@ -185,6 +188,7 @@ def report(
     recipe: Recipe,
     topology: Topology,
     *,
+    start: NativeCheckpoint | None = None,
     classes: int | None = None,
     largest: bool = True,
     say: Say = lambda line: None,
@@ -192,7 +196,8 @@ def report(
     """Compiles a checked recipe, and adds up.
 
     Args:
-        classes: of the data; by default as many as the variant was published with.
+        start: the checkpoint that training would start from; its configuration is what counts.
+        classes: of the data; by default as many as the checkpoint has, or as the variant was published with.
         largest: whether to look for the largest batch, which compiles two or three times more.
         say: told what takes its time.
 
@@ -204,9 +209,9 @@ def report(
     def attempt(batch: int) -> Attempt:
         say(f"compiling {recipe.name} for {topology.name}, batch {batch:,}")
         sized = replace(recipe, data=replace(recipe.data, batch_size=batch))
-        return compile_step(abstract_program(sized, devices, classes=classes))
+        return compile_step(abstract_program(sized, devices, start=start, classes=classes))
 
-    program = abstract_program(recipe, devices, classes=classes)
+    program = abstract_program(recipe, devices, start=start, classes=classes)
     mesh, size = dict(program.mesh.shape), recipe.data.batch_size
     first = attempt(size)
     unit = recipe.optim.accumulate * mesh[BATCH_AXES[0]] * mesh[BATCH_AXES[1]]
@@ -223,21 +228,32 @@ def report(
 
 
 def abstract_program(
-    recipe: Recipe, devices: list[jax.Device], *, classes: int | None = None, images: int | None = None
+    recipe: Recipe,
+    devices: list[jax.Device],
+    *,
+    start: NativeCheckpoint | None = None,
+    classes: int | None = None,
+    images: int | None = None,
 ) -> Program:
     """The step of a recipe without what a run reads.
 
     Args:
-        classes: as of `report`.
+        start, classes: as of `report`.
         images: of an epoch; by default those of ImageNet-1k, ADE20K or scikit-learn's digits.
 
     Raises:
-        BeitJaxError: a mesh or batch that does not fit the devices; a recipe that describes no model.
+        BeitJaxError: a mesh or batch that does not fit the devices; a recipe that describes no model; a checkpoint
+            that does not fit it.
     """
     kind = objective_of(recipe)
-    labels = _labels(recipe, classes)
+    if start is not None and "init" not in kind.reads:
+        raise BeitJaxError(f"--init: {recipe.objective} does not use it, leave it out")
+    labels = _labels(recipe, classes, start)
     sources = kind.abstract_sources(recipe, labels)
+    if start is not None:
+        sources = replace(sources, start=start)
     config = kind.configure(recipe, labels, sources)
+    recipe = with_pixels(recipe, config, sources.start)
     rates = learning_rates(recipe, images or (SCANS if recipe.variant == DIGITS else kind.epoch_images))
     mesh = make_mesh(recipe.run.mesh, devices)
     check_batch(recipe.data.batch_size, mesh, parts=recipe.optim.accumulate)
@@ -325,7 +341,8 @@ def largest_batch(first: Attempt, attempt: Callable[[int], Attempt], unit: int, 
     return guess
 
 
-def _labels(recipe: Recipe, classes: int | None) -> tuple[str, ...]:
+def _labels(recipe: Recipe, classes: int | None, start: NativeCheckpoint | None) -> tuple[str, ...]:
     variant = VARIANTS.get(recipe.variant, BeitConfig())
     published = 10 if recipe.variant == DIGITS else len(variant.labels)
-    return tuple(f"LABEL_{i}" for i in range(classes or published))
+    own = 0 if start is None else start.config.num_labels
+    return tuple(f"LABEL_{i}" for i in range(classes or own or published))

@@ -7,10 +7,11 @@ from typing import Any
 
 from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.processor import ImageProcessor, preset
+from beit_jax.images.processor import HALF, ImageProcessor, preset
 from beit_jax.variants import VARIANTS
 
-from ..recipe import STATISTICS, ModelOptions, Recipe, spelled
+from ..recipe import ModelOptions, Recipe, spelled
+from .pixels import normalised
 
 DIGITS = "digits"
 
@@ -145,10 +146,14 @@ def image_processor(recipe: Recipe, config: BeitConfig) -> ImageProcessor:
     The shorter side is resized to the size over 0.875, then the centre is cut; from 384 pixels on nothing is cut.
     Source: microsoft/unilm@768a3c8 beit/datasets.py `build_transform`. Digits are resized as they are.
     """
-    mean, std = STATISTICS[recipe.data.statistics]
     if recipe.variant == DIGITS:
-        return ImageProcessor(resize=config.image_size, resample="bilinear", mean=mean, std=std)
-    return preset("unilm_eval", config.image_size, mean=mean, std=std)
+        half = HALF[:1] * config.num_channels
+        found = ImageProcessor(
+            config.image_size, "bilinear", mean=half, std=half, num_channels=config.num_channels
+        )
+    else:
+        found = preset("unilm_eval", config.image_size, num_channels=config.num_channels)
+    return normalised(found, recipe.data)
 
 
 def _variant(name: str) -> BeitConfig:

@@ -110,7 +110,7 @@ def data2vec(recipe: Data2vecRecipe, graph: nnx.GraphDef[BeitForMaskedImageModel
     """
 
     def prepare(batch: Batch, key: Key[Array, ""]) -> Batch:
-        image = normalise(batch["image"], recipe.data.statistics)
+        image = normalise(batch["image"], recipe.data)
         return {"image": image} | hidden_patches(batch["mask"], recipe.mask.patches)
 
     def loss(

@@ -32,6 +32,7 @@ from beit_jax.tokenizers.dvae import (
 )
 from beit_jax.tree import Nested
 
+from ..augmentation.mixing import scaled
 from ..recipe import LAYERS, NOT_NEGATIVE, SHARE, SIZE, TWO_POSITIVE, Recipe
 from ..step.criterion import Batch, Criterion, Metrics
 from ..step.state import Initial, Parts, State
@@ -101,31 +102,34 @@ class Dvae(UnlabelledImages[DvaeRecipe]):
             raise BeitJaxError("--model.image-size: expected pixels of the tokenizer's images, found None")
         size = recipe.model.image_size
         sides = size if isinstance(size, tuple) else (size, size)
-        encoder, _ = configs(recipe.dvae, sides)
-        return BeitConfig(image_size=sides, patch_size=(encoder.stride, encoder.stride))
+        channels = recipe.model.channels or 3
+        encoder, _ = configs(recipe.dvae, sides, channels)
+        return BeitConfig(image_size=sides, patch_size=(encoder.stride, encoder.stride), num_channels=channels)
 
     @property
     def network(self) -> Mapping[str, Any]:
-        encoder, decoder = configs(self.recipe.dvae, self.config.image_size)
+        encoder, decoder = configs(self.recipe.dvae, self.config.image_size, self.config.num_channels)
         return vars(encoder) | vars(decoder)
 
     @property
     def graph(self) -> nnx.GraphDef[Any]:
         dtype = jnp.dtype(self.recipe.model.dtype)
-        return abstract_dvae(self.recipe.dvae, self.config.image_size, dtype=dtype)[0]
+        return abstract_dvae(self.recipe.dvae, self.config.image_size, self.config.num_channels, dtype=dtype)[0]
 
     @property
     def criterion(self) -> Criterion:
         return dvae(self.recipe, self.steps)
 
     def shapes(self) -> Parts:
-        return Parts(abstract_dvae(self.recipe.dvae, self.config.image_size)[1], {}, {})
+        return Parts(abstract_dvae(self.recipe.dvae, self.config.image_size, self.config.num_channels)[1], {}, {})
 
     def initial(self, key: Key[Array, ""]) -> Initial:
-        return Initial(partial(initial_dvae, self.recipe.dvae, self.config.image_size, key), {}, {})
+        config = self.config
+        draw = partial(initial_dvae, self.recipe.dvae, config.image_size, key, channels=config.num_channels)
+        return Initial(draw, {}, {})
 
     def results(self, state: State) -> dict[str, Result]:
-        encoder, decoder = configs(self.recipe.dvae, self.config.image_size)
+        encoder, decoder = configs(self.recipe.dvae, self.config.image_size, self.config.num_channels)
         return {
             "tokenizer": Result(encoder, encoder_params(state.params)),
             "decoder": Result(decoder, decoder_params(state.params)),
@@ -147,11 +151,14 @@ class DiscreteVae(nnx.Module):
         self.decoder = DvaeDecoder(decoder, dtype=dtype, rngs=rngs)
 
 
-def configs(options: DvaeOptions, image_size: tuple[int, int]) -> tuple[DvaeEncoderConfig, DvaeDecoderConfig]:
-    """Both halves of the model, for RGB images.
+def configs(
+    options: DvaeOptions, image_size: tuple[int, int], channels: int = 3
+) -> tuple[DvaeEncoderConfig, DvaeDecoderConfig]:
+    """Both halves of the model.
 
     Args:
         image_size: (height, width) of the images; only the encoder's configuration records it.
+        channels: of the images.
 
     Raises:
         BeitJaxError: options that describe no model, or an image size that the token's size does not divide.
@@ -162,20 +169,23 @@ def configs(options: DvaeOptions, image_size: tuple[int, int]) -> tuple[DvaeEnco
         "group_count": options.groups,
         "n_blk_per_group": options.blocks,
     }
-    return DvaeEncoderConfig(**shared, image_size=image_size), DvaeDecoderConfig(**shared, n_init=options.embedding)
+    encoder = DvaeEncoderConfig(**shared, image_size=image_size, input_channels=channels)
+    return encoder, DvaeDecoderConfig(**shared, n_init=options.embedding, output_channels=channels)
 
 
 def abstract_dvae(
-    options: DvaeOptions, image_size: tuple[int, int], *, dtype: DTypeLike = jnp.float32
+    options: DvaeOptions, image_size: tuple[int, int], channels: int = 3, *, dtype: DTypeLike = jnp.float32
 ) -> tuple[nnx.GraphDef[DiscreteVae], Nested]:
     """The graph of a `DiscreteVae` and the shapes of its parameters, nested."""
-    both = configs(options, image_size)
+    both = configs(options, image_size, channels)
     return abstract_module(lambda: DiscreteVae(*both, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
-def initial_dvae(options: DvaeOptions, image_size: tuple[int, int], key: Key[Array, ""]) -> Nested:
+def initial_dvae(
+    options: DvaeOptions, image_size: tuple[int, int], key: Key[Array, ""], *, channels: int = 3
+) -> Nested:
     """Parameters to start from, float32: biases zero, kernels normal with variance 1 / fan-in. Traceable."""
-    return nnx.to_pure_dict(nnx.state(DiscreteVae(*configs(options, image_size), rngs=nnx.Rngs(key))))
+    return nnx.to_pure_dict(nnx.state(DiscreteVae(*configs(options, image_size, channels), rngs=nnx.Rngs(key))))
 
 
 def encoder_params(params: Nested) -> Nested:
@@ -189,7 +199,7 @@ def decoder_params(params: Nested) -> Nested:
 
 
 def dvae(recipe: DvaeRecipe, steps: int) -> Criterion:
-    """Images themselves: ``image`` uint8 [b, h, w, 3].
+    """Images themselves: ``image`` [b, h, w, c], which `mixing.scaled` brings to [0, 1].
 
     The loss is the negative evidence lower bound, in nats, over the number of values of an image (pixels times
     channels), as in the paper's appendix A.2:
@@ -197,7 +207,7 @@ def dvae(recipe: DvaeRecipe, steps: int) -> Criterion:
         loss = (-sum over values of ln p(x | codes) + beta * sum over tokens of KL(q || uniform)) / values
 
     averaged over images. A token covers ``4 ** (groups - 1)`` pixels, so that this is the mean of the first term over
-    values plus ``beta / (3 * 4 ** (groups - 1))`` times the mean of the second over tokens: the paper's beta / 192 for
+    values plus, for RGB, ``beta / (3 * 4 ** (groups - 1))`` times the mean of the second over tokens: the paper's beta / 192 for
     its four groups. `DvaeOptions.divergence` is this beta. q is the encoder's softmax, without noise or temperature.
 
     Training draws relaxed codes. Without a key nothing is drawn: the codes are the most probable tokens, one-hot, and
@@ -215,7 +225,7 @@ def dvae(recipe: DvaeRecipe, steps: int) -> Criterion:
     options = recipe.dvae
 
     def prepare(batch: Batch, key: Key[Array, ""]) -> Batch:
-        return {"image": batch["image"].astype(jnp.float32) / 255.0}
+        return {"image": scaled(batch["image"], recipe.data.scale)}
 
     def loss(
         model: DiscreteVae, batch: Batch, key: Key[Array, ""] | None, teacher: Nested | None

@@ -13,7 +13,7 @@ from beit_jax.images.processor import ImageProcessor
 from ..augmentation.classification import randaugment_policy, train_transform
 from ..data.datasets import Dataset, open_dataset
 from ..data.evaluation_batches import eval_batches
-from ..recipe import STATISTICS, AugmentOptions, Recipe
+from ..recipe import AugmentOptions, Recipe
 from .objective import Objective, Shapes
 
 if TYPE_CHECKING:
@@ -45,12 +45,12 @@ class LabelledImages(Objective[LabelledT]):
 
     @property
     def transform(self) -> Callable[..., Any]:
-        mean, _ = STATISTICS[self.recipe.data.statistics]
+        mean, _ = self.recipe.data.moments(self.config.num_channels)
         return train_transform(self.recipe.augment, self.config.image_size, mean)
 
     def batch(self, size: int) -> Shapes:
         return {
-            "image": jax.ShapeDtypeStruct((size, *self.config.image_size, 3), jnp.uint8),
+            "image": self.pixels(size),
             "label": jax.ShapeDtypeStruct((size,), jnp.int32),
         }
 

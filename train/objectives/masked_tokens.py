@@ -29,7 +29,7 @@ from beit_jax.tree import Nested, flatten, unflatten
 
 from ..augmentation.labels import ArrayLike, class_numbers, cross_entropy
 from ..augmentation.masking import BlockMask
-from ..augmentation.mixing import normalise
+from ..augmentation.mixing import normalise, scaled
 from ..augmentation.views import ViewsTransform
 from ..data.batches import train_batches
 from ..data.datasets import Dataset
@@ -102,6 +102,7 @@ class MaskedTokens(MaskedImages[MaskedTokensRecipe], WholeModel[MaskedTokensReci
             aggregate_from=recipe.tokens.aggregate_from,
             aggregation_layers=recipe.tokens.aggregation_layers,
         )
+        _check_channels(sources, config.num_channels)
         BlockMask(config.grid, recipe.mask)  # refuses what cannot be hidden before a run begins
         return config
 
@@ -109,7 +110,8 @@ class MaskedTokens(MaskedImages[MaskedTokensRecipe], WholeModel[MaskedTokensReci
     def abstract_sources(cls, recipe: Recipe, labels: tuple[str, ...]) -> Sources:
         """The published tokenizers: BEiT v2's where there are aggregation layers, else DALL-E's."""
         assert isinstance(recipe, MaskedTokensRecipe)
-        tokenizer = VqkdConfig() if recipe.tokens.aggregate_from else DvaeEncoderConfig()
+        dvae = DvaeEncoderConfig(input_channels=recipe.model.channels or 3)
+        tokenizer = VqkdConfig() if recipe.tokens.aggregate_from else dvae
         return Sources(tokenizer=TokenizerCheckpoint(tokenizer, {}))
 
     @property
@@ -142,7 +144,7 @@ class MaskedTokens(MaskedImages[MaskedTokensRecipe], WholeModel[MaskedTokensReci
         if self.sources.tokens is not None:
             return shapes | {"tokens": jax.ShapeDtypeStruct((size, shapes["mask"].shape[1]), jnp.int32)}
         view = self.views.token_size
-        return shapes if view is None else shapes | {"token_image": jax.ShapeDtypeStruct((size, *view, 3), jnp.uint8)}
+        return shapes if view is None else shapes | {"token_image": self.pixels(size, view)}
 
     @property
     def criterion(self) -> Criterion:
@@ -218,7 +220,8 @@ class MaskedTokens(MaskedImages[MaskedTokensRecipe], WholeModel[MaskedTokensReci
     @cached_property
     def _tokens(self) -> Callable[[Nested, Any], Array]:
         graph = self.tokenizer_graph
-        return jax.jit(lambda params, images: visual_tokens(nnx.merge(graph, params), images))
+        scale = self.recipe.data.scale
+        return jax.jit(lambda params, images: visual_tokens(nnx.merge(graph, params), images, scale))
 
     def pictures(self, state: State, images: "Images") -> dict[str, UInt8[np.ndarray, "h w 3"]]:
         """Images, what is hidden of them, and both decoded from tokens; for tokenizers with a decoder."""
@@ -245,6 +248,20 @@ class MaskedTokens(MaskedImages[MaskedTokensRecipe], WholeModel[MaskedTokensReci
         config = replace(self.config, aggregate_from=0, aggregation_layers=0)
         kept = {name: leaf for name, leaf in flatten(state.params).items() if not name.startswith("aggregation/")}
         return {"model": Result(config, unflatten(kept))}
+
+
+def _check_channels(sources: Sources, channels: int) -> None:
+    """Refuses a tokenizer of images of other channels."""
+    assert sources.tokenizer is not None
+    tokenizer = sources.tokenizer.config
+    taken = tokenizer.input_channels if isinstance(tokenizer, DvaeEncoderConfig) else 3
+    if taken != channels:
+        raise BeitJaxError(
+            f"--tokenizer: takes images of {taken} channels, the model of {channels}; train a tokenizer with "
+            f"--model.channels {channels} by a recipe of dvae, or pre-train by data2vec, which needs none"
+        )
+    if sources.decoder is not None and channels != 3:
+        raise BeitJaxError(f"--decoder: makes pictures of RGB images, found {channels} channels; leave it out")
 
 
 def _check_decoder(decoder: TokenizerConfig, tokenizer: TokenizerConfig) -> None:
@@ -280,7 +297,7 @@ def masked_tokens(recipe: MaskedTokensRecipe, tokenizer: nnx.GraphDef[Any] | Non
     aggregates = recipe.tokens.aggregation_layers > 0
 
     def prepare(batch: Batch, key: Key[Array, ""]) -> Batch:
-        ready = {"image": normalise(batch["image"], recipe.data.statistics)}
+        ready = {"image": normalise(batch["image"], recipe.data)}
         if tokenizer is None:
             ready["tokens"] = batch["tokens"]
         else:
@@ -293,7 +310,7 @@ def masked_tokens(recipe: MaskedTokensRecipe, tokenizer: nnx.GraphDef[Any] | Non
         if tokenizer is None:
             tokens = batch["tokens"]
         else:
-            tokens = visual_tokens(nnx.merge(tokenizer, teacher), batch["token_image"])
+            tokens = visual_tokens(nnx.merge(tokenizer, teacher), batch["token_image"], recipe.data.scale)
         labels = jnp.take_along_axis(tokens, batch["positions"], axis=1)
         output = model(
             batch["image"],
@@ -318,10 +335,13 @@ def masked_tokens(recipe: MaskedTokensRecipe, tokenizer: nnx.GraphDef[Any] | Non
     return Criterion(prepare, loss)
 
 
-def visual_tokens(tokenizer: Any, images: Array) -> Int[Array, "b patches"]:
-    """The tokens of uint8 images [b, h, w, 3], row by row."""
+def visual_tokens(tokenizer: Any, images: Array, scale: float | None = None) -> Int[Array, "b patches"]:
+    """The tokens of images [b, h, w, c], which `mixing.scaled` brings to [0, 1], row by row."""
     low, high = tokenizer.value_range
-    tokens = tokenizer.tokens(low + (high - low) * images.astype(jnp.float32) / 255)
+    if images.dtype == jnp.uint8 and scale is None:
+        tokens = tokenizer.tokens(low + (high - low) * images.astype(jnp.float32) / 255)
+    else:
+        tokens = tokenizer.tokens(low + (high - low) * scaled(images, scale))
     return tokens.reshape(len(tokens), -1)
 
 

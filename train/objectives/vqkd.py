@@ -25,6 +25,7 @@ from beit_jax.weights.native import NativeCheckpoint
 
 from ..initial.model_config import model_config
 from ..initial.parameters import initial_params
+from ..initial.pixels import require_rgb
 from ..recipe import LAYERS, NOT_NEGATIVE, RATE, SIZE, Recipe
 from ..step.criterion import Batch, Criterion, Metrics
 from ..step.state import Initial, Parts, State, divided, variables
@@ -80,6 +81,7 @@ class Vqkd(UnlabelledImages[VqkdRecipe]):
         if sources.teacher is None:
             raise BeitJaxError("vqkd needs a teacher: give --teacher CHECKPOINT")
         config = model_config(recipe, (), task="features")
+        require_rgb(recipe, config)
         grid = sources.teacher.config.grid
         if grid != config.grid:
             raise BeitJaxError(

@@ -1,0 +1,86 @@
+"""What images are to a run: how they are read, by what they are normalised, and which augmentations they have."""
+
+from dataclasses import replace
+from typing import TypeVar
+
+from beit_jax.config import BeitConfig
+from beit_jax.errors import BeitJaxError
+from beit_jax.images.processor import BY_TYPE, ImageProcessor
+from beit_jax.weights.native import NativeCheckpoint
+
+from ..augmentation.classification import check_colours
+from ..augmentation.decode import Reading
+from ..recipe import CropOptions, DataOptions, Recipe, SceneOptions, require
+
+RecipeT = TypeVar("RecipeT", bound=Recipe)
+
+
+def reading(data: DataOptions, channels: int) -> Reading:
+    """How images of so many channels are read."""
+    return Reading(channels, data.bands, data.pixel_type(channels), data.scale)
+
+
+def with_pixels(recipe: RecipeT, config: BeitConfig, start: NativeCheckpoint | None) -> RecipeT:
+    """The recipe for the images of a model, checked.
+
+    Where images are not RGB, and the recipe states no mean of its own, a checkpoint of as many channels brings along
+    how it was trained to see them: mean, standard deviation, scale and bands.
+
+    Raises:
+        BeitJaxError: means or bands of another number of channels; an augmentation that RGB images of 8 bits have only.
+    """
+    data, channels = recipe.data, config.num_channels
+    if channels != 3 and data.mean is None and data.statistics == "half" and start is not None:
+        data = _as_trained(data, start.processor) if start.processor.num_channels == channels else data
+        recipe = replace(recipe, data=data)
+    data.moments(channels)
+    if data.bands is not None:
+        require(len(data.bands) == channels, "data.bands", f"{channels} numbers, one a channel", len(data.bands))
+    pixels = data.pixel_type(channels)
+    for group, options in recipe.groups().items():
+        if isinstance(options, CropOptions):
+            check_colours(options, channels, pixels)
+        if isinstance(options, SceneOptions) and options.photometric and (channels, pixels) != (3, "uint8"):
+            raise BeitJaxError(
+                f"photometric distortion: 8-bit RGB images have colours to change, found {channels} channels of "
+                f"{pixels}; pass --{group}.photometric False"
+            )
+    return recipe
+
+
+def require_rgb(recipe: Recipe, config: BeitConfig) -> None:
+    """Refuses images that are not RGB of 8 bits, for an objective that knows no others.
+
+    Raises:
+        BeitJaxError: names the channels and the type.
+    """
+    found = (config.num_channels, recipe.data.pixel_type(config.num_channels))
+    if found != (3, "uint8"):
+        raise BeitJaxError(
+            f"{recipe.objective}: learns from 8-bit RGB images, found {found[0]} channels of {found[1]}; leave "
+            "--model.channels, --data.bands and --data.pixels out"
+        )
+
+
+def normalised(processor: ImageProcessor, data: DataOptions) -> ImageProcessor:
+    """A processor of the same steps that reads and normalises images as training does."""
+    mean, std = data.moments(processor.num_channels)
+    factor = BY_TYPE if data.scale is None else 1 / data.scale
+    return replace(processor, mean=mean, std=std, rescale_factor=factor, bands=data.bands)
+
+
+def of_decoded(processor: ImageProcessor, read: Reading) -> ImageProcessor:
+    """The processor for images that `read` has decoded: their bands are selected, and floats scaled already."""
+    factor = None if read.dtype == "float32" else processor.rescale_factor
+    return replace(processor, bands=None, rescale_factor=factor)
+
+
+def _as_trained(data: DataOptions, processor: ImageProcessor) -> DataOptions:
+    scale, factor = data.scale, processor.rescale_factor
+    if scale is None and factor != BY_TYPE:
+        scale = 1.0 if factor is None else 1 / factor
+    if processor.mean is None or processor.std is None:
+        mean, std = (0.0,) * processor.num_channels, (1.0,) * processor.num_channels
+    else:
+        mean, std = processor.mean, processor.std
+    return replace(data, mean=mean, std=std, scale=scale, bands=data.bands or processor.bands)
