@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, UInt8
+from jaxtyping import Bool, Float32, Int32, Integer, UInt8
 from PIL import Image
 
 from beit_jax.images.label_maps import IGNORED, resize_labels
@@ -21,12 +21,11 @@ from beit_jax.resize import linear_taps
 
 from ..recipe import SceneOptions
 from .decode import Pixels
-from .resample import Colour
 
-Labels: TypeAlias = UInt8[np.ndarray, "h w"]
+Labels: TypeAlias = Integer[np.ndarray, "h w"]
 SegmentationTransform: TypeAlias = Callable[
     [Pixels, np.ndarray, np.random.Generator],
-    tuple[UInt8[np.ndarray, "crop crop 3"], Int32[np.ndarray, "crop crop"]],
+    tuple[Pixels, Int32[np.ndarray, "crop_h crop_w"]],
 ]
 Kind: TypeAlias = Literal["brightness", "contrast", "saturation", "hue"]
 Distortion: TypeAlias = tuple[Kind, float]
@@ -51,35 +50,45 @@ class Draws:
 
 @dataclass(frozen=True)
 class CropTransform:
-    """RGB image, its reduced labels and generator -> uint8 [crop, crop, 3] and int32 [crop, crop].
+    """Image ([h, w, c] uint8 or float32, or PIL's), its labels and generator -> [h, w, c] and int32 [h, w] of the crop.
 
-    The transform is a plain value, so that it can be sent to worker processes.
+    Only RGB of 8 bits has colours to distort. The transform is a plain value, so that it can be sent to worker
+    processes.
+
+    Attributes:
+        crop: height and width.
+        fill: the colour of padding, in [0, 1].
+        scale: bounds of the long and the short edge, as those of `SceneOptions`.
+        ignored: the number of pixels of no class.
     """
 
     options: SceneOptions
-    crop: int
-    fill: Colour
+    crop: tuple[int, int]
+    fill: tuple[float, ...]
+    scale: tuple[int, int]
+    ignored: int = IGNORED
 
     def __call__(
         self, image: Pixels | Image.Image, labels: Labels, rng: np.random.Generator
-    ) -> tuple[UInt8[np.ndarray, "crop crop 3"], Int32[np.ndarray, "crop crop"]]:
+    ) -> tuple[Pixels, Int32[np.ndarray, "crop_h crop_w"]]:
         return self.apply(image, labels, self.draw(labels, rng))
 
     def draw(self, labels: Labels, rng: np.random.Generator) -> Draws:
         """Draws the random choices for an image with these labels."""
         options = self.options
         height, width = labels.shape
-        size = draw_size((height, width), options.scale, options.ratio, rng)
-        corner = draw_corner(resize_labels(labels, size), self.crop, options.max_class_share, rng)
+        size = draw_size((height, width), self.scale, options.ratio, rng)
+        corner = draw_corner(resize_labels(labels, size), self.crop, options.max_class_share, rng, self.ignored)
         flip = rng.random() < options.flip
         return Draws(size, corner, flip, draw_distortions(rng) if options.photometric else ())
 
     def apply(
         self, image: Pixels | Image.Image, labels: Labels, draws: Draws
-    ) -> tuple[UInt8[np.ndarray, "crop crop 3"], Int32[np.ndarray, "crop crop"]]:
+    ) -> tuple[Pixels, Int32[np.ndarray, "crop_h crop_w"]]:
         """Applies the random choices. A scaled image that is smaller than the crop is placed at the top left."""
         rows, columns = (
-            slice(start, min(start + self.crop, length)) for start, length in zip(draws.corner, draws.size, strict=True)
+            slice(start, min(start + side, length))
+            for start, side, length in zip(draws.corner, self.crop, draws.size, strict=True)
         )
         pixels = scaled_part(np.asarray(image), draws.size, rows, columns)
         classes = resize_labels(labels, draws.size)[rows, columns]
@@ -88,24 +97,37 @@ class CropTransform:
         for distortion in draws.distortions:
             pixels = distort(pixels, distortion)
         height, width = classes.shape
-        image_out = np.empty((self.crop, self.crop, 3), np.uint8)
-        image_out[:] = self.fill
+        image_out = np.empty((*self.crop, pixels.shape[2]), pixels.dtype)
+        image_out[:] = _levels_of(self.fill) if pixels.dtype == np.uint8 else self.fill
         image_out[:height, :width] = pixels
-        labels_out = np.full((self.crop, self.crop), IGNORED, np.int32)
+        labels_out = np.full(self.crop, self.ignored, np.int32)
         labels_out[:height, :width] = classes
         return image_out, labels_out
 
 
 def segmentation_transform(
-    options: SceneOptions, crop: int, mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    options: SceneOptions,
+    crop: int | tuple[int, int],
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0),
+    *,
+    ignored: int = IGNORED,
 ) -> CropTransform:
-    """The transform to crop x crop pixels.
+    """The transform to crop x crop pixels, or to (height, width).
 
     Args:
         mean: the colour of padding, in [0, 1]. mmseg pads normalised images with 0, which is the mean colour here.
+        ignored: the number of pixels of no class.
     """
-    red, green, blue = (min(255, round(255 * value)) for value in mean)
-    return CropTransform(options, crop, (red, green, blue))
+    sides = _sides(crop)
+    return CropTransform(options, sides, mean, options.edges(sides), ignored)
+
+
+def _levels_of(colour: tuple[float, ...]) -> list[int]:
+    return [max(0, min(255, round(255 * value))) for value in colour]
+
+
+def _sides(crop: int | tuple[int, int]) -> tuple[int, int]:
+    return (crop, crop) if isinstance(crop, int) else crop
 
 
 # Geometry
@@ -126,9 +148,16 @@ def draw_size(
     return height, width
 
 
-def draw_corner(labels: Labels, crop: int, max_class_share: float, rng: np.random.Generator) -> tuple[int, int]:
+def draw_corner(
+    labels: Labels,
+    crop: int | tuple[int, int],
+    max_class_share: float,
+    rng: np.random.Generator,
+    ignored: int = IGNORED,
+) -> tuple[int, int]:
     """Draws top and left of a crop, uniformly; again, up to ATTEMPTS times, while one class covers too much of it."""
-    spare = [max(length - crop, 0) for length in labels.shape]
+    high, wide = _sides(crop)
+    spare = [max(length - side, 0) for length, side in zip(labels.shape, (high, wide), strict=True)]
 
     def draw() -> tuple[int, int]:
         return int(rng.integers(spare[0] + 1)), int(rng.integers(spare[1] + 1))
@@ -136,16 +165,16 @@ def draw_corner(labels: Labels, crop: int, max_class_share: float, rng: np.rando
     top, left = draw()
     if max_class_share < 1:
         for _ in range(ATTEMPTS):
-            if is_mixed(labels[top : top + crop, left : left + crop], max_class_share):
+            if is_mixed(labels[top : top + high, left : left + wide], max_class_share, ignored):
                 break
             top, left = draw()
     return top, left
 
 
-def is_mixed(labels: Labels, max_class_share: float) -> bool:
+def is_mixed(labels: Labels, max_class_share: float, ignored: int = IGNORED) -> bool:
     """True if there are two or more classes, and the largest has less than this share of the pixels that count."""
-    counts = np.bincount(labels.ravel(), minlength=IGNORED + 1)
-    counts[IGNORED] = 0
+    counts = np.bincount(labels.ravel(), minlength=ignored + 1)
+    counts[ignored] = 0
     return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < max_class_share)
 
 
@@ -160,7 +189,7 @@ def scaled_part(pixels: Pixels, size: tuple[int, int], rows: slice, columns: sli
         lower, upper, weight = (taps[part] for taps in linear_taps(pixels.shape[axis], size[axis]))
         weight = weight.astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
         values = values.take(lower, axis) * (1 - weight) + values.take(upper, axis) * weight
-    return np.floor(values + np.float32(0.5)).astype(np.uint8)
+    return np.floor(values + np.float32(0.5)).astype(np.uint8) if pixels.dtype == np.uint8 else values
 
 
 # Colours

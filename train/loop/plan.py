@@ -1,6 +1,7 @@
 """A training run, resolved: every choice made and every shape known before an array exists."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,12 @@ from beit_jax.weights.native import NativeCheckpoint, load
 from ..adapting import adapter_of
 from ..data.datasets import splits
 from ..distributed.sharding import check_batch, make_mesh
+from ..initial.pixels import with_pixels
 from ..objectives import objective_of
 from ..objectives.objective import Objective, SourceName, Sources
 from ..recipe import Recipe, spelled
 from ..step.optim import optimizer
+from .best import Best, watched
 from .program import Program, learning_rates
 
 if TYPE_CHECKING:
@@ -36,6 +39,15 @@ class Plan(Program):
     sources: Sources
     training: "Images"
     validation: "Images | None"
+
+    @cached_property
+    def watched(self) -> Best | None:
+        """The score by which the best model is kept and the run may end early; None if there is none.
+
+        Raises:
+            BeitJaxError: the run has no such score.
+        """
+        return watched(self.recipe.run, () if self.validation is None else self.objective.score_names)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -92,15 +104,18 @@ def make_plan(
         teacher=_model(teacher),
     )
     config = kind.configure(recipe, training.labels, sources)
+    recipe = with_pixels(recipe, config, sources.start)
     rates = learning_rates(recipe, len(training))
     learned = kind(recipe, config, sources, len(rates)).fitted(training)
     config = learned.config
+    training = replace(training, reading=learned.reading)
+    validation = None if validation is None else replace(validation, reading=learned.reading)
     if stored_tokens is not None:
         learned = learned.with_stored_tokens(Path(stored_tokens), training)
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         config=config,
-        processor=kind.processor(recipe, config),
+        processor=learned.image_processor,
         sources=learned.sources,
         training=training,
         validation=validation,
@@ -109,6 +124,8 @@ def make_plan(
         tx=optimizer(recipe.optim, config, learned.division),
         rates=rates,
     )
+    plan.watched  # noqa: B018  # refuses a score that the run does not have
+    return plan
 
 
 def _model(source: str | Path | NativeCheckpoint | None) -> NativeCheckpoint | None:

@@ -25,9 +25,11 @@ from beit_jax.tree import Nested
 from beit_jax.weights.native import NativeCheckpoint
 
 from ..adapting import adapter_of
+from ..augmentation.decode import Reading
 from ..costs.estimate import activation_bytes, flops, traced_activations, traced_flops, with_one_block
 from ..initial.model_config import architecture, image_processor, model_config
 from ..initial.parameters import Scheme, checkpoint_report, from_checkpoint, head_change, initial_params
+from ..initial.pixels import reading
 from ..recipe import Recipe
 from ..step import freezing
 from ..step.adapting import Adapted
@@ -124,6 +126,11 @@ class Objective(Generic[RecipeT]):
         """How images are prepared for evaluation and use."""
         return image_processor(recipe, config)
 
+    @property
+    def image_processor(self) -> ImageProcessor:
+        """How the run's images are prepared for evaluation and use, with what its data say of it."""
+        return self.processor(self.recipe, self.config)
+
     @staticmethod
     def open(directory: Path, split: str) -> "Images":
         """A split of prepared data.
@@ -177,6 +184,20 @@ class Objective(Generic[RecipeT]):
         return replace(self, **changes)
 
     # --- Input
+
+    @property
+    def reading(self) -> Reading:
+        """How images are decoded."""
+        return reading(self.recipe.data, self.config.num_channels)
+
+    def pixels(self, size: int, sides: tuple[int, int] | None = None) -> jax.ShapeDtypeStruct:
+        """The shape of so many training images.
+
+        Args:
+            sides: height and width; by default the model's.
+        """
+        shape = (size, *(sides or self.config.image_size), self.config.num_channels)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(self.reading.dtype))
 
     @property
     def transform(self) -> Callable[..., Any]:
@@ -235,6 +256,11 @@ class Objective(Generic[RecipeT]):
     ) -> dict[str, float]:
         """An evaluation's numbers by name; the first is the one to compare runs by. Empty: nothing can be evaluated."""
         return {}
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """The names of `scores`, in their order, known before there are any."""
+        return ()
 
     def pictures(self, state: State, images: "Images") -> dict[str, UInt8[np.ndarray, "h w 3"]]:
         """Pictures for people to look at during training, by name."""

@@ -1,14 +1,10 @@
-"""Semantic segmentation: one label for every pixel. The loss is cross entropy of both heads at the labels' size.
-
-Upsampled logits of a batch of four at 640 pixels and 150 classes are 1 GB in float32, and the loss needs several such
-arrays. They are therefore made, used and, in the backward pass, made again in bands of rows.
-"""
+"""Semantic segmentation: one label for every pixel. The losses are those of `pixel_losses`, of both heads."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,51 +15,68 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from beit_jax.config import BeitConfig
 from beit_jax.config import Task as Architecture
-from beit_jax.errors import BeitJaxError
+from beit_jax.images.label_maps import ignored_number
 from beit_jax.images.processor import ImageProcessor, Within, ade20k_processor
 from beit_jax.inference.segmentation import Inference, segment
 from beit_jax.models.build import Model
 from beit_jax.models.segmenter import BeitForSemanticSegmentation, SegmenterOutput
-from beit_jax.resize import linear_matrix
 from beit_jax.terminal import Advance
 from beit_jax.tree import Nested
 
-from ..augmentation.labels import ArrayLike, class_numbers, cross_entropy
+from ..adapting import AdaptableRecipe
+from ..augmentation.labels import ArrayLike
 from ..augmentation.mixing import normalise
+from ..augmentation.pixel_losses import Average, PixelLoss, parse_terms
 from ..augmentation.segmentation import segmentation_transform
 from ..data.datasets import SegmentationDataset, open_segmentation
 from ..distributed.collectives import gather, on_host
 from ..evaluation.segmentation import Confusion
-from ..recipe import STATISTICS, Recipe, SceneOptions
+from ..initial.pixels import normalised, of_decoded
+from ..recipe import NOT_NEGATIVE, Recipe, SceneOptions, require
 from ..step.criterion import Batch, Criterion, Metrics
 from ..step.state import State, variables
-from .objective import Shapes, WholeModel
+from .class_weights import balanced, class_weights
+from .objective import Shapes, Sources, WholeModel
 
 if TYPE_CHECKING:
     from .objective import Images
 
-Average = Literal["valid", "all"]
-BAND = 32  # rows of labels whose logits exist at a time
+DEFAULT_GAMMA = 2.0  # Lin et al., arXiv:1708.02002
 
 
 @dataclass(frozen=True)
 class SegmentationOptions(SceneOptions):
-    """The augmentation of training images and their label maps, in this order, and the evaluation of validation images.
+    """The augmentation of training images and their label maps, in this order, the loss, and validation.
 
     Source: microsoft/unilm@768a3c8 beit/semantic_segmentation/configs/_base_/datasets/ade20k.py.
     """
 
     mode: Literal["slide", "whole"] = "slide"
     """Validation images: windows of the crop's size over each, two thirds of it apart, or each in one piece."""
+    loss: str = "cross_entropy"
+    """cross_entropy, focal, dice, or a sum of them such as cross_entropy+0.5*dice."""
+    average: Average = "all"
+    """Cross entropy and focal loss are means over all pixels, as the published runs have it, or over those that count
+    (valid), each as often as its class weighs."""
+    focal_gamma: Annotated[float, NOT_NEGATIVE] = DEFAULT_GAMMA
+    """Exponent of the focal loss; 0 is cross entropy."""
+    class_weights: str | None = None
+    """Weights of classes in the loss: balanced (pixels over classes times the class's pixels), or a JSON file
+    {"name of a class": weight}."""
 
 
 @dataclass(frozen=True)
-class SegmentationRecipe(Recipe):
+class SegmentationRecipe(AdaptableRecipe):
     """A run that trains a segmentation model."""
 
     objective: ClassVar[str] = "segmentation"
     fallback: ClassVar[str] = "beit_base_patch16_640_ade20k"
     segment: SegmentationOptions = field(default_factory=SegmentationOptions)
+
+    def check(self) -> None:
+        super().check()
+        gamma, terms = self.segment.focal_gamma, parse_terms(self.segment.loss)
+        require("focal" in terms or gamma == DEFAULT_GAMMA, "segment.focal_gamma", "a --segment.loss with focal", gamma)
 
     def for_tpus(self) -> "SegmentationRecipe":
         """16 images, in one part or two."""
@@ -75,20 +88,47 @@ class SegmentationRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Segmentation(WholeModel[SegmentationRecipe]):
-    """A model learns to classify every pixel."""
+    """A model learns to classify every pixel.
+
+    Attributes:
+        weights: of the classes; None: all weigh the same.
+        do_reduce_labels: what the result says of the label maps of its data: see `SegmentationDataset`.
+    """
+
+    weights: Float[np.ndarray, " classes"] | None = field(default=None, compare=False)
+    do_reduce_labels: bool | None = True
 
     evaluation = "single images"
     epoch_images = 20_210  # of ADE20K
 
     architecture: ClassVar[Architecture] = "semantic_segmentation"
 
+    @classmethod
+    def configure(cls, recipe: Recipe, labels: tuple[str, ...], sources: Sources) -> BeitConfig:
+        config = super().configure(recipe, labels, sources)
+        return replace(config, semantic_loss_ignore_index=ignored_number(len(labels)))
+
+    def fitted(self, images: "Images") -> "Segmentation":
+        assert isinstance(images, SegmentationDataset)
+        weights = class_weights(
+            self.recipe.segment.class_weights,
+            self.config.labels,
+            lambda: balanced(images.count_pixels()),
+            name="--segment.class-weights",
+        )
+        return self.replaced(weights=weights, do_reduce_labels=images.do_reduce_labels)
+
     @staticmethod
     def processor(recipe: Recipe, config: BeitConfig) -> ImageProcessor:
         """Images fit into the recipe's bounds and are not cut."""
         assert isinstance(recipe, SegmentationRecipe)
-        mean, std = STATISTICS[recipe.data.statistics]
-        long, short = recipe.segment.scale
-        return replace(ade20k_processor(short), resize=Within(short, long), mean=mean, std=std)
+        long, short = recipe.segment.edges(config.image_size)
+        found = ade20k_processor(short).for_channels(config.num_channels)
+        return normalised(replace(found, resize=Within(short, long)), recipe.data)
+
+    @property
+    def image_processor(self) -> ImageProcessor:
+        return replace(super().image_processor, do_reduce_labels=self.do_reduce_labels)
 
     @staticmethod
     def open(directory: Path, split: str) -> "Images":
@@ -96,35 +136,39 @@ class Segmentation(WholeModel[SegmentationRecipe]):
 
     @property
     def transform(self) -> Callable[..., Any]:
-        mean, _ = STATISTICS[self.recipe.data.statistics]
-        return segmentation_transform(self.recipe.segment, self.config.image_size[0], mean)
+        mean, _ = self.recipe.data.moments(self.config.num_channels)
+        ignored = self.config.semantic_loss_ignore_index
+        return segmentation_transform(self.recipe.segment, self.config.image_size, mean, ignored=ignored)
 
     def batch(self, size: int) -> Shapes:
         height, width = self.config.image_size
         return {
-            "image": jax.ShapeDtypeStruct((size, height, width, 3), jnp.uint8),
+            "image": self.pixels(size),
             "label": jax.ShapeDtypeStruct((size, height, width), jnp.int32),
         }
 
     @property
     def criterion(self) -> Criterion:
-        return segmentation(self.recipe, self.config)
+        return segmentation(self.recipe, self.config, self.weights)
 
     def scores(
         self, state: State, images: "Images", processor: ImageProcessor, mesh: Mesh, advance: Advance
     ) -> dict[str, float]:
-        """mIoU, mAcc and aAcc of all images at their own sizes, which no batch could hold.
+        """mIoU, mAcc and aAcc of all images at their own sizes, which no batch could hold, and the validation loss.
 
-        Every device takes images of its own, with a whole copy of the model: counting is exact in any order.
+        The loss is the mean cross entropy of the pixels that count, each the same, whatever terms are trained by. Every
+        device takes images of its own, with a whole copy of the model: sums are exact in any order.
         """
         assert isinstance(images, SegmentationDataset)
         model = jax.tree.map(on_host, variables(state.params, state.stats))
         local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
         share = range(jax.process_index(), len(images), jax.process_count())
 
+        loss: list[float] = []  # of every image, in any order
+
         def count(place: int) -> Int[np.ndarray, "classes classes"]:
             with jax.default_device(local[place]):
-                return self._confusion(model, images, share[place :: len(local)], processor, advance)
+                return self._confusion(model, images, share[place :: len(local)], processor, advance, loss)
 
         # Threads of their own also leave the mesh: on one device there is nothing to constrain.
         with ThreadPoolExecutor(len(local)) as threads:
@@ -132,7 +176,14 @@ class Segmentation(WholeModel[SegmentationRecipe]):
         total = Confusion(self.config.labels, self.config.semantic_loss_ignore_index)
         total.counts = np.sum([np.asarray(part, np.int64) for part in gather(np.asarray(counts).tolist())], axis=0)
         found = total.scores()
-        return {"mIoU": found.mean_iou, "mAcc": found.mean_accuracy, "aAcc": found.pixel_accuracy}
+        pixels, losses = int(total.counts.sum()), math.fsum(chain(*gather(loss)))
+        mean = losses / pixels if pixels else math.nan
+        values = (found.mean_iou, found.mean_accuracy, found.pixel_accuracy, mean)
+        return dict(zip(self.score_names, values, strict=True))
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        return "mIoU", "mAcc", "aAcc", VALIDATION_LOSS
 
     def _confusion(
         self,
@@ -141,23 +192,40 @@ class Segmentation(WholeModel[SegmentationRecipe]):
         chosen: Sequence[int],
         processor: ImageProcessor,
         advance: Advance,
+        loss: list[float],
     ) -> Int[np.ndarray, "classes classes"]:
-        """(truth, prediction) pairs of the chosen images, by the model on the default device."""
+        """(truth, prediction) pairs of the chosen images, by the model on the default device.
+
+        Args:
+            loss: the sum of the losses of its pixels is added for every image.
+        """
         model = nnx.merge(self.graph, jax.tree.map(jnp.asarray, params))
         confusion = Confusion(self.config.labels, self.config.semantic_loss_ignore_index)
+        processor, how = of_decoded(processor, self.reading), Inference(mode=self.recipe.segment.mode)
+        ignored = self.config.semantic_loss_ignore_index
         for index in chosen:
             picture, truth = images.load(index)
-            found = segment(model, processor, picture, Inference(mode=self.recipe.segment.mode))
+            found, losses = labels_and_losses(model, processor, picture, truth, ignored=ignored, how=how)
+            loss.append(float(losses.sum(dtype=np.float64)))
             confusion.add(found, truth, images.where(index))
             advance(1)
         return confusion.counts
 
 
-def segmentation(recipe: SegmentationRecipe, config: BeitConfig, *, average: Average = "all") -> Criterion:
-    """Classes of pixels: ``image`` uint8 [b, h, w, 3] and ``label`` int32 [b, h, w]; `average` as `segmentation_loss`.
+def segmentation(
+    recipe: SegmentationRecipe, config: BeitConfig, weights: Float[np.ndarray, " classes"] | None = None
+) -> Criterion:
+    """Classes of pixels: ``image`` uint8 [b, h, w, 3] and ``label`` int32 [b, h, w], by the recipe's loss.
+
+    A batch in which no pixel counts teaches nothing.
+
+    Args:
+        weights: of the classes.
 
     Source: microsoft/unilm@768a3c8 beit/semantic_segmentation.
     """
+    options = recipe.segment
+    how = PixelLoss(parse_terms(options.loss), options.average, options.focal_gamma, weights, empty=0.0)
 
     def prepare(batch: Batch, key: Key[Array, ""]) -> Batch:
         return {"image": normalise(batch["image"], recipe.data.statistics), "label": batch["label"]}
@@ -167,7 +235,10 @@ def segmentation(recipe: SegmentationRecipe, config: BeitConfig, *, average: Ave
     ) -> tuple[Float[Array, ""], Metrics]:
         assert isinstance(model, BeitForSemanticSegmentation)
         output = model(batch["image"], train=True, key=key, remat=recipe.model.remat)
-        return segmentation_loss(output, batch["label"], config, average=average), {}
+        assert output.logits is not None
+        terms = how(output.logits, batch["label"], config.semantic_loss_ignore_index)
+        metrics: Metrics = dict(terms) if len(terms) > 1 else {}
+        return _with_auxiliary(how, how.total(terms), output, batch["label"], config), metrics
 
     return Criterion(prepare, loss)
 
@@ -178,52 +249,34 @@ def segmentation_loss(
     config: BeitConfig,
     *,
     average: Average = "valid",
+    how: PixelLoss | None = None,
 ) -> Float[Array, ""]:
-    """Cross entropy of the logits plus ``config.auxiliary_loss_weight`` times that of the auxiliary ones.
+    """The loss of the logits plus ``config.auxiliary_loss_weight`` times that of the auxiliary ones.
 
     Args:
         labels: class numbers; ``config.semantic_loss_ignore_index`` where a pixel does not count.
-        average: over the pixels that count, as transformers does, or over all, as mmseg 0.11 trained the models. Of no
-            pixels the average is NaN.
+        average: of cross entropy over the pixels that count, as transformers does, or over all, as mmseg 0.11 trained
+            the models. Of no pixels the average is NaN.
+        how: another loss than cross entropy, in place of `average`.
 
     Raises:
         BeitJaxError: labels of another shape than [b, height, width]; a label that is neither a class nor ignored,
             where the labels are known; in a compiled function the loss is NaN.
     """
     assert output.logits is not None
-    ignore = config.semantic_loss_ignore_index
-    loss = pixel_cross_entropy(output.logits, labels, ignore, average)
+    how = PixelLoss(average=average) if how is None else how
+    loss = how.total(how(output.logits, labels, config.semantic_loss_ignore_index))
+    return _with_auxiliary(how, loss, output, labels, config)
+
+
+def _with_auxiliary(
+    how: PixelLoss,
+    loss: Float[Array, ""],
+    output: SegmenterOutput,
+    labels: Integer[ArrayLike, "b height width"],
+    config: BeitConfig,
+) -> Float[Array, ""]:
     if output.auxiliary_logits is None:
         return loss
-    return loss + config.auxiliary_loss_weight * pixel_cross_entropy(output.auxiliary_logits, labels, ignore, average)
-
-
-def pixel_cross_entropy(
-    logits: Float[Array, "b h w classes"], labels: Integer[ArrayLike, "n height width"], ignore: int, average: Average
-) -> Float[Array, ""]:
-    """Mean cross entropy after bilinear resizing of the logits to the labels' size, as torch's ``interpolate``.
-
-    Labels are checked as those of `segmentation_loss`.
-    """
-    if labels.ndim != 3 or len(labels) != len(logits):
-        raise BeitJaxError(f"labels: expected [{len(logits)}, height, width], found {list(labels.shape)}")
-    labels = class_numbers(labels, logits.shape[-1], labels.shape, ignored=ignore)
-    height, width = labels.shape[1:]
-    bands = -(-height // BAND)
-    spare = bands * BAND - height
-    rows = np.pad(linear_matrix(logits.shape[1], height), [(0, spare), (0, 0)]).reshape(bands, BAND, -1)
-    columns = jnp.asarray(linear_matrix(logits.shape[2], width), logits.dtype)
-    padded = jnp.pad(labels, [(0, 0), (0, spare), (0, 0)], constant_values=ignore)
-
-    @jax.checkpoint
-    def band(rows: Array, labels: Array) -> Array:
-        resized = jnp.einsum("ty,byxc,sx->btsc", rows, logits, columns, precision="highest")
-        counted = labels != ignore
-        return jnp.where(counted, cross_entropy(resized, jnp.where(counted, labels, 0)), 0.0).sum()
-
-    def add(total: Array, piece: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + band(*piece), None
-
-    by_band = padded.reshape(len(labels), bands, BAND, width).swapaxes(0, 1)
-    total, _ = jax.lax.scan(add, jnp.zeros(()), (jnp.asarray(rows, logits.dtype), by_band))
-    return total / (labels.size if average == "all" else (labels != ignore).sum())
+    auxiliary = how.total(how(output.auxiliary_logits, labels, config.semantic_loss_ignore_index))
+    return loss + config.auxiliary_loss_weight * auxiliary
