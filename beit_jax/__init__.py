@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from beit_jax.errors import BeitJaxError
     from beit_jax.images.processor import ImageProcessor, open_image, preset
     from beit_jax.inference.predict import classify, features, from_pretrained
+    from beit_jax.inference.reading import load_any as load
+    from beit_jax.inference.saving import save_checkpoint as save
     from beit_jax.inference.saving import save_pretrained
     from beit_jax.inference.segmentation import segment
     from beit_jax.looking import interpret as interpret
@@ -43,10 +45,10 @@ if TYPE_CHECKING:
     from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
     from beit_jax.models.segmenter import BeitBackbone, BeitForSemanticSegmentation
     from beit_jax.variants import VARIANTS
-    from beit_jax.weights.native import NativeCheckpoint, load, save
+    from beit_jax.weights.native import NativeCheckpoint
 
-# Name to the module that defines it.
-_HOME = {
+# Name to the module that defines it, and its name there if it is another one.
+_HOME: dict[str, str | tuple[str, str]] = {
     "VARIANTS": "variants",
     "BeitConfig": "config",
     "BeitModel": "models.encoder",
@@ -65,8 +67,8 @@ _HOME = {
     "features": "inference.predict",
     "from_pretrained": "inference.predict",
     "NativeCheckpoint": "weights.native",
-    "load": "weights.native",
-    "save": "weights.native",
+    "load": ("inference.reading", "load_any"),
+    "save": ("inference.saving", "save_checkpoint"),
     "save_pretrained": "inference.saving",
     "segment": "inference.segmentation",
 }
@@ -104,7 +106,9 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         value: Any = import_module(f"{__name__}.{_MODULES[name]}")
     elif name in _HOME:
-        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        home = _HOME[name]
+        module, attribute = (home, name) if isinstance(home, str) else home
+        value = getattr(import_module(f"{__name__}.{module}"), attribute)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -63,7 +63,7 @@ FILES = _modules()
 PACKAGES = {name: path for name, path in FILES.items() if path.name == "__init__.py"}
 # The face is what people import: `beit_jax/__init__.py`, and `__main__`, which `python -m beit_jax` runs.
 MODULES = [name for name in FILES if name not in PACKAGES and name != "beit_jax.__main__"]
-FACES = ("beit_jax", "beit_jax.__main__", "beit_jax.convert", "beit_jax.images", "beit_jax.weights")
+FACES = ("beit_jax", "beit_jax.__main__", "beit_jax.convert", "beit_jax.images", "beit_jax.train", "beit_jax.weights")
 
 
 When = Literal["import", "call", "table", "never"]

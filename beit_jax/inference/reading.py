@@ -1,9 +1,10 @@
 """Reads a checkpoint of any format into memory as a native one, with another head if one is asked for."""
 
+import os
 from dataclasses import replace
 
 from beit_jax.choices import ProblemType
-from beit_jax.hub import Source
+from beit_jax.hub import Source, resolve
 from beit_jax.models.heads import HeadChange, Labels, change_head
 from beit_jax.weights.native import NativeCheckpoint, is_native, load
 
@@ -19,6 +20,22 @@ def read(source: Source) -> NativeCheckpoint:
     from beit_jax.convert import importer  # not at the top: reading native checkpoints needs no converter
 
     return importer.load(source)
+
+
+def load_any(
+    source: str | os.PathLike[str], *, revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
+) -> NativeCheckpoint:
+    """A checkpoint in memory: configuration, image processor, and its parameters as they are stored.
+
+    Args:
+        source: a native checkpoint, which is checked against its digests, whatever `beit-jax convert` reads (converted
+            in memory), or a hub name.
+        revision, cache_dir: of a hub name, as huggingface_hub has them.
+
+    Raises:
+        BeitJaxError: the source does not exist or cannot be read completely; names the file or the tensor.
+    """
+    return read(resolve(os.fspath(source), revision=revision, cache_dir=None if cache_dir is None else str(cache_dir)))
 
 
 def with_head(

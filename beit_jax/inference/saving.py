@@ -62,5 +62,23 @@ def save_pretrained(
     checkpoint = NativeCheckpoint(
         model.config, processor, {name: np.asarray(leaf) for name, leaf in params.items()}, dict(provenance or {})
     )
-    with new_directory(destination, overwrite=overwrite, contents=NATIVE) as partial:
+    save_checkpoint(destination, checkpoint, overwrite=overwrite)
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str], checkpoint: NativeCheckpoint, *, overwrite: bool = False
+) -> None:
+    """Writes a native checkpoint, which `beit_jax.load` gave or whose parameters somebody changed.
+
+    The directory appears when all of it is written and verified; an empty one that stands there is replaced.
+
+    Args:
+        overwrite: replace a native checkpoint that stands there.
+
+    Raises:
+        BeitJaxError: the directory exists or cannot be written.
+    """
+    destination = Path(directory)
+    empty = destination.is_dir() and not any(destination.iterdir())
+    with new_directory(destination, overwrite=overwrite or empty, contents=NATIVE) as partial:
         save(partial, checkpoint)
