@@ -47,12 +47,14 @@ def identify(source: Source, checkpoint: Checkpoint, formats: Sequence[SourceFor
         BeitJaxError: names of no format, another family of models, an unknown variant, names that leave the model
             open, or an option that contradicts the source.
     """
-    config_file, variant = source.directory / CONFIG, options.variant
+    config_file, variant = options.config or source.directory / CONFIG, options.variant
 
     def content() -> Mapping[str, Any] | None:
         if variant is not None:
             return None
-        return read_json(config_file) if os.path.lexists(config_file) else json_inside(checkpoint, CONFIG)
+        if options.config is None and not os.path.lexists(config_file):
+            return json_inside(checkpoint, CONFIG)
+        return read_json(config_file)
 
     place, found = recognise(checkpoint.tensors.keys(), formats, str(source.path), content, options.weights)
     part = checkpoint.within(place.outer)

@@ -63,7 +63,7 @@ def find_images(
         chosen = replace(preset(options.image_preset, size, num_channels=target.num_channels), bands=options.bands)
         return Images(chosen, (f"images by the preset {options.image_preset}", *_notes(chosen, target)))
     try:
-        processor, notes = _stated(source, checkpoint, described)
+        processor, notes = _stated(source, checkpoint, described, options)
         processor, more = _with_channels(processor, described.config, target, options)
         notes = (*notes, *more)
         if target.image_size != described.config.image_size:
@@ -75,12 +75,16 @@ def find_images(
     return Images(processor, (*notes, *_notes(processor, target)))
 
 
-def _stated(source: Source, checkpoint: Checkpoint, described: Description) -> tuple[ImageProcessor, tuple[str, ...]]:
+def _stated(
+    source: Source, checkpoint: Checkpoint, described: Description, options: Options
+) -> tuple[ImageProcessor, tuple[str, ...]]:
     path, config = source.directory / PROCESSOR, described.config
     if described.processor is not None:
         return described.processor(), ()
     if os.path.lexists(path):  # a broken link is an error, not absence
         return ImageProcessor.from_file(path), ()
+    if options.config is not None and os.path.lexists(beside := options.config.parent / PROCESSOR):
+        return ImageProcessor.from_file(beside), (f"images by {beside}, which lies beside --config",)
     inside = json_inside(checkpoint, PROCESSOR)
     if inside is not None:
         return ImageProcessor.from_hf(inside, f"{checkpoint.path}: {PROCESSOR} in it"), ()

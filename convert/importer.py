@@ -34,6 +34,7 @@ from .options import DEFAULT, Options
 from .provenance import digests as find_digests
 from .provenance import provenance
 from .reading import BFLOAT16, LeafReader
+from .training_folders import located
 from .validation import FLOATS, check_tensors
 
 _PLANNED_AT_ONCE = 1 << 14  # sizes with which a plan takes no time
@@ -99,8 +100,9 @@ def plan(source: Source | str | Path, options: Options = DEFAULT) -> Plan:
         BeitJaxError: a file cannot be read; the model is of another family; tensors are missing, unexpected, of another
             shape than the configuration says, or not floating point. The message names the file and the tensors.
     """
-    source = as_source(source)
+    source, chosen = located(as_source(source), options)
     checkpoint = open_checkpoint(source.path, prefer=options.weights, format=options.format)
+    checkpoint.notes = (*chosen, *checkpoint.notes)
     try:
         return _plan(source, checkpoint, options)
     except BaseException:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.hub import Source, recorded_sha256
+from beit_jax.hub import CONFIG, Source, recorded_sha256
+from beit_jax.json_file import read_json
 from beit_jax.version import __version__
 
 from .files.checkpoint import Checkpoint
@@ -36,6 +37,37 @@ def provenance(
         "options": dict(options),
         "converter": f"beit-jax {__version__}",
     }
+
+
+def written_by(source: Source, checkpoint: Checkpoint) -> str | None:
+    """Returns the program that wrote a source, as far as its files say it; None where nothing does."""
+    file, metadata = source.directory / CONFIG, checkpoint.metadata
+    meta: Any = metadata.get("meta")
+    content = read_json(file) if file.is_file() else {}
+    versions: Any = {**metadata, **content, **(meta if isinstance(meta, Mapping) else {})}
+    for key, program in _PROGRAMS.items():
+        if key in versions:
+            number = versions[key] if isinstance(versions[key], str) and len(versions[key]) < 40 else ""
+            return f"{program} {printable(number)}".strip()
+    beside = [program for pattern, program in _BESIDE.items() if any(source.directory.glob(pattern))]
+    return beside[0] if beside else None
+
+
+# By an entry of a file, or of its metadata; the value is the version.
+_PROGRAMS = {
+    "pytorch-lightning_version": "Lightning",
+    "mmengine_version": "mmengine",
+    "mmcv_version": "mmcv",
+    "ds_version": "DeepSpeed",
+    "transformers_version": "transformers",
+    "pretrained_cfg": "timm",
+}
+# By a file beside the weights.
+_BESIDE = {
+    "trainer_state.json": "transformers' Trainer",
+    "random_states_*.pkl": "accelerate's save_state",
+    ".metadata": "torch.distributed.checkpoint",
+}
 
 
 def digests(checkpoint: Checkpoint, options: Options) -> dict[str, str | None]:

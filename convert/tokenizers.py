@@ -33,6 +33,7 @@ from .options import DEFAULT, Options
 from .provenance import digests as find_digests
 from .provenance import provenance
 from .reading import LeafReader
+from .training_folders import located
 from .validation import FLOATS
 
 _GRID = 14  # tokens along each side of BEiT's 224 pixels
@@ -250,7 +251,8 @@ def is_tokenizer(source: Source | str | Path, options: Options = DEFAULT) -> boo
     Raises:
         BeitJaxError: the file cannot be read.
     """
-    with open_checkpoint(as_source(source).path, prefer=options.weights, format=options.format) as checkpoint:
+    where, _ = located(as_source(source), options)
+    with open_checkpoint(where.path, prefer=options.weights, format=options.format) as checkpoint:
         return any(naming.marker in checkpoint.tensors for naming in NAMINGS)
 
 
@@ -265,7 +267,7 @@ def plan(source: Source | str | Path, options: Options = DEFAULT) -> TokenizerPl
         BeitJaxError: the file cannot be read; its names are no tokenizer's; tensors are missing, unexpected, of another
             shape or not floating point; an option that a tokenizer has no use for.
     """
-    source = as_source(source)
+    source, _ = located(as_source(source), options)
     checkpoint = open_checkpoint(source.path, prefer=options.weights, format=options.format)
     try:
         return _plan(source, checkpoint, options)

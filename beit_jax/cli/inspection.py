@@ -87,11 +87,15 @@ def _tokenizer(
 
 def describe_plan(plan: "Plan") -> list[str]:
     """Describes a planned conversion in lines for people."""
+    from beit_jax.convert.provenance import written_by
+
     revision = f" at {plan.source.revision}" if plan.source.revision else ""
-    dropped = f", {len(plan.dropped)} derived ones left out" if plan.dropped else ""
+    dropped = f", {len(plan.dropped)} left out" if plan.dropped else ""
+    program = written_by(plan.source, plan.checkpoint)
     lines = [
         f"source       {printable(plan.source.name)}{revision}",
         f"files        {', '.join(printable(file.name) for file in plan.checkpoint.files)} ({plan.checkpoint.format})",
+        *([f"written by   {program}"] if program else []),
         f"naming       {plan.naming.name}, {len(plan.checkpoint.tensors)} tensors{dropped}",
         *_describe_model(plan.config, plan.images.found, {str(spec.dtype) for spec in plan.specs.values()}),
     ]
@@ -100,7 +104,10 @@ def describe_plan(plan: "Plan") -> list[str]:
 
 def plan_as_dict(plan: "Plan") -> dict[str, Any]:
     """Describes a planned conversion for programs."""
+    from beit_jax.convert.provenance import written_by
+
     return plan.provenance() | {
+        "written_by": written_by(plan.source, plan.checkpoint),
         "source_tensors": len(plan.checkpoint.tensors),
         "dropped": list(plan.dropped),
         "notes": list(plan.notes),

@@ -18,7 +18,7 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import WEIGHTS as NATIVE
 
 from ..pickles.state import names_part
-from . import adapters
+from . import adapters, distributed_folder
 from .msgpack_file import MsgpackFile
 from .safetensors_file import SafetensorsFile
 from .shard_index import INDEX_SUFFIX, ShardIndex
@@ -73,7 +73,7 @@ class Checkpoint:
         self._owner, unwrapped = _unwrapped({name.removeprefix(removed): owner for name, owner in stored.items()})
         self.outside: tuple[str, ...] = ()
         self.path = path
-        self.files = tuple(part.file.path for part in parts)
+        self.files = tuple(path for part in parts for path in part.paths)
         formats = " and ".join(sorted({part.format for part in parts}))
         self.format = formats if len(parts) == 1 else f"{formats}, {len(parts)} shards"
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
@@ -158,12 +158,16 @@ def open_checkpoint(path: Path, *, prefer: str | None = None, format: Format | N
             adapters.refuse_adapter(path.parent)
         if path.name.endswith(INDEX_SUFFIX):
             return _open_shards(path, path, prefer, ())
+        if path.name == distributed_folder.METADATA:
+            return _open_folder(path, path.parent, prefer)
         if path.name == NATIVE:
             raise BeitJaxError(f"{printable(path, 1024)}: of a native checkpoint; give its directory")
         return Checkpoint(path, [_open_file(path, prefer)])
     adapters.refuse_adapter(path)
     wanted = [name for name in WEIGHT_NAMES if format in (None, WEIGHT_NAMES[name])]
     present = [name for name in wanted if os.path.lexists(path / name)]  # a broken link is an error, not absence
+    if not present and format in (None, "pytorch") and (folder := distributed_folder.within(path)) is not None:
+        return _open_folder(path, folder, prefer)
     if not present:
         raise BeitJaxError(_nothing_found(path, wanted))
     chosen, *others = present
@@ -171,6 +175,12 @@ def open_checkpoint(path: Path, *, prefer: str | None = None, format: Format | N
     if chosen.endswith(INDEX_SUFFIX):
         return _open_shards(path, path / chosen, prefer, notes)
     return Checkpoint(path, [_open_file(path / chosen, prefer)], notes)
+
+
+def holds_weights(directory: Path) -> bool:
+    """True if `open_checkpoint` would open weights in a directory, whole or not."""
+    names = (*WEIGHT_NAMES, NATIVE, distributed_folder.METADATA, *adapters.WEIGHTS)
+    return any(os.path.lexists(directory / name) for name in names)
 
 
 def _nothing_found(directory: Path, wanted: Sequence[str]) -> str:
@@ -193,6 +203,16 @@ def _nothing_found(directory: Path, wanted: Sequence[str]) -> str:
     elif wanted != list(WEIGHT_NAMES):
         advice = "Leave --format out, or give a weight file of another name itself"
     return f"{label} holds no weights: expected one of {', '.join(wanted)}; found {found}{more}. {advice}"
+
+
+def _open_folder(path: Path, folder: Path, prefer: str | None) -> Checkpoint:
+    part = distributed_folder.DistributedFolder(folder)
+    try:
+        _check_prefer(prefer, part.tensors, printable(folder, 1024))
+        return Checkpoint(path, [part], [f"weights taken from {printable(folder.name)}"] * (folder != path))
+    except BaseException:
+        part.close()
+        raise
 
 
 def _open_shards(path: Path, index_path: Path, prefer: str | None, notes: Sequence[str]) -> Checkpoint:

@@ -41,7 +41,7 @@ class ShardIndex:
                 f"{self._label}: expected a table weight_map of tensor names and file names, found {found}"
             )
         for name, shard in weight_map.items():
-            if not _is_plain(shard):
+            if not is_plain(shard):
                 raise BeitJaxError(
                     f"{self._label} sends tensor {printable(name)} to {shown(shard)}; "
                     "expected the name of a file beside it, without any folder"
@@ -60,17 +60,7 @@ class ShardIndex:
                 f"{self._label} needs {printable(shard)}, which is not there; "
                 f"it holds {count} of {len(self.owner)} tensors: download it"
             )
-        # A Hugging Face cache keeps files in blobs/, and links to them in snapshots/<revision>/. Only such a link may
-        # leave the directory; a name with folders was refused before.
-        directory, target = self._directory.resolve(), path.resolve()
-        allowed = [directory]
-        if directory.parent.name == "snapshots":
-            allowed.append(directory.parent.parent / "blobs")
-        if not any(target.is_relative_to(folder) for folder in allowed):
-            raise BeitJaxError(
-                f"{self._label} names {printable(shard)}, a link to {printable(target, 1024)}; "
-                "expected a file in the same directory"
-            )
+        check_inside(self._directory, path, self._label)
         return path
 
     def check(self, found: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
@@ -114,6 +104,26 @@ def _load(path: Path, label: str) -> dict[str, Any]:
     return content
 
 
-def _is_plain(name: object) -> bool:
+def check_inside(directory: Path, path: Path, label: str) -> None:
+    """Refuses a file that another file names, and that is a link out of their directory.
+
+    A Hugging Face cache keeps files in blobs/, and links to them in snapshots/<revision>/. Only such a link may leave
+    the directory; a name with folders is refused before, see `is_plain`.
+
+    Raises:
+        BeitJaxError: names the file, its target, and the file `label` that names it.
+    """
+    directory, target = directory.resolve(), path.resolve()
+    allowed = [directory]
+    if directory.parent.name == "snapshots":
+        allowed.append(directory.parent.parent / "blobs")
+    if not any(target.is_relative_to(folder) for folder in allowed):
+        raise BeitJaxError(
+            f"{label} names {printable(path.name)}, a link to {printable(target, 1024)}; "
+            "expected a file in the same directory"
+        )
+
+
+def is_plain(name: object) -> bool:
     """True if `name` is a file of the same directory on any system. A colon names a drive or a stream in Windows."""
     return isinstance(name, str) and name not in ("", ".", "..") and not any(mark in name for mark in "/\\:\0")

@@ -13,6 +13,7 @@ from beit_jax.errors import BeitJaxError, printable
 
 from ..pickles.machine import MAX_PICKLE, PickleMachine
 from ..pickles.names import ITEM_SIZES, PickleError, Storage
+from ..pickles.state import refused
 from .weight_file import Extent, RandomAccessFile, read_checked, shown
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -28,10 +29,13 @@ class Container(Protocol):
     Attributes:
         format: the file type, for people.
         top: the unpickled object.
+        forbidden: names in its pickle that no checkpoint needs. What they would have made stands in `top` as
+            `Forbidden`; nothing was run.
     """
 
     format: str
     top: object
+    forbidden: tuple[str, ...]
 
     def locate(self, storage: Storage) -> Extent:
         """Returns the place of a storage.
@@ -115,7 +119,7 @@ class ZipContainer:
         order = self._small_record("byteorder") if self._folder + "byteorder" in self._entries else b"little"
         if order != b"little":
             raise BeitJaxError(f"{file.label} has byte order {printable(order)}; expected little")
-        self.top = run_pickle(file, io.BytesIO(self._small_record("data.pkl")), PickleMachine())
+        self.top, self.forbidden = run_outer(file, io.BytesIO(self._small_record("data.pkl")), PickleMachine())
 
     def locate(self, storage: Storage) -> Extent:
         name = f"{self._folder}data/{storage.key}"
@@ -191,7 +195,8 @@ class LegacyContainer:
             raise BeitJaxError(f"{file.label} has version {shown(version)} of PyTorch's format; expected {_PROTOCOL}")
         if not isinstance(platform, dict) or platform.get("little_endian") is not True:
             raise BeitJaxError(f"{file.label} was written on a big-endian machine; expected a little-endian one")
-        self.top = run_pickle(file, stream, machine)
+        self.top, self.forbidden = run_outer(file, stream, machine)
+        machine.forbidden.clear()
         keys = run_pickle(file, stream, machine)
         self._extents = self._follow(keys, stream.tell(), machine.storages)
 
@@ -230,26 +235,26 @@ def run_pickle(file: RandomAccessFile, stream: io.BytesIO, machine: PickleMachin
     Raises:
         BeitJaxError: the pickle is damaged, or mentions names that no checkpoint needs. The message lists these names.
     """
-    flaw = None
+    top, forbidden = run_outer(file, stream, machine)
+    if forbidden:
+        raise refused(file.label, forbidden)
+    return top
+
+
+def run_outer(file: RandomAccessFile, stream: io.BytesIO, machine: PickleMachine) -> tuple[object, tuple[str, ...]]:
+    """Returns the object of the next pickle of `stream`, and the names in it that no checkpoint needs.
+
+    Raises:
+        BeitJaxError: the pickle is damaged; with such names the message is about these.
+    """
+    flaw, top = None, None
     try:
         top = machine.run(stream)
     except PickleError as error:
         flaw = printable(error, 300)
-    if machine.forbidden:
-        raise BeitJaxError(_refusal(file.label, list(machine.forbidden)))
+    forbidden = tuple(machine.forbidden)
+    if flaw is not None and forbidden:
+        raise refused(file.label, forbidden)
     if flaw is not None:
         raise BeitJaxError(f"the pickle in {file.label} {flaw}; expected a state dict written by torch.save")
-    return top
-
-
-def _refusal(label: str, names: list[str]) -> str:
-    names.sort(key=lambda name: name.startswith("torch."))  # torch's own last: they say less about the file
-    listed = ", ".join(printable(name) for name in names[:8]) + (
-        f" and {len(names) - 8} more" if len(names) > 8 else ""
-    )
-    if any(name.startswith("torch.nn.") for name in names):
-        return (
-            f"refused: {label} is a whole-module pickle (it asks for {listed}); expected a state dict: "
-            "where its code is at hand and trusted, save module.state_dict() instead"
-        )
-    return f"refused: {label} asks to run {listed}; expected tensors and plain settings only. Nothing was run"
+    return top, forbidden

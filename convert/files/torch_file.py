@@ -1,6 +1,7 @@
 """Reads the files of `torch.save` (.bin, .pth, .pt) without torch, and without running anything in them."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from beit_jax.errors import BeitJaxError, printable
 
 from ..pickles.names import STORAGE_DTYPES, PickledTensor, PickleError, UnsupportedTensor
-from ..pickles.state import Tensor, select_state
+from ..pickles.state import Tensor, passed_over, select_state
 from .torch_container import Container, LegacyContainer, ZipContainer
 from .weight_file import MAX_TENSORS, Extent, RandomAccessFile, TensorInfo, WeightFile, checked_info, read_checked
 
@@ -40,17 +41,39 @@ class PickleFile(WeightFile):
     def __init__(self, file: RandomAccessFile, *, zipped: bool, prefer: str | None = None) -> None:
         container: Container = ZipContainer(file) if zipped else LegacyContainer(file)
         super().__init__(file, container.format)
+        passed = passed_over(container.top, container.forbidden, file.label)
         state = select_state(container.top, prefer, file.label)
         if len(state.tensors) > MAX_TENSORS:
             raise BeitJaxError(f"{file.label} lists {len(state.tensors)} tensors; expected at most {MAX_TENSORS}")
         self.metadata = dict(state.metadata)
-        self.notes = list(state.notes)
-        self._views: dict[str, _View] = {}
-        self._verified: set[int] = set()  # offsets of storages with a right CRC; threads may add to a set at once
-        for name in sorted(state.tensors):
-            self.tensors[name], self._views[name] = _resolve(file, container, name, state.tensors[name])
+        self.notes = [*state.notes, *passed]
+        self._stored = StoredTensors(file, container, state.tensors)
+        self.tensors = self._stored.infos
 
     def _fill(self, info: TensorInfo, flat: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+        self._stored.fill(info, flat)
+
+
+class StoredTensors:
+    """Tensors of an opened container. The place of each is checked against its storage before a byte is read.
+
+    Attributes:
+        infos: name, shape and dtype of every tensor, sorted by name.
+
+    Raises:
+        BeitJaxError: a tensor of a kind or layout that is not read, or one that leaves its storage.
+    """
+
+    def __init__(self, file: RandomAccessFile, container: Container, tensors: Mapping[str, Tensor]) -> None:
+        self.file = file
+        self.infos: dict[str, TensorInfo] = {}
+        self._views: dict[str, _View] = {}
+        self._verified: set[int] = set()  # offsets of storages with a right CRC; threads may add to a set at once
+        for name in sorted(tensors):
+            self.infos[name], self._views[name] = _resolve(file, container, name, tensors[name])
+
+    def fill(self, info: TensorInfo, flat: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+        """Writes the C-ordered bytes of one tensor into `flat` [bytes]; see `WeightFile.read`."""
         view = self._views[info.name]
         what = f"tensor {printable(info.name)}"
         if view.contiguous and info.nbytes == view.storage.nbytes:

@@ -130,6 +130,29 @@ def _refused_kind(status: os.stat_result) -> str | None:
     return "is empty (0 bytes)" if status.st_size == 0 else None
 
 
+class FileWindow(RandomAccessFile):
+    """Bytes in the middle of an open file, as a file of their own. Closing it leaves the file open.
+
+    Raises:
+        BeitJaxError: the file is shorter.
+    """
+
+    def __init__(self, file: RandomAccessFile, start: int, nbytes: int) -> None:
+        self.path, self.label, self.size = file.path, file.label, nbytes
+        self._file, self._start = file, start
+        if start < 0 or nbytes < 0 or start + nbytes > file.size:
+            raise BeitJaxError(
+                f"{file.label} is truncated: a record reaches from byte {start} to {start + nbytes}, the file has "
+                f"{file.size}; copy it again"
+            )
+
+    def read_into(self, offset: int, buffer: memoryview, what: str) -> None:
+        self._file.read_into(self._start + offset, buffer, what)
+
+    def close(self) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Extent:
     """The place of a record in a file, and its CRC-32 if the file has one."""
@@ -166,6 +189,11 @@ class WeightFile(ABC):
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, object] = {}
         self.notes: list[str] = []
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return (self.file.path,)
 
     @abstractmethod
     def _fill(self, info: TensorInfo, flat: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:

@@ -123,8 +123,8 @@ def describe_by_config(sighting: Sighting) -> Description:
     file, content = sighting.config_file, sighting.content
     if content is None:
         raise BeitJaxError(
-            f"{file}: no such file, and {sighting.format.name} names do not describe a model: copy the model's "
-            "config.json there, or pass --variant with a name of beit-jax list"
+            f"{file}: no such file, and {sighting.format.name} names do not describe a model: pass --config FILE with "
+            "the model's config.json, copy it there, or pass --variant with a name of beit-jax list"
         )
     notes = tuple(hf_notes(content, file=file))
     if sighting.hosted:  # the model around the encoder, such as DPT, describes the encoder inside its own description

@@ -9,20 +9,22 @@ Opcodes and the layout of their arguments: the standard library's `pickletools`.
 """
 
 import pickletools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
 
 from .names import (
     CONSTRUCTORS,
     ITEM_SIZES,
+    Constructor,
     Forbidden,
     Global,
     Module,
     Namespace,
     NumpyDtype,
     PickleError,
+    Record,
     Storage,
-    is_known,
+    is_plain_name,
 )
 
 MAX_OPCODES = 2_000_000  # a BEiT-large training checkpoint has about 50 thousand
@@ -38,7 +40,9 @@ class PickleMachine:
         storages: the storages that the stream mentions, by key.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, constructors: Mapping[str, Constructor] = CONSTRUCTORS, max_opcodes: int = MAX_OPCODES) -> None:
+        """`constructors` is the closed table of what the stream may call."""
+        self._constructors, self._max_opcodes = constructors, max_opcodes
         self.forbidden: dict[str, None] = {}
         self.storages: dict[str, Storage] = {}
         self._budget = MAX_PICKLE
@@ -54,8 +58,8 @@ class PickleMachine:
         self._memo: dict[int, object] = {}
         try:
             for count, (name, arg) in enumerate(_tokens(stream)):
-                if count >= MAX_OPCODES:
-                    raise PickleError(f"has more than {MAX_OPCODES} opcodes")
+                if count >= self._max_opcodes:
+                    raise PickleError(f"has more than {self._max_opcodes} opcodes")
                 self._step(name, arg)
             return self._stack.pop()
         except PickleError:
@@ -123,6 +127,8 @@ class PickleMachine:
         if not isinstance(target, dict):
             raise PickleError(f"sets items of a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
+            if isinstance(key, Record):
+                key = key.text()
             # Keys must hash in bounded time. Large integers and nested tuples can be made with equal hashes.
             if not (isinstance(key, str | bool | None) or (isinstance(key, int) and abs(key) < 2**31)):
                 raise PickleError(f"has a dictionary key of type {type(key).__name__}")
@@ -156,7 +162,7 @@ class PickleMachine:
     def _lookup(self, name: str) -> Global | Forbidden:
         name = name.replace("__builtin__.", "builtins.", 1)
         self._spend(len(name))
-        if is_known(name):
+        if name in self._constructors or is_plain_name(name):
             return Global(name)
         if len(self.forbidden) < _MAX_FORBIDDEN:
             self.forbidden[name] = None
@@ -168,9 +174,12 @@ class PickleMachine:
             raise PickleError("calls something with arguments that are not a tuple")
         if isinstance(function, Forbidden):
             self._stack.append(function)
-        elif isinstance(function, Global) and function.name in CONSTRUCTORS:
+        elif isinstance(function, Global) and function.name in self._constructors:
             self._spend(sum(len(part) for part in args if isinstance(part, str | bytes)) + len(args))
-            self._stack.append(CONSTRUCTORS[function.name](args))
+            strange = next((part for part in args if isinstance(part, Forbidden)), None)
+            # A dict with a strange factory is a dict; anything else made of a strange object is as strange.
+            usable = strange is None or function.name.startswith("collections.")
+            self._stack.append(self._constructors[function.name](args) if usable else strange)
         else:
             raise PickleError(f"calls {function.name if isinstance(function, Global) else type(function).__name__}")
 
@@ -180,8 +189,15 @@ class PickleMachine:
             case ((Namespace(values=values) | Module(attributes=values)), dict()):
                 self._spend(len(state))
                 values.update(state)
+            case Record(values=values), dict():
+                self._spend(len(state))
+                values.update(state)
+            case Record(values=values), tuple():
+                values["state"] = state
             case NumpyDtype() as dtype, (_, "<" | ">" | "|" as order, *_):
                 dtype.order = order
+            case _, Forbidden():
+                self._stack[-1] = state  # an object with a strange state is as strange
             case dict(), _:
                 pass  # attributes of an OrderedDict, such as a state dict's _metadata
             case Forbidden(), _:

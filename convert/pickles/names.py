@@ -37,6 +37,7 @@ ITEM_SIZES = {
 }
 
 Args = tuple[object, ...]
+Constructor = Callable[[Args], object]
 
 
 class PickleError(ValueError):
@@ -96,6 +97,32 @@ class Module:
 
     kind: str
     attributes: dict[object, object] = field(default_factory=dict)
+
+
+def key_of(name: str, offset: tuple[int, ...] | None) -> str:
+    """The text of torch.distributed.checkpoint's ``MetadataIndex``, without the part's number, which is a hint only."""
+    return f"{name}\0{offset}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The fields of an object of a class that a table of its own knows (`distributed`), without its behaviour."""
+
+    kind: str
+    values: dict[object, object] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """The record as the key of a dict: as text, whose hashes nobody can make collide. See `key_of`.
+
+        Raises:
+            PickleError: it is no name with an offset, the one kind of record that is a key.
+        """
+        match self.values.get("fqn"), self.values.get("offset"):
+            case str(name), None:
+                return key_of(name, None)
+            case str(name), tuple() as offset if all(type(number) is int for number in offset):
+                return key_of(name, offset)
+        raise PickleError(f"has a dictionary key of type {self.kind}")
 
 
 @dataclass
@@ -226,6 +253,6 @@ _NAMES = re.compile(
 )
 
 
-def is_known(name: str) -> bool:
-    """True if a checkpoint may mention `name`."""
-    return name in CONSTRUCTORS or _NAMES.fullmatch(name) is not None
+def is_plain_name(name: str) -> bool:
+    """True if `name` stands for itself in any checkpoint."""
+    return _NAMES.fullmatch(name) is not None

@@ -1,13 +1,16 @@
 """Finds the weights among the entries of a training checkpoint, and keeps the other settings as plain data."""
 
 import datetime
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from beit_jax.errors import BeitJaxError, printable
 
 from .module import module_tensors
 from .names import Forbidden, Global, Module, Namespace, NumpyDtype, PickledTensor, Storage, UnsupportedTensor
+
+# Programs that save whole objects of their own beside the weights, by an entry that only their files have.
+_TRAINERS = {"pytorch-lightning_version": "Lightning", "message_hub": "mmengine"}
 
 WRAPPERS = ("state_dict", "model", "module", "model_ema", "state_dict_ema")
 SETS = {"model": ("state_dict", "model", "module"), "ema": ("model_ema", "state_dict_ema")}
@@ -77,6 +80,57 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
     tensors = _named_tensors(mapping, label)
     metadata, noted = _settings(others)
     return State(tensors, metadata, (*notes, *noted))
+
+
+def passed_over(top: object, forbidden: Sequence[str], label: str) -> tuple[str, ...]:
+    """Says which entries beside the weights hold objects of classes that no checkpoint needs, and are left unread.
+
+    Training programs whose files are known (`_TRAINERS`) keep such objects, as histories and settings. In any other
+    file, and among the weights, they are refused.
+
+    Raises:
+        BeitJaxError: names what the file asks for.
+    """
+    if not forbidden:
+        return ()
+    trainer = next((name for key, name in _TRAINERS.items() if isinstance(top, dict) and key in top), None)
+    if trainer is None or not isinstance(top, dict) or any(_is_forbidden(top.get(key)) for key in WRAPPERS):
+        raise refused(label, forbidden)
+    entries = [printable(key, 60) for key, value in top.items() if _is_forbidden(value)]
+    asked = ", ".join(printable(name, 100) for name in forbidden[:8])
+    more = f" and {len(forbidden) - 8} more" if len(forbidden) > 8 else ""
+    return (f"{' and '.join(entries) or 'objects'} of {trainer} passed over unread: they ask for {asked}{more}",)
+
+
+def _is_forbidden(value: object) -> bool:
+    """True if a value is, or holds anywhere, what a forbidden name would have made."""
+    waiting, seen = [value], set()
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, Forbidden):
+            return True
+        if isinstance(found, Namespace | Module):
+            found = found.values if isinstance(found, Namespace) else found.attributes
+        if isinstance(found, dict | list | tuple) and id(found) not in seen:
+            seen.add(id(found))
+            waiting.extend(found.values() if isinstance(found, dict) else found)
+    return False
+
+
+def refused(label: str, forbidden: Sequence[str]) -> BeitJaxError:
+    """Returns the error of a file whose pickle asks for names that no checkpoint needs."""
+    names = sorted(forbidden, key=lambda name: name.startswith("torch."))  # torch's own say less about the file
+    listed = ", ".join(printable(name) for name in names[:8]) + (
+        f" and {len(names) - 8} more" if len(names) > 8 else ""
+    )
+    if any(name.startswith("torch.nn.") for name in names):
+        return BeitJaxError(
+            f"refused: {label} is a whole-module pickle (it asks for {listed}); expected a state dict: "
+            "where its code is at hand and trusted, save module.state_dict() instead"
+        )
+    return BeitJaxError(
+        f"refused: {label} asks to run {listed}; expected tensors and plain settings only. Nothing was run"
+    )
 
 
 def names_part(prefix: str, names: Iterable[object]) -> bool:

@@ -14,7 +14,12 @@ from beit_jax.tree import unflatten
 FOREIGN = Path(__file__).parent / "foreign"
 
 KINDS: dict[str, tuple[str, str, Options]] = {
-    "lightning": ("lightning/last.ckpt", "lightning/logits.npy", Options()),
+    "Lightning": ("lightning/last.ckpt", "lightning/logits.npy", Options()),
+    "accelerate": ("accelerate/state", "accelerate/logits.npy", Options(config=FOREIGN / "accelerate/config.json")),
+    "Trainer": ("trainer", "trainer/checkpoint-2.npy", Options()),
+    "Trainer, the best": ("trainer", "trainer/checkpoint-1.npy", Options(checkpoint="best")),
+    "Trainer, step 1": ("trainer", "trainer/checkpoint-1.npy", Options(checkpoint="1")),
+    "torch.distributed.checkpoint": ("distributed/step_7", "distributed/logits.npy", Options()),
 }
 _logits = jax.jit(lambda model, pixel_values: model(pixel_values).logits)
 
