@@ -39,7 +39,7 @@ class Reads:
     """What a run reads besides its data: native directories, runs that made them, or what `beit-jax convert` takes."""
 
     init: Annotated[str | None, _read("CHECKPOINT")] = None
-    """Model to start from: native, a run, or a source of beit-jax convert. By default it is drawn at random."""
+    """Model to start from, of any size: native, a run, or a source of beit-jax convert. By default drawn at random."""
     tokenizer: Annotated[str | None, _read("TOKENIZER")] = None
     """Tokenizer whose tokens are predicted: native, a run that trained it, or a source of beit-jax convert."""
     decoder: Annotated[str | None, _read("DECODER")] = None
@@ -113,6 +113,14 @@ def _names(kind: type[Recipe]) -> set[str]:
 
 _Switch = FlagCreatePairsOff[Switch]
 _RecipeName = Annotated[str, arg(metavar="RECIPE", help=f"One of: {', '.join(RECIPES)}.")]
+_Start = Annotated[
+    str | None,
+    arg(
+        metavar="CHECKPOINT",
+        help_behavior_hint="",
+        help="Model that training will start from, as --init of beit-jax train: it says what the architecture is.",
+    ),
+]
 _Data = Annotated[Path, arg(metavar="DIR", help="Prepared data: beit-jax prepare --help.")]
 
 
@@ -162,6 +170,7 @@ _HELP = """Train: pre-train, fine-tune, segment or probe by a recipe, sharded ov
       beit-jax train beit_large_ft1k --data ./imagenet --out ./run --dry-run
       beit-jax train beit_base_ade20k_640 --data ./ade20k --out ./run --init ./beit-base-ft22k
       beit-jax train beit_base_pt1k --data ./imagenet --out ./run --tokenizer ./dvae-encoder
+      beit-jax train beit_base_ft1k --data ./mine --out ./run --model.hidden-size 192 --model.heads 3 --model.mlp 768
 
     On a TPU pod, on GKE and under SLURM the same command on every host is one run; docs/pods.md.
     """
@@ -216,6 +225,7 @@ def tokenize_command(arguments: Sequence[str]) -> Callable[..., int]:
             str, arg(metavar="TOKENIZER", help="Native, a run that trained it, or a source of beit-jax convert.")
         ],
         out: Annotated[Path, arg(metavar="DIR", help="Directory to create: the tokens.")],
+        init: _Start = None,
         epochs: Annotated[
             float | None,
             arg(metavar="FLOAT", help_behavior_hint="", help="Epochs to store; by default all of the recipe's."),
@@ -233,7 +243,7 @@ def tokenize_command(arguments: Sequence[str]) -> Callable[..., int]:
             if not 0.0 < epochs <= MOST:
                 raise BeitJaxError(f"--epochs: expected a positive number, found {epochs:g}; the most is {MOST}")
             resolved = replace(resolved, optim=replace(resolved.optim, epochs=epochs, warmup_epochs=0.0))
-        return _tokenize(resolved, data, tokenizer, out, overwrite=overwrite, json=json)
+        return _tokenize(resolved, data, Reads(init=init, tokenizer=tokenizer), out, overwrite=overwrite, json=json)
 
     tokenize.__doc__ = inspect.cleandoc(_TOKENIZE_HELP).format(about=_about(given))
     return tokenize
@@ -253,14 +263,14 @@ _TOKENIZE_HELP = """Compute the visual tokens of pre-training once, for runs tha
     """
 
 
-def _tokenize(recipe: Recipe, data: Path, tokenizer: str, out: Path, *, overwrite: bool, json: bool) -> int:
+def _tokenize(recipe: Recipe, data: Path, reads: Reads, out: Path, *, overwrite: bool, json: bool) -> int:
     with train_extra():
         from beit_jax.atomic import check_destination
         from beit_jax.train.data.stored_tokens import CONTENTS
         from beit_jax.train.loop.plan import make_plan
 
     check_destination(out, overwrite=overwrite, contents=CONTENTS)  # before data and models are read
-    plan = make_plan(recipe, data, **Reads(tokenizer=tokenizer).loaded(recipe))
+    plan = make_plan(recipe, data, **reads.loaded(recipe))
     progress = partial(image_progress, description="tokenizing")
     positions = plan.objective.store_tokens(plan.training, out, progress, overwrite=overwrite)
     if json:
@@ -281,10 +291,13 @@ def aot_command(arguments: Sequence[str]) -> Callable[..., int]:
         topology: Annotated[
             str, arg(metavar="CHIP:SHAPE", help="v5e:2x4, v6e:4x4, v5p:2x2x2; 2xv5e:4x4: two slices.")
         ] = given.topology,
+        init: _Start = None,
         classes: Annotated[
             int | None,
             arg(
-                metavar="INT", help_behavior_hint="", help="Of the data; by default as the variant was published with."
+                metavar="INT",
+                help_behavior_hint="",
+                help="Of the data; by default as the checkpoint has, or as the variant was published with.",
             ),
         ] = None,
         quick: Annotated[_Switch, arg(help="Compile once: do not look for the largest batch that fits.")] = False,
@@ -293,7 +306,7 @@ def aot_command(arguments: Sequence[str]) -> Callable[..., int]:
     ) -> int:
         if classes is not None and not 1 <= classes <= 10**6:
             raise BeitJaxError(f"--classes: expected 1 to 1,000,000, found {classes}")
-        return _aot(_changed(given, recipe, options), topology, classes, quick=quick, json=json)
+        return _aot(_changed(given, recipe, options), topology, init, classes, quick=quick, json=json)
 
     aot.__doc__ = inspect.cleandoc(_AOT_HELP).format(about=_about(given))
     return aot
@@ -305,15 +318,17 @@ _AOT_HELP = """Compile the step of a recipe for TPUs that are not here: does it 
 
     Prints memory of a chip against what the chip has, operations, memory traffic and collectives with their bytes,
     bounds of the step time and of utilisation by the chip's data sheet, and the largest batch that fits. Needs libtpu
-    (pip install 'jax[tpu]'), and minutes, but no TPU, no data and no checkpoint. Exit code 1: it does not fit.
+    (pip install 'jax[tpu]'), and minutes, but no TPU and no data. Of a checkpoint it reads the architecture; without
+    one, options describe that. Exit code 1: it does not fit.
 
     Try:
       beit-jax aot beit_base_pt1k --topology v5e:2x4 --optim.accumulate 2 --model.remat block
       beit-jax aot beit_large_ft22k_ft1k_512 --topology 2xv5e:4x4 --run.mesh 2 -1 1 --model.remat block --quick
+      beit-jax aot beit_base_ft1k --topology v5e:2x2 --model.hidden-size 192 --model.heads 3 --model.mlp 768 --quick
     """
 
 
-def _aot(recipe: Recipe, topology: str, classes: int | None, *, quick: bool, json: bool) -> int:
+def _aot(recipe: Recipe, topology: str, init: str | None, classes: int | None, *, quick: bool, json: bool) -> int:
     with train_extra():
         import jax
 
@@ -324,7 +339,8 @@ def _aot(recipe: Recipe, topology: str, classes: int | None, *, quick: bool, jso
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    found = aot.report(recipe, parse_topology(topology), classes=classes, largest=not quick, say=say)
+    chips, start = parse_topology(topology), Reads(init=init).loaded(recipe).get("init")
+    found = aot.report(recipe, chips, start=start, classes=classes, largest=not quick, say=say)
     print_json(found.as_dict()) if json else print_lines(found.lines())
     return 0 if found.fits else 1
 
@@ -347,4 +363,10 @@ def _named(arguments: Sequence[str], command: str) -> Recipe:
 
 
 def _about(given: Recipe) -> str | None:
-    return inspect.getdoc(RECIPES[given.name]) if given.name in RECIPES else _LIST
+    """What a recipe is, and the model that it trains by default."""
+    if given.name not in RECIPES:
+        return _LIST
+    about = inspect.getdoc(RECIPES[given.name]) or ""
+    if not given.published:
+        return about
+    return f"{about}\n\nIts model is {given.published}, unless --init or an option of the model says otherwise."
