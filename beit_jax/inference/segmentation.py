@@ -20,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
+from PIL import Image
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
-from beit_jax.images.files import MAX_PIXELS, ImageLike, image_list, image_name, load_image
+from beit_jax.images.bands import load
+from beit_jax.images.files import MAX_PIXELS, ImageLike, image_list, image_name
 from beit_jax.images.label_maps import LabelMap
 from beit_jax.images.processor import ImageProcessor, Within
 from beit_jax.models.build import Model
@@ -143,26 +145,69 @@ def _map(
     model: Model, processor: ImageProcessor, image: ImageLike, name: str, how: Inference, kind: MapKind
 ) -> np.ndarray:
     """The map of one kind for the whole image: the mean over its views."""
+    picture, size, processor = _read(model, processor, image, name)
+    views = list(_views(processor, how, model.config))
+    shape = size if kind == "labels" else (*size, model.config.num_labels)
+    total = np.zeros(shape, np.int32 if kind == "labels" else np.float32)
+    for view, flip in views:
+        for start, place in _bands(*_mosaic(model, view, picture, flip, how), size, flip):
+            band = np.asarray(_band(*place, kind))[: size[0] - start, : size[1]]
+            total[start : start + len(band)] += band
+    return total if len(views) == 1 else total / np.float32(len(views))
+
+
+def labels_and_losses(
+    model: Model,
+    processor: ImageProcessor,
+    image: ImageLike,
+    truth: LabelMap,
+    *,
+    ignored: int,
+    how: Inference = DEFAULT,
+) -> tuple[LabelMap, Float32[np.ndarray, "h w"]]:
+    """The class of every pixel of one image, as `segment` finds it, and the cross entropy of the class that is true.
+
+    Args:
+        truth: the true classes, [h, w] integers.
+        ignored: the number of pixels without a class; their loss is 0.
+
+    Raises:
+        BeitJaxError: as `segment`; a map of another size; several scales or flips, whose logits are not averaged.
+    """
+    if how.averages:
+        raise BeitJaxError("losses of several scales or flips are not defined: their probabilities are averaged")
+    name = image_name(image, 0)
+    picture, size, processor = _read(model, processor, image, name)
+    if truth.shape != size:
+        raise BeitJaxError(f"{name}: expected true classes [{size[0]}, {size[1]}], found {list(truth.shape)}")
+    labels, losses = np.zeros(size, np.int32), np.zeros(size, np.float32)
+    for start, place in _bands(*_mosaic(model, processor, picture, False, how), size, False):
+        rows = truth[start : start + BAND].astype(np.int32)
+        spare = [(0, BAND - len(rows)), (0, len(place[-1]) - size[1])]
+        found = _scored_band(*place, jnp.asarray(np.pad(rows, spare, constant_values=ignored)), ignored)
+        for whole, band in zip((labels, losses), found, strict=True):
+            whole[start : start + len(rows)] = np.asarray(band)[: len(rows), : size[1]]
+    return labels, losses
+
+
+Picture: TypeAlias = Image.Image | np.ndarray
+
+
+def _read(
+    model: Model, processor: ImageProcessor, image: ImageLike, name: str
+) -> tuple[Picture, tuple[int, int], ImageProcessor]:
+    """The image, if it can be segmented; its height and width; and the processor of what was read."""
     if not isinstance(model, BeitForSemanticSegmentation):
         raise BeitJaxError(f"this model does not segment (its task is {model.config.task})")
     if processor.crop is not None:
         raise BeitJaxError(
             "the image processor crops, so part of the image would have no label; set do_center_crop false"
         )
-    config = model.config
-    picture = load_image(image, "RGB" if processor.num_channels == 3 else "L", name)
-    size, views = (picture.height, picture.width), list(_views(processor, how, config))
-    if max(size) > MAX_SIDE:
-        raise BeitJaxError(f"{name}: {size[1]}x{size[0]} pixels, expected sides of at most {MAX_SIDE}; cut it")
-    shape = size if kind == "labels" else (*size, config.num_labels)
-    total = np.zeros(shape, np.int32 if kind == "labels" else np.float32)
-    for view, flip in views:
-        pixels = view(picture)[0]
-        axes = _axes(config, how, view, (pixels.shape[0], pixels.shape[1]))
-        mosaic = _mosaic(model, pixels[:, ::-1] if flip else pixels, axes, how.batch_size)
-        for start, band in _bands(mosaic, axes, size, flip, kind):
-            total[start : start + len(band)] += band
-    return total if len(views) == 1 else total / np.float32(len(views))
+    picture = load(image, processor.num_channels, name, select=processor.bands)
+    height, width = (picture.height, picture.width) if isinstance(picture, Image.Image) else picture.shape[:2]
+    if max(height, width) > MAX_SIDE:
+        raise BeitJaxError(f"{name}: {width}x{height} pixels, expected sides of at most {MAX_SIDE}; cut it")
+    return picture, (height, width), replace(processor, bands=None)
 
 
 def _views(processor: ImageProcessor, how: Inference, config: BeitConfig) -> Iterator[tuple[ImageProcessor, bool]]:
@@ -246,10 +291,15 @@ def _forward(model: BeitForSemanticSegmentation, pixel_values: Array) -> Array:
 
 
 def _mosaic(
-    model: BeitForSemanticSegmentation, pixels: Float32[np.ndarray, "h w c"], axes: tuple[Axis, Axis], batch_size: int
-) -> Float32[np.ndarray, "rows columns classes"]:
-    """The logits of all windows, side by side. Memory: the windows' pixels / 16 times the classes, and one batch."""
-    rows, columns = axes
+    model: Model, view: ImageProcessor, picture: Picture, flip: bool, how: Inference
+) -> tuple[Float32[np.ndarray, "rows columns classes"], tuple[Axis, Axis]]:
+    """The logits of all windows of a view, side by side, and the windows.
+
+    Memory: the windows' pixels / 16 times the classes, and one batch.
+    """
+    pixels = view(picture)[0]
+    rows, columns = axes = _axes(model.config, how, view, (pixels.shape[0], pixels.shape[1]))
+    pixels, batch_size = pixels[:, ::-1] if flip else pixels, how.batch_size
     spare = [(0, max(axis.window - axis.size, 0)) for axis in axes]
     padded = np.pad(pixels, [*spare, (0, 0)])  # with zeros: the mean colour, as in training
     places = list(product(range(len(rows.starts)), range(len(columns.starts))))
@@ -267,7 +317,7 @@ def _mosaic(
             mosaic[i * rows.outputs : (i + 1) * rows.outputs, j * columns.outputs : (j + 1) * columns.outputs] = logits[
                 k
             ]
-    return mosaic
+    return mosaic, axes
 
 
 @partial(jax.jit, static_argnames="kind")
@@ -278,10 +328,24 @@ def _band(mosaic: Array, rows: Array, columns: Array, kind: MapKind) -> Array:
     return jax.nn.softmax(logits) if kind == "probabilities" else logits
 
 
+@partial(jax.jit, static_argnames="ignored")
+def _scored_band(mosaic: Array, rows: Array, columns: Array, truth: Array, ignored: int) -> tuple[Array, Array]:
+    logits = _band(mosaic, rows, columns, "logits")
+    counted = truth != ignored
+    true = jnp.take_along_axis(logits, jnp.where(counted, truth, 0)[..., None], axis=-1)[..., 0]
+    return (
+        logits.argmax(axis=-1).astype(jnp.int32),
+        jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - true, 0.0),
+    )
+
+
 def _bands(
-    mosaic: np.ndarray, axes: tuple[Axis, Axis], size: tuple[int, int], flip: bool, kind: MapKind
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the map in bands of `BAND` rows: the first row of the band, and the band."""
+    mosaic: np.ndarray, axes: tuple[Axis, Axis], size: tuple[int, int], flip: bool
+) -> Iterator[tuple[int, tuple[Array, Array, Array]]]:
+    """Yields what the map of every `BAND` rows is made of: the first row; the mosaic, and a matrix for either axis.
+
+    Their products have `BAND` rows, and columns to a multiple of `WIDTH_STEP`: more than the image has.
+    """
     (height, width), device = size, jnp.asarray(mosaic)
     rows, columns = (axis.matrix(length) for axis, length in zip(axes, size, strict=True))
     columns = columns[::-1] if flip else columns
@@ -289,4 +353,4 @@ def _bands(
     for start in range(0, height, BAND):
         band = rows[start : start + BAND]
         down = jnp.asarray(np.pad(band, [(0, BAND - len(band)), (0, 0)]), jnp.float32)
-        yield start, np.asarray(_band(device, down, across, kind))[: len(band), :width]
+        yield start, (device, down, across)

@@ -1,7 +1,7 @@
 """How well a model classifies: devices count, the host adds up. The scores are exact for any batches and hosts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -22,6 +22,7 @@ from beit_jax.tree import Nested
 from ..augmentation.mixing import normalise
 from ..distributed.sharding import make_mesh, place, put_batch, replicated
 from ..recipe import Statistics
+from .mean_loss import MeanLoss, RowLosses
 from .shares import json_number, share
 
 TOP = 5
@@ -45,6 +46,7 @@ class Scores:
             one of them, and images with one of them among the five best classes.
         matched: how the classes of the data were matched with those of the model, for people.
         left_out: a line for every image that could not be read; such images count nowhere.
+        loss: the mean loss of the images, where one was asked for.
     """
 
     labels: tuple[str, ...]
@@ -55,6 +57,7 @@ class Scores:
     real: tuple[int, int, int] | None = None
     matched: str = ""
     left_out: tuple[str, ...] = ()
+    loss: float | None = None
 
     @property
     def count(self) -> int:
@@ -171,6 +174,7 @@ class Counts:
         truth, predicted: for each row, its class and its best class; -1 where the row is not valid. `predicted` is -1
             also where the logits are not finite.
         real: as in `Scores`; zeros without alternative labels.
+        losses: where they were asked for, the loss of every row and its weight, [b] float32; 0 where it is not valid.
     """
 
     images: Int[Array, " classes"]
@@ -179,6 +183,7 @@ class Counts:
     truth: Int[Array, " b"]
     predicted: Int[Array, " b"]
     real: Int[Array, " 3"]
+    losses: tuple[Float[Array, " b"], Float[Array, " b"]] | None = None
 
 
 def best_classes(logits: Float[Array, "*rows classes"]) -> Int[Array, "*rows top"]:
@@ -221,7 +226,10 @@ def count(
 
 @lru_cache(maxsize=8)
 def make_eval_step(
-    graph: nnx.GraphDef[Model], statistics: Statistics | None = None, mesh: Mesh | None = None
+    graph: nnx.GraphDef[Model],
+    statistics: Statistics | None = None,
+    mesh: Mesh | None = None,
+    losses: RowLosses | None = None,
 ) -> EvalStep:
     """The compiled step of an evaluation: (nested) parameters and a batch -> `Counts`. Equal arguments share a program.
 
@@ -231,13 +239,18 @@ def make_eval_step(
     Args:
         statistics: of pixels. ``image`` is uint8 and is normalised here; None: ``image`` is float32 and normalised.
         mesh: the mesh on which batch and parameters lie. Every device of every host gets the counts of the whole batch.
+        losses: of rows, which the counts then have too.
     """
 
     def step(params: Nested, batch: Mapping[str, Array]) -> Counts:
         images = batch["image"] if statistics is None else normalise(batch["image"], statistics)
         logits = nnx.merge(graph, params)(images).logits
         assert logits is not None
-        return count(logits, batch["label"], batch["valid"], batch.get("accepted"))
+        found = count(logits, batch["label"], batch["valid"], batch.get("accepted"))
+        if losses is None:
+            return found
+        of_rows = losses(logits, batch["label"])
+        return replace(found, losses=tuple(jnp.where(batch["valid"], values, 0.0) for values in of_rows))
 
     return jax.jit(step, out_shardings=None if mesh is None else replicated(mesh))
 
@@ -252,6 +265,7 @@ class Tally:
     correct5: Int[np.ndarray, " classes"] = field(init=False)
     real: Int[np.ndarray, " 3"] = field(init=False)
     confusion: csr_array = field(init=False)
+    loss: MeanLoss = field(default_factory=MeanLoss)
 
     def __post_init__(self) -> None:
         classes = len(self.labels)
@@ -272,6 +286,8 @@ class Tally:
         self.correct += np.asarray(counts.correct)
         self.correct5 += np.asarray(counts.correct5)
         self.real += np.asarray(counts.real)
+        if counts.losses is not None:
+            self.loss.add(*(np.asarray(values) for values in counts.losses))
         truth, predicted = np.asarray(counts.truth), np.asarray(counts.predicted)
         known = (truth >= 0) & (predicted >= 0)
         pairs = truth[known], predicted[known]
@@ -282,7 +298,10 @@ class Tally:
         """The scores of everything added so far."""
         images, correct, correct5 = (int(value) for value in self.real)
         alternative = (images, correct, correct5) if real else None
-        return Scores(self.labels, self.images, self.correct, self.correct5, self.confusion, alternative, matched)
+        loss = self.loss.mean if self.loss.weight else None
+        return Scores(
+            self.labels, self.images, self.correct, self.correct5, self.confusion, alternative, matched, loss=loss
+        )
 
 
 def stream(step: EvalStep, params: Any, batches: Iterable[HostBatch], mesh: Mesh) -> Iterator[Any]:
@@ -323,6 +342,7 @@ def evaluate_classification(
     statistics: Statistics | None = None,
     mesh: Mesh | None = None,
     matched: str = "",
+    losses: RowLosses | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Scores:
     """Scores of a model over batches. Each image counts once, however images are grouped, padded and distributed.
@@ -335,6 +355,7 @@ def evaluate_classification(
         statistics: of pixels, for batches of uint8 images.
         mesh: the devices to compute on; by default batches are split over all devices.
         matched: recorded in the scores.
+        losses: of rows, whose mean the scores then have.
         advance: called with the number of images after every batch.
 
     Raises:
@@ -344,7 +365,7 @@ def evaluate_classification(
     graph, params = model if isinstance(model, tuple) else on_every_device(model, mesh)
     tally = Tally(labels)
     sent = (to_send(batch, len(labels), accepted) for batch in batches)
-    for counts in stream(make_eval_step(graph, statistics, mesh), params, sent, mesh):
+    for counts in stream(make_eval_step(graph, statistics, mesh, losses), params, sent, mesh):
         advance(tally.add(counts))
     return tally.scores(real=accepted is not None, matched=matched)
 

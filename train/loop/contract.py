@@ -34,12 +34,19 @@ FREE = {
     "recipe.run.keep",
     "recipe.run.eval_every_epochs",
     "recipe.run.hang_minutes",
+    "recipe.run.best",  # what is kept beside the run, and when it ends, change no step of it
+    "recipe.run.best_is",
+    "recipe.run.patience",
     "recipe.run.profile_steps",
     "recipe.data.workers",
     "recipe.data.eval_batch_size",
     "recipe.data.max_bad",
     "recipe.model.remat",
 }
+_ELSEWHERE = {
+    "recipe.optim.epochs": "let it end and go on from its model, by a schedule of its own: another --out, --init {out}",
+}
+"""Ways out, other than another place, of a change that is refused."""
 PATIENCE = 600.0
 """Seconds that process 0 waits for the others to have read their checkpoints."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "pillow")
@@ -167,9 +174,10 @@ def _compare(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any], rec
     if fatal:
         name, old, new = fatal[0]
         more = f" (and {len(fatal) - 1} more changes)" if len(fatal) > 1 else ""
+        way = _ELSEWHERE.get(name, "choose another --out").format(out=printable(path.parent))
         raise BeitJaxError(
             f"{path}: the run was begun with {printable(name)} {printable(old)}, now it is {printable(new)}{more}; "
-            "give what it was, or choose another --out"
+            f"give what it was, or {way}"
         )
     return [f"{name} was {old}, is {new}: results may differ by rounding" for name, old, new in found
             if name == "recipe.run.mesh" or name.startswith("versions.")]  # fmt: skip

@@ -104,6 +104,16 @@ class Program:
         return whole(state, self._join) if state.fixed else state
 
     @cached_property
+    def result_names(self) -> tuple[str, ...]:
+        """The names of the models that the run makes."""
+
+        def params(state: State) -> dict[str, Nested]:
+            found = self.objective.results(whole(state, self.objective.division.join) if state.fixed else state)
+            return {name: result.params for name, result in found.items()}
+
+        return tuple(jax.eval_shape(params, self._shapes))
+
+    @cached_property
     def _join(self) -> Callable[[Nested, Nested], Nested]:
         join, state = self.objective.division.join, self._shapes
         joined = jax.eval_shape(join, state.params, state.fixed)

@@ -9,33 +9,30 @@ run that never stopped: a batch follows from seed and step, and so does all rand
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from beit_jax.atomic import new_directory
-from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.json_file import changes
-from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, save_tokenizer
-from beit_jax.tree import flatten
-from beit_jax.weights.native import NATIVE, NativeCheckpoint, save
 
 from ..checkpoints.checkpointer import Checkpoints, SaveFailed
 from ..costs.estimate import peak_flops
 from ..data.batches import train_batches
-from ..distributed.collectives import gather, on_host
+from ..distributed.collectives import gather
 from ..distributed.peers import Peers, Position
 from ..distributed.sharding import batch_rows, put_batch
-from ..objectives.objective import Result
 from ..recipe import Resume
 from ..step.state import State, from_saved, to_saved
+from .best import Best
 from .contract import begin
 from .log import Log
 from .plan import Plan
+from .results import write_results
+from .scores import Scores
 from .timing import Clock, Phase, Timing, straggler
 from .watch import INTERRUPTED, Interruption, Watchdog
 
@@ -55,6 +52,8 @@ class Outcome:
     Attributes:
         scores: of the last evaluation; empty if there was none.
         models: native checkpoints that were written: the run came to its end.
+        best: the best evaluation, of a run that watches a score; and the directories of its models.
+        stopped: why the run ended before its last step, where it did so by itself.
     """
 
     step: int
@@ -63,6 +62,9 @@ class Outcome:
     timing: Timing
     models: tuple[Path, ...]
     exit_code: int = 0
+    best: Best | None = None
+    kept: tuple[Path, ...] = ()
+    stopped: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""
@@ -72,12 +74,16 @@ class Outcome:
             "scores": dict(self.scores),
             "timing": self.timing.as_dict(),
             "models": [str(path) for path in self.models],
+            "best": None if self.best is None else self.best.as_dict() | {"models": [str(path) for path in self.kept]},
+            "stopped": self.stopped,
         }
 
     def lines(self) -> list[str]:
         """For people."""
         end = "done" if self.step == self.steps else "stopped by a signal and saved; the same command goes on"
+        end = end if self.stopped is None else f"stopped early: {self.stopped}"
         scores = [f"{name:<12} {value:.4f}" for name, value in self.scores.items()]
+        scores += [] if self.best is None else [f"best         {self.best}{''.join(f', {path}' for path in self.kept)}"]
         models = [f"written      {path}" for path in self.models]
         return [f"step {self.step:,} of {self.steps:,}: {end}", *self.timing.lines(), *scores, *models]
 
@@ -103,9 +109,10 @@ def train(
         peers = stack.enter_context(Peers.of_run()) if peers is None else peers
         notes = begin(plan, out, resume, peers)
         run = _Run(plan, out, stack, quiet, peers)
-        for note in notes:
+        for note in (*notes, *plan.objective.notes):
             run.log.note(note)
-        while run.step < plan.steps:
+        run.catch_up()
+        while run.step < plan.steps and run.scores.stopped is None:
             run.advance()
             if run.interrupted():
                 return run.outcome(exit_code=INTERRUPTED)
@@ -121,7 +128,6 @@ class _Run:
     stack: ExitStack
     quiet: bool
     peers: Peers
-    scores: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         plan, enter, run, peers = self.plan, self.stack.enter_context, self.plan.recipe.run, self.peers
@@ -152,6 +158,7 @@ class _Run:
         )
         if restored is not None:
             self.log.note(f"continuing after step {self.step:,}")
+        self.scores = Scores(plan, self.out, self.log, self.watchdog, self.step)
         self.rows = batch_rows(plan.mesh, plan.recipe.data.batch_size)
         self.batches = enter(
             train_batches(
@@ -198,13 +205,18 @@ class _Run:
             self._record()
         if last or self.step % run.save_every == 0:
             self._save()
-        if last or self.step % max(1, round(run.eval_every_epochs * plan.steps_per_epoch)) == 0:
+        if self.scores.due(self.step):
             self._evaluate()
         self._poll()
 
+    def catch_up(self) -> None:
+        """The evaluation that was due after the step that the run goes on from, if the run was killed before it."""
+        if self.scores.missing(self.step):
+            self._evaluate()
+
     def interrupted(self) -> bool:
         """Returns True if a signal asked to stop; then the state is saved."""
-        if not self.peers.stops_after(self.step) or self.step == self.plan.steps:
+        if not self.peers.stops_after(self.step) or self.step == self.plan.steps or self.scores.stopped is not None:
             return False
         self._record()
         self._wait_until_saved()
@@ -213,20 +225,24 @@ class _Run:
     def results(self) -> tuple[Path, ...]:
         """Writes the models of a run that came to its end."""
         self._wait_until_saved()
-        if not self.scores:  # nothing to evaluate, or the run had come to its end before
+        if not self.scores.last:  # nothing to evaluate, or the run had come to its end before
             self._evaluate()
-        written = []
         with self.clock.measure("checkpoint"):
-            for name, result in self.plan.objective.results(self.plan.whole(self.state)).items():
-                leaves = {path: on_host(leaf) for path, leaf in flatten(result.params).items()}
-                if jax.process_index() == 0:
-                    self._write(self.out / name, result, leaves)
-                written.append(self.out / name)
-        return tuple(written)
+            return write_results(self.plan, self.state, self.out, {"step": self.step, "scores": self.scores.last})
 
     def outcome(self, *, models: tuple[Path, ...] = (), exit_code: int = 0) -> Outcome:
         """How the run stands."""
-        return Outcome(self.step, self.plan.steps, self.scores, self.clock.timing(), models, exit_code)
+        return Outcome(
+            self.step,
+            self.plan.steps,
+            self.scores.last,
+            self.clock.timing(),
+            models,
+            exit_code,
+            self.scores.best,
+            self.scores.kept,
+            self.scores.stopped,
+        )
 
     def _next_batch(self) -> dict[str, np.ndarray]:
         """This host's part of the batch of this step, with the tokens that are stored for it, if the run has such.
@@ -315,34 +331,8 @@ class _Run:
             self.saved = self.first
 
     def _evaluate(self) -> None:
-        plan = self.plan
-        if plan.validation is None:
-            return
         with self.watchdog.phase("evaluation"), self.clock.measure("evaluation"):
-            state = plan.whole(self.state)
-            self.scores = plan.objective.scores(
-                state, plan.validation, plan.processor, plan.mesh, lambda images: self.watchdog.beat()
-            )
-            pictures = plan.objective.pictures(state, plan.validation)
-        self.log.write(self.step, self.scores)
-        for name, picture in pictures.items():
-            self.log.picture(self.step, name, picture)
-
-    def _write(self, directory: Path, result: Result, leaves: dict[str, np.ndarray]) -> None:
-        plan = self.plan
-        provenance = {
-            "source": f"beit-jax train {plan.recipe.name}",
-            "recipe": plan.recipe.as_dict(),
-            "data": plan.training.contract(),
-            "step": self.step,
-            "scores": self.scores,
-        }
-        # What a person has put there is kept, because it is too late to refuse it.
-        with new_directory(directory, overwrite=True, contents=NATIVE, keep_others=True) as partial:
-            if isinstance(result.config, BeitConfig):
-                save(partial, NativeCheckpoint(result.config, plan.processor, leaves, provenance))
-            else:
-                save_tokenizer(partial, TokenizerCheckpoint(result.config, leaves, provenance))
+            self.scores.evaluate(self.state, self.step)
 
     def _profile(self) -> None:
         """Starts and stops the profiler's trace, if one is wanted."""

@@ -27,7 +27,7 @@ from ..costs.estimate import flops
 from ..distributed.sharding import make_mesh, replicated
 from ..initial.model_config import model_config
 from ..initial.parameters import from_checkpoint
-from ..recipe import Recipe, Statistics
+from ..recipe import Recipe, Statistics, require
 from ..step.state import Initial, Parts, State
 from .labelled import LabelledImages, LabelledRecipe
 from .objective import Sources
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .objective import Images
 
 from ..evaluation.accuracy import EvalStep, HostBatch, best_classes, stream, to_send
+from ..evaluation.mean_loss import VALIDATION_LOSS, MeanLoss
 from ..evaluation.shares import share
 from ..step.criterion import Batch, Criterion, Metrics
 
@@ -50,6 +51,8 @@ class LinearProbeRecipe(LabelledRecipe):
         super().check()
         self.check_without_average()
         self.check_without_freezing()
+        best, patience = self.run.best, self.run.patience
+        require(best is None or patience is not None, "run.best", "none without --run.patience, no model is kept", best)
 
     def for_tpus(self) -> "LinearProbeRecipe":
         """No gradient goes through blocks, so that nothing is gained by computing them again."""
@@ -106,8 +109,14 @@ class Probe(LabelledImages[LinearProbeRecipe]):
         found = evaluate_probe(
             (self.graph, state.params), (self.backbone, state.frozen), batches, mesh=mesh, advance=advance
         )
-        by_block = {f"accuracy_block_{i}": correct / found.images for i, correct in enumerate(found.correct, start=1)}
-        return {"accuracy": found.top1, "best_block": float(found.best), **by_block}
+        shares = [correct / found.images for correct in found.correct]
+        values = (found.top1, float(found.best), *shares, found.loss)
+        return dict(zip(self.score_names, values, strict=True))
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        blocks = range(1, self.config.num_hidden_layers + 1)
+        return ("accuracy", "best_block", *(f"accuracy_block_{block}" for block in blocks), VALIDATION_LOSS)
 
     @property
     def flops(self) -> float:
@@ -170,7 +179,7 @@ def linear_probe(recipe: LinearProbeRecipe, backbone: nnx.GraphDef[Model]) -> Cr
     """
 
     def prepare(batch: Batch, key: Key[Array, ""]) -> Batch:
-        return {"image": normalise(batch["image"], recipe.data.statistics), "label": batch["label"]}
+        return {"image": normalise(batch["image"], recipe.data), "label": batch["label"]}
 
     def loss(
         model: Any, batch: Batch, key: Key[Array, ""] | None, teacher: Nested | None
@@ -202,11 +211,13 @@ class ProbeScores:
     Attributes:
         images: how many were classified.
         correct, correct5: of each block's head, the images whose class is its best, and among its five best.
+        loss: the mean over images of the sum over heads of the cross entropy.
     """
 
     images: int
     correct: tuple[int, ...]
     correct5: tuple[int, ...]
+    loss: float = float("nan")
 
     @property
     def best(self) -> int:
@@ -242,11 +253,13 @@ def describe(scores: ProbeScores) -> list[str]:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ProbeCounts:
-    """Counts of one batch, int32."""
+    """Counts of one batch, int32; and, float32, the sum over heads of the cross entropy, and 1, or 0 for padding, of
+    every row."""
 
     images: Int[Array, ""]
     correct: Int[Array, " layers"]
     correct5: Int[Array, " layers"]
+    losses: tuple[Float[Array, " b"], Float[Array, " b"]]
 
 
 @lru_cache(maxsize=8)
@@ -264,12 +277,16 @@ def make_probe_step(
     def step(params: tuple[Nested, Nested], batch: Mapping[str, Array]) -> ProbeCounts:
         images = batch["image"] if statistics is None else normalise(batch["image"], statistics)
         features = block_features(nnx.merge(backbone, params[1]), images)
-        best = best_classes(nnx.merge(probe, params[0]).heads(features))
+        logits = nnx.merge(probe, params[0]).heads(features)
+        best = best_classes(logits)
+        valid = batch["valid"].astype(jnp.float32)
+        entropies = cross_entropy(logits, jnp.broadcast_to(batch["label"], logits.shape[:-1])).sum(axis=0)
         hits = (best == batch["label"][None, :, None]) & batch["valid"][None, :, None]
         return ProbeCounts(
             images=batch["valid"].sum(dtype=jnp.int32),
             correct=hits[..., 0].sum(axis=1, dtype=jnp.int32),
             correct5=hits.any(axis=-1).sum(axis=1, dtype=jnp.int32),
+            losses=(entropies * valid, valid),
         )
 
     return jax.jit(step, out_shardings=None if mesh is None else replicated(mesh))
@@ -295,9 +312,10 @@ def evaluate_probe(
     mesh = make_mesh((-1, 1, 1)) if mesh is None else mesh
     step = make_probe_step(probe[0], backbone[0], statistics, mesh)
     sent = (to_send(batch, probe[1]["heads"]["bias"].shape[-1]) for batch in batches)
-    images, correct, correct5 = 0, np.zeros(1, np.int64), np.zeros(1, np.int64)
+    images, correct, correct5, loss = 0, np.zeros(1, np.int64), np.zeros(1, np.int64), MeanLoss()
     for counts in stream(step, (probe[1], backbone[1]), sent, mesh):
         images += int(counts.images)
         correct, correct5 = correct + np.asarray(counts.correct), correct5 + np.asarray(counts.correct5)
+        loss.add(*(np.asarray(values) for values in counts.losses))
         advance(int(counts.images))
-    return ProbeScores(images, tuple(correct.tolist()), tuple(correct5.tolist()))
+    return ProbeScores(images, tuple(correct.tolist()), tuple(correct5.tolist()), loss.mean)

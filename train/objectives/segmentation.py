@@ -1,8 +1,10 @@
 """Semantic segmentation: one label for every pixel. The losses are those of `pixel_losses`, of both heads."""
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -17,7 +19,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.config import Task as Architecture
 from beit_jax.images.label_maps import ignored_number
 from beit_jax.images.processor import ImageProcessor, Within, ade20k_processor
-from beit_jax.inference.segmentation import Inference, segment
+from beit_jax.inference.segmentation import Inference, labels_and_losses
 from beit_jax.models.build import Model
 from beit_jax.models.segmenter import BeitForSemanticSegmentation, SegmenterOutput
 from beit_jax.terminal import Advance
@@ -30,6 +32,7 @@ from ..augmentation.pixel_losses import Average, PixelLoss, parse_terms
 from ..augmentation.segmentation import segmentation_transform
 from ..data.datasets import SegmentationDataset, open_segmentation
 from ..distributed.collectives import gather, on_host
+from ..evaluation.mean_loss import VALIDATION_LOSS
 from ..evaluation.segmentation import Confusion
 from ..initial.pixels import normalised, of_decoded
 from ..recipe import NOT_NEGATIVE, Recipe, SceneOptions, require

@@ -23,6 +23,7 @@ from ..costs.estimate import traced_activations, traced_flops, with_one_block
 from ..data.batches import train_batches
 from ..data.datasets import Dataset, open_dataset
 from ..distributed.sharding import batch_rows, put_batch
+from ..evaluation.mean_loss import VALIDATION_LOSS
 from ..recipe import CropOptions, MaskOptions, Recipe
 from ..step.criterion import Batch, Criterion, Metrics
 from ..step.state import State, variables
@@ -90,7 +91,7 @@ class UnlabelledImages(Objective[UnlabelledT]):
         return None
 
     def batch(self, size: int) -> Shapes:
-        shapes = {"image": jax.ShapeDtypeStruct((size, *self.config.image_size, 3), jnp.uint8)}
+        shapes = {"image": self.pixels(size)}
         if self.mask is not None:
             rows, columns = self.config.grid
             shapes["mask"] = jax.ShapeDtypeStruct((size, rows * columns), jnp.bool_)
@@ -124,6 +125,14 @@ class UnlabelledImages(Objective[UnlabelledT]):
                 advance(size)
         # A compiled function returns names in alphabetical order.
         return {f"validation_{name}": totals[name] for name in sorted(totals, key=lambda name: (name != "loss", name))}
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        def metrics(learned: Nested) -> Metrics:
+            return self._traced(2, learned)[1]
+
+        found = jax.eval_shape(metrics, self.divided_shapes()[0])
+        return (VALIDATION_LOSS, *(f"validation_{name}" for name in sorted(found)))
 
     def second_network(self, state: State) -> Nested:
         """The parameters of the frozen network or of the average, which the criterion reads in an evaluation."""
@@ -167,13 +176,17 @@ class UnlabelledImages(Objective[UnlabelledT]):
 
     def _loss(self, images: int, learned: Nested) -> Array:
         """The training loss of so many images, for tracing."""
+        return self._traced(images, learned)[0]
+
+    def _traced(self, images: int, learned: Nested) -> tuple[Array, Metrics]:
+        """The training loss of so many images and its metrics, for tracing."""
         shapes, criterion, key = self.shapes(), self.criterion, jax.random.key(0)
         batch = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in self.batch(images).items()}
         prepared = {**criterion.prepare(batch, key), **criterion.schedule(jnp.zeros((), jnp.int32))}
         second = shapes.frozen or (shapes.params if self.recipe.optim.ema is not None else {})
         stats, second, fixed = (jax.tree.map(zeros, tree) for tree in (shapes.stats, second, self.divided_shapes()[1]))
         model = nnx.merge(self.graph, variables(self.division.join(learned, fixed), stats))
-        return criterion.loss(model, prepared, key, second or None)[0]
+        return criterion.loss(model, prepared, key, second or None)
 
 
 MaskedT = TypeVar("MaskedT", bound=MaskedRecipe, covariant=True)
