@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from beit_jax.images.processor import ImageProcessor
     from beit_jax.inference.segmentation import Inference
     from beit_jax.models.build import Model
+    from beit_jax.train.labels.meaning import TableOptions
 
 SourceName = Annotated[
     str,
@@ -96,6 +97,34 @@ class SegmentationArguments:
             trained = ade20k_processor(min(model.config.image_size))
             processor = replace(trained, do_reduce_labels=processor.do_reduce_labels)
         return model, processor, inference
+
+
+@dataclass(frozen=True)
+class TableArguments:
+    """Where a table with a row for every image says what: CSV, tab-separated values or JSON lines."""
+
+    image_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """Column of the images' files; by default file_name, image, path or the like."""
+    label_columns: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="")] = ()
+    """Column of classes, or a column of 0 and 1 for every class; by default label, class, tags or the like."""
+    value_columns: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="")] = ()
+    """Columns of numbers, which are learned in place of classes."""
+    separator: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
+    """Between several classes in a cell; by default ; or | where cells have one. A JSON list needs none."""
+    split_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """Column that says train, validation or test; by default split, if there is one."""
+    image_folder: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """What the images' names are relative to; by default the table's folder."""
+    classes: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """The classes in their order: a name in every line, or a JSON list. By default they are sorted."""
+    allow_unlabelled: bool = False
+    """Where an image may have several classes, an empty cell means that it has none."""
+
+    def options(self) -> "TableOptions | None":
+        """The options of the library; None where none was given."""
+        from beit_jax.train.labels.meaning import TableOptions
+
+        return TableOptions(**vars(self)) if given(self) else None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from beit_jax.cli.arguments import (
     SegmentationArguments,
     SkipBad,
     SourceName,
+    TableArguments,
     refuse_given,
     require_counts,
 )
@@ -84,11 +85,15 @@ def evaluate(
     numbering: Annotated[AnnotationArguments, arg(name="")] = AnnotationArguments(),
     json: Json = False,
     skip: Annotated[SkipBad, arg(name="")] = SkipBad(),
+    table: Annotated[TableArguments, arg(name="")] = TableArguments(),
     classification: Annotated[ClassificationArguments, arg(name="")] = ClassificationArguments(),
     segmentation: Annotated[SegmentationArguments, arg(name="")] = SegmentationArguments(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
     """Score a checkpoint on labelled images: top-1 and top-5 of a classifier, or mIoU, mAcc and aAcc of segmentation.
+
+    Of a classifier of which several classes may hold: mAP, F1 and exact matches; of one that gives numbers: MAE, RMSE
+    and R2. Which it is, its problem_type says, or else the data.
 
     Try:
       beit-jax evaluate facebook/data2vec-vision-base-ft1k --data ./imagenet
@@ -97,7 +102,8 @@ def evaluate(
       beit-jax evaluate ./native --images DIR --annotations DIR --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --as-trained
 
     Args:
-        data: For a classifier: data from `beit-jax prepare`, or a folder of images per class.
+        data: For a classifier: data from `beit-jax prepare`, a table with a row for every image (or a folder with its
+            metadata.csv or .jsonl), or a folder of images per class.
         images: For segmentation: the folder of images.
         annotations: The folder of PNG files with a class number for every pixel, named as their images.
     """
@@ -105,35 +111,47 @@ def evaluate(
         for unused in (segmentation, numbering):
             refuse_given(unused, "for segmentation, and --data evaluates a classifier")
         classification.check()
-        return _evaluate_classifier(checkpoint, data, classification, skip.share(), hub, json=json)
+        return _evaluate_classifier(checkpoint, data, table, classification, skip.share(), hub, json=json)
     if data is not None or images is None or annotations is None:
         raise BeitJaxError("give --data to evaluate a classifier, or --images and --annotations for segmentation")
-    refuse_given(classification, "for a classifier, and --images evaluates segmentation")
+    for unused in (classification, table):
+        refuse_given(unused, "for a classifier, and --images evaluates segmentation")
     return _evaluate_segmentation(
         checkpoint, images, annotations, numbering.reduce(), segmentation, skip.share(), hub, json=json
     )
 
 
 def _evaluate_classifier(
-    checkpoint: str, data: Path, options: ClassificationArguments, max_bad: float, hub: Hub, *, json: bool
+    checkpoint: str,
+    data: Path,
+    table: TableArguments,
+    options: ClassificationArguments,
+    max_bad: float,
+    hub: Hub,
+    *,
+    json: bool,
 ) -> int:
     """`beit-jax evaluate` with ``--data``."""
     from beit_jax.atomic import check_file
     from beit_jax.images.processor import HALF, preset
 
     with train_extra():
-        from beit_jax.train.evaluation import accuracy, labelled
+        from beit_jax.train.evaluation import labelled
         from beit_jax.train.evaluation.confusion import confusion_picture
 
-    opened = labelled.open_labelled(data, options.split or "validation")  # before a checkpoint is fetched for nothing
+    # Before a checkpoint is fetched for nothing.
+    opened = labelled.open_labelled(data, options.split or "validation", table.options(), allow_missing=max_bad > 0)
     if options.confusion is not None:
-        read = opened.paths if isinstance(opened, labelled.ImageFolder) else ()
+        read = getattr(opened, "paths", ())
         check_file(options.confusion, inputs=[*read, *filter(None, [options.real])])
     model, processor = hub.load(checkpoint)
     if options.preset is not None:
         processor = preset(
             options.preset, model.config.image_size, mean=processor.mean or HALF, std=processor.std or HALF
         )
+    problem = labelled.problem_type_of(model, opened)
+    if options.confusion is not None and problem != "single_label_classification":
+        raise BeitJaxError(f"--confusion: of classes of which one holds, the model is for {problem}; leave it out")
     scores = labelled.evaluate_images(
         model,
         processor,
@@ -145,13 +163,14 @@ def _evaluate_classifier(
         progress=partial(image_progress, description="evaluating"),
     )
     if options.confusion is not None:
+        assert isinstance(scores, labelled.Scores)
         confusion_picture(scores, options.confusion)
     if json:
         print_json(scores.as_dict())
         return 0
     if options.per_class:
-        print_table(accuracy.TABLE, accuracy.class_table(scores))
-    print_lines(accuracy.describe(scores))
+        print_table(*labelled.table(scores))
+    print_lines(labelled.lines(scores))
     return 0
 
 

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from beit_jax.cli.arguments import Json, SkipBad, Switch, refuse_given
+from beit_jax.cli.arguments import Json, SkipBad, Switch, TableArguments, refuse_given
 from beit_jax.cli.extras import train_extra
 from beit_jax.errors import BeitJaxError
 from beit_jax.terminal import image_progress, print_json, print_lines
 
-Kind = Literal["digits", "folder", "images", "imagenet", "imagenet22k", "ade20k", "segmentation"]
+Kind = Literal["digits", "folder", "table", "images", "imagenet", "imagenet22k", "ade20k", "segmentation"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def prepare(
     ],
     *,
     held_out: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None,
+    table: Annotated[TableArguments, arg(name="")] = TableArguments(),
     masks: Annotated[MaskArguments, arg(name="")] = MaskArguments(),
     skip: Annotated[SkipBad, arg(name="")] = SkipBad(),
     overwrite: Switch = False,
@@ -59,6 +60,7 @@ def prepare(
     SOURCE:
       digits       none: the digits are scikit-learn's
       folder       a tree with a folder per class, or with such trees in train/ and val/
+      table        a row for every image: CSV, TSV or JSON lines, or a folder with its metadata.csv or metadata.jsonl
       images       any tree of images, without labels, for pre-training
       imagenet     the folder of ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and the development kit
       imagenet22k  a folder with a tar per class, or a tar of these
@@ -70,22 +72,26 @@ def prepare(
     Try:
       beit-jax prepare digits ./digits
       beit-jax prepare imagenet /downloads/imagenet ./imagenet
+      beit-jax prepare table ./photos/labels.csv ./data --image-column file --label-columns tags --separator ,
+      beit-jax prepare table ./plants ./data --value-columns height weight
       beit-jax prepare segmentation ./photos ./masks ./data --labels names.txt
 
     Args:
         held_out: Share of the images for the validation split. For a folder without val/ it is taken from each class,
-            0.1 by default, and for segmentation without val/ from all; for images and imagenet22k it is 0 by default.
-            The other kinds have their own.
+            0.1 by default, and for segmentation or a table without it from all, or from each class of a table of
+            one class for each image; for images and imagenet22k it is 0 by default. The other kinds have their own.
         overwrite: Replace DEST if it exists. The old one stays until the new one is complete.
     """
     share = skip.share()
     if kind == "digits":
         refuse_given(skip, "the digits are in memory, none is bad")
     if held_out is not None:
-        if kind not in ("folder", "images", "imagenet22k", "segmentation"):
+        if kind not in ("folder", "table", "images", "imagenet22k", "segmentation"):
             raise BeitJaxError(f"--held-out {held_out}: {kind} has a validation split; leave the option out")
         if not 0.0 <= held_out < 1.0:
             raise BeitJaxError(f"--held-out {held_out}: expected a share from 0 to below 1")
+    if kind != "table":
+        refuse_given(table, "for a table with a row for every image")
     if kind != "segmentation":
         refuse_given(masks, "for segmentation")
     with train_extra():
@@ -99,6 +105,14 @@ def prepare(
     source, dest = paths[0], paths[-1]
     if kind == "digits":
         done = preparing.prepare_digits(dest, progress, overwrite=overwrite)
+    elif kind == "table":
+        done = preparing.prepare_table(
+            *(source, dest, table.options(), progress),
+            held_out=held_out,
+            overwrite=overwrite,
+            skip_bad=skip.skip_bad,
+            max_bad=share,
+        )
     elif kind == "segmentation":
         files = MaskFiles(
             masks.labels,
@@ -133,5 +147,5 @@ def prepare(
         return 0
     splits = ", ".join(f"{name} {count:,}" for name, count in done.splits.items())
     left_out = [f"left out     {line}" for line in done.left_out] + [f"note         {line}" for line in done.notes]
-    print_lines([*left_out, f"written      {done.directory}: {splits}; {len(done.labels):,} classes"])
+    print_lines([*left_out, f"written      {done.directory}: {splits}; {len(done.labels):,} {done.unit}"])
     return 0

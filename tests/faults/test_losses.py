@@ -15,9 +15,8 @@ from numpy.testing import assert_allclose
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.segmenter import SegmenterOutput
-from beit_jax.train.augmentation.labels import checked_targets, class_numbers
+from beit_jax.train.augmentation.labels import checked_targets, class_numbers, soft_cross_entropy
 from beit_jax.train.augmentation.mixing import soft_targets
-from beit_jax.train.objectives.classification import soft_cross_entropy
 from beit_jax.train.objectives.linear_probe import summed_cross_entropy
 from beit_jax.train.objectives.masked_tokens import token_loss
 from beit_jax.train.objectives.segmentation import segmentation_loss

@@ -79,6 +79,57 @@ def checked_targets(targets: Any, shape: tuple[int, ...]) -> Float[Array, "b cla
     return jnp.asarray(targets)
 
 
+def several_classes(labels: Any, shape: tuple[int, ...]) -> Float[Array, "b classes"]:
+    """Labels of several classes, 1 for each class that an image has and 0 for the others, as float32.
+
+    Args:
+        labels: an array of integers, floats or bools.
+        shape: that they must have.
+
+    Raises:
+        BeitJaxError: another shape; a label that is neither 0 nor 1, where the labels are known. In a compiled function
+            such a label is NaN.
+    """
+    if labels.shape != shape:
+        raise BeitJaxError(f"labels: expected 0 or 1 for every class, {list(shape)}, found {list(labels.shape)}")
+    known = _known(labels)
+    if known is not None and not np.isin(known, (0, 1)).all():
+        place = tuple(int(index) for index in np.argwhere(~np.isin(known, (0, 1)))[0])
+        raise BeitJaxError(f"labels: expected 0 or 1 for every class, found {known[place]} at {list(place)}")
+    labels = jnp.asarray(labels)
+    return jnp.where((labels == 0) | (labels == 1), labels, jnp.nan).astype(jnp.float32)
+
+
+def soft_cross_entropy(logits: Float[Array, "b classes"], targets: Float[ArrayLike, "b classes"]) -> Float[Array, ""]:
+    """Mean over the batch of the cross entropy with targets that are distributions, in float32.
+
+    Raises:
+        BeitJaxError: targets of another shape than the logits'; rows that are no distributions, where the targets are
+            known. What a compiled function is given is not checked.
+    """
+    targets = checked_targets(targets, logits.shape)
+    return -(targets * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(axis=-1).mean()
+
+
+def binary_cross_entropy(
+    logits: Float[Array, "*b classes"],
+    targets: Float[Array, "*b classes"],
+    positives: Float[ArrayLike, " classes"] | None = None,
+) -> Float[Array, "*b classes"]:
+    """The cross entropy of every class for itself, by logits, float32.
+
+    Args:
+        targets: from 0 to 1.
+        positives: weights of the term of images that have the class.
+
+    Source: torch's `BCEWithLogitsLoss`, which calls the weights ``pos_weight``.
+    """
+    logits = logits.astype(jnp.float32)
+    absent, present = jax.nn.softplus(logits), jax.nn.softplus(-logits)
+    weighted = present if positives is None else present * jnp.asarray(positives, jnp.float32)
+    return targets * weighted + (1 - targets) * absent
+
+
 def nan_unless_class(labels: Int[Array, "*b"], classes: int) -> Float[Array, "*b"]:
     """1 for every label that is a class, else NaN: a factor of what is computed from it."""
     return jnp.where(is_class(labels, classes), 1.0, jnp.nan)

@@ -49,6 +49,7 @@ class Prepared:
     Attributes:
         splits: the number of records by name of the split.
         labels: the names of the classes; empty for ADE20K.
+        unit: what `labels` names.
         left_out: one line for each example that could not be used.
         notes: a line for everything else that people should know of the data.
     """
@@ -58,6 +59,7 @@ class Prepared:
     labels: tuple[str, ...]
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    unit: str = "classes"
 
 
 Kind = Literal["folder", "images", "imagenet", "imagenet22k", "ade20k"]
@@ -70,15 +72,15 @@ _WITHOUT_SPLITS: Mapping[str, Callable[..., Source]] = {
 """The functions that find a data set, by kind; these also take the share to hold out for validation."""
 
 
-def prepare_digits(dest: Path, progress: Progress = no_progress, *, overwrite: bool = False) -> Prepared:
+def prepare_digits(dest: str | Path, progress: Progress = no_progress, *, overwrite: bool = False) -> Prepared:
     """Writes scikit-learn's handwritten digits (`digits.digits`); raises as `write` does."""
-    return write(digits(), dest, progress, overwrite=overwrite)
+    return write(digits(), Path(dest), progress, overwrite=overwrite)
 
 
 def prepare_table(
-    source: Path,
-    dest: Path,
-    options: TableOptions = TableOptions(),
+    source: str | Path,
+    dest: str | Path,
+    options: TableOptions | None = None,
     progress: Progress = no_progress,
     *,
     held_out: float | None = None,
@@ -91,14 +93,14 @@ def prepare_table(
     Raises:
         BeitJaxError: as `tables.table` and `write` do.
     """
-    found = table(source, options, held_out, allow_missing=skip_bad)
-    return write(found, dest, progress, overwrite=overwrite, skip_bad=skip_bad, max_bad=max_bad)
+    found = table(Path(source), options, held_out, allow_missing=skip_bad)
+    return write(found, Path(dest), progress, overwrite=overwrite, skip_bad=skip_bad, max_bad=max_bad)
 
 
 def prepare(
     kind: Kind,
-    source: Path,
-    dest: Path,
+    source: str | Path,
+    dest: str | Path,
     progress: Progress = no_progress,
     *,
     held_out: float | None = None,
@@ -116,6 +118,7 @@ def prepare(
     Raises:
         BeitJaxError: as the function of the kind and `write` do.
     """
+    source, dest = Path(source), Path(dest)
     if kind in _WITH_SPLITS:
         if held_out is not None:
             raise BeitJaxError(f"--held-out {held_out}: {kind} has a validation split; leave the option out")
@@ -128,9 +131,9 @@ def prepare(
 
 
 def prepare_segmentation(
-    images: Path,
-    annotations: Path,
-    dest: Path,
+    images: str | Path,
+    annotations: str | Path,
+    dest: str | Path,
     files: MaskFiles = PLAIN,
     progress: Progress = no_progress,
     *,
@@ -148,8 +151,8 @@ def prepare_segmentation(
     Raises:
         BeitJaxError: as `masks.masks` and `write` do.
     """
-    found = masks(images, annotations, files, held_out)
-    return write(found, dest, progress, overwrite=overwrite, skip_bad=skip_bad, max_bad=max_bad)
+    found = masks(Path(images), Path(annotations), files, held_out)
+    return write(found, Path(dest), progress, overwrite=overwrite, skip_bad=skip_bad, max_bad=max_bad)
 
 
 prepare_folder = partial(prepare, "folder")
@@ -196,7 +199,7 @@ def write(
             check_bad(len(left_out), len(left_out) + sum(counts.values()), max_bad, left_out[-1])
         _write_info(source, partial, infos)
         _verify(partial, counts)
-    return Prepared(dest, counts, source.labels, tuple(left_out), tuple(source.notes()))
+    return Prepared(dest, counts, source.labels, tuple(left_out), tuple(source.notes()), source.unit)
 
 
 def _usable(source: Source, examples: Iterable[Example], left_out: list[str], advance: Advance) -> Iterator[Example]:

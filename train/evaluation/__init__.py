@@ -1,7 +1,9 @@
 """Scores of trained models.
 
-`accuracy` counts classifications, `confusion` draws them, `labelled` evaluates a directory of labelled images;
-`segmentation` has mIoU, `neighbours` classifies features by k-NN, `shares` has the arithmetic of both kinds of scores.
+`accuracy` counts classifications, `confusion` draws them; `multilabel` ranks classes of which several may hold,
+`regression` measures distances of numbers, both of the outputs that `logits` collects. `labelled` evaluates a directory
+or table of labelled images, whose classes `matching` finds among the model's.
+`segmentation` has mIoU of what `truths` says of pixels, `neighbours` classifies features by k-NN, `shares` has the arithmetic of both kinds of scores.
 
 May import: `train.data`, `train.distributed`, `train.augmentation` and below, `beit_jax.inference` and below.
 """

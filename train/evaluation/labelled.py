@@ -1,7 +1,7 @@
 """Evaluation on labelled images, from prepared data or a folder per class; matches their classes with the model's."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from beit_jax.choices import ProblemType
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.bad_images import BadImages
 from beit_jax.images.files import read_image_file
@@ -23,9 +24,15 @@ from ..data.datasets import Dataset, open_dataset
 from ..data.evaluation_batches import eval_batches
 from ..data.listing import class_folders, class_images
 from ..data.shards import INFO
+from ..labels.meaning import TableOptions
 from ..labels.splits import SPLIT_FOLDERS
+from ..labels.table import TableImages, has_table, read_images
 from ..labels.targets import Target, classes_of
+from . import accuracy, multilabel, regression
 from .accuracy import HostBatch, Scores, evaluate_classification
+from .matching import ClassOrder, class_order, value_order
+from .multilabel import MultiLabelScores, evaluate_multilabel
+from .regression import RegressionScores, evaluate_regression
 
 
 @dataclass(frozen=True)
@@ -73,71 +80,6 @@ def open_folder(directory: Path, split: str = "validation") -> ImageFolder:
     return ImageFolder(root, tuple(classes), paths, numbers)
 
 
-@dataclass(frozen=True)
-class ClassOrder:
-    """The model's class for every class of the data, and the rule that says so, for people."""
-
-    indices: tuple[int, ...]
-    rule: str
-
-
-WORDNET_ID = re.compile(r"n\d{8}")
-PLACEHOLDER = re.compile(r"LABEL_\d+")
-
-
-def class_order(found: Sequence[str], labels: Sequence[str], source: str) -> ClassOrder:
-    """Matches the classes of data, by their names, with the classes of a model. The first rule that applies decides:
-
-    - All names are classes of the model: matched by name. Classes may be missing from the data.
-    - All names are numbers: they are the model's indices. ImageNet-V2 has the folders "0", "1", "10", "100", ...;
-      sorted as text, as torchvision's ImageFolder sorts them, 988 of the 1000 would be wrong.
-    - 1000 WordNet ids, and a model with 1000 classes: ImageNet numbers its classes in the order of their ids.
-    - The model's classes are LABEL_0, LABEL_1, ..., which transformers writes where names are missing: matched in
-      sorted order.
-
-    Args:
-        source: stands for the data in errors.
-
-    Raises:
-        BeitJaxError: no rule applies, or one applies ambiguously.
-    """
-    if set(found) <= set(labels):
-        return _by_name(found, labels, source)
-    if all(name.isascii() and name.isdecimal() for name in found):
-        numbers = tuple(int(name) for name in found)
-        if sorted(numbers) != list(range(len(labels))):
-            seen = f"{len(numbers)} numbers from {min(numbers)} to {max(numbers)}"
-            raise BeitJaxError(
-                f"{source}: classes are {seen}, expected each of 0 to {len(labels) - 1} once, the model's classes"
-            )
-        return ClassOrder(numbers, "number")
-    if len(found) != len(labels):
-        raise BeitJaxError(
-            f"{source}: {len(found)} classes, but the model has {len(labels)}; their names would have to be its labels"
-        )
-    ranks = tuple(int(rank) for rank in np.argsort(np.argsort(np.asarray(found))))
-    if len(labels) == 1000 and all(WORDNET_ID.fullmatch(name) for name in found):
-        return ClassOrder(ranks, "the order of WordNet ids, ImageNet's")
-    if all(PLACEHOLDER.fullmatch(label) for label in labels):
-        return ClassOrder(ranks, "the order of their names, as the model's have none")
-    strange = next(name for name in found if name not in set(labels))
-    raise BeitJaxError(
-        f"{source}: class {printable(strange, 40)} is none of the model's, whose first is {printable(labels[0], 40)}; "
-        "name the data's classes by the model's labels, or by their numbers"
-    )
-
-
-def _by_name(found: Sequence[str], labels: Sequence[str], source: str) -> ClassOrder:
-    twice = next((name for name in found if list(labels).count(name) > 1), None)
-    if twice is not None:
-        raise BeitJaxError(
-            f"{source}: the model has several classes called {printable(twice, 40)}; name the data's by their numbers"
-        )
-    where = {label: index for index, label in enumerate(labels)}
-    missing = f" ({len(found)} of {len(labels)} occur)" if len(found) < len(labels) else ""
-    return ClassOrder(tuple(where[name] for name in found), "name" + missing)
-
-
 VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 
 
@@ -183,32 +125,43 @@ def _read_lists(path: Path, classes: int) -> list[list[int]]:
     return lists
 
 
-Labelled = Dataset | ImageFolder
+Labelled = Dataset | ImageFolder | TableImages
+AnyScores = Scores | MultiLabelScores | RegressionScores
 
 
-def open_labelled(directory: Path, split: str = "validation") -> Labelled:
-    """Opens prepared data, or a tree with a folder per class.
+def open_labelled(
+    directory: Path, split: str = "validation", table: TableOptions | None = None, *, allow_missing: bool = False
+) -> Labelled:
+    """Opens prepared data, a table with a row for every image, or a tree with a folder per class.
 
     Args:
-        split: the split of prepared data, or the name of its folder in a tree of folders, if there is one.
+        directory: prepared data; a table, or a folder with its ``metadata.csv`` or ``metadata.jsonl``; or the tree.
+        split: the split of prepared data, or of a table that has splits; or the name of its folder in a tree of
+            folders, if there is one.
+        table: how a table is read. None: by the names that its columns usually have.
+        allow_missing: an image that a table names and that is missing is an error when it is read.
 
     Raises:
-        BeitJaxError: as `open_dataset` or `open_folder`.
+        BeitJaxError: as `open_dataset`, `read_images` or `open_folder`; options of a table for something else.
     """
     prepared = any(next(directory.glob(place), None) for place in (INFO, f"*/{INFO}"))
+    if not prepared and (directory.is_file() or has_table(directory)):
+        return read_images(directory, table or TableOptions(), allow_missing=allow_missing).of_split(split)
+    if table is not None:
+        raise BeitJaxError(f"{printable(directory)}: no table, for which the options of columns are; leave them out")
     return open_dataset(directory, split) if prepared else open_folder(directory, split)
 
 
 def evaluate_directory(
-    model: Model, processor: ImageProcessor, directory: Path, *, split: str = "validation", **options: Any
-) -> Scores:
+    model: Model, processor: ImageProcessor, directory: str | Path, *, split: str = "validation", **options: Any
+) -> AnyScores:
     """Scores of a model on a directory: `evaluate_images` of what `open_labelled` finds there, with its options.
 
     Raises:
         BeitJaxError: as both.
     """
     _check_task(model)
-    return evaluate_images(model, processor, open_labelled(directory, split), **options)
+    return evaluate_images(model, processor, open_labelled(Path(directory), split), **options)
 
 
 def evaluate_images(
@@ -222,8 +175,10 @@ def evaluate_images(
     max_bad: float = 0.0,
     mesh: Mesh | None = None,
     progress: Progress = no_progress,
-) -> Scores:
-    """Scores of a model on labelled images.
+) -> AnyScores:
+    """Scores of a model on labelled images, of the kind that its outputs are.
+
+    A model whose outputs are classes of which several may hold takes data of one class for each image, too.
 
     Args:
         processor: prepares the images: the checkpoint's own, or the preset behind its published number.
@@ -233,10 +188,17 @@ def evaluate_images(
         max_bad: the share of images that may be left out because they cannot be read; `Scores.left_out` names them.
 
     Raises:
-        BeitJaxError: the model does not classify, data cannot be read, or its classes are not the model's.
+        BeitJaxError: the model does not classify, data cannot be read, they say something else than the model does, or
+            their classes are not the model's.
     """
     labels = _check_task(model)
-    order = class_order(data.labels, labels, printable(data.directory))
+    problem = problem_type_of(model, data)
+    if real is not None and problem != "single_label_classification":
+        raise BeitJaxError(f"--real: ImageNet's labels are for one class of an image, the model is for {problem}")
+    if problem == "regression":
+        order = value_order(data.labels, labels, printable(data.directory))
+    else:
+        order = class_order(data.labels, labels, printable(data.directory))
     accepted = None
     if real is not None:
         accepted = real_labels(real, _file_names(data), len(labels))
@@ -252,17 +214,56 @@ def evaluate_images(
         workers=workers,
         bad=bad,
     )
+    scores: AnyScores
     with progress(len(data)) as advance:
-        scores = evaluate_classification(
-            model,
-            reordered(batches, order),
-            labels,
-            accepted=accepted,
-            mesh=mesh,
-            matched=order.rule,
-            advance=advance,
-        )
+        if problem == "single_label_classification":
+            scores = evaluate_classification(
+                model,
+                reordered(batches, order),
+                labels,
+                accepted=accepted,
+                mesh=mesh,
+                matched=order.rule,
+                advance=advance,
+            )
+        else:
+            evaluate = evaluate_regression if problem == "regression" else evaluate_multilabel
+            scores = evaluate(
+                model, batches, data.labels, mesh=mesh, columns=order.indices, matched=order.rule, advance=advance
+            )
     return replace(scores, left_out=tuple(bad.reasons.values()))
+
+
+def problem_type_of(model: Model, data: Labelled) -> ProblemType:
+    """How a model is scored on data: as its outputs are; where it does not say what they are, as the data say.
+
+    Raises:
+        BeitJaxError: the data say something else than the outputs are.
+    """
+    said, config = data.target.problem_type, model.config
+    known = config.problem_type
+    if known is None:
+        return said
+    if known == "multi_label_classification" and said == "single_label_classification":
+        return known
+    if known != said:
+        raise BeitJaxError(
+            f"{printable(data.directory)}: holds {_SAID[said]} ({data.target.feature}), but the model's outputs are "
+            f"{_MADE[known]} (its problem_type is {known}); give data of its kind"
+        )
+    return known
+
+
+_SAID: Mapping[ProblemType, str] = {
+    "single_label_classification": "one class of each image",
+    "multi_label_classification": "several classes of an image",
+    "regression": "numbers",
+}
+_MADE: Mapping[ProblemType, str] = {
+    "single_label_classification": "classes of which one holds",
+    "multi_label_classification": "classes of which several may hold",
+    "regression": "values",
+}
 
 
 def _check_task(model: Model) -> tuple[str, ...]:
@@ -270,16 +271,27 @@ def _check_task(model: Model) -> tuple[str, ...]:
     labels = model.config.labels
     if model.config.task != "image_classification" or not labels:
         raise BeitJaxError(f"this model has no classifier (its task is {model.config.task}); nothing can be evaluated")
-    if model.config.score_function is None:
-        raise BeitJaxError(
-            "this model's outputs are values, not classes (its problem_type is regression), of which there is no "
-            "accuracy; beit-jax classify prints them"
-        )
     return labels
 
 
+def lines(scores: AnyScores) -> list[str]:
+    """Scores of any kind as lines for people."""
+    if isinstance(scores, MultiLabelScores):
+        return multilabel.describe(scores)
+    return regression.describe(scores) if isinstance(scores, RegressionScores) else accuracy.describe(scores)
+
+
+def table(scores: AnyScores) -> tuple[Sequence[str], list[list[str]]]:
+    """The head and the rows of a table with a row for each class or number."""
+    if isinstance(scores, MultiLabelScores):
+        return multilabel.TABLE, multilabel.class_table(scores)
+    if isinstance(scores, RegressionScores):
+        return regression.TABLE, regression.class_table(scores)
+    return accuracy.TABLE, accuracy.class_table(scores)
+
+
 def _file_names(data: Labelled) -> list[str]:
-    if isinstance(data, ImageFolder):
+    if isinstance(data, ImageFolder | TableImages):
         return [str(path) for path in data.paths]
     return [data[i]["file_name"] for i in range(len(data))]
 

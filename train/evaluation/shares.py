@@ -9,5 +9,5 @@ def share(part: int, whole: int) -> float:
 
 
 def json_number(value: float) -> float | None:
-    """The number; None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else float(value)
+    """The number; None for one that is not finite, which JSON does not have."""
+    return float(value) if math.isfinite(value) else None

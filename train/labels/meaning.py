@@ -243,9 +243,8 @@ def _separator(rows: Sequence[Row], column: str, options: TableOptions) -> str |
         )
     if used:
         return used[0]
-    return (
-        "" if any(isinstance(cell, list) or (isinstance(cell, str) and _is_json_list(cell)) for cell in cells) else None
-    )
+    lists = any(isinstance(cell, list) or (isinstance(cell, str) and _is_json_list(cell)) for cell in cells)
+    return "" if lists else None
 
 
 def _is_json_list(cell: str) -> bool:

@@ -100,6 +100,12 @@ def find_tables(source: Path) -> dict[str | None, Path]:
     return found
 
 
+def has_table(source: Path) -> bool:
+    """Whether there is a table at a path, in its folder or in its folders of splits."""
+    names = ["", *(name for names in SPLIT_FOLDERS.values() for name in names)]
+    return any((source / name / table).is_file() for name in names for table in METADATA)
+
+
 def read_images(source: Path, options: TableOptions, *, allow_missing: bool = False) -> TableImages:
     """The images that a table names, or the tables of a folder's splits.
 

@@ -2,8 +2,9 @@
 
 An objective's file holds its options, its recipe (the groups of options that it reads, and their rules), its input, its
 loss, the network that it keeps beside the parameters, its evaluation, its results, and what it costs. `objective` is
-the interface. `labelled`, `unlabelled` and `hidden_patches` are kinds of input. `codebook` and `teachers` are parts of
-the training of tokenizers. May import: the library, and every room of training below; no recipes, no loop.
+the interface. `labelled`, `unlabelled` and `hidden_patches` are kinds of input. `outputs` has what the outputs of a
+classifier may be, `class_weights` what each class weighs. `codebook` and `teachers` are parts of the training of
+tokenizers. May import: the library, and every room of training below; no recipes, no loop.
 """
 
 from importlib import import_module

@@ -47,10 +47,8 @@ def class_weights(
     weights = {label: 1.0 for label in labels}
     for label in given.content:
         if label not in weights:
-            near = nearest(label, list(labels)) or labels[0]
-            raise BeitJaxError(
-                f"{printable(path)}: {printable(label, 60)} is no class of the data; one is called {printable(near, 60)}"
-            )
+            near = printable(nearest(label, list(labels)) or labels[0], 60)
+            raise BeitJaxError(f"{printable(path)}: {printable(label, 60)} is no class of the data; one is called {near}")
         weights[label] = given.typed(label, float, 1.0)
         if not 0 <= weights[label] <= _LARGEST:
             raise given.error(label, f"a weight from 0 to {_LARGEST:,.0f}")

@@ -17,7 +17,7 @@ from .. import objectives
 from ..objectives import OBJECTIVES
 from ..recipe import Recipe
 
-MODULES = ("finetuning", "segmentation", "pretraining", "tokenizers", "digits")
+MODULES = ("own", "finetuning", "segmentation", "pretraining", "tokenizers", "digits")
 """Modules of this package, whose ``RECIPES`` are listed in this order. An objective's module may have some, too."""
 
 
@@ -28,6 +28,8 @@ def _functions() -> Iterator[Callable[[], Recipe]]:
         yield from getattr(import_module(f"{objectives.__name__}.{objective}"), "RECIPES", ())
 
 
+_ONE_DEVICE = ("own", "digits")
+"""Modules whose recipes are for one device: a slice of TPUs changes nothing of them."""
 RECIPES: Mapping[str, Callable[[], Recipe]] = MappingProxyType({build.__name__: build for build in _functions()})
 
 
@@ -42,5 +44,6 @@ def recipe_named(name: str) -> Recipe:
         raise BeitJaxError(
             f"no recipe is called {printable(name)}; the nearest is {near} (beit-jax train --help lists all)"
         )
-    recipe = replace(RECIPES[name](), name=name)
-    return recipe if name.startswith("digits") else recipe.for_tpus()
+    build = RECIPES[name]
+    recipe = replace(build(), name=name)
+    return recipe if build.__module__.rpartition(".")[2] in _ONE_DEVICE else recipe.for_tpus()

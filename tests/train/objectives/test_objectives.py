@@ -15,8 +15,9 @@ from beit_jax.models.build import Model
 from beit_jax.models.classifier import BeitForImageClassification
 from beit_jax.models.interface import BeitOutput
 from beit_jax.models.segmenter import BeitForSemanticSegmentation, SegmenterOutput
+from beit_jax.train.augmentation.labels import soft_cross_entropy
 from beit_jax.train.augmentation.mixing import soft_targets
-from beit_jax.train.objectives.classification import ClassificationRecipe, classification, soft_cross_entropy
+from beit_jax.train.objectives.classification import ClassificationRecipe, classification
 from beit_jax.train.objectives.segmentation import SegmentationRecipe, segmentation, segmentation_loss
 from beit_jax.train.recipe import AugmentOptions, DataOptions, ModelOptions
 from beit_jax.train.step.criterion import Batch

@@ -13,7 +13,10 @@ from beit_jax.train.recipe import Recipe
 from beit_jax.train.recipes import RECIPES, recipe_named
 
 ROOT = Path(__file__).parents[3]
-HELPERS = {"__init__", "objective", "labelled", "unlabelled", "hidden_patches", "codebook", "teachers"}
+HELPERS = {
+    *("__init__", "objective", "labelled", "unlabelled", "hidden_patches", "codebook", "teachers"),
+    *("outputs", "class_weights"),
+}
 UNMISTAKABLE = {"linear_probe", "masked_tokens", "data2vec"}
 """Names that mean nothing but an objective; classification, for instance, is a word."""
 

@@ -16,7 +16,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.build import Model, abstract_model, statistics
 from beit_jax.models.segmenter import batch_statistics
-from beit_jax.train.objectives.classification import soft_cross_entropy
+from beit_jax.train.augmentation.labels import soft_cross_entropy
 from beit_jax.train.objectives.segmentation import SegmentationRecipe, segmentation
 from beit_jax.train.recipe import OptimOptions
 from beit_jax.train.step.criterion import Batch, Criterion, Metrics

@@ -1,0 +1,123 @@
+"""Scores of several classes and of numbers: against scikit-learn's."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import metrics
+
+from beit_jax.train.evaluation import multilabel, regression
+from beit_jax.train.evaluation.multilabel import average_precision, scored
+from beit_jax.train.evaluation.regression import Distances, RegressionScores
+
+NAMES = tuple("abcd")
+
+
+def drawn(seed: int, images: int = 60, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Logits with many equal ones, and labels."""
+    rng = np.random.default_rng(seed)
+    return np.round(rng.normal(size=(images, classes)), 1).astype(np.float32), rng.random((images, classes)) < 0.3
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=30))
+def test_average_precision(pairs: list[tuple[int, bool]]) -> None:
+    scores, present = np.asarray([p[0] for p in pairs], np.float32), np.asarray([p[1] for p in pairs])
+    found = average_precision(scores, present)
+    if present.any():
+        assert found == pytest.approx(metrics.average_precision_score(present, scores), abs=1e-12)
+    else:
+        assert np.isnan(found)
+
+
+def test_several_classes_as_scikit_learn() -> None:
+    logits, present = drawn(0)
+    found, truth, guess = scored(logits, present, NAMES), present.astype(int), (logits >= 0).astype(int)
+    expected = {
+        "map_macro": metrics.average_precision_score(truth, logits, average="macro"),
+        "map_micro": metrics.average_precision_score(truth, logits, average="micro"),
+        "f1_macro": metrics.f1_score(truth, guess, average="macro"),
+        "f1_micro": metrics.f1_score(truth, guess, average="micro"),
+        "exact_match": metrics.accuracy_score(truth, guess),
+    }
+    content = json.loads(json.dumps(found.as_dict()))
+    for name, value in expected.items():
+        assert content[name] == pytest.approx(value, abs=1e-12), name
+    each = metrics.average_precision_score(truth, logits, average=None)
+    assert [row["average_precision"] for row in content["classes"]] == pytest.approx(list(each), abs=1e-12)
+    assert [row["f1"] for row in content["classes"]] == pytest.approx(
+        list(metrics.f1_score(truth, guess, average=None)), abs=1e-12
+    )
+    assert next(iter(found.of_a_run())) == "map"
+    precision = metrics.precision_score(truth, guess, average=None)
+    assert [row[4] for row in multilabel.class_table(found)] == [f"{100 * value:.2f}" for value in precision]
+
+
+def test_classes_that_do_not_occur() -> None:
+    """Means are over the others."""
+    logits, present = drawn(1)
+    present[:, 2] = False
+    found, others = scored(logits, present, NAMES), [0, 1, 3]
+    expected = metrics.average_precision_score(present[:, others], logits[:, others], average="macro")
+    assert found.map_macro == pytest.approx(expected, abs=1e-12)
+    truth, guess = present[:, others], logits[:, others] >= 0
+    assert found.f1_macro == pytest.approx(metrics.f1_score(truth, guess, average="macro"), abs=1e-12)
+    assert "classes 1 of 4 occur in no image" in multilabel.describe(found)
+    content = found.as_dict()["classes"][2]
+    assert content["average_precision"] is None and content["images"] == 0 and content["found"] > 0
+
+
+def test_outputs_that_are_not_finite() -> None:
+    logits, present = drawn(2)
+    logits[5, 1] = np.nan
+    found = scored(logits, present, NAMES)
+    instead = logits.copy()
+    instead[5] = -1e9
+    assert found.not_finite == 1
+    assert found.map_macro == scored(instead, present, NAMES).map_macro
+    assert any("WARNING: the outputs of 1 images" in line for line in multilabel.describe(found))
+
+
+def numbers(seed: int, images: int = 50) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    truth = (rng.normal(size=(images, 2)) * [3, 0.01] + [1e4, -2]).astype(np.float32)
+    return (truth + rng.normal(size=(images, 2)) * [1, 0.02]).astype(np.float32), truth
+
+
+def measured(found: np.ndarray, truth: np.ndarray, parts: int = 1) -> RegressionScores:
+    distances = Distances(found.shape[1])
+    for part, said in zip(np.array_split(found, parts), np.array_split(truth, parts), strict=True):
+        distances.add(part, said)
+    return distances.scores(NAMES[: found.shape[1]])
+
+
+@pytest.mark.parametrize("parts", [1, 7, 50])
+def test_numbers_as_scikit_learn(parts: int) -> None:
+    found, truth = numbers(0)
+    scores = measured(found, truth, parts)
+    found, truth = found.astype(np.float64), truth.astype(np.float64)
+    for name, function in {
+        "mae": metrics.mean_absolute_error,
+        "mse": metrics.mean_squared_error,
+        "rmse": metrics.root_mean_squared_error,
+        "r2": metrics.r2_score,
+    }.items():
+        expected = function(truth, found, multioutput="raw_values")
+        np.testing.assert_allclose(getattr(scores, name), expected, rtol=1e-9, err_msg=name)
+    assert list(scores.of_a_run()) == ["r2", "mae", "rmse"]
+    assert scores.of_a_run()["r2"] == pytest.approx(metrics.r2_score(truth, found), rel=1e-9)
+    assert len(regression.class_table(scores)) == 2
+
+
+@pytest.mark.parametrize(("found", "expected"), [([2.0, 2.0], 1.0), ([2.0, 2.5], 0.0)])
+def test_numbers_that_do_not_vary(found: list[float], expected: float) -> None:
+    truth = np.full((2, 1), 2, np.float32)
+    assert measured(np.float32(found)[:, None], truth).r2[0] == expected
+    assert metrics.r2_score(truth[:, 0], found) == expected
+
+
+def test_one_image_and_infinite_outputs() -> None:
+    scores = measured(np.float32([[np.inf, 1]]), np.float32([[1, 2]]))
+    assert scores.not_finite == 1 and np.isinf(scores.mae).all() and np.isnan(scores.r2).all()
+    assert json.loads(json.dumps(scores.as_dict(), allow_nan=False))["values"][1]["mae"] is None
