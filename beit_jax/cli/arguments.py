@@ -110,7 +110,8 @@ class TableArguments:
     value_columns: Annotated[tuple[str, ...], arg(metavar="NAME...", help_behavior_hint="")] = ()
     """Columns of numbers, which are learned in place of classes."""
     separator: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
-    """Between several classes in a cell; by default ; or | where cells have one. A JSON list needs none."""
+    """Between several classes in a cell; by default ; or | where cells have one. JSON lists need none. With "none" a
+    cell is one class whatever it holds."""
     split_column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """Column that says train, validation or test; by default split, if there is one."""
     image_folder: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from beit_jax.choices import ProblemType
 from beit_jax.config import BeitConfig
 from beit_jax.models.partition import BATCH_AXES
 from beit_jax.tree import Nested
@@ -16,12 +17,15 @@ from ..initial.parameters import Report, checkpoint_report
 from ..loop.plan import Plan
 from ..recipe import Recipe
 
+_UNIT: Mapping[ProblemType | None, str] = {"regression": "values"}
+
 
 @dataclass(frozen=True)
 class Preview:
     """Numbers of a run.
 
     Attributes:
+        classes: outputs of the model, of the kind `problem_type`.
         network: the configuration of what is trained, without the names of its classes.
         start: the configuration of the checkpoint that training starts from, and the fate of its tensors.
         flops_per_image: floating point operations of a training step, for one image.
@@ -38,6 +42,7 @@ class Preview:
     training_images: int
     validation_images: int
     classes: int
+    problem_type: ProblemType | None
     flops_per_image: float
     memory: Memory
     mesh: dict[str, int]
@@ -57,7 +62,7 @@ class Preview:
             *(f"  {setting}" for setting in settings),
             *self._network_lines(),
             f"data         {self.training_images:,} images to train, {self.validation_images:,} to evaluate"
-            + (f", {self.classes:,} classes" if self.classes else ""),
+            + (f", {self.classes:,} {_UNIT.get(self.problem_type, 'classes')}" if self.classes else ""),
             f"steps        {self.steps:,}, {self.steps_per_epoch:,} an epoch",
             f"parameters   {self.parameters:,}",
             f"operations   {self.flops_per_image / 1e9:,.1f} GFLOP an image and step, "
@@ -109,6 +114,7 @@ def preview(plan: Plan) -> Preview:
         training_images=len(plan.training),
         validation_images=0 if plan.validation is None else len(plan.validation),
         classes=plan.config.num_labels,
+        problem_type=plan.config.problem_type,
         flops_per_image=plan.objective.flops,
         memory=memory(
             4 * learned,

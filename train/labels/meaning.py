@@ -1,6 +1,7 @@
 """Which columns of a table say what about its images, and what that is: classes, several of them, or numbers."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ from .rows import Row, Table
 from .targets import LABEL, LABELS, VALUES, Target
 
 IMAGE_COLUMNS: Final = (
-    "file_name image image_path path file filename filepath file_path image_file image_name img image_id".split()
+    *("file_name", "image", "image_path", "path", "file", "filename", "filepath", "file_path"),
+    *("image_file", "image_file_name", "image_name", "img", "image_id"),
 )
 LABEL_COLUMNS: Final = "label labels class classes category categories target tags".split()
 SEPARATORS: Final = (";", "|")
+NO_SEPARATOR: Final = "none"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class TableOptions:
             `LABEL_COLUMNS` that there is.
         value_columns: columns of numbers to learn, in place of classes.
         separator: between the classes in a cell. By default ``;`` or ``|``, where a cell has one of these; a JSON list
-            needs none.
+            needs none. NO_SEPARATOR: every cell is the name of one class, whatever it holds.
         split_column: the column of the splits; by default ``split`` where there is one.
         image_folder: that the images' names are relative to; by default the table's.
         classes: a file with the names of the classes in their order: a line or an element of a JSON list for each.
@@ -232,7 +235,7 @@ def _separator(rows: Sequence[Row], column: str, options: TableOptions) -> str |
     if options.separator is not None:
         if not options.separator:
             raise BeitJaxError("--separator: expected the text between two classes, found nothing")
-        return options.separator
+        return None if options.separator == NO_SEPARATOR else options.separator
     cells = [row.cells[column] for row in rows]
     texts = [cell for cell in cells if isinstance(cell, str) and not _is_json_list(cell)]
     used = [each for each in SEPARATORS if any(each in text for text in texts)]
@@ -282,9 +285,10 @@ def _class_list(path: Path) -> tuple[str, ...]:
         names = [line.strip() for line in read_text(path, advice=advice).removeprefix("\ufeff").splitlines()]
         while names and not names[-1]:
             names.pop()
+    counts = Counter(names)
     for index, name in enumerate(names, start=1):
-        if not name or not name.isprintable() or names.count(name) > 1:
-            found = "a name that stands twice" if names.count(name) > 1 else "no printable name"
+        if not name or not name.isprintable() or counts[name] > 1:
+            found = "a name that stands twice" if counts[name] > 1 else "no printable name"
             raise BeitJaxError(f"{printable(path)}: class {index}: {printable(name, 60)}: {found}; {advice}")
     if not names:
         raise BeitJaxError(f"{printable(path)}: no names; {advice}")

@@ -48,7 +48,8 @@ def class_weights(
     for label in given.content:
         if label not in weights:
             near = printable(nearest(label, list(labels)) or labels[0], 60)
-            raise BeitJaxError(f"{printable(path)}: {printable(label, 60)} is no class of the data; one is called {near}")
+            found = f"{printable(label, 60)} is no class of the data"
+            raise BeitJaxError(f"{printable(path)}: {found}; one is called {near}")
         weights[label] = given.typed(label, float, 1.0)
         if not 0 <= weights[label] <= _LARGEST:
             raise given.error(label, f"a weight from 0 to {_LARGEST:,.0f}")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from beit_jax.config import BeitConfig
-from beit_jax.errors import BeitJaxError
+from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.build import Model, abstract_model
 from beit_jax.models.interface import abstract_module
@@ -24,6 +25,7 @@ from beit_jax.weights.native import NativeCheckpoint
 from ..augmentation.labels import ArrayLike, class_numbers, cross_entropy
 from ..augmentation.mixing import normalise
 from ..costs.estimate import flops
+from ..data.datasets import open_dataset
 from ..distributed.sharding import make_mesh, replicated
 from ..initial.model_config import model_config
 from ..initial.parameters import from_checkpoint
@@ -69,6 +71,16 @@ class Probe(LabelledImages[LinearProbeRecipe]):
     """
 
     reads = frozenset({"init"})
+
+    @staticmethod
+    def open(directory: Path, split: str) -> "Images":
+        images = open_dataset(directory, split)
+        if images.target.problem_type != "single_label_classification":
+            raise BeitJaxError(
+                f"{printable(directory)}: a linear probe learns one class of each image, found {images.target.kind}; "
+                "fine-tune with the recipe finetune"
+            )
+        return images
 
     @classmethod
     def configure(cls, recipe: Recipe, labels: tuple[str, ...], sources: Sources) -> BeitConfig:
