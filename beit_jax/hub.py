@@ -24,6 +24,9 @@ ADAPTER_WEIGHTS = "flax_adapter.safetensors"
 ADAPTER = "adapter_config.json"
 """peft's; a model with an adapter beside its weights is another model than the weights alone."""
 
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""The weights of an adapter of peft's, in order of preference."""
+
 # In order of preference. An index is followed by the shards that it lists.
 WEIGHT_FILES = (
     WEIGHTS,
@@ -109,11 +112,9 @@ def _download(name: str, revision: str | None, cache_dir: str | Path | None, pro
     model = _HubModel(name, revision, cache_dir, progress)
     config = model.fetch(CONFIG)
     if config is None:
-        if model.fetch(ADAPTER) is not None:
-            raise BeitJaxError(
-                f"{model}: holds an adapter and no model: load it in peft, and convert what "
-                "model.merge_and_unload().save_pretrained(DIRECTORY) writes"
-            )
+        adapter = model.fetch(ADAPTER)
+        if adapter is not None:
+            return model.adapter(adapter)
         raise BeitJaxError(f"{model}: holds no {CONFIG}; expected a model in Hugging Face format, or a native one")
     model.commit = config.parent.name  # the directory of a snapshot has the name of its commit
     model.fetch(PROCESSOR)
@@ -128,6 +129,9 @@ def _download(name: str, revision: str | None, cache_dir: str | Path | None, pro
         if not whole:  # a model that is whole in the cache needs no network
             model.fetch(ADAPTER)  # where there is one, the reader refuses the directory
         return Source(config.parent, name, model.commit)
+    adapter = model.fetch(ADAPTER)
+    if adapter is not None:
+        return model.adapter(adapter)
     raise BeitJaxError(f"{model}: holds none of {', '.join(WEIGHT_FILES)}; choose a model with PyTorch weights")
 
 
@@ -173,6 +177,18 @@ class _HubModel:
             return None
         except Exception as error:  # errors of huggingface_hub, its HTTP client and hf_xet have no common base class
             raise BeitJaxError(f"{self}: {_reason(error, called or printable(file))}") from error
+
+    def adapter(self, config: Path) -> Source:
+        """The adapter that the model on the hub is, without a model: its reader asks for the base.
+
+        Raises:
+            BeitJaxError: as `fetch`; it has no weights.
+        """
+        self.commit = config.parent.name
+        self.fetch(CONFIG)  # of the adapted model, if it is there: it says its labels
+        if not any(self.fetch(file, called="weights") for file in PEFT_WEIGHTS):
+            raise BeitJaxError(f"{self}: holds an adapter without weights ({' or '.join(PEFT_WEIGHTS)})")
+        return Source(config.parent, self.name, self.commit)
 
     def weight_files(self) -> tuple[str, ...]:
         """`WEIGHT_FILES`; in offline mode only those in the cache, because the hub cannot be asked for the others."""

@@ -14,22 +14,25 @@ import numpy as np
 from beit_jax.atomic import check_destination, new_directory
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.hub import WEIGHTS, Source, as_source
+from beit_jax.hub import WEIGHTS, Source, as_source, resolve
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.adapt import Adaptation, adaptations
 from beit_jax.models.build import param_shapes
 from beit_jax.terminal import Progress, no_progress
-from beit_jax.weights.native import NATIVE, NativeCheckpoint, save_json
+from beit_jax.weights.native import NATIVE, NativeCheckpoint, is_native, save_json
 from beit_jax.weights.sizes import check_sizes
 from beit_jax.weights.tensors import LeafSpec
 
 from . import formats
+from .adapters.base import native_base
+from .adapters.merge import composed, onto
+from .adapters.read import PeftAdapter, read_adapter
 from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from .formats.format import SourceFormat
 from .formats.rules import Step, steps
 from .identify import Identity, groups, identify
 from .images import Images, find_images
-from .labels import asked_head
+from .labels import asked, asked_head
 from .options import DEFAULT, Options
 from .provenance import digests as find_digests
 from .provenance import provenance
@@ -55,6 +58,7 @@ class Plan:
         dropped: tensors of the source that are computed and not learned, or that belong to a model around it.
         notes: lines for the user.
         digests: SHA-256 of every weight file, if it was asked for or is known.
+        adapter: the name of the adapter that is merged into the source, which is its base; None without one.
     """
 
     source: Source
@@ -70,6 +74,7 @@ class Plan:
     notes: tuple[str, ...]
     options: Options
     digests: Mapping[str, str | None]
+    adapter: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +95,8 @@ class Plan:
 
     def provenance(self) -> dict[str, Any]:
         """Returns the origin of the weights, as the native checkpoint records it."""
-        return provenance(self.source, self.checkpoint, self.naming.name, self.digests, self.options.asked())
+        found = provenance(self.source, self.checkpoint, self.naming.name, self.digests, self.options.asked())
+        return found if self.adapter is None else found | {"adapter": self.adapter}
 
 
 def plan(source: Source | str | Path, options: Options = DEFAULT) -> Plan:
@@ -100,17 +106,28 @@ def plan(source: Source | str | Path, options: Options = DEFAULT) -> Plan:
         BeitJaxError: a file cannot be read; the model is of another family; tensors are missing, unexpected, of another
             shape than the configuration says, or not floating point. The message names the file and the tensors.
     """
-    source, chosen = located(as_source(source), options)
-    checkpoint = open_checkpoint(source.path, prefer=options.weights, format=options.format)
+    given, adapter = as_source(source), None
+    if options.base is not None:
+        given, adapter = resolve(options.base), read_adapter(given.path)
+    source, chosen = located(given, options)
+    checkpoint = _open(source, options, adapter)
     checkpoint.notes = (*chosen, *checkpoint.notes)
     try:
-        return _plan(source, checkpoint, options)
+        decided = _plan(source, checkpoint, options, adapter)
+        return decided if adapter is None else replace(decided, adapter=str(adapter.path))
     except BaseException:
         checkpoint.close()
         raise
 
 
-def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Plan:
+def _open(source: Source, options: Options, adapter: PeftAdapter | None) -> Checkpoint:
+    if adapter is not None and source.path.is_dir() and is_native(source.path):
+        return native_base(source.path)
+    beside = None if adapter is None else adapter.directory
+    return open_checkpoint(source.path, prefer=options.weights, format=options.format, adapter=beside)
+
+
+def _plan(source: Source, checkpoint: Checkpoint, options: Options, adapter: PeftAdapter | None) -> Plan:
     digests = find_digests(checkpoint, options)
     found = identify(source, checkpoint, formats.FORMATS, options)
     naming, prefix, described = found.place.format, found.place.prefix, found.described
@@ -132,20 +149,18 @@ def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> Plan:
     left_out, notes = _left_out(found, used)
     check_tensors(planned, tensors, left_out, config, where, origin)
     dropped = tuple(sorted([*(found.place.outer + name for name in left_out), *checkpoint.outside]))
-    head = asked_head(config, options)
+    head = asked_head(config, options) if adapter is None else onto(adapter, config, formats.FORMATS, asked(options))
     target = _target(head.config, options)
-    adapted = {
-        **adaptations(
-            head.config,
-            target,
-            channels_from=options.channels_from,
-            stored=_leaf_dtype_in_file(planned, tensors, "embeddings/patch_kernel"),
-        ),
-        **head.made,
-    }
-    planned = {name: planned[old] for name, old in head.moved.items()} | {
-        origin: planned[origin] for origins, _ in head.made.values() for origin in origins
-    }
+    resized = adaptations(
+        head.config,
+        target,
+        channels_from=options.channels_from,
+        stored=_leaf_dtype_in_file(planned, tensors, "embeddings/patch_kernel"),
+    )
+    adapted = {**head.made, **composed(resized, head.made)}
+    moved = {name: planned[old] for name, old in head.moved.items()}
+    sources = {origin for origins, _ in head.made.values() for origin in origins}
+    planned = {origin: planned[origin] for origin in sources - moved.keys()} | moved
     specs = {
         path: LeafSpec(shape, _leaf_dtype([planned[name] for name in adapted.get(path, ((path,),))[0]], tensors))
         for path, shape in param_shapes(target).items()
@@ -195,6 +210,8 @@ def convert(
     source, destination = as_source(source), Path(destination)
     check_destination(destination, overwrite=overwrite, contents=NATIVE, source=source.path)
     decided = plan(source, options)
+    # The base of an adapter is not replaced either.
+    check_destination(destination, overwrite=overwrite, contents=NATIVE, source=decided.source.path)
     with (
         decided.checkpoint,
         new_directory(

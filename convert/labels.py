@@ -25,7 +25,7 @@ def asked_head(config: BeitConfig, options: Options) -> HeadChange:
     Raises:
         BeitJaxError: as `change_head` and `read_classes`, naming the option.
     """
-    labels = options.num_labels if options.labels is None else read_classes(options.labels)
+    labels = asked(options)
     try:
         return change_head(config, labels, options.problem_type, seed=options.seed or 0)
     except BeitJaxError as error:
@@ -34,6 +34,15 @@ def asked_head(config: BeitConfig, options: Options) -> HeadChange:
         if text.startswith("problem_type"):
             raise BeitJaxError(f"--problem-type{text.removeprefix('problem_type')}") from None
         raise BeitJaxError(f"{option}: {text.removeprefix('labels: ')}") from None
+
+
+def asked(options: Options) -> Labels | int | None:
+    """The classes that the options name or count; None where they do not.
+
+    Raises:
+        BeitJaxError: as `read_classes`.
+    """
+    return options.num_labels if options.labels is None else read_classes(options.labels)
 
 
 def read_classes(path: Path) -> Labels:

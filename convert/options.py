@@ -31,6 +31,9 @@ class Options:
     step."""
     config: Path | None = None
     """The config.json that describes the model, where none lies beside the weights, as with accelerate's save_state."""
+    base: str | None = None
+    """The model that an adapter changes, where the source is an adapter that peft wrote (LoRA or DoRA): a directory, a
+    weight file, a native checkpoint or a hub name. The adapter is merged in float32."""
     variant: str | None = None
     """A published model (see beit-jax list) to take a file for, instead of recognising it."""
     num_heads: int | None = None

@@ -484,5 +484,14 @@ def test_an_adapter_beside_the_weights_comes_with_them(hub: FakeHub) -> None:
 
 
 def test_an_adapter_without_a_model(hub: FakeHub) -> None:
+    """It comes as it is; where a model is read it is refused with the way out, which is to name its base."""
     hub.push(NAME, {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"})
-    refusal("an adapter and no model", "merge_and_unload")
+    found = resolve(NAME).path
+    assert {path.name for path in found.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    with pytest.raises(BeitJaxError, match=r"adapter_config.json: an adapter.*--base"):
+        open_checkpoint(found)
+
+
+def test_an_adapter_without_weights(hub: FakeHub) -> None:
+    hub.push(NAME, {"adapter_config.json": b"{}"})
+    refusal("an adapter without weights")

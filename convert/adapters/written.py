@@ -6,7 +6,7 @@ Source: peft 0.21, `LoraConfig` and `get_peft_model_state_dict`.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +22,24 @@ from beit_jax.models.build import param_shapes
 
 from ..files.adapters import CONFIG as ADAPTER_CONFIG
 from ..files.adapters import WEIGHTS
+from ..formats import writing
 from ..formats.format import SourceFormat
 from ..formats.transformers import HF, HF5, HF5_DATA2VEC
-from ..formats.writing import write_safetensors
 
 if TYPE_CHECKING:
     from beit_jax.weights.native import NativeCheckpoint
 
 PREFIX = "base_model.model."
 """Before every name: a `PeftModel` holds a tuner, which holds the model."""
+
+
+FILES = (ADAPTER_CONFIG, WEIGHTS[0])
+"""What PEFT reads of the directory."""
+
+
+def is_written_here(directory: Path) -> bool:
+    """Returns True if the adapter in a directory is an export, unchanged by other programs."""
+    return writing.is_written_here(directory, WEIGHTS)
 
 
 def in_memory(config: BeitConfig) -> SourceFormat:
@@ -42,8 +51,8 @@ def in_memory(config: BeitConfig) -> SourceFormat:
 
 def refusal(config: BeitConfig) -> str | None:
     """Why transformers has no such model; None if it has."""
-    found = in_memory(config).refusal
-    return (HF if config.model_type == "beit" else in_memory(config)).refusal(config) if found else None
+    naming = HF5_DATA2VEC if in_memory(config) is HF5_DATA2VEC else HF
+    return None if naming.refusal is None else naming.refusal(config)
 
 
 def peft_tensors(checkpoint: "NativeCheckpoint", record: AdapterRecord) -> dict[str, np.ndarray]:
@@ -90,9 +99,15 @@ def peft_config(checkpoint: "NativeCheckpoint", record: AdapterRecord) -> dict[s
     }
 
 
-def write_peft(directory: Path, checkpoint: "NativeCheckpoint", record: AdapterRecord) -> list[str]:
-    """Writes PEFT's directory. Returns notes for the user."""
-    write_safetensors(directory / WEIGHTS[0], peft_tensors(checkpoint, record))
+def write_peft(
+    directory: Path, checkpoint: "NativeCheckpoint", record: AdapterRecord, tensors: Mapping[str, np.ndarray]
+) -> list[str]:
+    """Writes PEFT's directory. Returns notes for the user.
+
+    Args:
+        tensors: as `peft_tensors` makes them.
+    """
+    writing.write_safetensors(directory / WEIGHTS[0], tensors)
     write_json(directory / ADAPTER_CONFIG, peft_config(checkpoint, record))
     write_json(directory / CONFIG, checkpoint.config.to_hf())
     write_json(directory / PROCESSOR, checkpoint.processor.to_hf())
@@ -114,7 +129,8 @@ def _modules(config: BeitConfig, record: AdapterRecord) -> Iterator[tuple[str, d
                 "lora_B.weight": b.reshape(record.adapter.rank, -1).T,
             }
             if record.adapter.dora:
-                found["lora_magnitude_vector"] = record.factors[f"{prefix}/{MAGNITUDE}"][i].reshape(-1)
+                # peft itself writes no ".weight", and reads both; transformers 5's load_adapter finds only this one.
+                found["lora_magnitude_vector.weight"] = record.factors[f"{prefix}/{MAGNITUDE}"][i].reshape(-1)
             yield name.replace("{i}", str(i)), found
 
 
@@ -132,8 +148,8 @@ def _module_of(name: str, prefix: str) -> str:
         return f"{prefix}embeddings"
     if not inner or re.fullmatch(r"(encoder\.layer|layers)\.\d+", inner):
         raise BeitJaxError(
-            f"{printable(name)}: differs from the base, and PEFT saves no parameter of a block alone: give the merged model "
-            "back instead (--to hf)"
+            f"{printable(name)}: differs from the base, and PEFT saves no parameter of a block alone: give the merged "
+            "model back instead (--to hf)"
         )
     return module
 

@@ -1,6 +1,6 @@
-"""Adapters (LoRA and its relatives, saved by peft): refused, because nothing here applies them to the weights.
+"""Adapters (LoRA and its relatives, saved by peft) where a model is read: refused, because both make another model.
 
-transformers applies an adapter that lies beside a model's weights; without it the same directory is another model.
+transformers applies an adapter that lies beside a model's weights. Here ``--base`` does, by `..adapters`.
 """
 
 import json
@@ -10,25 +10,28 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.hub import ADAPTER, PEFT_WEIGHTS
 from beit_jax.json_file import read_json
 
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-MERGE = "load it with its adapter in peft, and convert what model.merge_and_unload().save_pretrained(DIRECTORY) writes"
+CONFIG, WEIGHTS = ADAPTER, PEFT_WEIGHTS
+MERGE = (
+    "name the model that it changes with --base, which merges LoRA and DoRA, or merge it in peft, and convert what "
+    "model.merge_and_unload().save_pretrained(DIRECTORY) writes"
+)
 
 _NAMES = re.compile(
     r"^base_model\.model\.|(^|\.)(lora_\w+|base_layer|modules_to_save|original_module|ia3_\w+|oft_\w+|hada_\w+)(\.|$)"
 )
 
 
-def refuse_adapter(directory: Path) -> None:
-    """Refuses a directory that holds an adapter, beside the weights of a model or alone.
+def refuse_adapter(directory: Path, known: Path | None = None) -> None:
+    """Refuses a directory that holds an adapter, beside the weights of a model or alone, unless it is the `known` one.
 
     Raises:
         BeitJaxError: names the file, the model that the adapter changes, and how to merge both.
     """
     present = [name for name in (CONFIG, *WEIGHTS) if os.path.lexists(directory / name)]
-    if not present:
+    if not present or (known is not None and os.path.realpath(directory) == os.path.realpath(known)):
         return
     of = f" of {printable(json.dumps(base))}" if (base := _base(directory / CONFIG)) else ""
     raise BeitJaxError(

@@ -139,7 +139,18 @@ def _unwrapped(stored: Mapping[str, _Owner]) -> tuple[Mapping[str, _Owner], list
     return (bare, found) if len(bare) == len(stored) else (stored, [])
 
 
-def open_checkpoint(path: Path, *, prefer: str | None = None, format: Format | None = None) -> Checkpoint:
+def open_weights(path: Path) -> Checkpoint:
+    """Opens one weight file, whatever lies beside it.
+
+    Raises:
+        BeitJaxError: as `open_checkpoint`.
+    """
+    return Checkpoint(path, [_open_file(path, None)])
+
+
+def open_checkpoint(
+    path: Path, *, prefer: str | None = None, format: Format | None = None, adapter: Path | None = None
+) -> Checkpoint:
     """Opens a directory in Hugging Face format, or one weight file of a format recognised by its content.
 
     Args:
@@ -147,6 +158,7 @@ def open_checkpoint(path: Path, *, prefer: str | None = None, format: Format | N
         prefer: the set of weights to take from a training checkpoint with several: "model", "ema", or the name of an
             entry.
         format: take only weights of this file type from a directory.
+        adapter: the directory of an adapter that is applied to these weights; beside them it is no mistake.
 
     Raises:
         BeitJaxError: there is nothing, or no weights; a file is damaged or unsafe; it has several sets of weights, and
@@ -155,7 +167,7 @@ def open_checkpoint(path: Path, *, prefer: str | None = None, format: Format | N
     path = Path(path)
     if not os.path.isdir(path):  # unlike Path.is_dir, no exception for a name the system refuses
         if path.name in WEIGHT_NAMES or path.name in adapters.WEIGHTS:
-            adapters.refuse_adapter(path.parent)
+            adapters.refuse_adapter(path.parent, adapter)
         if path.name.endswith(INDEX_SUFFIX):
             return _open_shards(path, path, prefer, ())
         if path.name == distributed_folder.METADATA:
@@ -163,7 +175,7 @@ def open_checkpoint(path: Path, *, prefer: str | None = None, format: Format | N
         if path.name == NATIVE:
             raise BeitJaxError(f"{printable(path, 1024)}: of a native checkpoint; give its directory")
         return Checkpoint(path, [_open_file(path, prefer)])
-    adapters.refuse_adapter(path)
+    adapters.refuse_adapter(path, adapter)
     wanted = [name for name in WEIGHT_NAMES if format in (None, WEIGHT_NAMES[name])]
     present = [name for name in wanted if os.path.lexists(path / name)]  # a broken link is an error, not absence
     if not present and format in (None, "pytorch") and (folder := distributed_folder.within(path)) is not None:

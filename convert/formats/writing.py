@@ -4,7 +4,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,15 +27,15 @@ _MARK = "beit_jax"
 """In every file of weights, so that an export is known as one. Who trains it further writes a file without it."""
 
 
-def is_written_here(directory: Path) -> bool:
+def is_written_here(directory: Path, weights: Sequence[str] = (SAFETENSORS, PTH)) -> bool:
     """Returns True if the weights in a directory are those of an export, unchanged by other programs."""
-    present = [directory / name for name in (SAFETENSORS, PTH) if os.path.lexists(directory / name)]
+    present = [directory / name for name in weights if os.path.lexists(directory / name)]
     return bool(present) and all(map(_is_marked, present))
 
 
 def _is_marked(path: Path) -> bool:
     try:
-        if path.name == SAFETENSORS:
+        if path.suffix == ".safetensors":
             with safe_open(path, framework="numpy") as file:
                 return _MARK in (file.metadata() or {})
         with zipfile.ZipFile(path) as archive:  # a pickle is not run to find a word in it

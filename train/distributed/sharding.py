@@ -28,6 +28,17 @@ SMALL = 2**15
 """A leaf with fewer elements is not split over "fsdp": gathering it would cost more than holding it."""
 
 RULES: Sequence[tuple[str, PartitionSpec]] = (
+    # Factors of kernels lie as the axes of their kernels do; no axis of a rank is split.
+    (r".*attention/adapter/[qkv]/lora_a", spec(None, "fsdp", None)),
+    (r".*attention/adapter/[qkv]/lora_b", spec(None, None, "tensor", None)),
+    (r".*attention/adapter/[qkv]/magnitude", spec(None, "tensor", None)),
+    (r".*attention/adapter/out/lora_a", spec(None, "tensor", None, None)),
+    (r".*mlp/adapter/fc1/lora_a", spec(None, "fsdp", None)),
+    (r".*mlp/adapter/fc1/lora_b", spec(None, None, "tensor")),
+    (r".*mlp/adapter/fc1/magnitude", spec(None, "tensor")),
+    (r".*mlp/adapter/fc2/lora_a", spec(None, "tensor", None)),
+    (r".*adapter/(out|fc2)/lora_b", spec(None, None, "fsdp")),
+    (r".*adapter/(out|fc2)/magnitude", spec()),
     (r".*blocks/attention/qkv_kernel", spec(None, "fsdp", None, "tensor", None)),
     (r".*blocks/attention/out_kernel", spec(None, "tensor", None, "fsdp")),
     (r".*blocks/attention/bias_table", spec(None, None, "tensor")),
