@@ -1,6 +1,6 @@
 """Commands on images: `classify`, `features`, `segment` and `reconstruct`. Imports wait until one runs."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -139,7 +139,8 @@ def segment(
         mask: PNG to write: the class number of every pixel.
         opacity: Opacity of the colours, 0 to 1, by default 0.5.
     """
-    from beit_jax.images.files import open_image
+    from beit_jax.images.bands import check_bands, load, visible
+    from beit_jax.images.files import read_image_file
     from beit_jax.images.label_maps import write_label_map
     from beit_jax.inference.segmentation import segment as run
     from beit_jax.looking import pictures
@@ -156,23 +157,24 @@ def segment(
     outputs = Outputs(output, mask, files, folders=several)
     bad = BadImages(len(files), skip.share())
     if not several:
-        open_image(files[0])  # before a checkpoint is fetched for nothing
+        check_bands(read_image_file(files[0]), printable(files[0]))  # before a checkpoint is fetched for nothing
     found: list[dict[str, Any]] = []
     with outputs.open() as (picture_of, mask_of):
         model, processor, options = segmentation.load(checkpoint, hub)
-        names = model.config.labels
+        names, seen = model.config.labels, replace(processor, bands=None)
         with image_progress(len(files), first="compiling") as advance:
             for place, path in enumerate(files):
                 try:
-                    picture = open_image(path)
+                    picture = load(path, processor.num_channels, printable(path), select=processor.bands)
                 except BeitJaxError as error:
                     bad.note(place, error)
                 else:
-                    labels = run(model, processor, picture, options)
+                    labels = run(model, seen, picture, options)
                     found.append({"image": str(path), "height": labels.shape[0], "width": labels.shape[1],
                                   "classes": pictures.areas(labels, names)})  # fmt: skip
                     if picture_of is not None:
-                        drawn = pictures.overlay(picture, labels, names, opacity=0.5 if opacity is None else opacity)
+                        shown, share = visible(picture), 0.5 if opacity is None else opacity
+                        drawn = pictures.overlay(shown, labels, names, opacity=share)
                         drawn.save(picture_of(path), format=outputs.format)
                     if mask_of is not None:
                         write_label_map(labels, mask_of(path))

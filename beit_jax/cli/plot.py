@@ -58,11 +58,12 @@ class _ImagePlot:
 
     def attention(self) -> "ImageAttention":
         """Computes the attention in the image, in all blocks."""
-        from beit_jax.images.files import open_image
+        from beit_jax.images.bands import check_bands
+        from beit_jax.images.files import read_image_file
         from beit_jax.inference import predict
         from beit_jax.looking.interpret import image_attention
 
-        open_image(self.image)  # before a checkpoint is fetched for nothing
+        check_bands(read_image_file(self.image), printable(self.image))  # before a checkpoint is fetched for nothing
         model, processor = predict.from_pretrained(
             self.checkpoint, revision=self.hub.revision, cache_dir=self.hub.cache_dir
         )

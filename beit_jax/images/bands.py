@@ -187,11 +187,12 @@ def _all_bands(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
     return image.height, image.width
 
 
-def visible(pixels: Pixels) -> Image.Image:
-    """A picture of bands for people: the first three as red, green and blue, or the only one, or the first, as grey.
+def visible(image: Image.Image | Pixels) -> Image.Image:
+    """An RGB picture of bands for people: the first three as red, green and blue, or else the first as grey.
 
     8-bit values stay as they are. All others are stretched, so that 2 % of them become black and 2 % white.
     """
+    pixels = _array(image)
     shown = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1]
     if shown.dtype != np.uint8:
         low, high = (np.percentile(shown, share, axis=(0, 1)) for share in (2, 98))

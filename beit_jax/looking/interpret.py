@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, UInt8
 
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.bands import visible
 from beit_jax.images.files import ImageLike
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.build import Model
@@ -130,13 +131,15 @@ def image_attention(model: Model, processor: ImageProcessor, image: ImageLike) -
     Raises:
         BeitJaxError: the image cannot be read, or the model does not take its size.
     """
-    seen = replace(processor, rescale_factor=None, mean=None, std=None)(image)[0].astype(np.uint8)
+    raw = replace(processor, rescale_factor=None, mean=None, std=None)(image)[0]
+    levels = raw.shape[-1] in (1, 3) and bool(((raw >= 0) & (raw <= 255) & (raw == np.floor(raw))).all())
+    seen = np.asarray(visible(raw.astype(np.uint8) if levels else raw))
     pixels = processor(image)
     grid = patch_grid(model.config, pixels.shape)
     probabilities = np.asarray(_attentions(_encoder(model), jnp.asarray(pixels)))[:, 0]
     name = printable(Path(image).name, 40) if isinstance(image, str | os.PathLike) else "image"
     pools_patches = model.config.has_pooler and model.config.pooling == "mean"
-    return ImageAttention(np.broadcast_to(seen, (*seen.shape[:2], 3)), probabilities, grid, name, pools_patches)
+    return ImageAttention(seen, probabilities, grid, name, pools_patches)
 
 
 def rollout(probabilities: Float[np.ndarray, "depth heads n n"]) -> Float64[np.ndarray, "n n"]:
