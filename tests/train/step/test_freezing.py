@@ -173,6 +173,7 @@ def test_a_model_with_fixed_blocks_computes_the_same_and_has_no_gradient_there(f
         np.testing.assert_allclose(gradient, flatten(every)[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.thorough
 def test_what_is_frozen_before_all_that_learns_keeps_nothing_for_the_way_back() -> None:
     """A forward pass alone is a third of the operations, and a probe of the head costs little more."""
     recipe = recipe_named("digits_finetune")
