@@ -1,9 +1,10 @@
 """The command `evaluate`: a classifier or a segmentation model on labelled images. Imports wait until it runs."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from tyro.conf import Positional, arg
 
@@ -20,6 +21,11 @@ from beit_jax.cli.arguments import (
 from beit_jax.cli.extras import train_extra
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.terminal import image_progress, print_json, print_lines, print_table
+
+if TYPE_CHECKING:
+    from beit_jax.train.evaluation.segmentation import SegmentationScores
+
+Scoring: TypeAlias = "Callable[..., SegmentationScores]"
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,35 @@ class AnnotationArguments:
         return self.labels_from_one if self.labels_from_zero or self.labels_from_one else None
 
 
+@dataclass(frozen=True)
+class WorstArguments:
+    """A picture of the images on which segmentation scores worst."""
+
+    worst: Annotated[tuple[int, Path] | None, arg(metavar="NUMBER PNG|DIR", help_behavior_hint="")] = None
+    """Draw so many images of the smallest mIoU, each beside its truth and what was found: on one sheet, or in a new
+    folder."""
+
+    def check(self) -> None:
+        """Refuses values that cannot be used, before a checkpoint is fetched for nothing.
+
+        Raises:
+            BeitJaxError: names the option.
+        """
+        from beit_jax.atomic import check_file, check_place
+
+        if self.worst is not None:
+            require_counts(worst=self.worst[0], most=256)
+            if self.worst[1].suffix.lower() == ".png":
+                check_file(self.worst[1])
+            elif self.worst[1].suffix or self.worst[1].exists():
+                found = "exists" if self.worst[1].exists() else "has another ending"
+                raise BeitJaxError(
+                    f"--worst: {printable(self.worst[1])} {found}, expected a name in .png or a new folder"
+                )
+            else:
+                check_place(self.worst[1])
+
+
 def evaluate(
     checkpoint: Positional[SourceName],
     *,
@@ -88,6 +123,7 @@ def evaluate(
     table: Annotated[TableArguments, arg(name="")] = TableArguments(),
     classification: Annotated[ClassificationArguments, arg(name="")] = ClassificationArguments(),
     segmentation: Annotated[SegmentationArguments, arg(name="")] = SegmentationArguments(),
+    worst: Annotated[WorstArguments, arg(name="")] = WorstArguments(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
     """Score a checkpoint on labelled images: top-1 and top-5 of a classifier, or mIoU, mAcc and aAcc of segmentation.
@@ -98,17 +134,28 @@ def evaluate(
     Try:
       beit-jax evaluate facebook/data2vec-vision-base-ft1k --data ./imagenet
       beit-jax evaluate ./native --data ./folder-per-class --preset unilm_eval --confusion mistakes.png
+      beit-jax evaluate ./native --data ./prepared-masks --worst 8 worst.png
       beit-jax evaluate ./native --images ADE/images/validation --annotations ADE/annotations/validation --as-trained
       beit-jax evaluate ./native --images DIR --annotations DIR --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --as-trained
 
     Args:
         data: For a classifier: data from `beit-jax prepare`, a table with a row for every image (or a folder with its
-            metadata.csv or .jsonl), or a folder of images per class.
+            metadata.csv or .jsonl), or a folder of images per class. For segmentation: data from `beit-jax prepare`.
         images: For segmentation: the folder of images.
-        annotations: The folder of PNG files with a class number for every pixel, named as their images.
+        annotations: The folder of label maps, PNG or other files with a class number for every pixel, named as their
+            images.
     """
+    worst.check()
     if data is not None and images is None and annotations is None:
-        for unused in (segmentation, numbering):
+        with train_extra():
+            from beit_jax.train.data.datasets import holds_label_maps
+        if holds_label_maps(data):
+            for unused in (replace(classification, split=None), table):
+                refuse_given(unused, f"for a classifier, and {printable(data)} holds label maps")
+            refuse_given(numbering, "prepared data say how they count classes")
+            opened = _prepared_maps(data, classification.split or "validation")
+            return _evaluate_segmentation(checkpoint, opened, segmentation, worst, hub, skip.share(), json=json)
+        for unused in (segmentation, numbering, worst):
             refuse_given(unused, "for segmentation, and --data evaluates a classifier")
         classification.check()
         return _evaluate_classifier(checkpoint, data, table, classification, skip.share(), hub, json=json)
@@ -116,9 +163,8 @@ def evaluate(
         raise BeitJaxError("give --data to evaluate a classifier, or --images and --annotations for segmentation")
     for unused in (classification, table):
         refuse_given(unused, "for a classifier, and --images evaluates segmentation")
-    return _evaluate_segmentation(
-        checkpoint, images, annotations, numbering.reduce(), segmentation, skip.share(), hub, json=json
-    )
+    folders = _folders_of_maps(images, annotations, numbering.reduce(), allow_missing=skip.share() > 0)
+    return _evaluate_segmentation(checkpoint, folders, segmentation, worst, hub, skip.share(), json=json)
 
 
 def _evaluate_classifier(
@@ -146,9 +192,12 @@ def _evaluate_classifier(
         check_file(options.confusion, inputs=[*read, *filter(None, [options.real])])
     model, processor = hub.load(checkpoint)
     if options.preset is not None:
-        processor = preset(
-            options.preset, model.config.image_size, mean=processor.mean or HALF, std=processor.std or HALF
+        mean, std = processor.mean or HALF, processor.std or HALF
+        steps = preset(
+            options.preset, model.config.image_size, mean=mean, std=std, num_channels=processor.num_channels
         )
+        factor = processor.rescale_factor if processor.num_channels != 3 else steps.rescale_factor
+        processor = replace(steps, bands=processor.bands, rescale_factor=factor)
     problem = labelled.problem_type_of(model, opened)
     if options.confusion is not None and problem != "single_label_classification":
         raise BeitJaxError(f"--confusion: of classes of which one holds, the model is for {problem}; leave it out")
@@ -174,43 +223,55 @@ def _evaluate_classifier(
     return 0
 
 
+def _prepared_maps(data: Path, split: str) -> "Scoring":
+    """How prepared data are scored; opened before a checkpoint is fetched for nothing."""
+    with train_extra():
+        from beit_jax.train.data.datasets import open_segmentation
+        from beit_jax.train.evaluation.segmentation import evaluate_prepared
+    opened = open_segmentation(data, split)
+    return lambda model, processor, how, **options: evaluate_prepared(model, processor, opened, how, **options)
+
+
+def _folders_of_maps(images: Path, annotations: Path, reduce: bool | None, *, allow_missing: bool) -> "Scoring":
+    """How folders are scored; listed before a checkpoint is fetched for nothing."""
+    with train_extra():
+        from beit_jax.train.data.listing import annotated_images, images_with_maps
+        from beit_jax.train.evaluation.segmentation import evaluate_folders
+    (images_with_maps if allow_missing else annotated_images)(images, annotations)
+    return lambda model, processor, how, **options: evaluate_folders(
+        model, processor, images, annotations, how, reduce=reduce, **options
+    )
+
+
 def _evaluate_segmentation(
     checkpoint: str,
-    images: Path,
-    annotations: Path,
-    reduce: bool | None,
+    scoring: "Scoring",
     segmentation: SegmentationArguments,
-    max_bad: float,
+    worst: WorstArguments,
     hub: Hub,
+    max_bad: float,
     *,
     json: bool,
 ) -> int:
-    """`beit-jax evaluate` with ``--images``."""
-    from beit_jax.train.data.listing import annotated_images, images_with_maps
-    from beit_jax.train.evaluation import segmentation as scoring
+    """`beit-jax evaluate` of label maps."""
+    from beit_jax.looking.compared import write_comparisons
+    from beit_jax.train.evaluation import segmentation as scored
 
-    (images_with_maps if max_bad else annotated_images)(images, annotations)  # before a checkpoint is fetched
-    model, processor, options = segmentation.load(checkpoint, hub)
-    scores = scoring.evaluate_folders(
-        model,
-        processor,
-        images,
-        annotations,
-        options,
-        reduce=reduce,
-        max_bad=max_bad,
-        progress=image_progress,
-    )
+    collected = None if worst.worst is None else scored.Worst(worst.worst[0])
+    model, processor, how = segmentation.load(checkpoint, hub)
+    scores = scoring(model, processor, how, max_bad=max_bad, worst=collected, progress=image_progress)
+    if worst.worst is not None and collected is not None:
+        write_comparisons(collected.rows, model.config.labels, worst.worst[1])
     if json:
         print_json(scores.as_dict())
         return 0
     rows = [
         [
             printable(row["label"], 1024),
-            *("" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("iou", "accuracy")),
+            *("" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("iou", "accuracy", "dice")),
         ]
         for row in scores.as_dict()["classes"]
     ]
-    print_table(["class", "IoU %", "accuracy %"], rows)
-    print_lines(scoring.describe(scores))
+    print_table(["class", "IoU %", "accuracy %", "Dice %"], rows)
+    print_lines(scored.describe(scores))
     return 0

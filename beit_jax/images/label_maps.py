@@ -77,9 +77,9 @@ def decode_label_map(data: bytes, name: str, *, grey_colours: bool = False) -> L
         return values[..., 0].astype(np.int32)
     row, column = (int(i) for i in np.argwhere(coloured if coloured.any() else ~coloured)[0])
     raise BeitJaxError(
-        f"{name}: mode RGB holds colours, {tuple(values[row, column].tolist())} at row {row}, column {column}, "
-        "expected class numbers (a greyscale or palette PNG); beit-jax prepare segmentation --colors FILE takes a file "
-        "of the colours"
+        f"{name}: mode RGB holds colours, expected class numbers (a greyscale or palette PNG), found "
+        f"{tuple(values[row, column].tolist())} at row {row}, column {column}; beit-jax prepare segmentation "
+        "--colors FILE takes a file of the colours"
     )
 
 

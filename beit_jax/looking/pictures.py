@@ -47,11 +47,21 @@ def overlay(image: Image.Image, labels: LabelMap, names: Sequence[str], *, opaci
         image: RGB, in the size of `labels`.
         opacity: of the colours, 0 to 1.
     """
+    return legend(painted(image, labels, names, opacity=opacity), labels, names)
+
+
+def painted(image: Image.Image, labels: LabelMap, names: Sequence[str], *, opacity: float) -> Image.Image:
+    """The image under the colours of its classes, as `overlay` without the legend."""
     colours = palette(len(names))
     known = (labels >= 0) & (labels < len(names))
     paint = np.where(known[..., None], colours[np.where(known, labels, 0)], np.asarray(image))
     mixed = np.asarray(image) * (1.0 - opacity) + paint * opacity
-    return _with_legend(Image.fromarray(np.round(mixed).astype(np.uint8)), areas(labels, names), colours)
+    return Image.fromarray(np.round(mixed).astype(np.uint8))
+
+
+def legend(picture: Image.Image, labels: LabelMap, names: Sequence[str]) -> Image.Image:
+    """The picture with the names, colours and areas of the classes in a label map beside it."""
+    return _with_legend(picture, areas(labels, names), palette(len(names)))
 
 
 def _with_legend(picture: Image.Image, found: Sequence[Area], colours: np.ndarray) -> Image.Image:

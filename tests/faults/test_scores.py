@@ -16,7 +16,7 @@ from beit_jax.images.label_maps import ADE20K_CLASSES, write_label_map
 from beit_jax.images.processor import ImageProcessor, ade20k_processor
 from beit_jax.inference.predict import from_pretrained
 from beit_jax.inference.segmentation import segment
-from beit_jax.train.evaluation.segmentation import numbering
+from beit_jax.train.evaluation.truths import numbering
 from tests.support.segmenter import save_segmenter
 
 TWO = ("background", "flower")

@@ -307,6 +307,15 @@ def open_segmentation(directory: Path, split: str) -> SegmentationDataset:
     return replace(opened, pixels=tuple(counts) if known else None)
 
 
+def holds_label_maps(directory: Path) -> bool:
+    """True for a prepared data set of images with label maps; False for another one, and for any other directory.
+
+    Raises:
+        BeitJaxError: a data set that is damaged.
+    """
+    return (directory / INFO).is_file() and "segmentation" in _builder(directory).info.features
+
+
 def _open(
     kind: type[_Kind], directory: Path, split: str, described: Callable[[Path, Mapping[str, Any]], Mapping[str, Any]]
 ) -> _Kind:

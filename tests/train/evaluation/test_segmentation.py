@@ -49,7 +49,7 @@ def test_a_class_that_never_occurs_counts_in_no_mean() -> None:
     confusion.add(np.array([[0, 0, 1]]), np.array([[0, 0, 0]]))
     scores = confusion.scores()
     assert scores.mean_iou == pytest.approx((2 / 3 + 0) / 2) and scores.mean_accuracy == pytest.approx(2 / 3)
-    assert scores.as_dict()["classes"][2] == {"label": "c", "iou": None, "accuracy": None}
+    assert scores.as_dict()["classes"][2] == {"label": "c", "iou": None, "accuracy": None, "dice": None}
 
 
 def test_nothing_counted_has_no_score() -> None:
