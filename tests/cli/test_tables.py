@@ -102,6 +102,40 @@ def evaluated(made: Made, model: transformers.PreTrainedModel) -> tuple[np.ndarr
         return model(**inputs).logits.numpy(), np.stack(labels)
 
 
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (
+            ["prepare", "table", "TABLE", "NEW", "--label-columns", "colors"],
+            "has the columns file_name, colours, brightness",
+        ),
+        (["prepare", "table", "TABLE", "NEW"], "no column of labels (label, labels, class"),
+        (
+            ["prepare", "table", "TABLE", "NEW", "--value-columns", "colours"],
+            "row 2, column colours: expected a number",
+        ),
+        (["prepare", "table", "NOWHERE", "NEW"], "expected a table, or a folder that has one, found nothing"),
+        (["prepare", "table", "FOLDER", "NEW"], "found a folder without metadata.csv or metadata.jsonl"),
+        (["prepare", "folder", "FOLDER", "NEW", "--separator", ","], "--separator: for a table with a row for every"),
+        (
+            ["evaluate", "NOWHERE", "--images", "FOLDER", "--annotations", "FOLDER", "--separator", ","],
+            "--separator: for",
+        ),
+        (["evaluate", "NOWHERE", "--data", "FOLDER", "--label-columns", "x"], "no table, for which the options of col"),
+    ],
+)
+def test_what_is_refused(command: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "00.png").touch()
+    (tmp_path / "t.csv").write_text("file_name,colours,brightness\npictures/00.png,red,1\n")
+    names = {"TABLE": "t.csv", "NEW": "new", "FOLDER": "pictures", "NOWHERE": "nowhere"}
+    arguments = [str(tmp_path / names[word]) if word in names else word for word in command]
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert expected in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.thorough
 def test_several_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = make(tmp_path, ["--label-columns", "colours"], ["--classify.class-weights", "balanced"], capsys)

@@ -68,6 +68,11 @@ class Columns:
 
     @classmethod
     def of(cls, table: Table, options: TableOptions) -> "Columns":
+        """The columns that the options name, or that have one of the usual names.
+
+        Raises:
+            BeitJaxError: a column that is not there, or is named for two things; labels and values.
+        """
         if options.label_columns and options.value_columns:
             raise BeitJaxError("--label-columns and --value-columns were both given; an image has classes or numbers")
         image = (
@@ -97,7 +102,11 @@ class Columns:
         return [] if self.split is None else [f"splits from {self.split}"]
 
     def checked(self, table: Table) -> Table:
-        """The table, which has these columns."""
+        """The table, which has these columns.
+
+        Raises:
+            BeitJaxError: it lacks one; names the option.
+        """
         table.column(self.image, "--image-column")
         for name in self.labels:
             table.column(name, "--label-columns")
@@ -128,6 +137,12 @@ class Meaning:
 
 
 def meaning_of(rows: Sequence[Row], columns: Columns, options: TableOptions) -> Meaning:
+    """What rows say in these columns.
+
+    Raises:
+        BeitJaxError: a cell that says nothing or cannot be understood, naming its row and column; options that what
+            the rows say has no use for.
+    """
     if columns.values:
         _refuse_for_values(options)
         target = Target(VALUES, "regression", columns.values, held="float_list")

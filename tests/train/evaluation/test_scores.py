@@ -1,6 +1,7 @@
 """Scores of several classes and of numbers: against scikit-learn's."""
 
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -8,9 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics
 
+from beit_jax.config import BeitConfig
+from beit_jax.errors import BeitJaxError
+from beit_jax.models.build import Model, build_model, param_shapes
+from beit_jax.train.distributed.sharding import make_mesh
 from beit_jax.train.evaluation import multilabel, regression
-from beit_jax.train.evaluation.multilabel import average_precision, scored
-from beit_jax.train.evaluation.regression import Distances, RegressionScores
+from beit_jax.train.evaluation.logits import outputs
+from beit_jax.train.evaluation.multilabel import average_precision, evaluate_multilabel, scored
+from beit_jax.train.evaluation.regression import Distances, RegressionScores, evaluate_regression
+from beit_jax.tree import unflatten
 
 NAMES = tuple("abcd")
 
@@ -121,3 +128,58 @@ def test_one_image_and_infinite_outputs() -> None:
     scores = measured(np.float32([[np.inf, 1]]), np.float32([[1, 2]]))
     assert scores.not_finite == 1 and np.isinf(scores.mae).all() and np.isnan(scores.r2).all()
     assert json.loads(json.dumps(scores.as_dict(), allow_nan=False))["values"][1]["mae"] is None
+
+
+# Outputs of a model, however its images come
+
+
+CONFIG = BeitConfig(
+    task="image_classification",
+    image_size=(16, 16),
+    patch_size=(8, 8),
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=24,
+    labels=NAMES,
+)
+IMAGES = 23
+
+
+def model() -> Model:
+    rng = np.random.default_rng(0)
+    shapes = param_shapes(CONFIG)
+    return build_model(CONFIG, unflatten({name: rng.normal(size=s).astype("f4") for name, s in shapes.items()}))
+
+
+def in_batches(size: int, labels: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    """Every image once; the last batch is filled up with images that are not valid."""
+    images = np.random.default_rng(1).normal(size=(IMAGES, 16, 16, 3)).astype(np.float32)
+    for start in range(0, IMAGES, size):
+        rows = np.arange(start, start + size)
+        yield {"image": images[rows % IMAGES], "label": labels[rows % IMAGES], "valid": rows < IMAGES}
+
+
+@pytest.mark.parametrize("size", [IMAGES, 5, 1])
+def test_scores_do_not_depend_on_batches(size: int) -> None:
+    network, mesh = model(), make_mesh((-1, 1, 1))
+    logits = np.concatenate([found for found, _ in outputs(network, in_batches(IMAGES, np.zeros(IMAGES, np.int32)))])
+    present = np.random.default_rng(2).random((IMAGES, 4)) < 0.4
+    columns = [2, 0, 3, 1]
+    found = evaluate_multilabel(network, in_batches(size, present.astype(np.uint8)), NAMES, mesh=mesh, columns=columns)
+    expected = metrics.average_precision_score(present, logits[:, columns], average="macro")
+    assert found.count == IMAGES and found.map_macro == pytest.approx(expected, abs=1e-9)
+    one = np.random.default_rng(3).integers(0, 4, IMAGES).astype(np.int32)
+    found = evaluate_multilabel(network, in_batches(size, one), NAMES)
+    assert found.images.tolist() == np.bincount(one, minlength=4).tolist()
+    truth = np.random.default_rng(4).normal(size=(IMAGES, 2)).astype(np.float32)
+    distances = evaluate_regression(network, in_batches(size, truth), ("p", "q"), columns=[3, 1])
+    assert distances.mae == pytest.approx(
+        metrics.mean_absolute_error(truth, logits[:, [3, 1]], multioutput="raw_values"), rel=1e-5
+    )
+
+
+def test_no_images() -> None:
+    for evaluate in (evaluate_multilabel, evaluate_regression):
+        with pytest.raises(BeitJaxError, match="no images, so there is no score"):
+            evaluate(model(), iter(()), NAMES)
