@@ -8,11 +8,12 @@ The way of a checkpoint: `files` opens it, with `pickles` for what torch pickled
 pages of `formats`, and `images` how its images are prepared; `validation` compares its tensors with the model;
 `importer` plans and runs the import by a reader of leaves, `reading`, and `beit_jax.models.adapt` changes sizes.
 `adapters` reads and writes PEFT's files. `exporter` is the way back. `parity` compares both implementations, for which
-`reference` builds transformers' model. `tokenizers` converts tokenizers, `options` holds what a user may ask for, `labels` the head among it, and `provenance`
-is the record of where weights came from.
+`reference` builds transformers' model. `tokenizers` converts tokenizers, `options` holds what a user may ask for,
+`labels` the head among it, `training_folders` finds the model in what a training leaves, and `provenance` is the record
+of where weights came from.
 
-May import: the ground of `beit_jax`, its images, weights, models and tokenizers. `pickles` comes first, then `files`,
-`formats`, and the modules here. Names are imported when they are first used.
+May import: the ground of `beit_jax`, its images, weights, adapters, models and tokenizers. `pickles` comes first, then
+`files`, `formats`, `adapters`, and the modules here. Names are imported when they are first used.
 """
 
 from importlib import import_module
