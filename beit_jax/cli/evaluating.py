@@ -150,8 +150,8 @@ def evaluate(
         with train_extra():
             from beit_jax.train.data.datasets import holds_label_maps
         if holds_label_maps(data):
-            for unused in (replace(classification, split=None), table):
-                refuse_given(unused, f"for a classifier, and {printable(data)} holds label maps")
+            for of_classifiers in (replace(classification, split=None), table):
+                refuse_given(of_classifiers, f"for a classifier, and {printable(data)} holds label maps")
             refuse_given(numbering, "prepared data say how they count classes")
             opened = _prepared_maps(data, classification.split or "validation")
             return _evaluate_segmentation(checkpoint, opened, segmentation, worst, hub, skip.share(), json=json)
@@ -161,8 +161,8 @@ def evaluate(
         return _evaluate_classifier(checkpoint, data, table, classification, skip.share(), hub, json=json)
     if data is not None or images is None or annotations is None:
         raise BeitJaxError("give --data to evaluate a classifier, or --images and --annotations for segmentation")
-    for unused in (classification, table):
-        refuse_given(unused, "for a classifier, and --images evaluates segmentation")
+    for of_classifiers in (classification, table):
+        refuse_given(of_classifiers, "for a classifier, and --images evaluates segmentation")
     folders = _folders_of_maps(images, annotations, numbering.reduce(), allow_missing=skip.share() > 0)
     return _evaluate_segmentation(checkpoint, folders, segmentation, worst, hub, skip.share(), json=json)
 
@@ -183,6 +183,7 @@ def _evaluate_classifier(
 
     with train_extra():
         from beit_jax.train.evaluation import labelled
+        from beit_jax.train.evaluation.accuracy import Scores
         from beit_jax.train.evaluation.confusion import confusion_picture
 
     # Before a checkpoint is fetched for nothing.
@@ -212,7 +213,7 @@ def _evaluate_classifier(
         progress=partial(image_progress, description="evaluating"),
     )
     if options.confusion is not None:
-        assert isinstance(scores, labelled.Scores)
+        assert isinstance(scores, Scores)
         confusion_picture(scores, options.confusion)
     if json:
         print_json(scores.as_dict())

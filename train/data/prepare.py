@@ -25,13 +25,14 @@ from beit_jax.json_file import has_value
 from beit_jax.terminal import Advance, Progress, no_progress
 
 from .ade20k import ade20k
+from ..labels.meaning import TableOptions
 from .digits import digits
 from .image_folders import folder, images
 from .imagenet import imagenet, imagenet22k
 from .masks import PLAIN, MaskFiles, masks
 from .shards import INFO, METADATA, ShardWriter, check_shards
 from .sources import Example, Source
-from .tables import TableOptions, table
+from .tables import table
 
 VERSION: Final = "1.0.0"
 CONTENTS: Final = Contents(

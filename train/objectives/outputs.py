@@ -64,7 +64,7 @@ class Outputs:
         classes = len(self.target.names)
         if self.problem_type == "regression":
             numbers = jnp.asarray(labels, jnp.float32)
-            return numbers if self.mean is None else (numbers - self.mean) / self.std
+            return numbers if self.mean is None or self.std is None else (numbers - self.mean) / self.std
         if self.problem_type == "multi_label_classification":
             if labels.ndim == 1:
                 numbered = class_numbers(labels, classes, labels.shape)
