@@ -24,8 +24,8 @@ from beit_jax.images.bad_images import MAX_BAD, check_bad
 from beit_jax.json_file import has_value
 from beit_jax.terminal import Advance, Progress, no_progress
 
-from .ade20k import ade20k
 from ..labels.meaning import TableOptions
+from .ade20k import ade20k
 from .digits import digits
 from .image_folders import folder, images
 from .imagenet import imagenet, imagenet22k
