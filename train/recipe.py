@@ -61,6 +61,7 @@ GROWING = Range("two growing positive numbers", lambda pair: 0 < pair[0] <= pair
 TWO_POSITIVE = Range("two positive numbers", lambda pair: pair[0] > 0 and pair[1] > 0)
 POSITIVES = Range("positive numbers", lambda values: len(values) > 0 and all(value > 0 for value in values))
 BANDS = Range("numbers of bands, from 1", lambda bands: len(bands) > 0 and all(1 <= band <= 65536 for band in bands))
+SCALES = Range("positive integers", lambda scales: len(scales) > 0 and all(1 <= scale <= 65536 for scale in scales))
 EDGES = Range("pixels of the long edge and of the short one", lambda pair: 65536 >= pair[0] >= pair[1] >= 1)
 AXES = Range("positive numbers, one of which may be -1", lambda axes: all(axis == -1 or axis >= 1 for axis in axes))
 
@@ -312,6 +313,27 @@ class SceneOptions:
     def edges(self, size: tuple[int, int]) -> tuple[int, int]:
         """`scale`, for a model of images of this size."""
         return (4 * min(size), min(size)) if self.scale is None else self.scale
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """UperNet on the encoder, as the checkpoint has it if that segments, else as the published models have it."""
+
+    out_indices: tuple[int, int, int, int] | None = None
+    """Blocks whose outputs it reads, from 0; by default 3 5 7 11 of 12 blocks, 7 11 15 23 of 24, and such parts of any
+    other depth."""
+    pool_scales: Annotated[tuple[int, ...] | None, SCALES] = None
+    """Bins along a side of the pyramid pooling; by default 1 2 3 6."""
+    auxiliary: bool | None = None
+    """Whether there is a second head, on the third map, which only the loss uses; by default there is."""
+    auxiliary_weight: Annotated[float | None, NOT_NEGATIVE] = None
+    """Its weight in the loss; by default 0.4."""
+    auxiliary_channels: Annotated[int | None, SIZE] = None
+    """Its width; by default 256."""
+    auxiliary_convs: Annotated[int | None, LAYERS] = None
+    """Its convolutions; by default 1."""
+    auxiliary_concat: bool | None = None
+    """Whether its classifier reads the map, too; by default not."""
 
 
 @dataclass(frozen=True)

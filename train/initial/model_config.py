@@ -48,16 +48,20 @@ _BROUGHT = (
 )
 # What it brings along, too, where no published run was of its architecture.
 _OWN = (*_SIZES, "image_size", "position_resize", "initializer_range")
-_HEAD = (
-    "out_indices",
-    "feature_taps",
-    "pool_scales",
-    "use_auxiliary_head",
-    "auxiliary_channels",
-    "auxiliary_num_convs",
-    "auxiliary_concat_input",
-    "auxiliary_loss_weight",
-)
+# Options of a segmentation head.
+HEAD: Mapping[str, str] = {
+    "out_indices": "out_indices",
+    "pool_scales": "pool_scales",
+    "auxiliary": "use_auxiliary_head",
+    "auxiliary_weight": "auxiliary_loss_weight",
+    "auxiliary_channels": "auxiliary_channels",
+    "auxiliary_convs": "auxiliary_num_convs",
+    "auxiliary_concat": "auxiliary_concat_input",
+}
+_HEAD = (*HEAD.values(), "feature_taps")
+_OPTIONS = {field: f"model.{option}" for option, field in {**SETTLED, **ADAPTED}.items()} | {
+    field: f"head.{option}" for option, field in HEAD.items()
+}
 
 
 def model_config(
@@ -99,6 +103,8 @@ def model_config(
         fields |= _brought(recipe, replace(variant, position_bias=bias), start, task)
         _check(options, start)
     fields |= _chosen(options, start)
+    if task == "semantic_segmentation":
+        fields |= _chosen_head(recipe, start)
     depth = fields.get("num_hidden_layers", variant.num_hidden_layers)
     if task == "semantic_segmentation" and "out_indices" not in fields and depth != variant.num_hidden_layers:
         fields["out_indices"] = segmentation_taps(depth)
@@ -115,7 +121,7 @@ def model_config(
             attention_probs_dropout_prob=options.attention_dropout,
         )
     except BeitJaxError as error:
-        raise BeitJaxError(_in_options(error, fields)) from None
+        raise BeitJaxError(_in_options(error)) from None
 
 
 def architecture(config: BeitConfig) -> dict[str, Any]:
@@ -148,9 +154,7 @@ def image_processor(recipe: Recipe, config: BeitConfig) -> ImageProcessor:
     """
     if recipe.variant == DIGITS:
         half = HALF[:1] * config.num_channels
-        found = ImageProcessor(
-            config.image_size, "bilinear", mean=half, std=half, num_channels=config.num_channels
-        )
+        found = ImageProcessor(config.image_size, "bilinear", mean=half, std=half, num_channels=config.num_channels)
     else:
         found = preset("unilm_eval", config.image_size, num_channels=config.num_channels)
     return normalised(found, recipe.data)
@@ -196,18 +200,19 @@ def _check(options: ModelOptions, start: BeitConfig) -> None:
     for option, name in SETTLED.items():
         asked, found = getattr(options, option), getattr(start, name)
         if asked is not None and asked != found:
-            raise _contradiction(option, asked, found)
+            raise _contradiction(f"model.{option}", asked, found)
     asked, found = options.position_bias, start.position_bias
     if asked is not None and asked != found and (found, asked) != ("shared", "per_layer"):
-        raise _contradiction("position_bias", asked, found)
+        raise _contradiction("model.position_bias", asked, found)
     scale = options.layer_scale
     if scale is not None and (scale > 0) != (start.layer_scale_init_value > 0):
-        raise _contradiction("layer_scale", f"{scale:g}", "one" if start.layer_scale_init_value else "none")
+        raise _contradiction("model.layer_scale", f"{scale:g}", "one" if start.layer_scale_init_value else "none")
 
 
 def _contradiction(option: str, asked: object, found: object) -> BeitJaxError:
-    name = spelled(f"model.{option}")
-    return BeitJaxError(f"--{name}: the checkpoint of --init has {found}, found {asked}; None takes the checkpoint's")
+    return BeitJaxError(
+        f"--{spelled(option)}: the checkpoint of --init has {found}, found {asked}; None takes the checkpoint's"
+    )
 
 
 # --- What the options decide ------------------------------------------------------------------------------------------
@@ -221,8 +226,19 @@ def _chosen(options: ModelOptions, start: BeitConfig | None) -> dict[str, Any]:
     return {field: value for field, value in named.items() if value is not None}
 
 
-def _in_options(error: BeitJaxError, fields: Mapping[str, Any]) -> str:
+def _chosen_head(recipe: Recipe, start: BeitConfig | None) -> dict[str, Any]:
+    """The fields of a segmentation head that options name. A head of the checkpoint keeps its shapes."""
+    options = recipe.groups().get("head")
+    named = {field: getattr(options, option, None) for option, field in HEAD.items()}
+    chosen = {field: value for field, value in named.items() if value is not None}
+    if start is not None and start.task == "semantic_segmentation":
+        for field in chosen.keys() - {"out_indices", "use_auxiliary_head", "auxiliary_loss_weight"}:
+            if chosen[field] != getattr(start, field):
+                raise _contradiction(_OPTIONS[field], chosen[field], getattr(start, field))
+    return chosen | ({"feature_taps": "original"} if "out_indices" in chosen else {})
+
+
+def _in_options(error: BeitJaxError) -> str:
     """The message with the options that set the fields it names."""
-    options = {field: spelled(f"--model.{option}") for option, field in {**SETTLED, **ADAPTED}.items()}
     first = str(error).split(maxsplit=1)[0].rstrip(":")
-    return f"{options[first]}: {error}" if first in options else str(error)
+    return f"--{spelled(_OPTIONS[first])}: {error}" if first in _OPTIONS else str(error)

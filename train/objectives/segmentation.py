@@ -35,7 +35,7 @@ from ..distributed.collectives import gather, on_host
 from ..evaluation.mean_loss import VALIDATION_LOSS
 from ..evaluation.segmentation import Confusion
 from ..initial.pixels import normalised, of_decoded
-from ..recipe import NOT_NEGATIVE, Recipe, SceneOptions, require
+from ..recipe import NOT_NEGATIVE, HeadOptions, Recipe, SceneOptions, require
 from ..step.criterion import Batch, Criterion, Metrics
 from ..step.state import State, variables
 from .class_weights import balanced, class_weights
@@ -75,6 +75,7 @@ class SegmentationRecipe(AdaptableRecipe):
     objective: ClassVar[str] = "segmentation"
     fallback: ClassVar[str] = "beit_base_patch16_640_ade20k"
     segment: SegmentationOptions = field(default_factory=SegmentationOptions)
+    head: HeadOptions = field(default_factory=HeadOptions)
 
     def check(self) -> None:
         super().check()

@@ -11,10 +11,10 @@ import pytest
 from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.build import param_shapes
-from beit_jax.train.initial.model_config import ADAPTED, SETTLED, model_config, segmentation_taps
+from beit_jax.train.initial.model_config import ADAPTED, HEAD, SETTLED, model_config, segmentation_taps
 from beit_jax.train.objectives import objective_of
 from beit_jax.train.objectives.objective import Sources
-from beit_jax.train.recipe import ModelOptions, Recipe
+from beit_jax.train.recipe import HeadOptions, ModelOptions, Recipe
 from beit_jax.train.recipes import RECIPES, recipe_named
 from beit_jax.variants import VARIANTS
 
@@ -360,3 +360,55 @@ def test_a_segmenter_brings_its_head_along() -> None:
     start = replace(OWN, task="semantic_segmentation", labels=("a", "b"), **head)
     config = model_config(recipe_named("beit_base_ade20k"), ("a", "b"), start, task="semantic_segmentation")
     assert {name: getattr(config, name) for name in head} == head
+
+
+HEADS: Mapping[str, Any] = {
+    "out_indices": (0, 2, 5, 11),
+    "pool_scales": (1, 4),
+    "auxiliary": False,
+    "auxiliary_weight": 0.2,
+    "auxiliary_channels": 8,
+    "auxiliary_convs": 2,
+    "auxiliary_concat": True,
+}
+
+
+def headed(**options: Any) -> Recipe:
+    """A recipe with other options of its segmentation head."""
+    recipe = recipe_named("segment")
+    return replace(recipe, head=HeadOptions(**options))
+
+
+def test_every_field_of_a_segmentation_head_is_an_option() -> None:
+    recipe = headed(**HEADS)
+    recipe.check()
+    config = model_config(recipe, ("a", "b"), task="semantic_segmentation")
+    assert HEADS.keys() == HEAD.keys()
+    assert {option: getattr(config, field) for option, field in HEAD.items()} == HEADS
+    assert config.feature_taps == "original"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"out_indices": (0, 2, 5, 12)},
+            r"--head.out-indices: out_indices: expected four growing indices of the 12 bl",
+        ),
+        ({"pool_scales": (0,)}, r"--head.pool-scales: expected positive integers, found \(0,\)"),
+        ({"auxiliary_weight": -1.0}, r"--head.auxiliary-weight: expected a number >= 0, found -1.0"),
+    ],
+)
+def test_options_of_a_head_that_describe_none(options: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(BeitJaxError, match=message):
+        headed(**options).check()
+        model_config(headed(**options), ("a",), task="semantic_segmentation")
+
+
+def test_a_checkpoints_head_keeps_its_shapes() -> None:
+    head = {"out_indices": (1, 2, 3, 5), "feature_taps": "hf", "auxiliary_channels": 16}
+    start = replace(OWN, task="semantic_segmentation", labels=("a", "b"), **head)
+    other = model_config(headed(out_indices=(0, 1, 2, 4)), ("a",), start, task="semantic_segmentation")
+    assert (other.out_indices, other.feature_taps, other.auxiliary_channels) == ((0, 1, 2, 4), "original", 16)
+    with pytest.raises(BeitJaxError, match=r"--head.auxiliary-channels: the checkpoint of --init has 16, found 8"):
+        model_config(headed(auxiliary_channels=8), ("a",), start, task="semantic_segmentation")

@@ -20,6 +20,8 @@ from beit_jax.train.loop.plan import make_plan
 from beit_jax.train.recipes import recipe_named
 from beit_jax.weights import load
 
+pytestmark = pytest.mark.thorough
+
 HEIGHT, WIDTH = 32, 48
 OWN = {
     "hidden_size": 48,
