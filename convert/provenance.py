@@ -47,8 +47,8 @@ def written_by(source: Source, checkpoint: Checkpoint) -> str | None:
     versions: Any = {**metadata, **content, **(meta if isinstance(meta, Mapping) else {})}
     for key, program in _PROGRAMS.items():
         if key in versions:
-            number = versions[key] if isinstance(versions[key], str) and len(versions[key]) < 40 else ""
-            return f"{program} {printable(number)}".strip()
+            number = versions[key].partition("+")[0] if isinstance(versions[key], str) else ""  # no commit
+            return f"{program} {printable(number, 40)}" if number else program
     beside = [program for pattern, program in _BESIDE.items() if any(source.directory.glob(pattern))]
     return beside[0] if beside else None
 

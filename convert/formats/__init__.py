@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PAGES: Mapping[str, str | None] = {
     "transformers": "hf",
     "mmseg": "original",
+    "openmmlab": None,
     "timm": "timm",
     "unilm": "original",
     "flax": None,

@@ -30,11 +30,16 @@ _AUXILIARY_CONV = r"auxiliary_head\.convs\.(\d+)\.conv\.weight"
 _OUT_INDICES = r"out_indices\s*=\s*[\[(]([\d,\s]{1,100})[\])]"
 
 
-def _describe(sighting: Sighting) -> Description:
+def describe(sighting: Sighting) -> Description:
+    """The model by a ``config.json`` beside it, or by the names and shapes of its tensors.
+
+    Raises:
+        BeitJaxError: as `describe_by_tensors` and `upernet_config`.
+    """
     content = sighting.content
     if content is None:
         found = describe_by_tensors(sighting)
-        config = _config(found.config, sighting)
+        config = upernet_config(found.config, sighting)
         seen = ("mmseg's UperNet by the names and shapes of the tensors, images as it was trained", *found.seen[1:])
         return replace(found, config=config, seen=seen, processor=partial(ade20k_processor, config.image_size[0]))
     # The model reads the blocks it was trained on, whatever transformers would read for the same indices.
@@ -42,7 +47,7 @@ def _describe(sighting: Sighting) -> Description:
     return describe_by_config(replace(sighting, content={**content, "beit_jax": {"feature_taps": "original"} | own}))
 
 
-def _config(encoder: BeitConfig, sighting: Sighting) -> BeitConfig:
+def upernet_config(encoder: BeitConfig, sighting: Sighting) -> BeitConfig:
     """The configuration that the tensors imply; class names from the checkpoint's ``meta`` where it has them.
 
     Raises:
@@ -112,7 +117,7 @@ MMSEG = SourceFormat(
         pyramid=("backbone.fpn1.0", "backbone.fpn1.1", "backbone.fpn1.3", "backbone.fpn2.0"), classifier="conv_seg"
     ),
     head_marker="decode_head.conv_seg.weight",
-    describe=_describe,
+    describe=describe,
     write=_write,
     refusal=_refusal,
 )

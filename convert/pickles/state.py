@@ -13,8 +13,12 @@ from .names import Forbidden, Global, Module, Namespace, NumpyDtype, PickledTens
 _TRAINERS = {"pytorch-lightning_version": "Lightning", "message_hub": "mmengine"}
 
 WRAPPERS = ("state_dict", "model", "module", "model_ema", "state_dict_ema")
-SETS = {"model": ("state_dict", "model", "module"), "ema": ("model_ema", "state_dict_ema")}
+_TRAINED = ("state_dict", "model", "module")
+SETS = {"model": _TRAINED, "raw": _TRAINED, "ema": ("model_ema", "state_dict_ema")}
 """The names that training loops give to the trained weights and to their moving average."""
+
+# mmengine's EMAHook exchanges the two when it saves: what is called the state dict is the average.
+_EXCHANGED = "ema_state_dict"
 
 _MAX_VALUES = 10_000  # settings kept of one entry
 _MAX_DEPTH = 32
@@ -58,6 +62,8 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
         return State(module_tensors(top, label), {}, (f"weights taken from a pickled {top.kind}; nothing was run",))
     if not isinstance(top, dict):
         raise BeitJaxError(f"{label} holds a {_kind(top)}; expected a state dict of tensors")
+    if _is_exchanged(top):
+        top, prefer = _in_order(top, prefer, label)
     wrappers = [key for key in WRAPPERS if _wraps_tensors(top.get(key))]
     notes: list[str] = []
     if wrappers:
@@ -80,6 +86,28 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
     tensors = _named_tensors(mapping, label)
     metadata, noted = _settings(others)
     return State(tensors, metadata, (*notes, *noted))
+
+
+def _is_exchanged(top: dict[object, object]) -> bool:
+    """True for a checkpoint of mmengine with a moving average."""
+    meta = top.get("meta")
+    written = "message_hub" in top or (isinstance(meta, dict) and "mmengine_version" in meta)
+    return written and _holds_tensors(top.get(_EXCHANGED)) and _holds_tensors(top.get("state_dict"))
+
+
+def _in_order(top: dict[object, object], prefer: str | None, label: str) -> tuple[dict[object, object], str]:
+    """Returns a checkpoint of mmengine with the wanted weights alone, by their names in the model, and their entry."""
+    others = {key: value for key, value in top.items() if key not in (_EXCHANGED, "state_dict")}
+    if prefer in ("ema", "state_dict"):
+        return others | {"state_dict": top["state_dict"]}, "state_dict"
+    raw = top[_EXCHANGED]
+    if prefer in ("raw", "model", _EXCHANGED) and isinstance(raw, dict):
+        named = {str(key).removeprefix("module."): value for key, value in raw.items() if key != "steps"}
+        return others | {"state_dict": named}, "state_dict"
+    raise BeitJaxError(
+        f"{label} holds weights twice, the moving average under 'state_dict' and the weights as trained under "
+        f"{_EXCHANGED!r} (mmengine exchanges them when it saves): choose one of them, --weights ema or raw"
+    )
 
 
 def passed_over(top: object, forbidden: Sequence[str], label: str) -> tuple[str, ...]:

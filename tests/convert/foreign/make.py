@@ -7,6 +7,8 @@ beside torch 2.13 and NumPy, in an environment of its own:
     python tests/convert/foreign/make.py accelerate     # accelerate 1.15.0, transformers 5.23.0
     python tests/convert/foreign/make.py trainer        # accelerate 1.15.0, transformers 5.23.0
     python tests/convert/foreign/make.py distributed    # torch 2.13.0, timm 1.0.31
+    python tests/convert/foreign/make.py mmpretrain     # mmpretrain 1.2.0, mmengine 0.10.7, mmcv-lite 2.1.0
+    python tests/convert/foreign/make.py mmseg          # mmsegmentation 1.2.2, mmengine 0.10.7, mmcv-lite 2.1.0
 
 A kind is a folder of what its library wrote, and `logits.npy` [3, classes] float32 of the images in `images.npy`
 [3, 16, 16, 3] float32, as the library computed them with the weights in the files.
@@ -16,11 +18,12 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 IMAGES = np.random.default_rng(0).standard_normal((3, 16, 16, 3)).astype(np.float32)
 
 
@@ -120,7 +123,7 @@ def trainer():
             for i, image in enumerate(IMAGES)]  # fmt: skip
     scores = iter([0.9, 0.1])
     arguments = TrainingArguments(
-        out, num_train_epochs=2, save_strategy="epoch", eval_strategy="epoch", load_best_model_at_end=True,
+        out.name, num_train_epochs=2, save_strategy="epoch", eval_strategy="epoch", load_best_model_at_end=True,
         metric_for_best_model="accuracy", use_cpu=True, report_to=[], per_device_train_batch_size=3,
         learning_rate=0.01, optim="sgd",
     )  # fmt: skip
@@ -141,7 +144,7 @@ def distributed():
     """torch.distributed.checkpoint of two processes, each with half of the rows of every matrix."""
     out = folder("distributed")
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "WORLD_SIZE": "2"}
-    command = [sys.executable, __file__, "one_rank"]
+    command = [sys.executable, str(Path(__file__).resolve()), "one_rank"]
     ranks = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(2)]
     assert [rank.wait() for rank in ranks] == [0, 0]
     np.save(out / "logits.npy", compute(timm_model(depth=1)))
@@ -162,13 +165,130 @@ def one_rank():
     }
     momentum = {name: {"momentum_buffer": torch.zeros(2)} for name in list(state)[:2]}
     content = {"model": state, "optimizer": {"state": momentum, "param_groups": [{"lr": 0.1}]}, "step": 7}
-    dcp.save(content, checkpoint_id=HERE / "distributed" / "step_7")
+    dcp.save(content, checkpoint_id="distributed/step_7")
     torch.distributed.destroy_process_group()
 
 
-KINDS = {each.__name__: each for each in (lightning, accelerate, trainer, distributed, one_rank)}
+ARCH = {"embed_dims": 16, "num_layers": 2, "num_heads": 2, "feedforward_channels": 32, "depth": 2}
+
+
+def mmpretrain():
+    """Classifiers of both poolings, pre-training of BEiT and BEiT v2, and a Runner's file with a moving average."""
+    import torch
+    from mmpretrain.registry import MODELS
+    from mmpretrain.utils import register_all_modules
+
+    register_all_modules()
+    out = folder("mmpretrain")
+    size = {"arch": ARCH, "img_size": 16, "patch_size": 4}
+    head = {"type": "LinearClsHead", "num_classes": 5, "in_channels": 16}
+
+    def classifier(**options):
+        backbone = {"type": "BEiTViT", **size, **options}
+        return randomise(MODELS.build({"type": "ImageClassifier", "backbone": backbone, "head": head}))
+
+    model = classifier(out_type="avg_featmap")
+    np.save(out / "mean.npy", compute(model))
+    meta = {"dataset_meta": {"classes": ("ant", "bee", "cat", "dog", "eel")}, "mmengine_version": "0.10.7"}
+    torch.save({"meta": meta, "state_dict": model.state_dict()}, out / "mean.pth")
+
+    images = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
+    mask = np.random.default_rng(1).random((3, 4, 4)) < 0.4
+    np.save(out / "mask.npy", mask.reshape(3, 16))
+    for name in ("mim", "mim_v2"):
+        late = {"final_norm": True} if name == "mim" else {"final_norm": False, "out_indices": [0, 1]}
+        backbone = {"type": "BEiTPretrainViT", **size, "out_type": "raw", **late}
+        kind = "BEiTV1Head" if name == "mim" else "BEiTV2Head"
+        neck = {"type": "BEiTV2Neck", "num_layers": 1, "early_layers": 1, "backbone_arch": ARCH}
+        parts = [MODELS.build(backbone), MODELS.build({"type": kind, "embed_dims": 16, "num_embed": 24,
+                                                       "loss": {"type": "CrossEntropyLoss"}})]  # fmt: skip
+        parts += [MODELS.build(neck)] if name == "mim_v2" else []
+        model = torch.nn.ModuleDict(dict(zip(("backbone", "head", "neck"), parts, strict=False)))
+        randomise(model)
+        with torch.no_grad():
+            tokens = model["backbone"](images, torch.from_numpy(mask))
+            if name == "mim":
+                logits = model["head"].cls_head(tokens[0][:, 1:])[None]
+            else:
+                shared = model["backbone"].shared_rel_pos_bias
+                logits = torch.stack([model["head"].cls_head(each) for each in model["neck"](tokens, shared)])
+        np.save(out / f"{name}.npy", logits.numpy())
+        text = "model = dict(backbone=dict(out_indices=[-2, -1]))" if name == "mim_v2" else ""
+        torch.save({"meta": {"cfg": text, "mmengine_version": "0.10.7"}, "state_dict": model.state_dict()},
+                   out / f"{name}.pth")  # fmt: skip
+    one_layer = ARCH | {"num_layers": 1}
+    runner_file(classifier(arch=one_layer, out_type="cls_token", final_norm=True), out, "token")
+
+
+def runner_file(model, out, name):
+    """One epoch by mmengine's Runner with EMAHook: classes of its own beside the weights, and two sets of these."""
+    import torch
+    from mmengine.hooks import EMAHook
+    from mmengine.runner import Runner
+    from mmpretrain.structures import DataSample
+
+    data = [{"inputs": torch.from_numpy(image.transpose(2, 0, 1).copy()), "data_samples": DataSample().set_gt_label(i)}
+            for i, image in enumerate(IMAGES)]  # fmt: skip
+    runner = Runner(
+        model, work_dir="run", log_level="ERROR", custom_hooks=[{"type": "EMAHook", "momentum": 0.3}],
+        train_dataloader={"batch_size": 3, "dataset": data, "sampler": {"type": "DefaultSampler"},
+                          "collate_fn": {"type": "default_collate"}},
+        train_cfg={"by_epoch": True, "max_epochs": 3},
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
+        default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 3}},
+    )  # fmt: skip
+    runner.train()
+    average = next(hook for hook in runner.hooks if isinstance(hook, EMAHook)).ema_model.module
+    np.save(out / f"{name}_raw.npy", compute(model.eval()))
+    np.save(out / f"{name}_ema.npy", compute(average.eval()))
+    shutil.move("run/epoch_3.pth", out / f"{name}.pth")
+    shutil.rmtree("run")
+
+
+def mmseg():
+    """UperNet with mmsegmentation's neck, and the names of its classes."""
+    import torch
+
+    class Operators(types.ModuleType):
+        """mmcv-lite has no compiled operators; mmseg asks for them when it is imported, and BEiT needs none."""
+
+        __getattr__ = staticmethod(lambda name: None if name.startswith("__") else print)
+
+    sys.modules["mmcv._ext"] = Operators("mmcv._ext")
+    from mmseg.registry import MODELS
+    from mmseg.utils import register_all_modules
+
+    register_all_modules()
+    out, norm = folder("mmseg"), {"type": "BN"}
+    loss = {"type": "CrossEntropyLoss", "use_sigmoid": False}
+    heads = {"num_classes": 3, "norm_cfg": norm, "align_corners": False, "loss_decode": loss}
+    model = randomise(MODELS.build({
+        "type": "EncoderDecoder",
+        "backbone": {"type": "BEiT", "img_size": (16, 16), "patch_size": 8, "embed_dims": 4, "num_layers": 4,
+                     "num_heads": 2, "mlp_ratio": 2, "out_indices": (0, 1, 2, 3),
+                     "norm_cfg": {"type": "LN", "eps": 1e-6}},
+        "neck": {"type": "Feature2Pyramid", "embed_dim": 4, "rescales": [4, 2, 1, 0.5], "norm_cfg": norm},
+        "decode_head": {"type": "UPerHead", "in_channels": [4] * 4, "in_index": [0, 1, 2, 3], "channels": 4,
+                        "pool_scales": (1, 2, 3, 6), **heads},
+        "auxiliary_head": {"type": "FCNHead", "in_channels": 4, "in_index": 2, "channels": 2, "num_convs": 1,
+                           "concat_input": False, **heads},
+    }))  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    for name, buffer in sorted(model.named_buffers()):
+        if "running" in name:
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    np.save(out / "logits.npy", compute(model))
+    meta = {"cfg": "model = dict(backbone=dict(out_indices=(\n        0,\n        1,\n        2,\n        3,\n    )))",
+            "dataset_meta": {"classes": ("wall", "sky", "tree")}, "mmengine_version": "0.10.7"}  # fmt: skip
+    # The older container, because the archive would be larger than its tensors.
+    torch.save({"meta": meta, "state_dict": model.state_dict()}, out / "upernet.pth",
+               _use_new_zipfile_serialization=False)  # fmt: skip
+
+
+KINDS = {each.__name__: each for each in (lightning, accelerate, trainer, distributed, one_rank, mmpretrain, mmseg)}
 
 if __name__ == "__main__":
-    np.save(HERE / "images.npy", IMAGES)
+    os.chdir(HERE)  # some libraries write the path that they are given into the file
+    np.save("images.npy", IMAGES)
     for kind in sys.argv[1:]:
         KINDS[kind]()

@@ -13,7 +13,7 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 
 CONVERT = Path(__file__).parents[3] / "convert"
-PARTS = {"__init__", "format", "heads", "rules", "segmentation", "writing"}
+PARTS = {"__init__", "config_notes", "format", "heads", "rules", "segmentation", "writing"}
 
 
 def test_every_page_is_listed() -> None:
