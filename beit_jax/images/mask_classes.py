@@ -161,7 +161,8 @@ def mask_classes(
         colours: a file of colours and class names (`read_colours`).
         ignore: numbers or names of no class, besides 255 where that has no name.
         from_one: 0 is no class. A list of names then begins with that of 1.
-        highest: the largest number in masks, where no file says the names: LABEL_0 to that of `highest`.
+        highest: the largest number in masks, where no file says the names: LABEL_0 to that of `highest`. Of two classes
+            the names are background and foreground.
 
     Raises:
         BeitJaxError: a file is missing or says something else; fewer than two classes; options that contradict.
@@ -191,6 +192,8 @@ def mask_classes(
 def _named(labels: Path | None, highest: int | None, *, from_one: bool, binary: bool) -> dict[int, str]:
     if labels is not None:
         named = read_names(labels, first=int(from_one))
+    elif binary:
+        named = {0: "background", 1: "foreground"}
     else:
         last = 1 if highest is None else highest
         named = {number: f"LABEL_{number - from_one}" for number in range(int(from_one), last + 1)}
