@@ -131,9 +131,9 @@ class DataOptions:
     """Images of one optimizer step, over all hosts and devices, accumulation included."""
     eval_batch_size: Annotated[int | None, COUNT] = None
     """Images of one evaluation step; by default the batch size divided by the accumulation."""
-    statistics: Statistics = "half"
-    """Mean and standard deviation of pixels: 0.5, or ImageNet's, of which other channels than RGB take the average. A
-    checkpoint of --init that is of other channels than RGB brings its own in place of half."""
+    statistics: Statistics | Literal["checkpoint"] = "half"
+    """Mean and standard deviation of pixels: 0.5, or ImageNet's, of which other channels than RGB take the average; or
+    those of --init, 0.5 without it. A checkpoint of other channels than RGB brings its own along in any case."""
     mean: tuple[float, ...] | None = None
     """Mean of pixels, one number for all channels or one for each, in place of `statistics`: of values that are scaled
     to [0, 1], or by `scale`."""
@@ -162,7 +162,7 @@ class DataOptions:
             BeitJaxError: the options have numbers for another number of channels.
         """
         if self.mean is None or self.std is None:
-            values = STATISTICS[self.statistics]
+            values = STATISTICS["half" if self.statistics == "checkpoint" else self.statistics]
             mean, std = (own if channels == 3 else (sum(own) / 3,) * channels for own in values)
             return mean, std
         for name, own in (("mean", self.mean), ("std", self.std)):
@@ -462,7 +462,8 @@ class Recipe:
         require(optim.warmup_epochs <= optim.epochs, "optim.warmup_epochs", "at most the epochs", optim.warmup_epochs)
         if data.mean is not None or data.std is not None:
             require(None not in (data.mean, data.std), "data.mean", "with --data.std, or neither", data.mean)
-            require(data.statistics == "half", "data.statistics", "half beside --data.mean", data.statistics)
+            named = data.statistics == "imagenet"
+            require(not named, "data.statistics", "half or checkpoint beside --data.mean", data.statistics)
             require(bool(data.mean), "data.mean", "numbers", data.mean)
         if data.batch_size % optim.accumulate:
             parts = f"{optim.accumulate} (--optim.accumulate)"

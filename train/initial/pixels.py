@@ -23,14 +23,16 @@ def reading(data: DataOptions, channels: int) -> Reading:
 def with_pixels(recipe: RecipeT, config: BeitConfig, start: NativeCheckpoint | None) -> RecipeT:
     """The recipe for the images of a model, checked.
 
-    Where images are not RGB, and the recipe states no mean of its own, a checkpoint of as many channels brings along
-    how it was trained to see them: mean, standard deviation, scale and bands.
+    Where images are not RGB, or the recipe leaves it to the checkpoint (``--data.statistics checkpoint``), and it states
+    no mean of its own, a checkpoint of as many channels brings along how it was trained to see them: mean, standard
+    deviation, scale and bands.
 
     Raises:
         BeitJaxError: means or bands of another number of channels; an augmentation that RGB images of 8 bits have only.
     """
     data, channels = recipe.data, config.num_channels
-    if channels != 3 and data.mean is None and data.statistics == "half" and start is not None:
+    brought = channels != 3 or data.statistics == "checkpoint"
+    if brought and data.mean is None and start is not None:
         data = _as_trained(data, start.processor) if start.processor.num_channels == channels else data
         recipe = replace(recipe, data=data)
     data.moments(channels)
@@ -43,7 +45,7 @@ def with_pixels(recipe: RecipeT, config: BeitConfig, start: NativeCheckpoint | N
         if isinstance(options, SceneOptions) and options.photometric and (channels, pixels) != (3, "uint8"):
             raise BeitJaxError(
                 f"photometric distortion: 8-bit RGB images have colours to change, found {channels} channels of "
-                f"{pixels}; pass --{group}.photometric False"
+                f"{pixels}; pass --{group}.no-photometric"
             )
     return recipe
 

@@ -133,7 +133,7 @@ def data2vec(recipe: Data2vecRecipe, graph: nnx.GraphDef[BeitForMaskedImageModel
 
 
 def feature_targets(
-    teacher: BeitForMaskedImageModeling, images: Float[Array, "b h w 3"], options: Data2vecOptions
+    teacher: BeitForMaskedImageModeling, images: Float[Array, "b h w c"], options: Data2vecOptions
 ) -> Float[Array, "b patches d"]:
     """The mean of the last blocks' outputs for every patch, each normalised, and normalised again; no gradient."""
     depth = teacher.config.num_hidden_layers
