@@ -60,6 +60,13 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     run_blocks(page, tmp_path, monkeypatch, "quick")
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("page", runnable("thorough"), ids=lambda page: page.name)
+def test_longer_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the others of their page."""
+    run_blocks(page, tmp_path, monkeypatch, "quick", "thorough")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", runnable("slow"), ids=lambda page: page.name)
 def test_long_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,9 +76,9 @@ def test_long_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_every_page_is_for_runs() -> None:
     """Those for work that needs no machine or data of one's own have blocks that run."""
-    assert {page.stem for page in runnable("quick", "slow")} >= {
-        "converting", "running", "finetuning", "pretraining", "adding_a_source_format", "adding_an_objective",
-        "migrating_from_flaxbeit",
+    assert {page.stem for page in runnable("quick", "thorough", "slow")} >= {
+        "converting", "running", "own_data", "own_loop", "finetuning", "pretraining", "adding_a_source_format",
+        "adding_an_objective", "migrating_from_flaxbeit",
     }  # fmt: skip
 
 

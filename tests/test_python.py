@@ -170,7 +170,7 @@ def loaded(directory: Path) -> Any:
 # --- Training --------------------------------------------------------------------------------------------------------
 
 SMALL = {
-    "model.hidden-size": 16, "model.depth": 1, "model.heads": 2, "model.intermediate-size": 16, "model.image-size": 8,
+    "model.hidden-size": 16, "model.depth": 1, "model.heads": 2, "model.mlp": 16, "model.image-size": 8,
     "model.patch-size": 4, "optim.epochs": 1, "optim.warmup-epochs": 0, "data.batch-size": 4, "data.workers": 0,
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The documents as programs read them: code blocks, commands, links, headings.
 
 A block that is to be run follows a line ``<!-- run -->``: fenced Python, or indented lines of `beit-jax` commands. One
-that takes half a minute or more follows ``<!-- run: slow -->``.
+of a page that takes a minute follows ``<!-- run: thorough -->``, one that takes longer ``<!-- run: slow -->``.
 """
 
 import re
@@ -17,7 +17,11 @@ from beit_jax.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-_MARKS: dict[str, Literal["quick", "slow"]] = {"<!-- run -->": "quick", "<!-- run: slow -->": "slow"}
+_MARKS: dict[str, Literal["quick", "thorough", "slow"]] = {
+    "<!-- run -->": "quick",
+    "<!-- run: thorough -->": "thorough",
+    "<!-- run: slow -->": "slow",
+}
 _FENCE = re.compile(r"^(`{3,})(\w*)$")
 
 
@@ -33,13 +37,13 @@ class Block:
     language: str
     line: int
     code: str
-    run: Literal["no", "quick", "slow"]
+    run: Literal["no", "quick", "thorough", "slow"]
 
 
 def blocks(text: str) -> Iterator[Block]:
     """All blocks of a page, in order."""
     lines, i = text.splitlines(), 0
-    run: Literal["no", "quick", "slow"] = "no"
+    run: Literal["no", "quick", "thorough", "slow"] = "no"
     while i < len(lines):
         fence, start = _FENCE.match(lines[i]), i
         if fence:
