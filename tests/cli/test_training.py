@@ -82,6 +82,11 @@ def test_help_lists_the_recipes_and_shows_a_recipes_numbers(capsys: pytest.Captu
         ([*RUN, "--data", "NONE"], "no data set here"),
         ([*RUN, "--out", "NONE/run"], "does not exist; create it first"),
         (["train", "digits_probe", *RUN[2:]], "a linear probe needs an encoder"),
+        ([*RUN, "--model.image-size", "32", "32", "32"], "--model.image-size: expected INT|{INT INT}, found 32 32 32"),
+        ([*RUN, "--model.image-size", "32", "30"], "image_size (32, 30) is not a multiple of patch_size"),
+        ([*RUN, "--model.depth", "0"], "--model.depth: expected a positive integer up to 256, found 0"),
+        ([*RUN, "--model.heads", "3"], "hidden_size 64 is not a multiple of 3 heads"),
+        ([*RUN, "--model.variant", "beit_huge"], "--model.variant: no variant is called beit_huge"),
         ([*RUN, "--data.batch-size", "2048"], "1347 training images, fewer than --data.batch-size 2048"),
         ([*RUN, "--run.mesh", "3", "1", "1"], "--run.mesh: expected sizes of"),
         ([*RUN, "--init", "NONE"], "NONE"),
@@ -150,6 +155,9 @@ def test_dry_run_of_pretraining(
     tokenizers = sum(4 * leaf.size for leaf in read_tokenizer(tokenizer).params.values())
     assert found["memory"]["average"] == beside.get(recipe, tokenizers)
     assert found["flops_per_image"] > 6 * found["parameters"]
+    assert (
+        found["network"]["vocab_size"] == {"digits_pretrain": 12, "digits_data2vec": 64, "digits_tokenizer": 64}[recipe]
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -176,6 +184,23 @@ def test_tokens_are_computed_once_and_read(
 
 
 @pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("digits_tokenizer", ["--model.hidden-size", "32"]),
+        ("digits_tokenizer", ["--model.variant", "digits"]),
+        ("dvae", ["--model.position-bias", "both"]),
+        ("vqkd_base", ["--model.epsilon", "1e-12"]),
+        ("vqkd_base", ["--model.absolute-positions", "False"]),
+    ],
+)
+def test_tokenizers_refuse_what_they_do_not_have(
+    recipe: str, options: list[str], digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(["train", recipe, "--data", digits, "--out", tmp_path / "run", *options], capsys)
+    assert f"{options[0]}: expected None, {recipe_named(recipe).objective} has no use for it" in message
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["tokenize", "digits_data2vec"], "digits_data2vec: data2vec predicts no tokens; choose another recipe"),
@@ -186,6 +211,11 @@ def test_tokens_are_computed_once_and_read(
         (["tokenize", "digits_pretrain", "--epochs", "0.001"], "expected at least one step"),
         (["tokenize", "digits_pretrain", "--mask.patches", "17"], "--mask.patches: expected 1 to 16, found 17"),
         (["tokenize", "digits_pretrain", "--tokenizer", "NONE"], "NONE"),
+        (
+            ["tokenize", "digits_pretrain", "--tokens.aggregate-from", "9", "--tokens.aggregation-layers", "2"],
+            "--tokens.aggregate-from: expected at most the 4 blocks, found 9",
+        ),
+        (["tokenize", "digits_pretrain", "--model.image-size", "4", "32"], "parts of 2x2 patches and more, found 1x8"),
     ],
 )
 def test_what_cannot_be_tokenized(
@@ -263,6 +293,7 @@ def test_without_the_extra_a_line_says_what_to_install(digits: Path, tmp_path: P
         ("digits_finetune", "--segment.scale"),
         ("beit_base_ade20k", "--augment.mixup"),
         ("digits_probe", "--segment.flip"),
+        ("digits_finetune", "--head.out-indices"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "tokenize", "aot"])

@@ -35,6 +35,8 @@ class BlockMask:
         rows, columns = self.grid
         options = self.options
         largest = (rows - 1) * (columns - 1)  # blocks are smaller than the grid along both sides
+        if largest < 1:
+            raise BeitJaxError(f"--model.image-size: blocks hide parts of 2x2 patches and more, found {rows}x{columns}")
         _require(1 <= options.patches <= rows * columns, "patches", f"1 to {rows * columns}", options.patches)
         _require(1 <= options.min_block <= largest, "min-block", f"1 to {largest}", options.min_block)
         if options.max_block is not None:

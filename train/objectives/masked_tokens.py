@@ -96,8 +96,13 @@ class MaskedTokens(MaskedImages[MaskedTokensRecipe], WholeModel[MaskedTokensReci
             raise BeitJaxError("--tokenizer: expected an encoder, found a decoder; give that as --decoder")
         if sources.decoder is not None:
             _check_decoder(sources.decoder.config, sources.tokenizer.config)
+        config, first = super().configure(recipe, labels, sources), recipe.tokens.aggregate_from
+        if first > config.num_hidden_layers:
+            raise BeitJaxError(
+                f"--tokens.aggregate-from: expected at most the {config.num_hidden_layers} blocks, found {first}"
+            )
         config = replace(
-            super().configure(recipe, labels, sources),
+            config,
             vocab_size=sources.tokenizer.config.vocab_size,
             aggregate_from=recipe.tokens.aggregate_from,
             aggregation_layers=recipe.tokens.aggregation_layers,

@@ -8,7 +8,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from beit_jax.cli.main import main
+from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
+from beit_jax.images import ImageProcessor
 from beit_jax.train.costs.work import BETWEEN_SLICES, Collective, Work
 from beit_jax.train.data.prepare import prepare_digits
 from beit_jax.train.distributed.topology import GIB, parse_topology
@@ -16,6 +19,7 @@ from beit_jax.train.forecast.aot import Attempt, Report, abstract_program, large
 from beit_jax.train.loop.plan import make_plan
 from beit_jax.train.recipe import Recipe
 from beit_jax.train.recipes import recipe_named
+from beit_jax.weights import NativeCheckpoint
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: jax[tpu]")
 
@@ -215,3 +219,40 @@ def test_a_mesh_that_does_not_fit_is_refused() -> None:
     recipe = recipe_named("digits_finetune")
     with pytest.raises(BeitJaxError, match="product is 4 devices"):
         report(replace(recipe, run=replace(recipe.run, mesh=(3, 1, 1))), parse_topology("v5e:2x2"))
+
+
+OWN = BeitConfig(
+    image_size=(32, 48),
+    patch_size=(8, 8),
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=100,
+    use_absolute_position_embeddings=True,
+)
+
+
+def test_of_a_checkpoint_the_architecture_counts() -> None:
+    """And its classes, where it has some; no tensor is read."""
+    recipe = _for_one_device("digits_finetune")
+    start = NativeCheckpoint(OWN, ImageProcessor(resize=OWN.image_size), {})
+    program = abstract_program(recipe, jax.devices()[:1], start=start)
+    assert (program.config.hidden_size, program.config.image_size, program.config.num_labels) == (48, (32, 48), 10)
+    assert program.abstract_batch["image"].shape == (recipe.data.batch_size, 32, 48, 3)
+    classifier = replace(OWN, task="image_classification", labels=("a", "b", "c"))
+    named = NativeCheckpoint(classifier, ImageProcessor(resize=OWN.image_size), {})
+    assert abstract_program(recipe, jax.devices()[:1], start=named).config.num_labels == 3
+    assert abstract_program(recipe, jax.devices()[:1], start=named, classes=7).config.num_labels == 7
+    with pytest.raises(BeitJaxError, match=r"--init: dvae does not use it, leave it out"):
+        abstract_program(_for_one_device("dvae"), jax.devices()[:1], start=start)
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_an_architecture_of_ones_own_is_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    """Drawn at random, of an oblong size."""
+    options = "--model.hidden-size 192 --model.depth 2 --model.heads 3 --model.mlp 768 --model.image-size 64 96"
+    command = ["aot", "beit_base_ft1k", "--topology", "v5e:2x2", "--data.batch-size", "8", "--quick", "--json"]
+    assert main([*command, *options.split(), "--run.mesh", "-1", "1", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["recipe"] == "beit_base_ft1k"
