@@ -5,7 +5,7 @@ from dataclasses import replace
 from importlib.resources import as_file, files
 from typing import Any
 
-from beit_jax.config import BeitConfig, Task
+from beit_jax.config import BeitConfig, FeatureTaps, Task
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.processor import HALF, ImageProcessor, preset
 from beit_jax.variants import VARIANTS
@@ -107,7 +107,7 @@ def model_config(
         fields |= _chosen_head(recipe, start)
     depth = fields.get("num_hidden_layers", variant.num_hidden_layers)
     if task == "semantic_segmentation" and "out_indices" not in fields and depth != variant.num_hidden_layers:
-        fields["out_indices"] = segmentation_taps(depth)
+        fields["out_indices"], fields["feature_taps"] = segmentation_taps(depth)
     try:
         return replace(
             variant,
@@ -131,10 +131,12 @@ def architecture(config: BeitConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in (*ADAPTED.values(), *SETTLED.values(), *head)}
 
 
-def segmentation_taps(depth: int) -> tuple[int, ...]:
-    """The blocks that UperNet reads, from 0: after a third, a half, two thirds and all of them, as published.
+def segmentation_taps(depth: int) -> tuple[tuple[int, ...], FeatureTaps]:
+    """What UperNet reads, as `BeitConfig.out_indices` and how they are counted: the blocks after which a third, a half,
+    two thirds and all of them are done, as published.
 
-    (3, 5, 7, 11) of 12 blocks and (7, 11, 15, 23) of 24. Of three blocks it reads all, and before them the embeddings.
+    (3, 5, 7, 11) of 12 blocks and (7, 11, 15, 23) of 24, counted from 0. Of three blocks it reads all, and before them
+    the embeddings, which have a number as transformers counts.
 
     Raises:
         BeitJaxError: fewer than three blocks.
@@ -142,8 +144,8 @@ def segmentation_taps(depth: int) -> tuple[int, ...]:
     if depth < 3:
         raise BeitJaxError(f"segmentation reads four maps of an encoder: expected at least 3 blocks, found {depth}")
     if depth == 3:
-        return (-1, 0, 1, 2)
-    return depth // 3 - 1, depth // 2 - 1, -(-2 * depth // 3) - 1, depth - 1
+        return (1, 2, 3, 4), "hf"
+    return (depth // 3 - 1, depth // 2 - 1, -(-2 * depth // 3) - 1, depth - 1), "original"
 
 
 def image_processor(recipe: Recipe, config: BeitConfig) -> ImageProcessor:

@@ -335,11 +335,11 @@ def test_options_out_of_their_range(options: Mapping[str, Any], message: str) ->
 
 def test_the_blocks_that_a_segmentation_head_reads() -> None:
     """Growing, the last among them, and those that were published of 12 and 24."""
-    assert segmentation_taps(12) == (3, 5, 7, 11)
-    assert segmentation_taps(24) == (7, 11, 15, 23)
-    assert segmentation_taps(3) == (-1, 0, 1, 2)
+    assert segmentation_taps(12) == ((3, 5, 7, 11), "original")
+    assert segmentation_taps(24) == ((7, 11, 15, 23), "original")
     for depth in range(4, 65):
-        taps = segmentation_taps(depth)
+        taps, counted = segmentation_taps(depth)
+        assert counted == "original"
         assert list(taps) == sorted(set(taps)) and taps[0] >= 0 and taps[-1] == depth - 1
     with pytest.raises(BeitJaxError, match=r"expected at least 3 blocks, found 2"):
         segmentation_taps(2)
@@ -412,3 +412,14 @@ def test_a_checkpoints_head_keeps_its_shapes() -> None:
     assert (other.out_indices, other.feature_taps, other.auxiliary_channels) == ((0, 1, 2, 4), "original", 16)
     with pytest.raises(BeitJaxError, match=r"--head.auxiliary-channels: the checkpoint of --init has 16, found 8"):
         model_config(headed(auxiliary_channels=8), ("a",), start, task="semantic_segmentation")
+
+
+@pytest.mark.parametrize("depth", [3, 4, 5, 12])
+def test_a_segmenter_of_any_depth_is_written_and_read(depth: int) -> None:
+    """Of three blocks all states are read, the embeddings' among them."""
+    start = replace(OWN, num_hidden_layers=depth)
+    config = model_config(recipe_named("segment"), ("a", "b"), start, task="semantic_segmentation")
+    assert BeitConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    assert config.tapped_states[-1] == depth
+    if depth == 3:
+        assert config.tapped_states == (0, 1, 2, 3)
