@@ -172,9 +172,12 @@ def scan(
     """
     if not fixed:
         return jax.lax.scan(step, carry, layers)
-    outputs = []
-    for numbers, is_fixed in runs(len(jax.tree.leaves(layers)[0]), fixed):
-        blocks, *others = jax.tree.map(lambda leaf, span=slice(numbers.start, numbers.stop): leaf[span], layers)
+    leaves, structure = jax.tree.flatten(layers)
+    loops, outputs = runs(len(leaves[0]), fixed), []
+    # The way back of `split` is a concatenation; that of slices would be a sum of arrays as long as all blocks.
+    parts = zip(*(jax.lax.split(leaf, [len(numbers) for numbers, _ in loops]) for leaf in leaves), strict=True)
+    for part, (_, is_fixed) in zip(parts, loops, strict=True):
+        blocks, *others = jax.tree.unflatten(structure, part)
         carry, output = jax.lax.scan(step, carry, (jax.lax.stop_gradient(blocks) if is_fixed else blocks, *others))
         outputs.append(output)
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)

@@ -52,6 +52,7 @@ def draw(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_from_a_checkpoint_of_transformers_to_the_best_model_in_transformers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,20 +105,8 @@ def test_from_a_checkpoint_of_transformers_to_the_best_model_in_transformers(
     assert "begun with recipe.optim.epochs 6.0, now it is 9.0" in error and f"another --out, --init {run}" in error
     for source in (run, run / "best"):
         out = tmp_path / f"from-{source.name}"
-        once = [
-            "train",
-            "finetune",
-            "--data",
-            data,
-            "--out",
-            out,
-            "--init",
-            source,
-            *TRAIN[:8],
-            "--optim.epochs",
-            "0.4",
-        ]
-        ran([*once, "--optim.lr", "1e-9", "--optim.min-lr", "0", "--optim.warmup-epochs", "0"], capsys)
+        once = "--optim.epochs 0.4 --optim.warmup-epochs 0 --optim.lr 1e-9 --optim.min-lr 0".split()
+        ran(["train", "finetune", "--data", data, "--out", out, "--init", source, *TRAIN[:6], *once], capsys)
         step = "model" if source == run else "best"
         first = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
         expected = load(run / step).provenance["scores"]["validation_loss"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
@@ -66,12 +67,11 @@ class Frozen(Division):
 
     def _stacked(self, learned: Array, fixed: Array) -> Array:
         """The rows of all blocks in their order, of those that learn and those that are fixed."""
-        pieces, taken = [], {False: 0, True: 0}
-        for run, is_fixed in self._runs:
-            start = taken[is_fixed]
-            taken[is_fixed] += len(run)
-            pieces.append((fixed if is_fixed else learned)[start : taken[is_fixed]])
-        return jnp.concatenate(pieces)
+        parts = {
+            of: iter(jax.lax.split(leaf, [len(run) for run, is_fixed in self._runs if is_fixed == of]))
+            for of, leaf in ((False, learned), (True, fixed))
+        }
+        return jnp.concatenate([next(parts[is_fixed]) for _, is_fixed in self._runs])
 
     @property
     def _runs(self) -> list[tuple[range, bool]]:
