@@ -131,7 +131,7 @@ class DataOptions:
     """Images of one optimizer step, over all hosts and devices, accumulation included."""
     eval_batch_size: Annotated[int | None, COUNT] = None
     """Images of one evaluation step; by default the batch size divided by the accumulation."""
-    statistics: Statistics | Literal["checkpoint"] = "half"
+    statistics: Literal["half", "imagenet", "checkpoint"] = "half"
     """Mean and standard deviation of pixels: 0.5, or ImageNet's, of which other channels than RGB take the average; or
     those of --init, 0.5 without it. A checkpoint of other channels than RGB brings its own along in any case."""
     mean: tuple[float, ...] | None = None

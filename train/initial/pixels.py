@@ -23,8 +23,8 @@ def reading(data: DataOptions, channels: int) -> Reading:
 def with_pixels(recipe: RecipeT, config: BeitConfig, start: NativeCheckpoint | None) -> RecipeT:
     """The recipe for the images of a model, checked.
 
-    Where images are not RGB, or the recipe leaves it to the checkpoint (``--data.statistics checkpoint``), and it states
-    no mean of its own, a checkpoint of as many channels brings along how it was trained to see them: mean, standard
+    Where images are not RGB, or the recipe leaves it to the checkpoint (``--data.statistics checkpoint``), and where it
+    has no mean of its own, a checkpoint of as many channels brings along how it was trained to see them: mean, standard
     deviation, scale and bands.
 
     Raises:

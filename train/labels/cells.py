@@ -1,5 +1,6 @@
 """The cells of a table: a class, several classes, 0 or 1, a number. Every error names the row and the column."""
 
+import ast
 import json
 import math
 from typing import Any
@@ -28,24 +29,35 @@ def one_label(row: Row, column: str) -> str:
     return label
 
 
+def listed(cell: object) -> list[Any] | None:
+    """The list that a cell is or that its text spells, in JSON or as Python prints lists; None where it is none."""
+    if not isinstance(cell, str):
+        return cell if isinstance(cell, list) else None
+    text = cell.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    for parse in (json.loads, ast.literal_eval):  # pandas writes lists as Python prints them; nothing is run
+        try:
+            found = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return found if isinstance(found, list) else None
+    return None
+
+
 def several_labels(row: Row, column: str, separator: str, *, empty: bool) -> list[str]:
     """The classes in a cell, each once.
 
     Args:
-        separator: between them; "" where cells are JSON lists.
+        separator: between them; "" where cells are lists.
         empty: an empty cell means no class.
 
     Raises:
-        BeitJaxError: the cell is empty, but for an empty JSON list; it holds a list of something else than names.
+        BeitJaxError: the cell is empty, but for an empty list; it holds a list of something else than names.
     """
-    cell = row.cells[column]
-    if isinstance(cell, str) and cell.lstrip().startswith("["):
-        try:
-            cell = json.loads(cell)
-        except (ValueError, RecursionError):
-            cell = row.cells[column]
-    if isinstance(cell, list):
-        return list(dict.fromkeys(_name(row, column, item) for item in cell))
+    names = listed(row.cells[column])
+    if names is not None:
+        return list(dict.fromkeys(_name(row, column, item) for item in names))
     text = row.text(column)
     pieces = [piece.strip() for piece in (text.split(separator) if separator else [text])]
     labels = list(dict.fromkeys(piece for piece in pieces if piece))

@@ -1,6 +1,5 @@
 """Which columns of a table say what about its images, and what that is: classes, several of them, or numbers."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from beit_jax.choices import ProblemType, nearest
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.json_file import read_json_array, read_text
 
-from .cells import Raw, flag, number, one_label, several_labels
+from .cells import Raw, flag, listed, number, one_label, several_labels
 from .rows import Row, Table
 from .targets import LABEL, LABELS, VALUES, Target
 
@@ -35,8 +34,8 @@ class TableOptions:
         label_columns: one column of classes, or a column of 0 and 1 for every class; by default the first of
             `LABEL_COLUMNS` that there is.
         value_columns: columns of numbers to learn, in place of classes.
-        separator: between the classes in a cell. By default ``;`` or ``|``, where a cell has one of these; a JSON list
-            needs none. NO_SEPARATOR: every cell is the name of one class, whatever it holds.
+        separator: between the classes in a cell. By default ``;`` or ``|``, where a cell has one of these; a list needs
+            none, in JSON or as Python prints it. NO_SEPARATOR: every cell is the name of one class, whatever it holds.
         split_column: the column of the splits; by default ``split`` where there is one.
         image_folder: that the images' names are relative to; by default the table's.
         classes: a file with the names of the classes in their order: a line or an element of a JSON list for each.
@@ -157,11 +156,14 @@ def meaning_of(rows: Sequence[Row], columns: Columns, options: TableOptions) -> 
     separator = _separator(rows, column, options)
     if separator is None:
         if options.allow_unlabelled:
-            raise BeitJaxError("--allow-unlabelled: for images of several classes, here each has one; leave it out")
+            raise BeitJaxError(
+                f"--allow-unlabelled: for images of several classes, and --separator {NO_SEPARATOR} says that each has "
+                "one; leave one of them out"
+            )
         if columns.guessed:
             _refuse_numbers(rows, column)
         return _named(rows, column, "single_label_classification", options, lambda row: [one_label(row, column)])
-    words = "JSON lists" if separator == "" else f"{separator!r} between them"
+    words = "lists" if separator == "" else f"{separator!r} between them"
     found = _named(
         rows,
         column,
@@ -240,19 +242,19 @@ def _named(
 
 def _ordered(names: set[str]) -> tuple[str, ...]:
     """Sorted as text, or as numbers where all are integers."""
-    if all(name.isascii() and name.removeprefix("-").isdecimal() for name in names):
+    if all(name.isascii() and name.removeprefix("-").isdecimal() and len(name) < 20 for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
 
 
 def _separator(rows: Sequence[Row], column: str, options: TableOptions) -> str | None:
-    """What separates several classes in a cell: text, "" for JSON lists; None where every image has one class."""
+    """What separates several classes in a cell: text, "" for lists; None where every image has one class."""
     if options.separator is not None:
         if not options.separator:
             raise BeitJaxError("--separator: expected the text between two classes, found nothing")
         return None if options.separator == NO_SEPARATOR else options.separator
     cells = [row.cells[column] for row in rows]
-    texts = [cell for cell in cells if isinstance(cell, str) and not _is_json_list(cell)]
+    texts = [cell for cell in cells if isinstance(cell, str) and listed(cell) is None]
     used = [each for each in SEPARATORS if any(each in text for text in texts)]
     if len(used) > 1:
         raise BeitJaxError(
@@ -261,17 +263,9 @@ def _separator(rows: Sequence[Row], column: str, options: TableOptions) -> str |
         )
     if used:
         return used[0]
-    lists = any(isinstance(cell, list) or (isinstance(cell, str) and _is_json_list(cell)) for cell in cells)
-    return "" if lists else None
-
-
-def _is_json_list(cell: str) -> bool:
-    if not cell.lstrip().startswith("["):
-        return False
-    try:
-        return isinstance(json.loads(cell), list)
-    except (ValueError, RecursionError):
-        return False
+    if any(listed(cell) is not None for cell in cells):
+        return ""
+    return SEPARATORS[0] if options.allow_unlabelled else None  # only images of several classes may have none
 
 
 def _refuse_numbers(rows: Sequence[Row], column: str) -> None:

@@ -62,7 +62,10 @@ class TableImages:
         chosen = [index for index, name in enumerate(self.splits) if name == split]
         if not chosen:
             known = ", ".join(sorted(set(self.splits)))
-            raise BeitJaxError(f"{printable(self.directory)}: no image of the split {printable(split)}, found {known}")
+            raise BeitJaxError(
+                f"{printable(self.directory)}: no image of the split {printable(split)}, found {known}; name one with "
+                "--split"
+            )
 
         def of(column: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(column[index] for index in chosen)

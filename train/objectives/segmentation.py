@@ -232,7 +232,7 @@ def segmentation(
     how = PixelLoss(parse_terms(options.loss), options.average, options.focal_gamma, weights, empty=0.0)
 
     def prepare(batch: Batch, key: Key[Array, ""]) -> Batch:
-        return {"image": normalise(batch["image"], recipe.data.statistics), "label": batch["label"]}
+        return {"image": normalise(batch["image"], recipe.data), "label": batch["label"]}
 
     def loss(
         model: Model, batch: Batch, key: Key[Array, ""] | None, teacher: Nested | None

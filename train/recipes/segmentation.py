@@ -1,6 +1,6 @@
-"""Segmentation by UperNet, all with ImageNet's statistics, whatever the encoder was pre-trained with.
+"""Segmentation of ADE20K by UperNet, all with ImageNet's statistics, whatever the encoder was pre-trained with.
 
-Of ADE20K as published, and of anybody's masks. Numbers of ADE20K: the configs of both semantic_segmentation folders of microsoft/unilm@768a3c8, and their README files.
+Numbers: the configs of both semantic_segmentation folders of microsoft/unilm@768a3c8, and their README files.
 """
 
 from ..objectives.segmentation import SegmentationOptions, SegmentationRecipe
@@ -91,33 +91,7 @@ def beitv2_large_ft21k_ade20k() -> SegmentationRecipe:
     return _ade20k(_LARGE_ADE20K, 512, lr=3e-5, layer_decay=0.9, drop_path=0.2)
 
 
-def segment() -> SegmentationRecipe:
-    """A model segments images of one's own, of two classes or many, from any encoder at its own image size.
-
-    For hundreds to some thousands of images (`beit-jax prepare segmentation`). --model.image-size 512 shows more detail
-    than the 224 pixels of most checkpoints. Where classes are of very different sizes, --segment.loss
-    cross_entropy+dice or --segment.class-weights balanced help the small ones.
-    """
-    return SegmentationRecipe(
-        model=ModelOptions(drop_path=0.1),
-        data=DataOptions(batch_size=8, statistics="imagenet"),
-        segment=SegmentationOptions(scale=None, average="valid"),
-        optim=OptimOptions(
-            lr=1e-4,
-            min_lr=0.0,
-            epochs=50.0,
-            warmup_epochs=2.0,
-            warmup_lr=1e-7,
-            schedule="poly",
-            layer_decay=0.85,
-            decay_class_token=True,
-        ),
-        run=RunOptions(eval_every_epochs=5.0, save_every=500, log_every=10),
-    )
-
-
 RECIPES = (
-    segment,
     beit_base_pt22k_ade20k,
     beit_base_ade20k,
     beit_base_ade20k_640,

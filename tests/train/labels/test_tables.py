@@ -67,7 +67,7 @@ def test_numbered_classes_are_in_the_order_of_their_numbers(read: Read) -> None:
         (["x|y", "y", "z|x", "y"], {}, "label ('|' between them)"),
         (['"x, y"', "y", '"z,x"', "y"], {"separator": ","}, "label (',' between them)"),
         (["x y", "y", "z  x", "y"], {"separator": " "}, "label (' ' between them)"),
-        (['"[""x"", ""y""]"', '"[""y""]"', '"[""z"",""x""]"', '"[""y""]"'], {}, "label (JSON lists)"),
+        (['"[""x"", ""y""]"', '"[""y""]"', '"[""z"",""x""]"', '"[""y""]"'], {}, "label (lists)"),
     ],
 )
 def test_several_classes_in_a_cell(read: Read, cells: list[str], options: dict[str, Any], described: str) -> None:
@@ -78,7 +78,18 @@ def test_several_classes_in_a_cell(read: Read, cells: list[str], options: dict[s
     assert found.target.dtype == np.uint8
 
 
+def test_lists_that_python_has_printed(read: Read) -> None:
+    found = read(csv(["\"['x', 'y']\"", "[]", "['y']", "\"['x', ]\""]))
+    assert found.labels == ("x", "y") and said(found) == [[1, 1], [0, 0], [0, 1], [1, 0]]
+
+
+def test_a_name_with_a_separator_in_it(read: Read) -> None:
+    found = read(csv(["x;y", "y", "x;y", "y"]), separator="none")
+    assert found.labels == ("x;y", "y") and said(found) == [0, 1, 0, 1]
+
+
 def test_images_of_no_class(read: Read) -> None:
+    assert said(read(csv(["x", "", "y", "x"]), allow_unlabelled=True)) == [[1, 0], [0, 0], [0, 1], [1, 0]]
     assert said(read(csv(["x;y", "", "x", "[]"]), allow_unlabelled=True)) == [[1, 1], [0, 0], [1, 0], [0, 0]]
     assert said(read(csv(["x;y", "[]", "x", "y"]))) == [[1, 1], [0, 0], [1, 0], [0, 1]]
 
@@ -178,7 +189,11 @@ WRONG: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "quotes": ('file_name,label\na.png,"x\n', {}, "row 2: unexpected end of data"),
     "no classes": (csv(["[]", "[]"]), {}, "column label: no image has a class"),
     "separator of numbers": (csv(["1"]), {"value_columns": ("label",), "separator": ";"}, "--separator: for classes"),
-    "unlabelled of one": (csv(["x"]), {"allow_unlabelled": True}, "--allow-unlabelled: for images of several classes"),
+    "unlabelled of one": (
+        csv(["x"]),
+        {"allow_unlabelled": True, "separator": "none"},
+        "--allow-unlabelled: for images of several classes",
+    ),
 }
 
 

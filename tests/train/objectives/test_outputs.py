@@ -61,13 +61,13 @@ def start(**changes: Any) -> NativeCheckpoint:
     return NativeCheckpoint(config, ImageProcessor(resize=(16, 16)), params, {"source": "a test"})
 
 
-def plan(data: Path, init: NativeCheckpoint | None = None, **options: Any) -> Plan:
+def plan(directory: Path, init: NativeCheckpoint | None = None, **options: Any) -> Plan:
     """The recipe `finetune` on a data set; options by their groups."""
     recipe = recipe_named("finetune")
     groups = {"data": {"batch_size": 8, "workers": 0}, "model": {"dtype": "float32"}} | options
     recipe = replace(recipe, **{name: replace(getattr(recipe, name), **values) for name, values in groups.items()})
     recipe.check()
-    return make_plan(recipe, data, init if init is not None else start())
+    return make_plan(recipe, directory, init if init is not None else start())
 
 
 def learned(found: Plan) -> Any:
@@ -148,6 +148,15 @@ def test_numbers_of_the_training_split(data: Path) -> None:
 def test_options_that_do_not_fit_the_data(data: Path, name: str, options: dict[str, Any], expected: str) -> None:
     with pytest.raises(BeitJaxError, match=expected):
         plan(data / name, **options)
+
+
+def test_pixels_are_normalised_as_the_checkpoint_s(data: Path) -> None:
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    checkpoint = replace(start(), processor=ImageProcessor(resize=(16, 16), mean=mean, std=std))
+    for options, expected in (({}, (mean, std)), ({"statistics": "half"}, ((0.5,) * 3,) * 2)):
+        found = plan(data / "one", checkpoint, data={"batch_size": 8, "workers": 0, **options})
+        assert (found.processor.mean, found.processor.std) == expected
+        assert found.recipe.data.moments(3) == expected
 
 
 def test_a_probe_learns_one_class(data: Path) -> None:
