@@ -7,7 +7,6 @@ from typing import Final
 import numpy as np
 
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.files import MAX_FILE
 
 NPY: Final = b"\x93NUMPY"
 NPZ: Final = b"PK\x03\x04"
@@ -19,36 +18,37 @@ def is_array_file(data: bytes) -> bool:
     return data.startswith((NPY, NPZ, EMPTY_NPZ))
 
 
-def read_array(data: bytes, name: str) -> np.ndarray:
+def read_array(data: bytes, name: str, most: int) -> np.ndarray:
     """Reads the array in the bytes of a ``.npy`` file, or the only one in those of a ``.npz`` file.
 
     Args:
         name: of the file, for errors; printable.
+        most: bytes of pixels.
 
     Raises:
-        BeitJaxError: the file is damaged or cut off, holds Python objects, several arrays, none, or more than MAX_FILE
-            bytes of pixels.
+        BeitJaxError: the file is damaged or cut off, holds Python objects, several arrays, none, or too many bytes
+            of pixels.
     """
     try:
-        content = data if data.startswith(NPY) else _only_member(data, name)
+        content = data if data.startswith(NPY) else _only_member(data, name, most)
         return _read_npy(content, name)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         found = printable(error, 200)
         raise BeitJaxError(f"{name}: damaged or truncated array file ({found}); save it again by numpy.save") from error
 
 
-def _only_member(data: bytes, name: str) -> bytes:
+def _only_member(data: bytes, name: str, most: int) -> bytes:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
         if len(members) != 1:
             found = printable(", ".join(member.filename.removesuffix(".npy") for member in members), 200) or "none"
             raise BeitJaxError(f"{name}: expected one array in the archive, found {found}; save the image alone")
-        if members[0].file_size > MAX_FILE:
-            raise BeitJaxError(f"{name}: {members[0].file_size:,} bytes of pixels, expected at most {MAX_FILE:,}")
+        if members[0].file_size > most:
+            raise BeitJaxError(f"{name}: {members[0].file_size:,} bytes of pixels, expected at most {most:,}")
         with archive.open(members[0]) as member:
-            content = member.read(MAX_FILE + 1)  # whatever size the archive states
-    if len(content) > MAX_FILE:
-        raise BeitJaxError(f"{name}: more than {MAX_FILE:,} bytes of pixels; cut the image")
+            content = member.read(most + 1)  # whatever size the archive states
+    if len(content) > most:
+        raise BeitJaxError(f"{name}: more than {most:,} bytes of pixels; cut the image")
     return content
 
 

@@ -98,11 +98,11 @@ def decode(
 ) -> Image.Image | Pixels:
     """The same as `decode_bands`; an 8-bit picture for a model of 3 channels or 1 stays a PIL image, RGB or L."""
     if is_array_file(data):
-        array = _bands_last(read_array(data, name), None if select else channels, name)
+        array = _bands_last(read_array(data, name, MAX_FILE), None if select else channels, name)
         return _fitting(Bands(array), channels, select, name, max_pixels)
     if is_tiff(data) and not (channels in (1, 3) and select is None and is_plain(data)):
         wanted = None if select else channels
-        found = read_tiff(data, name, wanted, oriented=oriented, max_pixels=max_pixels)
+        found = _read_tiff(data, name, wanted, oriented, max_pixels)
         return _fitting(found, channels, select, name, max_pixels)
     image = open_picture(data, name, oriented=oriented, max_pixels=max_pixels)
     if _is_deep_png(data, grey=channels != 3 or select is not None):
@@ -152,7 +152,7 @@ def check_bands(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> None
         BeitJaxError: as `decode_bands`, but for the number of bands, of which nothing is known here.
     """
     if is_array_file(data):
-        array = read_array(data, name)
+        array = read_array(data, name, MAX_FILE)
         pixels = array.reshape(*array.shape, 1) if array.ndim == 2 else array
         if pixels.ndim != 3 or not pixels.size:
             found = f"{printable(array.dtype)} {list(array.shape)}"
@@ -172,14 +172,14 @@ def size_of(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> tuple[in
     """
     if not is_array_file(data):
         return _all_bands(data, name, max_pixels)
-    pixels = _in_own_dtype(_bands_last(read_array(data, name), None, name), name)
+    pixels = _in_own_dtype(_bands_last(read_array(data, name, MAX_FILE), None, name), name)
     return pixels.shape[0], pixels.shape[1]
 
 
 def _all_bands(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
     """Height and width of a file that is no array, whose bands are all decoded."""
     if is_tiff(data) and not is_plain(data):
-        pixels = read_tiff(data, name, None, oriented=False, max_pixels=max_pixels).pixels
+        pixels = _read_tiff(data, name, None, False, max_pixels).pixels
         _in_own_dtype(pixels, name)
         return pixels.shape[0], pixels.shape[1]
     image = open_picture(data, name, oriented=False, max_pixels=max_pixels)
@@ -309,6 +309,11 @@ def _fitting(found: Bands, channels: int, select: Selection, name: str, max_pixe
             "for beit-jax convert, --data.bands for training, or ImageProcessor(bands=...); or give another file"
         )
     return np.ascontiguousarray(_in_own_dtype(pixels, name))
+
+
+def _read_tiff(data: bytes, name: str, channels: int | None, oriented: bool, max_pixels: int) -> Bands:
+    with in_one_line(name):
+        return read_tiff(data, name, channels, oriented=oriented, max_pixels=max_pixels, max_bytes=MAX_FILE)
 
 
 def _luma(pixels: Pixels, name: str) -> Pixels:

@@ -20,9 +20,10 @@ from PIL import Image
 
 from beit_jax.config import PresetName
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.bands import Pixels, Selection, load
+from beit_jax.images.bands import Selection, load
 from beit_jax.images.files import MAX_PIXELS, ImageLike, image_list, image_name, open_image, to_rgb
 from beit_jax.images.preprocessor_config import RESAMPLES, ROUNDINGS, Resample, Rounding, Within, processor_fields
+from beit_jax.images.scaling import rescale_factor, resized
 from beit_jax.json_file import read_json
 from beit_jax.resize import linear_taps
 
@@ -37,8 +38,6 @@ __all__ = [
     "for_channels",
     "open_image",
     "preset",
-    "rescale_factor",
-    "resized",
     "to_rgb",
 ]
 
@@ -47,8 +46,6 @@ PRESETS: Final[tuple[PresetName, ...]] = get_args(PresetName)
 HALF: Final = (0.5, 0.5, 0.5)
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
-BY_TYPE: Final = 1 / 255
-"""The factor that brings 8-bit values to [0, 1], and stands for the same of the other types (`rescale_factor`)."""
 MOST_CHANNELS: Final = 65536
 
 
@@ -278,19 +275,6 @@ def batch_of(pixels: Sequence[Float32[np.ndarray, "h w c"]]) -> Float32[np.ndarr
     return np.stack(pixels)
 
 
-def rescale_factor(factor: float | None, dtype: np.dtype[Any]) -> float:
-    """What the values of an image of a type are multiplied by: `factor`, or 1 if it is None.
-
-    A factor of 1/255 means the type's own scale: one over its largest value, and 1 for floats, as torchvision's
-    ``to_dtype(scale=True)``.
-    """
-    if factor is None:
-        return 1.0
-    if factor != BY_TYPE or dtype == np.uint8:
-        return factor
-    return 1.0 if dtype.kind == "f" else 1 / np.iinfo(dtype).max
-
-
 def for_channels(values: tuple[float, ...], channels: int, origin: tuple[int, ...] | None = None) -> tuple[float, ...]:
     """Means or standard deviations for another number of channels: the average for each, as timm's ``save_for_hf``.
 
@@ -300,19 +284,6 @@ def for_channels(values: tuple[float, ...], channels: int, origin: tuple[int, ..
     if origin is not None:
         return tuple(values[channel] for channel in origin)
     return values if len(values) == channels else (sum(values) / len(values),) * channels
-
-
-def resized(pixels: Pixels, size: tuple[int, int], resample: Image.Resampling) -> Pixels:
-    """Resizes every channel of an image to (height, width) by Pillow: uint8 stays so, every other type becomes float32.
-
-    So an image of three channels becomes what Pillow makes of the same RGB image.
-    """
-    kind = np.uint8 if pixels.dtype == np.uint8 else np.float32
-    found = np.empty((*size, pixels.shape[2]), kind)
-    for channel in range(pixels.shape[2]):
-        plane = Image.fromarray(np.ascontiguousarray(pixels[..., channel], kind))
-        found[..., channel] = np.asarray(plane.resize(size[::-1], resample))
-    return found
 
 
 def preset(

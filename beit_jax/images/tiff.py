@@ -18,7 +18,6 @@ from jaxtyping import Shaped
 from PIL import Image, TiffImagePlugin
 
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.images.files import MAX_FILE, in_one_line
 
 _MAGIC: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION: Final = 274
@@ -72,7 +71,9 @@ def is_plain(data: bytes) -> bool:
     return whole and known and len(extra) <= 1 and all(kind in _ALPHA for kind in extra)
 
 
-def read_tiff(data: bytes, name: str, channels: int | None, *, oriented: bool, max_pixels: int) -> Bands:
+def read_tiff(
+    data: bytes, name: str, channels: int | None, *, oriented: bool, max_pixels: int, max_bytes: int
+) -> Bands:
     """Reads the bands of a TIFF file: of its first page, or of all pages of one grey band each.
 
     Bands may be interleaved or planar, in strips or tiles. Smaller copies of a page and masks are passed over. A file
@@ -82,10 +83,11 @@ def read_tiff(data: bytes, name: str, channels: int | None, *, oriented: bool, m
         name: of the file, for errors; printable.
         channels: how many bands are wanted; None: all. Pages are only put together where their number is wanted.
         oriented: apply the file's orientation.
+        max_pixels, max_bytes: of an image.
 
     Raises:
         BeitJaxError: tifffile is not installed; the file is damaged, compressed in a way that needs a package more, too
-            large, or its pixels are neither grey nor red, green and blue.
+            large, or its pixels are neither grey nor red, green and blue. Other errors are tifffile's, of any class.
     """
     try:
         import tifffile
@@ -108,7 +110,7 @@ def read_tiff(data: bytes, name: str, channels: int | None, *, oriented: bool, m
         stacked = grey and not by_rows and one[2] != channels and (channels is None or len(pages) == channels)
         used = pages if by_rows or stacked else pages[:1]
         height, width, count = (len(pages), one[0], one[1]) if by_rows else (*one[:2], one[2] * len(used))
-        _check_size(height, width, count * first.dtype.itemsize, name, max_pixels)
+        _check_size(height, width, count * first.dtype.itemsize, name, max_pixels, max_bytes)
         for page in used:
             _check_segments(page, len(data), name)
         layers = [_page(page, first, name) for page in used]
@@ -136,11 +138,11 @@ def _shape(page: Any) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2] if len(shape) == 3 else 1
 
 
-def _check_size(height: int, width: int, nbytes: int, name: str, max_pixels: int) -> None:
-    if height * width > max_pixels or height * width * nbytes > MAX_FILE or not height * width:
+def _check_size(height: int, width: int, nbytes: int, name: str, max_pixels: int, max_bytes: int) -> None:
+    if height * width > max_pixels or height * width * nbytes > max_bytes or not height * width:
         raise BeitJaxError(
             f"{name}: {width}x{height} pixels of {nbytes} bytes, expected at most {max_pixels} pixels and "
-            f"{MAX_FILE:,} bytes; scale it down or cut it"
+            f"{max_bytes:,} bytes; scale it down or cut it"
         )
 
 
@@ -203,12 +205,11 @@ logging.getLogger("tifffile").addHandler(_Listener())
 
 @contextmanager
 def _noticed(name: str) -> Iterator[None]:
-    """Makes one line of every error of tifffile in the block, of those as well that it only logs."""
+    """Refuses a file of which tifffile logs an error in the block, and goes on."""
     found: list[str] = []
     before, _thread.found = getattr(_thread, "found", None), found
     try:
-        with in_one_line(name):
-            yield
+        yield
     finally:
         _thread.found = before
     if found:

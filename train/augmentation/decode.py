@@ -15,10 +15,10 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.images.array_files import is_array_file
 from beit_jax.images.bands import Selection, decode_bands
 from beit_jax.images.files import decode_image
-from beit_jax.images.processor import BY_TYPE, rescale_factor
+from beit_jax.images.scaling import BY_TYPE, rescale_factor
 from beit_jax.images.tiff import is_plain, is_tiff
 
-from ..recipe import PixelType
+from ..recipe import DataOptions, PixelType
 
 try:
     import simplejpeg
@@ -85,6 +85,11 @@ class Reading:
     bands: Selection = None
     dtype: PixelType = "uint8"
     scale: float | None = None
+
+    @classmethod
+    def of(cls, data: DataOptions, channels: int) -> "Reading":
+        """How images of so many channels are read by these options."""
+        return cls(channels, data.bands, data.pixel_type(channels), data.scale)
 
     def __call__(self, data: bytes, name: str) -> Pixels:
         """Decodes an image file to [h, w, channels].

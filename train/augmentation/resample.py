@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 from PIL import Image
 
-from beit_jax.images.processor import resized as resized_bands
+from beit_jax.images.scaling import resized as resized_bands
 
 Box: TypeAlias = tuple[int, int, int, int]
 """Left, top, right, bottom."""

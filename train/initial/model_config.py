@@ -8,10 +8,10 @@ from typing import Any
 from beit_jax.config import BeitConfig, FeatureTaps, Task
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.processor import HALF, ImageProcessor, preset
+from beit_jax.images.scaling import BY_TYPE
 from beit_jax.variants import VARIANTS
 
-from ..recipe import ModelOptions, Recipe, spelled
-from .pixels import normalised
+from ..recipe import DataOptions, ModelOptions, Recipe, spelled
 
 DIGITS = "digits"
 
@@ -160,6 +160,13 @@ def image_processor(recipe: Recipe, config: BeitConfig) -> ImageProcessor:
     else:
         found = preset("unilm_eval", config.image_size, num_channels=config.num_channels)
     return normalised(found, recipe.data)
+
+
+def normalised(processor: ImageProcessor, data: DataOptions) -> ImageProcessor:
+    """A processor of the same steps that reads and normalises images as training does."""
+    mean, std = data.moments(processor.num_channels)
+    factor = BY_TYPE if data.scale is None else 1 / data.scale
+    return replace(processor, mean=mean, std=std, rescale_factor=factor, bands=data.bands)
 
 
 def _variant(name: str) -> BeitConfig:

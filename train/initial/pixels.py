@@ -5,7 +5,8 @@ from typing import TypeVar
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
-from beit_jax.images.processor import BY_TYPE, ImageProcessor
+from beit_jax.images.processor import ImageProcessor
+from beit_jax.images.scaling import BY_TYPE
 from beit_jax.weights.native import NativeCheckpoint
 
 from ..augmentation.classification import check_colours
@@ -13,11 +14,6 @@ from ..augmentation.decode import Reading
 from ..recipe import CropOptions, DataOptions, Recipe, SceneOptions, require
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
-
-
-def reading(data: DataOptions, channels: int) -> Reading:
-    """How images of so many channels are read."""
-    return Reading(channels, data.bands, data.pixel_type(channels), data.scale)
 
 
 def with_pixels(recipe: RecipeT, config: BeitConfig, start: NativeCheckpoint | None) -> RecipeT:
@@ -62,13 +58,6 @@ def require_rgb(recipe: Recipe, config: BeitConfig) -> None:
             f"{recipe.objective}: learns from 8-bit RGB images, found {found[0]} channels of {found[1]}; leave "
             "--model.channels, --data.bands and --data.pixels out"
         )
-
-
-def normalised(processor: ImageProcessor, data: DataOptions) -> ImageProcessor:
-    """A processor of the same steps that reads and normalises images as training does."""
-    mean, std = data.moments(processor.num_channels)
-    factor = BY_TYPE if data.scale is None else 1 / data.scale
-    return replace(processor, mean=mean, std=std, rescale_factor=factor, bands=data.bands)
 
 
 def of_decoded(processor: ImageProcessor, read: Reading) -> ImageProcessor:

@@ -29,7 +29,6 @@ from ..augmentation.decode import Reading
 from ..costs.estimate import activation_bytes, flops, traced_activations, traced_flops, with_one_block
 from ..initial.model_config import architecture, image_processor, model_config
 from ..initial.parameters import Scheme, checkpoint_report, from_checkpoint, head_change, initial_params
-from ..initial.pixels import reading
 from ..recipe import Recipe
 from ..step import freezing
 from ..step.adapting import Adapted
@@ -188,7 +187,7 @@ class Objective(Generic[RecipeT]):
     @property
     def reading(self) -> Reading:
         """How images are decoded."""
-        return reading(self.recipe.data, self.config.num_channels)
+        return Reading.of(self.recipe.data, self.config.num_channels)
 
     def pixels(self, size: int, sides: tuple[int, int] | None = None) -> jax.ShapeDtypeStruct:
         """The shape of so many training images.

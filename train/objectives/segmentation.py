@@ -34,7 +34,8 @@ from ..data.datasets import SegmentationDataset, open_segmentation
 from ..distributed.collectives import gather, on_host
 from ..evaluation.mean_loss import VALIDATION_LOSS
 from ..evaluation.segmentation import Confusion
-from ..initial.pixels import normalised, of_decoded
+from ..initial.model_config import normalised
+from ..initial.pixels import of_decoded
 from ..recipe import NOT_NEGATIVE, HeadOptions, Recipe, SceneOptions, require
 from ..step.criterion import Batch, Criterion, Metrics
 from ..step.state import State, variables
