@@ -14,6 +14,7 @@ from beit_jax.variants import VARIANTS
 
 from .files.adapters import MERGE, are_adapted
 from .files.checkpoint import Checkpoint
+from .files.strangers import of_names, quantised
 from .formats.format import Description, Place, Sighting, SourceFormat, default_preset
 from .options import Options
 
@@ -132,6 +133,8 @@ def recognise(
         BeitJaxError: the names are of no format, or an adapter's; there are several encoders, and `weights` chooses
             none. The message shows a few of them.
     """
+    if (changed := quantised(names)) is not None:
+        raise BeitJaxError(f"{file}: {changed}")
     possible = [place for each in formats for place in each.places_in(names)]
     if possible:
         chosen = _one_encoder(sorted({place.before for place in possible}), names, file, weights)
@@ -141,6 +144,9 @@ def recognise(
                 return place, found
     if are_adapted(names):
         raise BeitJaxError(f"{file}: it holds an adapter, or weights with one that is not merged: {MERGE}")
+    stranger = of_names(names)
+    if stranger is not None:
+        raise BeitJaxError(f"{file}: {stranger}")
     shown = ", ".join(printable(name, 60) for name in sorted(names)[:3])
     known = ", ".join(each.name for each in formats)
     raise BeitJaxError(f"{file}: no BEiT names (known: {known}) among those of its {len(names)} tensors: {shown}, ...")

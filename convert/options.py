@@ -70,7 +70,7 @@ class Options:
     """Prepare images by a preset instead of what the source says."""
     allow_nonfinite: bool = False
     """Accept NaN and infinite weights."""
-    format: Literal["safetensors", "pytorch", "flax"] | None = None
+    format: Literal["safetensors", "pytorch", "flax", "tensorflow"] | None = None
     """Which of a directory's weights to read, where it has several formats; safetensors by default."""
     expect_sha256: str | None = None
     """Refuse a weight file whose SHA-256 does not begin with this, as published names and pages give it."""

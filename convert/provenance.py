@@ -59,6 +59,7 @@ _PROGRAMS = {
     "mmengine_version": "mmengine",
     "mmcv_version": "mmcv",
     "ds_version": "DeepSpeed",
+    "keras_version": "Keras",
     "transformers_version": "transformers",
     "pretrained_cfg": "timm",
 }

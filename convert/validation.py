@@ -11,6 +11,7 @@ from beit_jax.errors import BeitJaxError, printable
 
 from .files.adapters import MERGE, are_adapted
 from .files.checkpoint import TensorInfo
+from .files.strangers import quantised
 from .formats.rules import Step
 
 FLOATS = tuple(np.dtype(kind) for kind in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16))
@@ -71,16 +72,13 @@ def check_tensors(
     raise BeitJaxError(f"{what}: {'. '.join(problems)}. {advice[:1].upper()}{advice[1:]}")
 
 
-_QUANTISED = re.compile(
-    r"\.(SCB|weight_format|(nested_)?absmax|quant_\w+(\..*)?|qweight|qzeros|scales|g_idx|W_q|_data|_scale|_weight_\w+)$"
-)
-
-
 def _other_files(unexpected: Collection[str], wrong_dtype: Collection[str]) -> str | None:
     """What to do with weights that another library has changed: no configuration can describe them."""
     if are_adapted(unexpected):
         return f"it holds an adapter that is not merged into its weights: {MERGE}"
-    if wrong_dtype or any(_QUANTISED.search(name) for name in unexpected):
+    if (found := quantised(unexpected)) is not None:
+        return str(found)
+    if wrong_dtype:
         return (
             "its weights are quantised: load it with the library that quantised it, and convert what "
             "model.dequantize().save_pretrained(DIRECTORY) writes, or the checkpoint from before"

@@ -6,7 +6,7 @@ Opening checks everything that names, shapes, dtypes and layout can tell; no ten
 import copy
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -18,7 +18,8 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import WEIGHTS as NATIVE
 
 from ..pickles.state import names_part
-from . import adapters, distributed_folder
+from . import adapters, distributed_folder, strangers
+from .h5_file import H5File
 from .msgpack_file import MsgpackFile
 from .safetensors_file import SafetensorsFile
 from .shard_index import INDEX_SUFFIX, ShardIndex
@@ -27,7 +28,7 @@ from .weight_file import RandomAccessFile, TensorInfo, WeightFile
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
-Format = Literal["safetensors", "pytorch", "flax"]
+Format = Literal["safetensors", "pytorch", "flax", "tensorflow"]
 
 # In transformers' order: the first that is there is taken.
 WEIGHT_NAMES: Mapping[str, Format] = {
@@ -36,9 +37,11 @@ WEIGHT_NAMES: Mapping[str, Format] = {
     "pytorch_model.bin": "pytorch",
     "pytorch_model.bin" + INDEX_SUFFIX: "pytorch",
     "flax_model.msgpack": "flax",
+    "flax_model.msgpack" + INDEX_SUFFIX: "flax",
+    "tf_model.h5": "tensorflow",
 }
 
-Kind = Literal["safetensors", "zip", "pickle", "msgpack"]
+Kind = Literal["safetensors", "zip", "pickle", "msgpack", "hdf5"]
 
 # Parallel training, torch.compile, Lightning and transformers' wrapper of timm's models put one of these before every
 # name of a model. No known format begins with one.
@@ -48,8 +51,6 @@ _WRAPPED = ("module.", "_orig_mod.", "model.", "timm_model.")
 _INSIDE = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 _Owner = tuple[WeightFile, str]  # the file of a tensor, and its name there
-
-_OTHERS = {b"\x89HDF": "HDF5, of TensorFlow or Keras", b"GGUF": "GGUF"}
 
 
 class Checkpoint:
@@ -206,6 +207,9 @@ def _nothing_found(directory: Path, wanted: Sequence[str]) -> str:
             f"{label} is a native checkpoint, converted already: use it as it is, or convert what it was made of; "
             "beit-jax export makes a Hugging Face directory of it"
         )
+    stranger = strangers.of_folder(names)
+    if stranger is not None and wanted == list(WEIGHT_NAMES):
+        return f"{label} holds {stranger}"
     holding = [name for name in names if any(os.path.lexists(directory / name / each) for each in wanted)]
     found = ", ".join(printable(name, 60) for name in names[:10]) or "nothing"
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
@@ -252,7 +256,7 @@ def _open_file(path: Path, prefer: str | None) -> WeightFile:
         kind = _recognise(file)
         if kind in ("zip", "pickle"):
             return PickleFile(file, zipped=kind == "zip", prefer=prefer)
-        part = MsgpackFile(file) if kind == "msgpack" else SafetensorsFile(file)
+        part = _READERS[kind](file)
         _check_prefer(prefer, part.tensors, file.label)
         if kind == "safetensors" and path.suffix in {".bin", ".pt", ".pth"}:
             part.notes.append(f"{printable(path.name)} is a safetensors file")
@@ -262,8 +266,18 @@ def _open_file(path: Path, prefer: str | None) -> WeightFile:
         raise
 
 
+_READERS: Mapping[str, Callable[[RandomAccessFile], WeightFile]] = {
+    "safetensors": SafetensorsFile,
+    "msgpack": MsgpackFile,
+    "hdf5": H5File,
+}
+
+
 def _recognise(file: RandomAccessFile) -> Kind:
     """Returns the file type by the first bytes. Raises `BeitJaxError`, which says what other files are."""
+    named = strangers.of_name(file.path.name)
+    if named is not None:
+        raise BeitJaxError(f"{file.label} is {named}")
     head = file.read(0, min(file.size, 512), "the first bytes")
     is_safetensors = head[8:9] == b"{" and head[4:8] == bytes(4)  # no text has zeros; no sane header is 4 GiB long
     is_pickle = head[:2] in (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
@@ -274,10 +288,12 @@ def _recognise(file: RandomAccessFile) -> Kind:
                 f"{file.label} is a PyTorch pickle, not safetensors; rename it to .bin to read it as one"
             )
         return "zip" if head[:4] == b"PK\3\4" else "pickle"
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "hdf5"
     if not is_safetensors:
-        description = _describe(head)
-        if description:
-            raise BeitJaxError(f"{file.label} is {description}; expected a .safetensors or PyTorch weight file")
+        stranger = strangers.of_bytes(head, file.path.suffix)
+        if stranger is not None:
+            raise BeitJaxError(f"{file.label} is {stranger}: expected a .safetensors or PyTorch weight file")
     if is_safetensors or file.path.suffix == ".safetensors":
         return "safetensors"
     if file.path.suffix == ".msgpack" and (head[0] & 0xF0 == 0x80 or head[0] in (0xDE, 0xDF)):  # a map
@@ -286,22 +302,3 @@ def _recognise(file: RandomAccessFile) -> Kind:
         f"{file.label} is not a weight file: it starts with {printable(head[:8])}; "
         "expected safetensors or a file written by torch.save"
     )
-
-
-def _describe(head: bytes) -> str | None:
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if text.startswith(b"version https://git-lfs"):
-        size = text.partition(b"\nsize ")[2].split(b"\n")[0]
-        return f"a Git LFS pointer to a file of {printable(size.decode('latin-1'))} bytes (run: git lfs pull)"
-    if text.startswith(b"<"):
-        return "an HTML or XML page, probably an error message saved as weights (download it again)"
-    if text.startswith((b"{", b"[")) and b"\0" not in head:
-        return "JSON text, probably an error message saved as weights (download it again)"
-    if head[257:262] == b"ustar":
-        return "a tar archive, which PyTorch before 0.2 wrote (load it there and save it again)"
-    for start, kind in _OTHERS.items():
-        if head.startswith(start):
-            return f"{kind}; save the model with save_pretrained or torch.save"
-    if head.startswith(b"\x1f\x8b"):
-        return "gzip-compressed (unpack it first)"
-    return None

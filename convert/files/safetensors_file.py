@@ -100,8 +100,9 @@ def _entry(file: RandomAccessFile, name: str, entry: object) -> tuple[TensorInfo
         raise BeitJaxError(f"{where} has the header entry {shown(entry)}; expected dtype, shape and data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
+        small = str(entry["dtype"]).startswith(("F8", "F6", "F4"))
         raise BeitJaxError(
-            f"{where} has dtype {shown(entry['dtype'])}; expected one of {', '.join(DTYPES)}: "
+            f"{where} has dtype {shown(entry['dtype'])}{' (quantised)' * small}; expected one of {', '.join(DTYPES)}: "
             "load it with the library that wrote it, and save it as float32 or bfloat16"
         )
     info = checked_info(name, entry["shape"], dtype, file.path)

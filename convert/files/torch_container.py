@@ -14,6 +14,7 @@ from beit_jax.errors import BeitJaxError, printable
 from ..pickles.machine import MAX_PICKLE, PickleMachine
 from ..pickles.names import ITEM_SIZES, PickleError, Storage
 from ..pickles.state import refused
+from .strangers import of_archive, of_entries
 from .weight_file import Extent, RandomAccessFile, read_checked, shown
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -108,14 +109,15 @@ class ZipContainer:
     def __init__(self, file: RandomAccessFile) -> None:
         self._file = file
         self._entries = _zip_entries(file)
+        stranger = of_archive(self._entries.keys())
+        if stranger is not None:
+            raise BeitJaxError(f"{file.label} is {stranger}: expected a state dict written by torch.save")
         first = next(iter(self._entries))
         self._folder = first.partition("/")[0] + "/"
         for name, entry in self._entries.items():
             self._check_entry(name, entry)
         if self._folder + "data.pkl" not in self._entries:
             raise BeitJaxError(f"{file.label} is a zip archive without data.pkl; expected a file written by torch.save")
-        if self._folder + "constants.pkl" in self._entries:
-            raise BeitJaxError(f"{file.label} is a TorchScript program; expected a state dict written by torch.save")
         order = self._small_record("byteorder") if self._folder + "byteorder" in self._entries else b"little"
         if order != b"little":
             raise BeitJaxError(f"{file.label} has byte order {printable(order)}; expected little")
@@ -185,7 +187,12 @@ class LegacyContainer:
         self._file = file
         stream = io.BytesIO(file.read(0, min(file.size, MAX_PICKLE), "the pickle"))
         machine = PickleMachine()
-        magic = run_pickle(file, stream, machine)
+        magic, forbidden = run_outer(file, stream, machine)
+        stranger = of_entries(magic if isinstance(magic, dict) else (), forbidden)
+        if stranger is not None:
+            raise BeitJaxError(f"{file.label} is {stranger}")
+        if forbidden:
+            raise refused(file.label, forbidden)
         if magic != _MAGIC:
             raise BeitJaxError(
                 f"{file.label} is a pickle that torch.save did not write; expected a state dict of tensors"

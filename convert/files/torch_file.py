@@ -11,6 +11,7 @@ from beit_jax.errors import BeitJaxError, printable
 
 from ..pickles.names import STORAGE_DTYPES, PickledTensor, PickleError, UnsupportedTensor
 from ..pickles.state import Tensor, passed_over, select_state
+from .strangers import of_entries, sharded_by_zero
 from .torch_container import Container, LegacyContainer, ZipContainer
 from .weight_file import MAX_TENSORS, Extent, RandomAccessFile, TensorInfo, WeightFile, checked_info, read_checked
 
@@ -41,12 +42,19 @@ class PickleFile(WeightFile):
     def __init__(self, file: RandomAccessFile, *, zipped: bool, prefer: str | None = None) -> None:
         container: Container = ZipContainer(file) if zipped else LegacyContainer(file)
         super().__init__(file, container.format)
+        entries: dict[object, object] = container.top if isinstance(container.top, dict) else {}
+        stranger = of_entries(entries, container.forbidden)
+        if stranger is not None:
+            raise BeitJaxError(f"{file.label} is {stranger}")
         passed = passed_over(container.top, container.forbidden, file.label)
         state = select_state(container.top, prefer, file.label)
         if len(state.tensors) > MAX_TENSORS:
             raise BeitJaxError(f"{file.label} lists {len(state.tensors)} tensors; expected at most {MAX_TENSORS}")
         self.metadata = dict(state.metadata)
         self.notes = [*state.notes, *passed]
+        empty = sharded_by_zero((t.shape for t in state.tensors.values() if isinstance(t, PickledTensor)), entries)
+        if empty is not None:
+            raise BeitJaxError(f"{file.label} is {empty}")
         self._stored = StoredTensors(file, container, state.tensors)
         self.tensors = self._stored.infos
 

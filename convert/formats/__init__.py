@@ -22,6 +22,7 @@ PAGES: Mapping[str, str | None] = {
     "timm": "timm",
     "unilm": "original",
     "flax": None,
+    "tensorflow": None,
 }
 
 LAYOUTS = tuple(dict.fromkeys(layout for layout in PAGES.values() if layout))

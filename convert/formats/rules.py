@@ -118,6 +118,9 @@ FLAX_QKV = Op(_load_flax_qkv, _dump_flax_qkv)
 FLAX_HEADS = Op(_load_keep, lambda leaf: [leaf.reshape(-1, leaf.shape[-1])])
 """Flax kernel [heads * head_dim, out] <-> [heads, head_dim, out]."""
 
+FLAX_ONE_QKV = Op(_load_keep, lambda leaf: [leaf.reshape(len(leaf), -1)])
+"""One kernel [in, 3 * heads * head_dim], queries first <-> [in, 3, heads, head_dim]."""
+
 
 @dataclass(frozen=True)
 class Rule:

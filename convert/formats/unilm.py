@@ -196,7 +196,11 @@ def _refuse_relatives(sighting: Sighting) -> None:
     tensors, first = sighting.backbone, "blocks.0."
     shapes = [tensors[n].shape for n in (f"{first}mlp.fc1.weight", f"{first}mlp.fc2.weight") if n in tensors]
     gated = [len(shape) for shape in shapes] == [2, 2] and shapes[0][0] == 2 * shapes[1][1]
+    interacts = ("level_embed", "spm.", "interactions.")
     found = {
+        "level_embed, spm and interactions: ViT-Adapter, which changes the encoder's states between its blocks": any(
+            name.startswith(interacts) for name in tensors
+        ),
         f"{first}attn.qkv.bias: one bias for all three, as in ViT, DeiT, MAE, DINO and BEiT-3; BEiT has q_bias and "
         "v_bias": f"{first}attn.qkv.bias" in tensors and f"{first}attn.q_bias" not in tensors,
         f"{first}mlp.fc1.weight: a gated MLP, as in EVA-02": gated,

@@ -24,6 +24,9 @@ KINDS: dict[str, tuple[str, str, Options]] = {
     "Trainer, the best": ("trainer", "trainer/checkpoint-1.npy", Options(checkpoint="best")),
     "Trainer, step 1": ("trainer", "trainer/checkpoint-1.npy", Options(checkpoint="1")),
     "torch.distributed.checkpoint": ("distributed/step_7", "distributed/logits.npy", Options()),
+    "TensorFlow's names in safetensors": ("tensorflow/safetensors", "tensorflow/logits.npy", Options()),
+    "tf_model.h5": ("tensorflow/h5", "tensorflow/logits.npy", Options()),
+    "keras_cv_attention_models": ("kecam/beit.h5", "kecam/logits.npy", Options()),
     "mmpretrain, mean of the patches": ("mmpretrain/mean.pth", "mmpretrain/mean.npy", Options()),
     "mmpretrain, class token": ("mmpretrain/token.pth", "mmpretrain/token_raw.npy", Options(weights="raw")),
     "mmpretrain, moving average": ("mmpretrain/token.pth", "mmpretrain/token_ema.npy", Options(weights="ema")),
@@ -48,6 +51,8 @@ IMAGES = np.load(FOREIGN / "images.npy")
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_the_library(kind: str) -> None:
     source, logits, options = KINDS[kind]
+    if "h5" in source:
+        pytest.importorskip("h5py")
     assert_equal(computed(source, options, lambda model: model(IMAGES).logits), logits)
 
 

@@ -215,16 +215,16 @@ def weights_of_another_name(place: Place) -> Case:
     return place.convert(place.hf), ["holds no weights", "can be given itself"], nothing, place.convert(file)
 
 
-def run_of_a_trainer(place: Place) -> Case:
+def run_of_another_trainer(place: Place) -> Case:
     directory = place.hf.rename(place.path / "run")
-    (directory / "checkpoint-5").mkdir()
+    (directory / "step-5").mkdir()
     for file in [each for each in directory.iterdir() if each.is_file()]:
-        file.rename(directory / "checkpoint-5" / file.name)
+        file.rename(directory / "step-5" / file.name)
     return (
         place.convert(directory),
-        ["checkpoint-5", "one of its directories"],
+        ["step-5", "one of its directories"],
         nothing,
-        place.convert(directory / "checkpoint-5"),
+        place.convert(directory / "step-5"),
     )
 
 
@@ -323,7 +323,7 @@ CASES: Mapping[str, Callable[[Place], Case]] = {
     "not finite": not_finite,
     "pickle under a wrong name": pickle_under_a_wrong_name,
     "weights of another name": weights_of_another_name,
-    "run of a trainer": run_of_a_trainer,
+    "run of another trainer": run_of_another_trainer,
     "another format": another_format,
     "no multiple of the patch": no_multiple_of_the_patch,
     "no shared table": no_shared_table,

@@ -10,6 +10,9 @@ beside torch 2.13 and NumPy, in an environment of its own:
     python tests/convert/foreign/make.py mmpretrain     # mmpretrain 1.2.0, mmengine 0.10.7, mmcv-lite 2.1.0
     python tests/convert/foreign/make.py mmseg          # mmsegmentation 1.2.2, mmengine 0.10.7, mmcv-lite 2.1.0
 
+    python tests/convert/foreign/make.py tensorflow     # transformers 4.57.6, tensorflow-cpu, tf-keras, without torch
+    python tests/convert/foreign/make.py kecam          # keras_cv_attention_models 1.4.3, tensorflow-cpu, tf-keras
+
 A kind is a folder of what its library wrote, and `logits.npy` [3, classes] float32 of the images in `images.npy`
 [3, 16, 16, 3] float32, as the library computed them with the weights in the files.
 """
@@ -241,7 +244,9 @@ def runner_file(model, out, name):
     average = next(hook for hook in runner.hooks if isinstance(hook, EMAHook)).ema_model.module
     np.save(out / f"{name}_raw.npy", compute(model.eval()))
     np.save(out / f"{name}_ema.npy", compute(average.eval()))
-    shutil.move("run/epoch_3.pth", out / f"{name}.pth")
+    content = torch.load("run/epoch_3.pth", weights_only=False)  # written above
+    content["message_hub"]["runtime_info"].pop("last_ckpt")  # a path of this machine
+    torch.save(content, out / f"{name}.pth")
     shutil.rmtree("run")
 
 
@@ -285,7 +290,58 @@ def mmseg():
                _use_new_zipfile_serialization=False)  # fmt: skip
 
 
-KINDS = {each.__name__: each for each in (lightning, accelerate, trainer, distributed, one_rank, mmpretrain, mmseg)}
+def drawn_keras(model):
+    """Draws every weight of a Keras model."""
+    generator = np.random.default_rng(0)
+    for weight in model.weights:
+        if "index" in weight.name:
+            continue
+        scale = np.prod(weight.shape[:-1]) ** -0.5 if len(weight.shape) in (2, 4) and "kernel" in weight.name else 0.2
+        weight.assign(generator.standard_normal(weight.shape) * scale + (len(weight.shape) == 1) * 0.5)
+
+
+def tensorflow():
+    """transformers 4's TFData2VecVision: tf_model.h5, and a model.safetensors with TensorFlow's names."""
+    from transformers import Data2VecVisionConfig, TFData2VecVisionForImageClassification
+
+    size = {"image_size": 16, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options = {"intermediate_size": 32, "use_relative_position_bias": True, "num_labels": 5, "drop_path_rate": 0.0}
+    model = TFData2VecVisionForImageClassification(Data2VecVisionConfig(**size, **options))
+    images = IMAGES.transpose(0, 3, 1, 2).copy()
+    model(images)
+    drawn_keras(model)
+    out = folder("tensorflow")
+    np.save(out / "logits.npy", model(images).logits.numpy())
+    model.save_pretrained(out / "h5", safe_serialization=False)
+    model.save_pretrained(out / "safetensors", safe_serialization=True)
+
+
+def kecam():
+    """keras_cv_attention_models' BEiT with the weights as save_weights writes them."""
+    import h5py
+    from keras_cv_attention_models.beit import Beit
+
+    model = Beit(depth=1, embed_dim=16, num_heads=2, mlp_ratio=2, patch_size=4, input_shape=(16, 16, 3), num_classes=5,
+                 pretrained=None, classifier_activation=None)  # fmt: skip
+    drawn_keras(model)
+    out = folder("kecam")
+    np.save(out / "logits.npy", model(IMAGES).numpy())
+    model.save_weights("large.h5")
+    # The same groups, attributes and data sets in the newer layout of HDF5, whose groups take a tenth of the bytes.
+    with h5py.File("large.h5") as source, h5py.File(out / "beit.h5", "w", libver="latest") as file:
+        file.attrs.update(source.attrs)
+        found = []
+        source.visit(found.append)
+        for name in found:
+            if isinstance(source[name], h5py.Group):
+                file.create_group(name).attrs.update(source[name].attrs)
+            else:
+                file.create_dataset(name, data=source[name][()])
+    os.remove("large.h5")
+
+
+KINDS = {each.__name__: each for each in (lightning, accelerate, trainer, distributed, one_rank, mmpretrain, mmseg,
+                                          tensorflow, kecam)}  # fmt: skip
 
 if __name__ == "__main__":
     os.chdir(HERE)  # some libraries write the path that they are given into the file

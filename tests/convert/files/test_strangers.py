@@ -1,0 +1,184 @@
+"""What is no weights of BEiT is told in one line: what it is, which program made it, and the way to weights."""
+
+import bz2
+import io
+import lzma
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from beit_jax.cli.main import main
+
+Write = Callable[[Path], Any]
+
+
+def content(data: bytes) -> Write:
+    return lambda path: path.write_bytes(data)
+
+
+def archive(*records: str) -> Write:
+    def write(path: Path) -> None:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+            for record in records:
+                made.writestr(record, b"x" * 100)
+
+    return write
+
+
+def array(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.ones(3))
+
+
+def arrays(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, a=np.ones(3))
+
+
+def paddle(path: Path) -> None:
+    """What paddle.save writes: a pickle of arrays, and of their names in its program."""
+    arrays = {"cls_token": np.ones((1, 1, 2)), "StructuredToParameterName@@": {"cls_token": "create_parameter_0.w_0"}}
+    path.write_bytes(pickle.dumps(arrays, 4))
+
+
+def tar(path: Path) -> None:
+    with tarfile.open(path, "w") as made:
+        made.addfile(tarfile.TarInfo("weights"), io.BytesIO())
+
+
+def saved(**entries: Any) -> Write:
+    return lambda path: torch.save(entries, path)
+
+
+class Square(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x
+
+
+def script(path: Path) -> None:
+    torch.jit.save(torch.jit.trace(Square(), torch.ones(2)), path)
+
+
+def optimizer(path: Path) -> None:
+    torch.save(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], 0.1, momentum=0.9).state_dict(), path)
+
+
+def schedule(path: Path) -> None:
+    moved = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], 0.1)
+    torch.save(torch.optim.lr_scheduler.StepLR(moved, 3).state_dict(), path)
+
+
+ONNX = b"\x08\x0a\x12\x07pytorch\x1a\x062.13.0" + bytes(600)
+MINDSPORE = b"\n\x2e\n\x10backbone.cls_tok\x12\x1a\x08\x01\x12\x07Float32\x1a\x0d" + bytes(600)
+ZERO = {"ds_config": {}, "ds_version": "0.18.2"}
+
+FILES: dict[str, tuple[str, Write, tuple[str, ...]]] = {
+    "ONNX": ("model.onnx", content(ONNX), ("ONNX, a program written by pytorch", "made of")),
+    "ONNX under another name": ("model.bin", content(ONNX), ("ONNX", "made of")),
+    "TFLite": ("model.tflite", content(b"\x1c\0\0\0TFL3" + bytes(600)), ("TFLite", "made of")),
+    "GGUF": ("model.gguf", content(b"GGUF\3\0\0\0" + bytes(600)), ("GGUF", "ggml", "made of")),
+    "mindspore": ("beit.ckpt", content(MINDSPORE), ("mindspore", 'format="safetensors"')),
+    "one array": ("model.bin", array, ("one array of NumPy",)),
+    "npz": ("model.bin", arrays, ("npz", "safetensors.numpy.save_file")),
+    "tar": ("model.pth", tar, ("a tar archive", "unpack")),
+    "xz": ("model.pth", content(lzma.compress(b"x" * 99)), ("xz", "unpack")),
+    "bzip2": ("model.pth", content(bz2.compress(b"x" * 99)), ("bzip2", "unpack")),
+    "zip": ("model.pth", archive("beit/config.json", "beit/model.safetensors"), ("zip archive of 2 files", "unpack")),
+    ".keras": ("model.keras", archive("metadata.json", "config.json", "model.weights.h5"), ("Keras 3", "save_weights")),
+    "TorchScript": ("model.pt", script, ("TorchScript", "torch.jit.load", "state_dict")),
+    "torch.export": ("model.pt2", archive("m/archive_format", "m/models/model.json"), ("torch.export.load",)),
+    "optimizer": ("optimizer.pt", optimizer, ("state of an optimizer", "give the model")),
+    "schedule": ("scheduler.pt", schedule, ("learning rate schedule", "give the model")),
+    "ZeRO, optimizer": ("zero_pp_rank_0_mp_rank_00_optim_states.pt", saved(optimizer_state_dict={}, **ZERO),
+                        ("DeepSpeed's ZeRO", "zero_to_fp32.py")),
+    "ZeRO, stage 3": ("zero_pp_rank_0_mp_rank_00_model_states.pt",
+                      saved(module={"blocks.0.attn.qkv.weight": torch.ones(0)}, param_shapes=[], **ZERO),
+                      ("DeepSpeed's ZeRO", "zero_to_fp32.py")),
+    "Paddle": ("beit.pdparams", paddle, ("Paddle", "t.numpy().T", "paddle.load")),
+    "Paddle under another name": ("beit.bin", paddle, ("Paddle", "paddle.load")),
+    "half a download": ("model.safetensors.incomplete", content(b"x"), ("half a download", "download it again")),
+    "part of a distributed checkpoint": ("__0_0.distcp", saved(a=torch.ones(1)), ("give its directory",)),
+    "JPEG": ("model.bin", content(b"\xff\xd8\xff\xe0" + bytes(600)), ("a JPEG image",)),
+}  # fmt: skip
+
+
+def told(path: Path, needles: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["inspect", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and message.startswith("error: ")
+    assert all(needle in message.replace(str(path), "") for needle in needles), message
+    assert not any(word in message for word in ("damaged", "correct config.json", "Traceback")), message
+    return message
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("name", "write", "needles"), FILES.values(), ids=FILES)
+def test_files(
+    name: str, write: Write, needles: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / name)
+    told(tmp_path / name, needles, capsys)
+
+
+FOLDERS = {
+    "SavedModel": (("saved_model.pb", "variables"), ("SavedModel of TensorFlow",)),
+    "DeepSpeed": (("global_step10", "latest", "zero_to_fp32.py"), ("ZeRO", "python zero_to_fp32.py")),
+    "TensorFlow's checkpoint": (("checkpoint", "model.ckpt.index"), ("checkpoint of TensorFlow",)),
+    "Orbax": (("_CHECKPOINT_METADATA", "manifest.ocdbt"), ("Orbax",)),
+    "half a download": (("model.safetensors.incomplete", "config.json"), ("half a download",)),
+    "ONNX": (("model.onnx", "config.json"), ("ONNX", "made of")),
+    "training state alone": (("optimizer.pt", "scheduler.pt"), ("training state without its model",)),
+}
+
+
+@pytest.mark.parametrize(("files", "needles"), FOLDERS.values(), ids=FOLDERS)
+def test_folders(
+    files: tuple[str, ...], needles: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in files:
+        (tmp_path / file).write_bytes(b"{}")
+    told(tmp_path, needles, capsys)
+
+
+ONE = torch.ones(1)
+Q_PROJ = "beit.encoder.layer.0.attention.attention.query"
+TENSORS = {
+    "bitsandbytes": ({f"{Q_PROJ}.weight": ONE.to(torch.int8), f"{Q_PROJ}.SCB": ONE}, ("bitsandbytes", "dequantize")),
+    "bitsandbytes, 4 bits": (
+        {"x.weight.absmax": ONE, "x.weight.quant_state.bitsandbytes__nf4": ONE},
+        ("bitsandbytes",),
+    ),
+    "torchao": ({f"{Q_PROJ}._weight_qdata": ONE, f"{Q_PROJ}._weight_scale": ONE}, ("torchao", "dequantize")),
+    "quanto": ({f"{Q_PROJ}.weight._data": ONE, f"{Q_PROJ}.weight._scale": ONE}, ("quanto",)),
+    "GPTQ": ({"x.qweight": ONE, "x.qzeros": ONE, "x.scales": ONE}, ("GPTQ or AWQ", "checkpoint from before")),
+    "HQQ": ({"x.W_q": ONE}, ("HQQ",)),
+    "compressed-tensors": ({"x.weight_packed": ONE, "x.weight_scale": ONE}, ("compressed-tensors",)),
+    "EVA-02": ({"blocks.0.attn.q_proj.weight": ONE, "blocks.0.mlp.fc1_g.weight": ONE}, ("EVA-02",)),
+    "BEiT-3": ({"beit3.encoder.layers.0.self_attn.q_proj.A.weight": ONE}, ("BEiT-3",)),
+    "ViT-Adapter": ({"backbone.blocks.0.attn.qkv.weight": ONE, "backbone.level_embed": ONE}, ("ViT-Adapter",)),
+    "Mask2Former": ({"decode_head.pixel_decoder.input_convs.0.conv.weight": ONE}, ("Mask2Former",)),
+    "DeiT": ({"blocks.0.attn.qkv.bias": ONE, "blocks.0.attn.qkv.weight": ONE}, ("DeiT", "relative of BEiT")),
+    "Swin": ({"layers.0.blocks.0.attn.relative_position_bias_table": ONE}, ("Swin",)),
+    "optimizer": ({"state.x.exp_avg": ONE}, ("state of an optimizer",)),
+}
+
+
+@pytest.mark.parametrize(("tensors", "needles"), TENSORS.values(), ids=TENSORS)
+def test_tensors(
+    tensors: dict[str, torch.Tensor], needles: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+    told(tmp_path / "x.safetensors", needles, capsys)
+
+
+def test_fp8_is_told_before_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"x.weight": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    told(tmp_path / "x.safetensors", ("F8_E4M3 (quantised)", "save it as float32 or bfloat16"), capsys)
