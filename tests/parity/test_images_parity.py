@@ -180,6 +180,20 @@ def test_presets_are_bit_equal_to_torchvision(size: tuple[int, int], target: int
         assert np.array_equal(preset(name, target, mean=mean, std=std)(image), expected), name
 
 
+@pytest.mark.parametrize("target", [(32, 48), (31, 44), (400, 384)], ids=str)
+@pytest.mark.parametrize("size", [(481, 639), (100, 133), (77, 300), (3, 2)], ids=str)
+def test_the_evaluation_at_an_oblong_size_is_what_transformers_does_of_its_record(
+    size: tuple[int, int], target: tuple[int, int]
+) -> None:
+    """Both sides are resized, to the same excess; from 384 pixels on nothing is cut."""
+    ours, image = preset("unilm_eval", target), picture(*size)
+    excess = 1.0 if min(target) >= 384 else 224 / 256
+    assert ours.resize == tuple(int(side / excess) for side in target) and ours.crop == target
+    found = ours(image)
+    assert found.shape == (1, *target, 3)
+    np.testing.assert_array_equal(found, transformers_pixels(ours.to_hf(), image))
+
+
 @pytest.mark.parametrize("crop", [(32, 32), (31, 44), (60, 61), (300, 301)], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_torchvision_crop_and_padding(size: tuple[int, int], crop: tuple[int, int]) -> None:

@@ -417,14 +417,6 @@ REFUSED = {
         r"beit/blocks/attention/out_kernel: the checkpoint has \[4, 4, 16, 64\], the model needs \[4, 8, 8, 64\]; .*",
     ),
     "MLP": ({"intermediate_size": 64}, r"beit/blocks/mlp/fc1/bias: .* \[4, 96\], .* \[4, 64\]; .*"),
-    "channels": (
-        {"num_channels": 1},
-        r"beit/embeddings/patch_kernel: .* \[8, 8, 3, 64\], .* \[8, 8, 1, 64\]; .*",
-    ),
-    "channels and patch": (
-        {"num_channels": 1, "patch_size": (16, 16), "image_size": (64, 64)},
-        r"beit/embeddings/patch_kernel: the checkpoint has \[16, 16, 3, 64\], .* \[16, 16, 1, 64\]; .*",
-    ),
     "no layer scale": (
         {"layer_scale_init_value": 0.0},
         r"beit/blocks/gamma_1: the checkpoint has \[4, 64\], the model none; choose its variant",
