@@ -5,18 +5,23 @@ from pathlib import Path
 
 import numpy as np
 
+from beit_jax.adapters.file import load_adapter
 from beit_jax.atomic import Contents, check_destination, new_directory
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG, PROCESSOR
 from beit_jax.weights.native import NativeCheckpoint
 
-from .formats import LAYOUTS, writers
+from .adapters import written
+from .formats import LAYOUTS, PEFT, writers
 from .formats.format import SourceFormat
 from .formats.writing import PTH, SAFETENSORS, is_written_here
 
 EXPORT = Contents("export", (CONFIG, PROCESSOR, SAFETENSORS, PTH), is_written_here)
 """What an export may replace: an earlier export, but no native checkpoint and nobody else's model."""
+
+ADAPTER = Contents("adapter", (*written.FILES, CONFIG, PROCESSOR), written.is_written_here)
+"""The same of an adapter."""
 
 
 def to_torch(
@@ -49,7 +54,7 @@ def export(
     Args:
         layout: one of `LAYOUTS`. hf is for transformers' ``from_pretrained``, timm for
             ``timm.create_model("local-dir:...")``, original for unilm's scripts or, with a segmentation model, mmseg.
-            original needs torch to write.
+            original needs torch to write. peft is the adapter of which the model is the merger, which lies in `source`.
         overwrite: replace an earlier export, which stays whole until the new one is complete.
         source: where the checkpoint was read from, which is never replaced.
 
@@ -60,12 +65,26 @@ def export(
         BeitJaxError: the layout has no such model; torch is missing; the destination cannot be written.
     """
     destination, source = Path(destination), None if source is None else Path(source)
-    naming = _writer(layout, checkpoint.config)
     check_export(destination, layout, checkpoint.config, overwrite=overwrite, source=source)
+    if layout == PEFT:
+        return _export_adapter(checkpoint, destination, overwrite=overwrite, source=source)
+    naming = _writer(layout, checkpoint.config)
     size = sum(leaf.nbytes for leaf in checkpoint.params.values())
     with new_directory(destination, overwrite=overwrite, contents=EXPORT, source=source, need_bytes=size) as directory:
         assert naming.write is not None  # `writers`
         return naming.write(naming, directory, checkpoint)
+
+
+def _export_adapter(
+    checkpoint: NativeCheckpoint, destination: Path, *, overwrite: bool, source: Path | None
+) -> list[str]:
+    if source is None:
+        raise BeitJaxError("layout peft: needs the directory of the checkpoint, in which its factors lie; give source")
+    record = load_adapter(source, {name: leaf.shape for name, leaf in checkpoint.params.items()})
+    tensors = written.peft_tensors(checkpoint, record)  # refuses before a directory is made
+    size = sum(leaf.nbytes for leaf in tensors.values())
+    with new_directory(destination, overwrite=overwrite, contents=ADAPTER, source=source, need_bytes=size) as directory:
+        return written.write_peft(directory, checkpoint, record, tensors)
 
 
 def check_export(
@@ -76,8 +95,12 @@ def check_export(
     Raises:
         BeitJaxError: the layout has no such model, or the destination cannot be written.
     """
-    _writer(layout, config)
-    check_destination(destination, overwrite=overwrite, contents=EXPORT, source=source)
+    if layout == PEFT and (reason := written.refusal(config)) is not None:
+        raise BeitJaxError(reason)
+    if layout != PEFT:
+        _writer(layout, config)
+    contents = ADAPTER if layout == PEFT else EXPORT
+    check_destination(destination, overwrite=overwrite, contents=contents, source=source)
 
 
 def _writer(layout: str, config: BeitConfig) -> SourceFormat:
@@ -87,7 +110,8 @@ def _writer(layout: str, config: BeitConfig) -> SourceFormat:
         BeitJaxError: there is none; says why, and which layouts hold it.
     """
     if layout not in LAYOUTS:
-        raise BeitJaxError(f"layout {printable(layout)}: expected one of {', '.join(LAYOUTS)}")
+        expected = ", ".join((*LAYOUTS, PEFT))
+        raise BeitJaxError(f"layout {printable(layout)}: expected one of {expected}")
     held_by = {each: next((n for n in writers(each) if n.refusal(config) is None), None) for each in LAYOUTS}
     found = held_by[layout]
     if found is None:

@@ -251,6 +251,8 @@ def is_tokenizer(source: Source | str | Path, options: Options = DEFAULT) -> boo
     Raises:
         BeitJaxError: the file cannot be read.
     """
+    if options.base is not None:  # the source is an adapter, and those of tokenizers are unknown
+        return False
     where, _ = located(as_source(source), options)
     with open_checkpoint(where.path, prefer=options.weights, format=options.format) as checkpoint:
         return any(naming.marker in checkpoint.tensors for naming in NAMINGS)

@@ -16,7 +16,9 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from beit_jax.cli.arguments import Json, Switch
 from beit_jax.cli.extras import train_extra
+from beit_jax.convert.formats import PEFT
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.hub import ADAPTER_WEIGHTS
 from beit_jax.terminal import image_progress, print_json, print_lines
 
 if TYPE_CHECKING:
@@ -202,8 +204,29 @@ def _train(
             _print_once(preview(plan), peers, json=json)
             return 0
         outcome = loop.train(plan, out, resume=resume, peers=peers)
+        if peers.index == 0:
+            outcome = _with_adapters(outcome)
         _print_once(outcome, peers, json=json)
         return outcome.exit_code
+
+
+def _with_adapters(outcome: "Outcome") -> "Outcome":
+    """Writes the adapters of which a run's models are mergers as PEFT reads them, ``adapter/`` beside ``model/``."""
+    written: list[Path] = []
+    for model in outcome.models:
+        if not (model / ADAPTER_WEIGHTS).is_file():
+            continue
+        from beit_jax.convert import exporter
+        from beit_jax.weights.native import load
+
+        directory = model.with_name(model.name.replace("model", "adapter"))
+        try:
+            exporter.export(load(model), directory, PEFT, overwrite=True, source=model)
+        except BeitJaxError as error:  # the run itself is complete, and the factors lie beside the model
+            print(f"note: no adapter for peft: {error}", file=sys.stderr)
+        else:
+            written.append(directory)
+    return replace(outcome, models=(*outcome.models, *written))
 
 
 def _print_once(found: "Outcome | Preview", peers: "Peers", *, json: bool) -> None:

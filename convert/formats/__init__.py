@@ -26,13 +26,16 @@ PAGES: Mapping[str, str | None] = {
 }
 
 LAYOUTS = tuple(dict.fromkeys(layout for layout in PAGES.values() if layout))
-"""The values of ``beit-jax export --to``; the first is the default."""
+"""The layouts of models for ``beit-jax export --to``; the first is the default."""
+
+PEFT = "peft"
+"""One more value: the adapter of which a model is the merger, `..adapters`."""
 
 if TYPE_CHECKING:
     Layout = str
     FORMATS: tuple[SourceFormat, ...]
 else:
-    Layout = Literal[LAYOUTS]
+    Layout = Literal[(*LAYOUTS, PEFT)]
 
 
 def writers(layout: str) -> tuple["SourceFormat", ...]:
