@@ -211,7 +211,7 @@ def _train(
 
 
 def _with_adapters(outcome: "Outcome") -> "Outcome":
-    """Writes the adapters of which a run's models are mergers as PEFT reads them, ``adapter/`` beside ``model/``."""
+    """Writes the adapters of which a run's models are mergers as PEFT reads them: ``adapter`` beside ``model``, ``best-adapter``."""
     written: list[Path] = []
     for model in outcome.models:
         if not (model / ADAPTER_WEIGHTS).is_file():
@@ -219,7 +219,8 @@ def _with_adapters(outcome: "Outcome") -> "Outcome":
         from beit_jax.convert import exporter
         from beit_jax.weights.native import load
 
-        directory = model.with_name(model.name.replace("model", "adapter"))
+        name = model.name
+        directory = model.with_name(name.replace("model", "adapter") if "model" in name else f"{name}-adapter")
         try:
             exporter.export(load(model), directory, PEFT, overwrite=True, source=model)
         except BeitJaxError as error:  # the run itself is complete, and the factors lie beside the model

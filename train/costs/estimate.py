@@ -209,7 +209,7 @@ def traced_activations(loss: Callable[[int, Nested], Array], params: Nested) -> 
 
     def of(images: int) -> int:
         with _as_here():
-            return _bytes(jax.eval_shape(lambda params: jax.vjp(partial(loss, images), params)[1], params))
+            return tree_bytes(jax.eval_shape(lambda params: jax.vjp(partial(loss, images), params)[1], params))
 
     return of(3) - of(2)
 
@@ -229,10 +229,11 @@ def _stored(config: BeitConfig, dtype: DTypeLike, remat: Remat, images: int) -> 
         return jax.vjp(lambda params: nnx.merge(graph, params)(pixel_values, remat=remat, **options), params)[1]
 
     with _as_here():
-        return _bytes(jax.eval_shape(backward, shapes))
+        return tree_bytes(jax.eval_shape(backward, shapes))
 
 
-def _bytes(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays or shapes of a pytree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 

@@ -19,7 +19,7 @@ from beit_jax.models.partition import BATCH_AXES
 from beit_jax.variants import VARIANTS
 from beit_jax.weights.native import NativeCheckpoint
 
-from ..costs.estimate import compiled_bytes
+from ..costs.estimate import compiled_bytes, tree_bytes
 from ..costs.work import BETWEEN_SLICES, Work, work
 from ..distributed.sharding import check_batch, make_mesh
 from ..distributed.topology import GIB, Topology
@@ -65,6 +65,8 @@ class Report:
         model_flops: what the model needs of a step on all chips, whatever is computed twice.
         largest: the largest batch that fits, among the powers of two times what the mesh divides a batch by; None: not
             looked for, or none.
+        learned: numbers that the run trains.
+        optimizer: bytes of the optimizer's state, over all chips that share one copy.
     """
 
     recipe: Recipe
@@ -75,6 +77,8 @@ class Report:
     model_flops: float
     largest: int | None
     seconds: float
+    learned: int = 0
+    optimizer: int = 0
 
     @property
     def fits(self) -> bool:
@@ -129,6 +133,8 @@ class Report:
             "memory": self.memory,
             "hbm": self.topology.chip.hbm,
             "model_flops": self.model_flops,
+            "learned": self.learned,
+            "optimizer": self.optimizer,
             "largest_batch": self.largest,
             "compile_seconds": self.seconds,
         }
@@ -149,6 +155,7 @@ class Report:
             + " x ".join(f"{size} {axis}" for axis, size in self.mesh.items()),
             f"batch        {recipe.data.batch_size:,}{parts}, {recipe.data.batch_size // chips:,} a chip",
             f"memory       {self.memory / GIB:.2f} of {chip.hbm / GIB:.2f} GiB a chip: {verdict}",
+            f"learned      {self.learned:,} parameters, for which the optimizer holds {self.optimizer / 1e6:,.1f} MB",
             *self._work_lines(),
             *([] if self.largest is None else [f"largest      batch that fits: {self.largest:,}"]),
             f"compiled in {self.seconds:.0f} s; nothing was run: times are bounds from the chip's data sheet",
@@ -224,6 +231,8 @@ def report(
         model_flops=program.objective.flops * size,
         largest=largest_batch(first, attempt, unit, topology.chip.hbm) if largest else None,
         seconds=first.seconds,
+        learned=sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params)),
+        optimizer=tree_bytes(program.abstract_state.opt),
     )
 
 
@@ -252,6 +261,9 @@ def abstract_program(
     sources = kind.abstract_sources(recipe, labels)
     if start is not None:
         sources = replace(sources, start=start)
+    listed = recipe.model.channels_from
+    if listed is not None:  # which channels they are makes no difference to a program
+        recipe = replace(recipe, model=replace(recipe.model, channels=len(listed), channels_from=None))
     config = kind.configure(recipe, labels, sources)
     recipe = with_pixels(recipe, config, sources.start)
     rates = learning_rates(recipe, images or (SCANS if recipe.variant == DIGITS else kind.epoch_images))
