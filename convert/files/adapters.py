@@ -15,7 +15,7 @@ from beit_jax.json_file import read_json
 
 CONFIG, WEIGHTS = ADAPTER, PEFT_WEIGHTS
 MERGE = (
-    "name the model that it changes with --base, which merges LoRA and DoRA, or merge it in peft, and convert what "
+    "beit-jax convert ADAPTER DEST --base MODEL merges LoRA and DoRA; or merge it in peft, and convert what "
     "model.merge_and_unload().save_pretrained(DIRECTORY) writes"
 )
 
