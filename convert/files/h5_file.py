@@ -66,6 +66,7 @@ class H5File(WeightFile):
         self.tensors = dict(sorted(self.tensors.items()))
 
     def _add(self, name: str, found: Any) -> None:
+        name = name if name.endswith(":0") else f"{name}:0"  # the number of an output, which Keras 3 leaves out
         where = f"tensor {printable(name)} in {self.file.label}"
         if found.external or found.is_virtual:
             raise BeitJaxError(f"{where} lies in another file; expected the weights themselves: save it again")

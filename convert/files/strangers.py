@@ -25,7 +25,7 @@ class Stranger:
 _ORIGINAL = "convert the checkpoint that it was made of"
 _NOTHING = "nothing here computes it"
 _BESIDE = "give the model's file beside it"
-_KERAS = "model.save_weights('NEW.weights.h5') keeps its weights"
+_KERAS = "load it in Keras, and model.save('NEW.h5') writes its weights by name"
 _UNPACK = "unpack it, and give what is in it"
 _AGAIN = "download it again"
 
@@ -218,6 +218,7 @@ _MODELS: Mapping[str, Stranger] = {
         "Mask2Former, whose heads nothing here computes", "--weights NAME takes an encoder that stands under a name"
     ),
     r"blocks\.0\.attn\.qkv\.bias$": Stranger("a ViT, DeiT, MAE or DINO with one bias of all three", _NOTHING),
+    r"(^|/)vars/\d+(:0)?$": Stranger("weights of Keras 3, whose .weights.h5 keeps no names of variables", _KERAS),
     r"resblocks\.0\.attn\.in_proj_weight$": Stranger("CLIP of OpenAI or open_clip", _NOTHING),
     r"(^|\.)vision_model\.encoder\.layers\.0\.": Stranger("CLIP or SigLIP of transformers", _NOTHING),
     r"layers\.0\.blocks\.0\.attn\.relative_position_bias_table$": Stranger("Swin", _NOTHING),

@@ -92,6 +92,7 @@ def test_weights_of_a_whole_keras_model(tmp_path: Path) -> None:
         group = file.create_group("model_weights")
         for name in source:
             source.copy(name, group)
+        group["out_ln/out_ln"].move("gamma:0", "gamma")  # as Keras 3 writes the same file
         file["optimizer_weights/x/iteration:0"] = np.ones(3)
     expected, found = load(resolve(KECAM)).params, load(resolve(tmp_path / "model.h5")).params
     assert found.keys() == expected.keys() and all(np.array_equal(found[n], expected[n]) for n in expected)

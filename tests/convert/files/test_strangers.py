@@ -92,7 +92,8 @@ FILES: dict[str, tuple[str, Write, tuple[str, ...]]] = {
     "xz": ("model.pth", content(lzma.compress(b"x" * 99)), ("xz", "unpack")),
     "bzip2": ("model.pth", content(bz2.compress(b"x" * 99)), ("bzip2", "unpack")),
     "zip": ("model.pth", archive("beit/config.json", "beit/model.safetensors"), ("zip archive of 2 files", "unpack")),
-    ".keras": ("model.keras", archive("metadata.json", "config.json", "model.weights.h5"), ("Keras 3", "save_weights")),
+    ".keras": ("model.keras", archive("metadata.json", "config.json", "model.weights.h5"),
+               ("Keras 3", "model.save('NEW.h5')")),
     "TorchScript": ("model.pt", script, ("TorchScript", "torch.jit.load", "state_dict")),
     "torch.export": ("model.pt2", archive("m/archive_format", "m/models/model.json"), ("torch.export.load",)),
     "optimizer": ("optimizer.pt", optimizer, ("state of an optimizer", "give the model")),
@@ -166,6 +167,7 @@ TENSORS = {
     "ViT-Adapter": ({"backbone.blocks.0.attn.qkv.weight": ONE, "backbone.level_embed": ONE}, ("ViT-Adapter",)),
     "Mask2Former": ({"decode_head.pixel_decoder.input_convs.0.conv.weight": ONE}, ("Mask2Former",)),
     "DeiT": ({"blocks.0.attn.qkv.bias": ONE, "blocks.0.attn.qkv.weight": ONE}, ("DeiT", "relative of BEiT")),
+    "Keras 3": ({"layers/dense/vars/0": ONE}, ("Keras 3", "model.save('NEW.h5')")),
     "Swin": ({"layers.0.blocks.0.attn.relative_position_bias_table": ONE}, ("Swin",)),
     "optimizer": ({"state.x.exp_avg": ONE}, ("state of an optimizer",)),
 }
