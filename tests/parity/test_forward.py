@@ -15,6 +15,8 @@ from tolerances import MODEL
 from beit_jax.models.build import Model
 from beit_jax.models.interface import BeitOutput
 
+pytestmark = pytest.mark.compiled
+
 Converted = Callable[[torch.nn.Module], Model]
 
 

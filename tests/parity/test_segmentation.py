@@ -22,6 +22,8 @@ from beit_jax.models.build import Model, statistics
 from beit_jax.train.objectives.segmentation import segmentation_loss
 from beit_jax.tree import flatten
 
+pytestmark = pytest.mark.compiled
+
 Converted = Callable[[torch.nn.Module], Model]
 
 
