@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from beit_jax.config import BeitConfig
 from beit_jax.hub import CONFIG, PROCESSOR
+from beit_jax.images.processor import ImageProcessor
+from beit_jax.images.scaling import BY_TYPE
 from beit_jax.json_file import write_json
 
 from .format import TRANSPOSED, Description, Sighting, SourceFormat, describe_by_config, is_transposed
@@ -75,7 +77,7 @@ _PYRAMID = ("fpn.fpn1.conv_transpose1", "fpn.fpn1.normalization", "fpn.fpn1.conv
 
 EXCHANGED = (
     "transformers 5's from_pretrained exchanges the encoder's norm and the head's norm of a pre-training model with "
-    "use_mean_pooling false; docs/converting.md, section 5, says how to load it right"
+    "use_mean_pooling false; docs/converting.md, section 6, says how to load it right"
 )
 
 
@@ -110,7 +112,17 @@ def _write(naming: SourceFormat, directory: Path, checkpoint: "NativeCheckpoint"
     write_json(directory / PROCESSOR, checkpoint.processor.to_hf())
     config = checkpoint.config
     exchanged = config.task == "masked_image_modeling" and config.pooling == "cls"
-    return [EXCHANGED] * exchanged + [TRANSPOSED] * is_transposed(config)
+    return [EXCHANGED] * exchanged + [TRANSPOSED] * is_transposed(config) + _image_notes(checkpoint.processor)
+
+
+def _image_notes(processor: ImageProcessor) -> list[str]:
+    """What transformers computes otherwise of images that are not 8-bit RGB or grey."""
+    notes = []
+    if processor.bands is not None:
+        notes.append(f"transformers selects no bands: give it arrays of bands {' '.join(map(str, processor.bands))}")
+    if processor.num_channels not in (1, 3) and processor.rescale_factor == BY_TYPE:
+        notes.append("transformers multiplies values of every type by 1/255; here that is the scale of 8 bits alone")
+    return notes
 
 
 HF = SourceFormat(
