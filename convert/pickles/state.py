@@ -3,6 +3,7 @@
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from beit_jax.errors import BeitJaxError, printable
 
@@ -62,26 +63,27 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
         return State(module_tensors(top, label), {}, (f"weights taken from a pickled {top.kind}; nothing was run",))
     if not isinstance(top, dict):
         raise BeitJaxError(f"{label} holds a {_kind(top)}; expected a state dict of tensors")
-    if _is_exchanged(top):
-        top, prefer = _in_order(top, prefer, label)
-    wrappers = [key for key in WRAPPERS if _wraps_tensors(top.get(key))]
+    content: dict[Any, Any] = top
+    if _is_exchanged(content):
+        content, prefer = _in_order(content, prefer, label)
+    wrappers = [key for key in WRAPPERS if _wraps_tensors(content.get(key))]
     notes: list[str] = []
     if wrappers:
-        inside = [key for key in wrappers if prefer is not None and names_part(prefer, top[key])]
+        inside = [key for key in wrappers if prefer is not None and names_part(prefer, content[key])]
         named = prefer not in (*wrappers, *SETS) and len(inside) == 1
         wrapper = inside[0] if named else _choose(wrappers, prefer, label)
         notes.append(f"weights taken from {wrapper!r}")
-        others = {key: value for key, value in top.items() if key != wrapper}
-        mapping = top[wrapper]
+        others = {key: value for key, value in content.items() if key != wrapper}
+        mapping = content[wrapper]
         while not _holds_tensors(mapping):  # BEiT v2 files: "module" within "model"
             wrapper = _choose([key for key in WRAPPERS if _wraps_tensors(mapping.get(key))], None, label)
             notes.append(f"and from {wrapper!r} in it")
             mapping = mapping[wrapper]
     else:
-        if prefer is not None and prefer != "model" and not names_part(prefer, top):
+        if prefer is not None and prefer != "model" and not names_part(prefer, content):
             raise BeitJaxError(f"{label} holds one state dict, and no {printable(prefer)}; leave --weights out")
-        others = {key: value for key, value in top.items() if not isinstance(value, Tensor)}
-        mapping = {key: value for key, value in top.items() if isinstance(value, Tensor)}
+        others = {key: value for key, value in content.items() if not isinstance(value, Tensor)}
+        mapping = {key: value for key, value in content.items() if isinstance(value, Tensor)}
         _refuse_nested(others, bool(mapping), label)
     tensors = _named_tensors(mapping, label)
     metadata, noted = _settings(others)
