@@ -31,6 +31,8 @@ def asked_head(config: BeitConfig, options: Options) -> HeadChange:
     except BeitJaxError as error:
         option = f"--labels {printable(options.labels)}" if options.labels is not None else "--num-labels"
         text = str(error)
+        if text.startswith("seed"):
+            raise BeitJaxError(f"--{text}") from None
         if text.startswith("problem_type"):
             raise BeitJaxError(f"--problem-type{text.removeprefix('problem_type')}") from None
         raise BeitJaxError(f"{option}: {text.removeprefix('labels: ')}") from None

@@ -175,6 +175,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_a_run_in_one_call(tmp_path: Path) -> None:
     from beit_jax import train
 

@@ -81,6 +81,7 @@ def convert(
     Try:
       beit-jax convert microsoft/beit-large-patch16-224-pt22k beit-large
       beit-jax convert beit_base_patch16_224_pt22k.pth native --image-size 384 --position-bias per_layer
+      beit-jax convert microsoft/beit-base-patch16-224-pt22k-ft22k birds --labels birds.txt
       beit-jax convert encoder.pkl dvae-encoder
 
     Args:

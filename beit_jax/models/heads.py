@@ -5,7 +5,7 @@ starts new as a whole, and `HeadChange.notes` says so.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,7 +18,7 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.adapt import Adaptation, Leaves
 from beit_jax.weights.leaves import leaves
 
-Labels = Sequence[str] | Sequence[int]
+Labels = Iterable[str] | Iterable[int]
 """Names of classes; or numbers of a checkpoint's classes, counted from 0 in the order of its outputs."""
 
 _CLASSES = re.compile(r"(classifier|(decode|auxiliary)_head/classifier)/(kernel|bias)")
@@ -62,6 +62,8 @@ def change_head(
     """
     if labels is None and problem_type is None:
         return HeadChange(config, {name: name for name in leaves(config)}, {}, (), False)
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise BeitJaxError(f"seed: expected an integer of at least 0, found {printable(seed)}")
     if config.task == "backbone":
         raise BeitJaxError("a backbone gives feature maps and has no classes; a head for them is a model of its own")
     if labels is None and config.task != "image_classification":
@@ -105,13 +107,16 @@ def _chosen(have: Sequence[str], asked: Labels | int | None) -> _Chosen:
             raise BeitJaxError(f"number of labels: expected 1 to {MOST_LABELS}, found {asked}")
         names = tuple(f"LABEL_{i}" for i in range(asked))
         return _same(have, names) if names == tuple(have) else _new(have, names)
-    if not isinstance(asked, Sequence) or isinstance(asked, str) or not asked:
+    several = isinstance(asked, Iterable) and not isinstance(asked, str | bytes | Mapping)
+    items: list[object] = list(asked) if several and isinstance(asked, Iterable) else []
+    if not items:
         raise BeitJaxError(f"labels: expected names of classes, or numbers of them, found {printable(asked, 60)}")
-    if all(isinstance(item, str) for item in asked):
-        return _named(have, tuple(map(str, asked)))
-    if all(isinstance(item, int | np.integer) and not isinstance(item, bool) for item in asked):
-        return _numbered(have, tuple(map(int, asked)))
-    odd = next(item for item in asked if type(item) is not type(asked[0]) or not isinstance(item, str | int))
+    if all(isinstance(item, str) for item in items):
+        return _named(have, tuple(map(str, items)))
+    numbers = tuple(int(item) for item in items if isinstance(item, int | np.integer) and not isinstance(item, bool))
+    if len(numbers) == len(items):
+        return _numbered(have, numbers)
+    odd = next(item for item in items if type(item) is not type(items[0]) or not isinstance(item, str | int))
     raise BeitJaxError(f"labels: expected names only, or numbers only, found {printable(odd, 60)} among them")
 
 

@@ -206,6 +206,7 @@ def test_files_of_classes(text: str, expected: list[str] | list[int], tmp_path: 
         (["--labels", "FILE", "--num-labels", "3"], "cat", "give one"),
         (["--num-labels", "0"], "", "expected 1 to 1000000, found 0"),
         (["--seed", "3"], "", "--labels or --num-labels asks"),
+        (["--seed", "-1", "--num-labels", "3"], "", "expected an integer of at least 0, found -1"),
         (["--problem-type", "single_label_classification", "--num-labels", "1"], "", "at least two classes"),
     ],
 )  # fmt: skip
@@ -326,6 +327,8 @@ def test_what_no_head_can_be(source: Path) -> None:
     with pytest.raises(BeitJaxError, match="several of the checkpoint's classes are called crane"):
         change_head(twice, ["crane"])
     assert change_head(twice, [2]).config.labels == ("crane",)
+    assert change_head(twice, np.array([1, 0])).config.labels == ("cat", "crane")
+    assert change_head(twice, (name for name in ("x", "y"))).config.labels == ("x", "y")
 
 
 # --- Parameters in bfloat16 ------------------------------------------------------------------------------------------
