@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import Source, resolve
-from beit_jax.terminal import byte_progress
+from beit_jax.terminal import byte_progress, say
 from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, is_native_tokenizer, read_tokenizer
 from beit_jax.train.loop.contract import RUN
 from beit_jax.weights.native import NativeCheckpoint, is_native, load
@@ -68,6 +68,7 @@ def _in_run(source: Source, results: Sequence[str]) -> Source:
         return source
     for result in results:
         if (source.path / result).is_dir():
+            say(f"{printable(source.path)}: a run, of which {result}/ is taken")
             return Source(source.path / result, source.name)
     found = sorted(path.name for path in source.path.iterdir() if path.is_dir() and is_native(path))
     what = f"its results are {', '.join(found)}" if found else "it has no results before its end; let it go on"

@@ -28,6 +28,7 @@ class Preview:
         classes: outputs of the model, of the kind `problem_type`.
         network: the configuration of what is trained, without the names of its classes.
         start: the configuration of the checkpoint that training starts from, and the fate of its tensors.
+        parameters, fixed: how many learn, and how many stay as they are.
         flops_per_image: floating point operations of a training step, for one image.
         memory: of each device, estimated.
         mesh: axis to devices.
@@ -37,6 +38,7 @@ class Preview:
     network: Mapping[str, Any]
     start: tuple[BeitConfig, Report] | None
     parameters: int
+    fixed: int
     steps: int
     steps_per_epoch: int
     training_images: int
@@ -64,7 +66,7 @@ class Preview:
             f"data         {self.training_images:,} images to train, {self.validation_images:,} to evaluate"
             + (f", {self.classes:,} {_UNIT.get(self.problem_type, 'classes')}" if self.classes else ""),
             f"steps        {self.steps:,}, {self.steps_per_epoch:,} an epoch",
-            f"parameters   {self.parameters:,}",
+            f"parameters   {self.parameters:,}" + (f" that learn, {self.fixed:,} that stay" if self.fixed else ""),
             f"operations   {self.flops_per_image / 1e9:,.1f} GFLOP an image and step, "
             f"{self.flops_per_image * self.recipe.data.batch_size * self.steps:.3g} FLOP in all",
             f"devices      {devices}",
@@ -109,6 +111,7 @@ def preview(plan: Plan) -> Preview:
         network=plan.objective.network,
         start=None if start is None else (start.config, checkpoint_report(start, plan.config)),
         parameters=learned,
+        fixed=_count(state.fixed),
         steps=plan.steps,
         steps_per_epoch=plan.steps_per_epoch,
         training_images=len(plan.training),

@@ -22,6 +22,7 @@ from beit_jax.train.evaluation.mean_loss import MeanLoss
 from beit_jax.train.evaluation.multilabel import evaluate_multilabel
 from beit_jax.train.evaluation.regression import evaluate_regression
 from beit_jax.train.labels.targets import Target
+from beit_jax.train.objectives.classification import SCORES
 from beit_jax.train.objectives.outputs import Outputs
 
 CLASSES, IMAGES = 5, 11
@@ -95,10 +96,11 @@ def test_of_numbers_it_is_the_squared_error_of_what_is_learned() -> None:
 
 def observed(evaluate: Any, learned: Outputs, kind: str) -> float:
     loss = MeanLoss()
-    evaluate(
+    scores = evaluate(
         model(), batches(kind, 4), CONFIG.labels,
         observe=lambda found, label: loss.add(*map(np.asarray, learned.losses(jnp.asarray(found), label))),
     )  # fmt: skip
+    assert tuple(scores.of_a_run()) == SCORES[learned.problem_type]
     return loss.mean
 
 

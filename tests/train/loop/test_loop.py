@@ -79,6 +79,7 @@ def uninterrupted(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "uninterrupted"
     outcome = train(plan, out, quiet=True)
     assert (outcome.step, outcome.exit_code) == (STEPS, 0)
+    assert tuple(outcome.scores) == plan.objective.score_names == ("accuracy", "accuracy_top5", "validation_loss")
     return out
 
 
@@ -264,6 +265,7 @@ def test_a_probe_of_every_block(recipe: Recipe, digits: Path, uninterrupted: Pat
     with pytest.raises(BeitJaxError, match=r"a linear probe needs an encoder: give --init"):
         make_plan(probe, digits, None)
     outcome = train(make_plan(probe, digits, uninterrupted / "model"), tmp_path / "probe", quiet=True)
+    assert outcome.scores["validation_loss"] < 4 * np.log(10.0), "no better than chance, of four heads"
     assert [name for name in outcome.scores if name.startswith("accuracy_block_")] == [
         f"accuracy_block_{i}" for i in range(1, 5)
     ]

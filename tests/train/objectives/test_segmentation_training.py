@@ -114,7 +114,8 @@ def run(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
     outcome = train(plan, out, quiet=True)
     assert outcome.step == STEPS
-    assert set(outcome.scores) == {"mIoU", "mAcc", "aAcc"}
+    assert tuple(outcome.scores) == plan.objective.score_names == ("mIoU", "mAcc", "aAcc", "validation_loss")
+    assert 0.0 < outcome.scores["validation_loss"] < 20.0
     assert next(iter(outcome.scores)) == "mIoU"
     return out
 

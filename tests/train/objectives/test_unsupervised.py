@@ -185,6 +185,7 @@ def sha256(state: State) -> dict[str, str]:
 def run(plan: Plan, out: Path, *, quiet: bool = True) -> Done:
     outcome = train(plan, out, quiet=quiet)
     assert (outcome.step, outcome.exit_code) == (plan.steps, 0)
+    assert not outcome.scores or tuple(outcome.scores) == plan.objective.score_names
     return Done(plan, out, outcome)
 
 
