@@ -90,8 +90,9 @@ class Options:
             near = difflib.get_close_matches(self.variant, VARIANTS, n=1)
             known = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(VARIANTS)}"
             raise BeitJaxError(f"--variant {printable(self.variant)}: no such variant; {known}")
-        if isinstance(self.config, str):
-            object.__setattr__(self, "config", Path(self.config))
+        if self.config is not None:  # a directory stands for the file in it
+            file = Path(self.config)
+            object.__setattr__(self, "config", file / "config.json" if file.is_dir() else file)
         if self.config is not None and self.variant is not None:
             raise BeitJaxError("--config and --variant both say what the model is; leave one out")
         if self.checkpoint is not None and not re.fullmatch(r"latest|best|\d{1,12}", self.checkpoint):

@@ -129,7 +129,7 @@ def of_entries(entries: Iterable[object], names: Collection[str]) -> Stranger | 
         return Stranger("the state of an optimizer, no weights", _BESIDE)
     if {"base_lrs", "last_epoch"} <= keys or {"_step_count", "last_epoch"} <= keys:
         return Stranger("the state of a learning rate schedule, no weights", _BESIDE)
-    if {"torch_random_state"} & keys or {"python", "numpy", "cpu"} <= keys:
+    if {"random_state", "numpy_random_seed"} <= keys or {"python", "numpy", "cpu"} <= keys:  # accelerate, the Trainer
         return Stranger("the state of random numbers, no weights", _BESIDE)
     if any(name.startswith("transformers.training_args") for name in names):
         return Stranger("the settings of transformers' Trainer, no weights", _BESIDE)

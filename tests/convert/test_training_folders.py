@@ -90,6 +90,7 @@ def test_save_state_asks_for_a_configuration(tmp_path: Path, capsys: pytest.Capt
     assert main(["convert", str(state), str(tmp_path / "native"), "--config", str(CONFIG)]) == 0
     recorded = json.loads((tmp_path / "native/config.json").read_text())
     assert recorded["hidden_size"] == 16
+    assert plan(resolve(state), Options(config=CONFIG.parent)).config.hidden_size == 16
     refused(state, "no such file", options=Options(config=tmp_path / "none.json"))
     with pytest.raises(BeitJaxError, match="--config and --variant both say"):
         Options(config=CONFIG, variant="beit_base_patch16_224")

@@ -98,6 +98,8 @@ FILES: dict[str, tuple[str, Write, tuple[str, ...]]] = {
     "torch.export": ("model.pt2", archive("m/archive_format", "m/models/model.json"), ("torch.export.load",)),
     "optimizer": ("optimizer.pt", optimizer, ("state of an optimizer", "give the model")),
     "schedule": ("scheduler.pt", schedule, ("learning rate schedule", "give the model")),
+    "random numbers": ("rng_state.pth", saved(python=(3, (1,)), numpy=np.random.default_rng(0), cpu=torch.ones(1)),
+                       ("state of random numbers", "give the model")),
     "ZeRO, optimizer": ("zero_pp_rank_0_mp_rank_00_optim_states.pt", saved(optimizer_state_dict={}, **ZERO),
                         ("DeepSpeed's ZeRO", "zero_to_fp32.py")),
     "ZeRO, stage 3": ("zero_pp_rank_0_mp_rank_00_model_states.pt",
