@@ -186,7 +186,7 @@ def test_the_evaluation_at_an_oblong_size_is_what_transformers_does_of_its_recor
     size: tuple[int, int], target: tuple[int, int]
 ) -> None:
     """Both sides are resized, to the same excess; from 384 pixels on nothing is cut."""
-    ours, image = preset("unilm_eval", target), picture(*size)
+    ours, image = preset("unilm_eval", target), Image.fromarray(picture(*size))
     excess = 1.0 if min(target) >= 384 else 224 / 256
     assert ours.resize == tuple(int(side / excess) for side in target) and ours.crop == target
     found = ours(image)
