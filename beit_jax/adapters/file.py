@@ -23,14 +23,14 @@ class AdapterRecord:
     """An adapter as it was trained.
 
     Attributes:
-        factors: flat name to array, float32.
+        factors: flat name to array, float32, of the host or of devices.
         whole: flat names of the model's parameters that are not those of the base: trained themselves, or changed
             before training started. They are in the checkpoint.
         base: the origin of the base, as its native checkpoint recorded it.
     """
 
     adapter: Adapter
-    factors: Mapping[str, np.ndarray]
+    factors: Mapping[str, Any]
     whole: tuple[str, ...]
     base: Mapping[str, Any] = field(default_factory=dict)
 
@@ -39,7 +39,7 @@ def save_adapter(directory: Path, record: AdapterRecord) -> None:
     """Writes the file into the directory of a native checkpoint that is being written."""
     specs = {name: LeafSpec(leaf.shape, leaf.dtype) for name, leaf in record.factors.items()}
     told = {"adapter": asdict(record.adapter), "whole": list(record.whole), "base": dict(record.base)}
-    factors = {name: np.ascontiguousarray(leaf) for name, leaf in record.factors.items()}
+    factors = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in record.factors.items()}
     write_tensors(directory / ADAPTER_WEIGHTS, specs, lambda name: [[factors[name]]], told)
 
 

@@ -15,6 +15,7 @@ is of ``x`` in the added terms alone. Source: peft 0.21, `LoraLayer` and `DoraLi
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
+from operator import methodcaller
 from types import EllipsisType
 from typing import Any, Self
 
@@ -118,15 +119,16 @@ class AdaptedKernel:
             return base
         # Computed again on the way back rather than kept: what is kept are `x` and `base`, as without an adapter.
         again = partial(jax.checkpoint, prevent_cse=False)
-        if factors.magnitude is None:
+        magnitude = factors.magnitude
+        if magnitude is None:
             added = again(lambda x, factors: self._low_rank(self._dropped(x, factors), factors))(x, factors)
             return (base + added).astype(base.dtype)
 
         def norm(factors: Factors) -> Array:
             return norms(wide + factors.delta(self.scale), factors.a.ndim - 1)
 
-        def scaled(x: Array, base: Array, factors: Factors, norm: Array) -> Array:
-            share = factors.magnitude / norm
+        def scaled(x: Array, base: Array, factors: Factors, magnitude: Array, norm: Array) -> Array:
+            share = magnitude / norm
             dropped = self._dropped(x, factors)
             if dropped is x:
                 plain = base.astype(jnp.float32) - bias
@@ -136,7 +138,7 @@ class AdaptedKernel:
             return (base + added).astype(base.dtype)
 
         constant = jax.lax.stop_gradient(again(norm)(jax.lax.stop_gradient(factors)))
-        return again(scaled)(x, base, factors, constant)
+        return again(scaled)(x, base, factors, magnitude, constant)
 
     def _low_rank(self, x: Array, factors: Factors) -> Array:
         inner = _product(x.astype(jnp.float32), factors.a, factors.a.ndim - 1)
@@ -147,6 +149,11 @@ class AdaptedKernel:
             return x
         keep = jax.random.bernoulli(factors.key, 1.0 - self.dropout, x.shape)
         return jnp.where(keep, x.astype(jnp.float32) / (1.0 - self.dropout), 0.0).astype(x.dtype)
+
+
+def casting(dtype: DTypeLike) -> Callable[[Any], Any]:
+    """The function that casts an array, or the kernel of an `AdaptedKernel`."""
+    return methodcaller("astype", dtype)
 
 
 def adaptable(product: Product) -> Callable[[Array, Any, Array], Array]:
@@ -171,4 +178,5 @@ class Linear(nnx.Linear):
         def product(x: Array, kernel: Array, bias: Array) -> Array:
             return jnp.dot(x, kernel, preferred_element_type=self.preferred_element_type) + bias
 
-        return kernel.astype(self.dtype).times(product, inputs.astype(self.dtype), self.bias[...].astype(self.dtype))
+        cast = casting(inputs.dtype if self.dtype is None else self.dtype)
+        return cast(kernel).times(product, cast(inputs), cast(self.bias[...]))

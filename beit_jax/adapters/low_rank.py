@@ -222,10 +222,14 @@ def merged(adapter: Adapter, params: Nested) -> Nested:
 
     ``W + s A B``, with DoRA ``(m / n) (W + s A B)``: one rounding, as peft's `merge_and_unload`.
     """
+
+    def merge(kernel: Array, factors: Factors) -> Array:
+        return factors.merged(kernel, adapter.scale)
+
     base, factors = without_factors(params)
     flat = flatten(base)
     for name, parts in _factors(adapter, flat, factors, None).items():
-        one = jax.vmap(lambda kernel, factors: factors.merged(kernel, adapter.scale))
+        one = jax.vmap(merge)
         if len(parts) == 1:
             flat[name] = one(flat[name], parts[0])
             continue

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from beit_jax.adapters.kernel import Linear, adaptable
+from beit_jax.adapters.kernel import Linear, adaptable, casting
 from beit_jax.config import BeitConfig
 from beit_jax.models.activations import ACTIVATIONS
 from beit_jax.models.attention import attend
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
         output_attentions: bool = False,
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b heads n n"] | None]:
         """The attended values; on request, the probabilities (float32, after their dropout as in the reference)."""
-        cast, rate = lambda value: value.astype(self.dtype), self.config.attention_probs_dropout_prob
+        cast, rate = casting(self.dtype), self.config.attention_probs_dropout_prob
         qkv_bias = jnp.stack([self.q_bias[...], jnp.zeros_like(self.q_bias[...]), self.v_bias[...]])
         qkv = project(cast(x), cast(self.qkv_kernel[...]), cast(qkv_bias))
         biases = [bias for bias in (self.layer_bias(grid, x.shape[0]), shared_bias) if bias is not None]
