@@ -1,7 +1,7 @@
 """The evaluations of a run: their scores, the best of them, and when there is no use in going on."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from beit_jax.atomic import check_destination
 from beit_jax.weights.native import NATIVE
@@ -11,9 +11,11 @@ from ..step.state import State
 from .best import Best, evaluations, replayed
 from .log import Log
 from .metrics_file import METRICS, read_metrics
-from .plan import Plan
 from .results import BEST, best_kept, best_name, write_results
 from .watch import Watchdog
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 
 class Scores:
@@ -35,7 +37,7 @@ class Scores:
         BeitJaxError: the place of the best model holds something else.
     """
 
-    def __init__(self, plan: Plan, out: Path, log: Log, watchdog: Watchdog, step: int) -> None:
+    def __init__(self, plan: "Plan", out: Path, log: Log, watchdog: Watchdog, step: int) -> None:
         self._plan, self._out, self._log, self._watchdog = plan, out, log, watchdog
         self._every = max(1, round(plan.recipe.run.eval_every_epochs * plan.steps_per_epoch))
         self.last: dict[str, float] = {}
@@ -43,7 +45,7 @@ class Scores:
         self.kept: tuple[Path, ...] = ()
         self._done: set[int] = set()
         if step:
-            past: dict[str, Any] = from_first(self._past)
+            past: dict[str, Any] = from_first(lambda: self._past(step))
             self._done = set(past["done"])
             self.best = None if self.best is None else Best(**past["best"])
             self.kept = tuple(out / name for name in past["kept"])
@@ -98,8 +100,8 @@ class Scores:
     def _check_place(self) -> None:
         check_destination(self._out / BEST, overwrite=True, contents=NATIVE, keep_others=True)
 
-    def _past(self) -> dict[str, Any]:
-        """What the log says, in the first process."""
+    def _past(self, step: int) -> dict[str, Any]:
+        """What the log says of the steps up to this one, in the first process."""
         records = read_metrics(self._out / METRICS)
         done = sorted({int(record["step"]) for record in evaluations(records)})
         if self.best is None:
@@ -108,9 +110,12 @@ class Scores:
         self._check_place()
         if not self._plan.result_names:
             return {"done": done, "best": vars(best), "anew": "", "kept": ()}
-        kept = best_kept(self._out)
-        if best.value is None or (kept.get("score"), kept.get("step")) == (best.score, best.step):
-            names = [] if best.value is None else sorted(path.name for path in self._out.glob(f"{BEST}*"))
-            return {"done": done, "best": vars(best), "anew": "", "kept": names}
+        kept, names = best_kept(self._out), sorted(map(best_name, self._plan.result_names))
+        of_step = int(kept["step"]) if kept.get("score") == best.score else -1
+        if best.value is None and 0 < of_step < step:  # the log was lost, the model was not
+            best = Best(best.score, best.direction, float(kept["value"]), of_step)
+        ahead = of_step >= step and of_step not in done  # of an evaluation that will be made again
+        if best.value is None or of_step == best.step or ahead:
+            return {"done": done, "best": vars(best), "anew": "", "kept": [] if best.value is None else names}
         anew = f"{self._out / BEST}: not the best model by {best.score} so far; it is the best one from now on"
         return {"done": done, "best": vars(self.best), "anew": anew, "kept": ()}

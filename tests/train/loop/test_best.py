@@ -3,6 +3,7 @@ frozen in all of these runs."""
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -289,6 +290,16 @@ def test_patience_counts_evaluations_that_are_no_numbers(plan: Plan, tmp_path: P
     outcome = train(hopeless, tmp_path / "run", quiet=True)
     assert outcome.step == 10 and outcome.best == Best("accuracy", "higher", None, 0, 1)
     assert not (tmp_path / "run" / "best").exists()
+
+
+def test_without_its_log_a_run_still_knows_its_best_model(
+    plan: Plan, whole: tuple[Path, Outcome], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    (out / "metrics.jsonl").unlink()
+    outcome = train(plan, out, quiet=True)
+    assert outcome.best == Best("accuracy", "higher", 0.5, 4, 1) and load(out / "best").provenance["step"] == 4
 
 
 def test_the_place_of_the_best_model_is_not_taken_from_anybody(plan: Plan, tmp_path: Path) -> None:
