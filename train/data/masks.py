@@ -289,6 +289,12 @@ class _Records:
 
     def metadata(self) -> Mapping[str, Any]:
         """For `datasets.open_segmentation`; raises BeitJaxError where there is nothing to learn."""
+        for split, counts in self.counts.items():
+            if split != "train" and not counts[:-1].any():
+                raise BeitJaxError(
+                    f"{printable(self.root)}: the masks of the split {split} have no labelled pixel, so nothing can be "
+                    "scored; give it others"
+                )
         found = self.counts["train"]
         if np.count_nonzero(found[:-1]) < 2:
             name = "no class" if not found[:-1].any() else printable(self.classes.names[int(found[:-1].argmax())], 40)
