@@ -1,5 +1,6 @@
 """How well a model finds classes of which several may hold: average precision, F1, exact matches."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,20 +147,22 @@ TABLE = ("class", "images", "AP %", "F1 %", "precision %", "recall %")
 def class_table(scores: MultiLabelScores) -> list[list[str]]:
     """A row of `TABLE` for every class."""
 
-    def percent(part: float, whole: float) -> str:
-        return f"{100 * part / whole:.2f}" if whole else ""
+    def percent(part: float) -> str:
+        return "" if math.isnan(part) else f"{100 * part:.2f}"
 
-    f1 = scores.f1
+    counts = (column.tolist() for column in (scores.images, scores.found, scores.correct))
+    rows = zip(scores.labels, *counts, strict=True)
+    means = zip(scores.average_precision.tolist(), scores.f1.tolist(), strict=True)
     return [
         [
             printable(label, 1024),
-            f"{scores.images[i]:,}",
-            percent(scores.average_precision[i], 1) if scores.images[i] else "",
-            percent(f1[i], 1) if scores.images[i] else "",
-            percent(scores.correct[i], scores.found[i]),
-            percent(scores.correct[i], scores.images[i]),
+            f"{images:,}",
+            percent(precision),
+            percent(f1 if images else math.nan),
+            percent(share(correct, found)),
+            percent(share(correct, images)),
         ]
-        for i, label in enumerate(scores.labels)
+        for (label, images, found, correct), (precision, f1) in zip(rows, means, strict=True)
     ]
 
 

@@ -2,21 +2,29 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
-from beit_jax.models.build import Model, build_model, param_shapes
+from beit_jax.models.build import Model, abstract_model, build_model, param_shapes
 from beit_jax.train.distributed.sharding import make_mesh
 from beit_jax.train.evaluation import multilabel, regression
+from beit_jax.train.evaluation.labelled import problem_type_of
 from beit_jax.train.evaluation.logits import outputs
+from beit_jax.train.evaluation.matching import value_order
 from beit_jax.train.evaluation.multilabel import average_precision, evaluate_multilabel, scored
 from beit_jax.train.evaluation.regression import Distances, RegressionScores, evaluate_regression
+from beit_jax.train.labels.table import TableImages
+from beit_jax.train.labels.targets import Target
 from beit_jax.tree import unflatten
 
 NAMES = tuple("abcd")
@@ -183,3 +191,38 @@ def test_no_images() -> None:
     for evaluate in (evaluate_multilabel, evaluate_regression):
         with pytest.raises(BeitJaxError, match="no images, so there is no score"):
             evaluate(model(), iter(()), NAMES)
+
+
+# What the data say, and what the model makes
+
+
+@pytest.mark.parametrize(
+    ("made", "said", "expected"),
+    [
+        (None, "single_label_classification", "single_label_classification"),
+        (None, "multi_label_classification", "multi_label_classification"),
+        (None, "regression", "regression"),
+        ("multi_label_classification", "single_label_classification", "multi_label_classification"),
+        ("regression", "regression", "regression"),
+        ("single_label_classification", "multi_label_classification", None),
+        ("regression", "single_label_classification", None),
+        ("multi_label_classification", "regression", None),
+    ],
+)
+def test_scores_are_of_the_kind_of_the_outputs(made: Any, said: Any, expected: str | None) -> None:
+    network = nnx.merge(*abstract_model(replace(CONFIG, problem_type=made)))
+    images = TableImages(Path("t.csv"), Target("said", said, NAMES), (), (), (), ())
+    if expected is None:
+        with pytest.raises(BeitJaxError, match=r"t.csv: holds .* \(said\), but the model's outputs are .*problem_type"):
+            problem_type_of(network, images)
+    else:
+        assert problem_type_of(network, images) == expected
+
+
+def test_numbers_are_matched_by_name() -> None:
+    assert value_order(("b", "a"), ("a", "b"), "t.csv").indices == (1, 0)
+    assert value_order(("b",), ("a", "b"), "t.csv").indices == (1,)
+    assert value_order(("x", "y"), ("LABEL_0", "LABEL_1"), "t.csv").indices == (0, 1)
+    for found in (("a", "c"), ("age",)):
+        with pytest.raises(BeitJaxError, match=r"t.csv: numbers called .*, but the model's are a, b; name the data's"):
+            value_order(found, ("a", "b"), "t.csv")
