@@ -60,6 +60,7 @@ WORKERS = Range("an integer from 0 to 1024", lambda value: 0 <= value <= 1024)
 GROWING = Range("two growing positive numbers", lambda pair: 0 < pair[0] <= pair[1])
 TWO_POSITIVE = Range("two positive numbers", lambda pair: pair[0] > 0 and pair[1] > 0)
 POSITIVES = Range("positive numbers", lambda values: len(values) > 0 and all(value > 0 for value in values))
+CHANNELS = Range("channels from 0", lambda numbers: len(numbers) > 0 and all(0 <= n < 65536 for n in numbers))
 BANDS = Range("numbers of bands, from 1", lambda bands: len(bands) > 0 and all(1 <= band <= 65536 for band in bands))
 SCALES = Range("positive integers", lambda scales: len(scales) > 0 and all(1 <= scale <= 65536 for scale in scales))
 EDGES = Range("pixels of the long edge and of the short one", lambda pair: 65536 >= pair[0] >= pair[1] >= 1)
@@ -81,7 +82,10 @@ class ModelOptions:
     patch_size: Annotated[int | tuple[int, int] | None, SIDES] = None
     """Pixels of a patch's side, or height and width. The patch projection of a checkpoint is resized."""
     channels: Annotated[int | None, SIZE] = None
-    """Channels of an image."""
+    """Channels of an image. The patch projection of a checkpoint is adapted: its channels are repeated in their order
+    and scaled, or summed for one."""
+    channels_from: Annotated[tuple[int, ...] | None, CHANNELS] = None
+    """For every channel the checkpoint's that it comes from, counted from 0, instead of that order: 0 1 2 0."""
     hidden_size: Annotated[int | None, SIZE] = None
     """Width of a token, of a model drawn at random; a checkpoint has its own, as of the options down to `epsilon`."""
     depth: Annotated[int | None, LAYERS] = None

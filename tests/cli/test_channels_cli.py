@@ -1,6 +1,7 @@
 """Images of four bands and of one, by the command line: from the files of images to a model that transformers reads."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ import tifffile
 import torch
 from numpy.testing import assert_allclose
 
+from beit_jax import convert
 from beit_jax.cli.main import main
+from beit_jax.errors import BeitJaxError
+from beit_jax.train.loop.plan import make_plan
+from beit_jax.train.recipe import DataOptions
+from beit_jax.train.recipes import recipe_named
 from beit_jax.weights import load
 
 FEW = ["--data.workers", "0", "--data.batch-size", "8", "--optim.epochs", "3", "--optim.warmup-epochs", "0",
@@ -128,14 +134,9 @@ def test_what_needs_rgb_is_refused_by_name(
     assert "4 bands (uint16), the model takes 3; select bands" in message
     message = refused([*run[:-1], *start, *PLAIN, "--data.pixels", "uint8"], capsys)
     assert "uint16 values, expected 8 bits; --data.pixels float32" in message
-    for recipe, expected in (("beit_base_pt1k", "--tokenizer"), ("vqkd_clip", "--teacher")):
-        message = refused(
-            ["train", recipe, "--data", trained / "data", "--out", trained / "x", *FEW[:4], "--model.channels", "4"],
-            capsys,
-        )
-        assert expected in message
 
 
+@pytest.mark.thorough
 def test_one_channel_by_options_of_training(
     trained: Path, rgb: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,3 +149,19 @@ def test_one_channel_by_options_of_training(
     assert (model.config.num_channels, processor.bands, processor.mean, processor.std) == (1, (4,), (0.4,), (0.3,))
     assert processor.rescale_factor == 1 / 10000
     assert printed(["evaluate", tmp_path / "run" / "model", "--data", trained / "data"], capsys)["images"] == 2
+
+
+def test_a_list_of_channels_starts_training_as_conversion_does(trained: Path, rgb: Path) -> None:
+    recipe = replace(recipe_named("finetune"), data=DataOptions(batch_size=8, eval_batch_size=2, workers=0))
+    listed = replace(recipe, model=replace(recipe.model, channels_from=(0, 1, 2, 0)))
+    found = make_plan(listed, trained / "data", convert.load(rgb))
+    expected = make_plan(recipe, trained / "data", load(trained / "native"))
+    assert (found.config, found.processor) == (expected.config, expected.processor)
+    leaf = "beit/embeddings/patch_kernel"
+    starts = [plan.sources.start for plan in (found, expected)]
+    assert starts[0] is not None and starts[1] is not None
+    assert np.array_equal(starts[0].params[leaf], starts[1].params[leaf])
+    with pytest.raises(
+        BeitJaxError, match=r"--model\.channels-from: the channels of a checkpoint; name it with --init"
+    ):
+        make_plan(listed, trained / "data")

@@ -7,11 +7,12 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.images.scaling import BY_TYPE
+from beit_jax.models.adapt import channel_kernel
 from beit_jax.weights.native import NativeCheckpoint
 
 from ..augmentation.classification import check_colours
 from ..augmentation.decode import Reading
-from ..recipe import CropOptions, DataOptions, Recipe, SceneOptions, require
+from ..recipe import CropOptions, DataOptions, ModelOptions, Recipe, SceneOptions, require
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 
@@ -44,6 +45,27 @@ def with_pixels(recipe: RecipeT, config: BeitConfig, start: NativeCheckpoint | N
                 f"{pixels}; pass --{group}.no-photometric"
             )
     return recipe
+
+
+def with_channels(start: NativeCheckpoint | None, options: ModelOptions) -> NativeCheckpoint | None:
+    """The checkpoint with the channels that `options.channels_from` lists; as it is where that is None.
+
+    Raises:
+        BeitJaxError: no checkpoint; channels that it does not have; another number of them than `options.channels`.
+    """
+    origin = options.channels_from
+    if origin is None:
+        return start
+    if start is None:
+        raise BeitJaxError("--model.channels-from: the channels of a checkpoint; name it with --init CHECKPOINT")
+    count, name = start.config.num_channels, "model.channels_from"
+    require(max(origin) < count, name, f"channels of the checkpoint, 0 to {count - 1}", max(origin))
+    wanted = options.channels or len(origin)
+    require(len(origin) == wanted, name, f"{wanted} numbers, as --model.channels says", len(origin))
+    kernel = f"{'' if start.config.task == 'features' else 'beit/'}embeddings/patch_kernel"
+    params = {**start.params, kernel: channel_kernel(start.params[kernel], len(origin), origin)}
+    config = replace(start.config, num_channels=len(origin))
+    return replace(start, config=config, processor=start.processor.for_channels(len(origin), origin), params=params)
 
 
 def require_rgb(recipe: Recipe, config: BeitConfig) -> None:

@@ -15,7 +15,7 @@ from beit_jax.weights.native import NativeCheckpoint, load
 from ..adapting import adapter_of
 from ..data.datasets import splits
 from ..distributed.sharding import check_batch, make_mesh
-from ..initial.pixels import with_pixels
+from ..initial.pixels import with_channels, with_pixels
 from ..objectives import objective_of
 from ..objectives.objective import Objective, SourceName, Sources
 from ..recipe import Recipe, spelled
@@ -98,7 +98,7 @@ def make_plan(
     mesh = make_mesh(recipe.run.mesh)
     _check_sizes(kind, recipe, data, training, validation, mesh)
     sources = Sources(
-        start=_model(init),
+        start=with_channels(_model(init), recipe.model),
         tokenizer=_tokenizer(tokenizer),
         decoder=_tokenizer(decoder),
         teacher=_model(teacher),
