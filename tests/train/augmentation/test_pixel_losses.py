@@ -43,7 +43,7 @@ def reference(
     loss = sum(weight * values[term] for term, weight in terms.items())
     loss.backward()
     assert logits.grad is not None
-    return float(loss), logits.grad.permute(0, 2, 3, 1).numpy()
+    return float(loss.detach()), logits.grad.permute(0, 2, 3, 1).numpy()
 
 
 @pytest.mark.parametrize("average", ["valid", "all"])
