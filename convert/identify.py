@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG, Source
@@ -13,10 +13,12 @@ from beit_jax.json_file import parse_json, read_json
 from beit_jax.variants import VARIANTS
 
 from .files.adapters import MERGE, are_adapted
-from .files.checkpoint import Checkpoint
 from .files.strangers import of_names, quantised
 from .formats.format import Description, Place, Sighting, SourceFormat, default_preset
 from .options import Options
+
+if TYPE_CHECKING:
+    from .files.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,11 @@ class Identity:
 
     place: Place
     hosted: bool
-    part: Checkpoint
+    part: "Checkpoint"
     described: Description
 
 
-def identify(source: Source, checkpoint: Checkpoint, formats: Sequence[SourceFormat], options: Options) -> Identity:
+def identify(source: Source, checkpoint: "Checkpoint", formats: Sequence[SourceFormat], options: Options) -> Identity:
     """Recognises a checkpoint.
 
     Args:
@@ -97,7 +99,7 @@ def _check_stated(options: Options, found: Description) -> None:
             raise BeitJaxError(f"{option} {stated}: {said} says {known}; leave the option out, or correct {said}")
 
 
-def json_inside(checkpoint: Checkpoint, name: str) -> Mapping[str, Any] | None:
+def json_inside(checkpoint: "Checkpoint", name: str) -> Mapping[str, Any] | None:
     """Returns a JSON file that `export` has put as text into the file of the weights; None if it is not there."""
     text = checkpoint.metadata.get(name)
     if not isinstance(text, str):

@@ -5,16 +5,19 @@ Nothing of it touches the weights. What is wrong with it is therefore an error o
 
 import os
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import PROCESSOR, Source
 from beit_jax.images.processor import ImageProcessor, preset
 
-from .files.checkpoint import Checkpoint
 from .formats.format import Description
 from .identify import json_inside
 from .options import Options
+
+if TYPE_CHECKING:
+    from .files.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Images:
 
 
 def find_images(
-    source: Source, checkpoint: Checkpoint, described: Description, target: BeitConfig, options: Options
+    source: Source, checkpoint: "Checkpoint", described: Description, target: BeitConfig, options: Options
 ) -> Images:
     """Returns how images are prepared for the model of the result.
 
@@ -76,7 +79,7 @@ def find_images(
 
 
 def _stated(
-    source: Source, checkpoint: Checkpoint, described: Description, options: Options
+    source: Source, checkpoint: "Checkpoint", described: Description, options: Options
 ) -> tuple[ImageProcessor, tuple[str, ...]]:
     path, config = source.directory / PROCESSOR, described.config
     if described.processor is not None:

@@ -27,7 +27,7 @@ from . import formats
 from .adapters.base import native_base
 from .adapters.merge import composed, onto
 from .adapters.read import PeftAdapter, read_adapter
-from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .files.checkpoint import Checkpoint, TensorInfo, holds_weights, open_checkpoint, open_weights
 from .formats.format import SourceFormat
 from .formats.rules import Step, steps
 from .identify import Identity, groups, identify
@@ -108,8 +108,8 @@ def plan(source: Source | str | Path, options: Options = DEFAULT) -> Plan:
     """
     given, adapter = as_source(source), None
     if options.base is not None:
-        given, adapter = resolve(options.base), read_adapter(given.path)
-    source, chosen = located(given, options)
+        given, adapter = resolve(options.base), read_adapter(given.path, open_weights)
+    source, chosen = located(given, options, holds_weights)
     checkpoint = _open(source, options, adapter)
     checkpoint.notes = (*chosen, *checkpoint.notes)
     try:
@@ -122,7 +122,7 @@ def plan(source: Source | str | Path, options: Options = DEFAULT) -> Plan:
 
 def _open(source: Source, options: Options, adapter: PeftAdapter | None) -> Checkpoint:
     if adapter is not None and source.path.is_dir() and is_native(source.path):
-        return native_base(source.path)
+        return Checkpoint(source.path, [native_base(source.path)])
     beside = None if adapter is None else adapter.directory
     return open_checkpoint(source.path, prefer=options.weights, format=options.format, adapter=beside)
 

@@ -3,20 +3,22 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG, Source, recorded_sha256
 from beit_jax.json_file import read_json
 from beit_jax.version import __version__
 
-from .files.checkpoint import Checkpoint
 from .options import Options
+
+if TYPE_CHECKING:
+    from .files.checkpoint import Checkpoint
 
 
 def provenance(
     source: Source,
-    checkpoint: Checkpoint,
+    checkpoint: "Checkpoint",
     naming: str,
     digests: Mapping[str, str | None],
     options: Mapping[str, Any] = {},
@@ -39,7 +41,7 @@ def provenance(
     }
 
 
-def written_by(source: Source, checkpoint: Checkpoint) -> str | None:
+def written_by(source: Source, checkpoint: "Checkpoint") -> str | None:
     """Returns the program that wrote a source, as far as its files say it; None where nothing does."""
     file, metadata = source.directory / CONFIG, checkpoint.metadata
     meta: Any = metadata.get("meta")
@@ -71,7 +73,7 @@ _BESIDE = {
 }
 
 
-def digests(checkpoint: Checkpoint, options: Options) -> dict[str, str | None]:
+def digests(checkpoint: "Checkpoint", options: Options) -> dict[str, str | None]:
     """Returns the SHA-256 of every weight file by its name, None where it is neither asked for nor known.
 
     Only an expected digest can show a flipped bit in a safetensors file.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -18,8 +18,11 @@ from beit_jax.models.adapt import Adaptation
 from beit_jax.terminal import Advance
 from beit_jax.weights.tensors import LeafSpec, verify, write_tensors
 
-from .files.checkpoint import Checkpoint, TensorInfo
+from .files.weight_file import TensorInfo
 from .formats.rules import Step
+
+if TYPE_CHECKING:
+    from .files.checkpoint import Checkpoint
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _CHUNK = 1 << 21  # bytes that are laid out, hashed and written while they are in the cache of a core
@@ -37,7 +40,7 @@ class LeafReader:
         allow_nonfinite: accept NaN and infinite weights.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: "Checkpoint"
     steps: Mapping[str, Step]
     specs: Mapping[str, LeafSpec]
     adaptations: Mapping[str, tuple[tuple[str, ...], Adaptation]] = field(default_factory=dict)

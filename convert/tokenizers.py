@@ -25,7 +25,7 @@ from beit_jax.tokenizers.vqkd import VqkdConfig
 from beit_jax.weights.native import NATIVE
 from beit_jax.weights.tensors import LeafSpec
 
-from .files.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from .files.checkpoint import Checkpoint, TensorInfo, holds_weights, open_checkpoint
 from .formats.heads import Statement, stated_by_user, stated_in_training
 from .formats.rules import CONV, LINEAR, Rule, Step, export, steps
 from .formats.unilm import BACKBONE
@@ -253,7 +253,7 @@ def is_tokenizer(source: Source | str | Path, options: Options = DEFAULT) -> boo
     """
     if options.base is not None:  # the source is an adapter, and those of tokenizers are unknown
         return False
-    where, _ = located(as_source(source), options)
+    where, _ = located(as_source(source), options, holds_weights)
     with open_checkpoint(where.path, prefer=options.weights, format=options.format) as checkpoint:
         return any(naming.marker in checkpoint.tensors for naming in NAMINGS)
 
@@ -269,7 +269,7 @@ def plan(source: Source | str | Path, options: Options = DEFAULT) -> TokenizerPl
         BeitJaxError: the file cannot be read; its names are no tokenizer's; tensors are missing, unexpected, of another
             shape or not floating point; an option that a tokenizer has no use for.
     """
-    source, _ = located(as_source(source), options)
+    source, _ = located(as_source(source), options, holds_weights)
     checkpoint = open_checkpoint(source.path, prefer=options.weights, format=options.format)
     try:
         return _plan(source, checkpoint, options)

@@ -5,7 +5,7 @@ The Trainer writes ``checkpoint-N`` after step N, each with `trainer_state.json`
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
 
@@ -13,15 +13,17 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import Source
 from beit_jax.json_file import Fields, read_json
 
-from .files.checkpoint import holds_weights
 from .options import Options
 
 STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d{1,12})")
 
 
-def located(source: Source, options: Options) -> tuple[Source, tuple[str, ...]]:
+def located(source: Source, options: Options, holds_weights: Callable[[Path], bool]) -> tuple[Source, tuple[str, ...]]:
     """Returns the checkpoint that is meant where a source is a Trainer's directory, else the source, and notes.
+
+    Args:
+        holds_weights: says whether weights lie in a directory itself, `.files.checkpoint.holds_weights`.
 
     Raises:
         BeitJaxError: the checkpoint that the user asks for is not there, or the source has none; nothing says which was

@@ -10,8 +10,8 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 
 from .files.adapters import MERGE, are_adapted
-from .files.checkpoint import TensorInfo
 from .files.strangers import quantised
+from .files.weight_file import TensorInfo
 from .formats.rules import Step
 
 FLOATS = tuple(np.dtype(kind) for kind in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16))

@@ -16,7 +16,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.config_file import MOST_LABELS, label_numbers
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.adapt import Adaptation, Leaves
-from beit_jax.weights.leaves import leaves
+from beit_jax.weights.leaves import shapes
 
 Labels = Iterable[str] | Iterable[int]
 """Names of classes; or numbers of a checkpoint's classes, counted from 0 in the order of its outputs."""
@@ -61,7 +61,7 @@ def change_head(
         BeitJaxError: classes that stand twice or do not exist, a backbone, or a kind of outputs without a classifier.
     """
     if labels is None and problem_type is None:
-        return HeadChange(config, {name: name for name in leaves(config)}, {}, (), False)
+        return HeadChange(config, {name: name for name in shapes(config)}, {}, (), False)
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise BeitJaxError(f"seed: expected an integer of at least 0, found {printable(seed)}")
     if config.task == "backbone":
@@ -213,11 +213,10 @@ def _leaves(
     source: BeitConfig, target: BeitConfig, chosen: _Chosen, seed: int
 ) -> tuple[dict[str, str], dict[str, tuple[tuple[str, ...], Adaptation]]]:
     """What is moved and what is made, see `HeadChange`."""
-    have, moved = leaves(source), {}
+    have, moved = shapes(source), {}
     made: dict[str, tuple[tuple[str, ...], Adaptation]] = {}
     draws = np.random.default_rng(seed)
-    for name, sides in sorted(leaves(target).items()):
-        shape = tuple(side for side, _ in sides)
+    for name, shape in sorted(shapes(target).items()):
         if _CLASSES.fullmatch(name) and chosen.rows is not None:
             made[name] = (name,), partial(_rows, name=name, rows=chosen.rows)
         elif _CLASSES.fullmatch(name) and chosen.new:

@@ -25,6 +25,11 @@ def leaves(config: BeitConfig) -> dict[str, Sides]:
     return dict(_model(config))
 
 
+def shapes(config: BeitConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf by its flat name, as `beit_jax.models.build.param_shapes` has it."""
+    return {name: tuple(side for side, _ in sides) for name, sides in leaves(config).items()}
+
+
 def check_config(config: BeitConfig, shapes: Mapping[str, tuple[int, ...]], config_file: Path, weights: Path) -> None:
     """Compares a configuration with the names and shapes of the tensors beside it.
 

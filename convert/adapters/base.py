@@ -8,7 +8,6 @@ import numpy as np
 from beit_jax.hub import WEIGHTS
 from beit_jax.weights.native import load
 
-from ..files.checkpoint import Checkpoint
 from ..files.weight_file import RandomAccessFile, TensorInfo, WeightFile
 from ..formats import LAYOUTS, writers
 
@@ -25,7 +24,7 @@ class _Exported(WeightFile):
         flat[...] = self._values[info.name].reshape(-1).view(np.uint8)
 
 
-def native_base(directory: Path) -> Checkpoint:
+def native_base(directory: Path) -> WeightFile:
     """Opens a native checkpoint by the names of transformers' files. Its ``config.json`` is one of transformers too.
 
     Raises:
@@ -35,4 +34,4 @@ def native_base(directory: Path) -> Checkpoint:
     possible = writers(LAYOUTS[0])
     naming = next((each for each in possible if each.refusal(checkpoint.config) is None), possible[-1])
     tensors = naming.to_torch(checkpoint.config, checkpoint.params)
-    return Checkpoint(directory, [_Exported(RandomAccessFile(directory / WEIGHTS), tensors)])
+    return _Exported(RandomAccessFile(directory / WEIGHTS), tensors)

@@ -14,8 +14,8 @@ import numpy as np
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.adapt import Adaptation, Leaves, adaptations
-from beit_jax.models.build import param_shapes
-from beit_jax.models.heads import HeadChange, change_head
+from beit_jax.models.heads import HeadChange, Labels, change_head
+from beit_jax.weights.leaves import shapes as param_shapes
 
 from ..formats.format import SourceFormat
 from ..formats.rules import Step, steps
@@ -63,7 +63,7 @@ def onto(
     adapter: PeftAdapter,
     base: BeitConfig,
     formats: tuple[SourceFormat, ...],
-    labels: tuple[str, ...] | int | None = None,
+    labels: Labels | int | None = None,
 ) -> HeadChange:
     """The base with the adapter merged, as a change of the base's head and of some of its leaves.
 
@@ -112,13 +112,10 @@ def composed(second: Made, first: Made) -> dict[str, tuple[tuple[str, ...], Adap
     return result
 
 
-def _model(
-    adapter: PeftAdapter, base: BeitConfig, labels: tuple[str, ...] | int | None
-) -> tuple[BeitConfig, HeadChange]:
+def _model(adapter: PeftAdapter, base: BeitConfig, asked: Labels | int | None) -> tuple[BeitConfig, HeadChange]:
     """The adapted model, and the base as a model with such leaves as the adapted one has."""
     rows = next((len(leaf) for name, leaf in adapter.whole.items() if name.endswith(_CLASSES)), None)
-    if isinstance(labels, int):
-        labels = tuple(f"LABEL_{i}" for i in range(labels))
+    labels = None if asked is None else _names(asked)
     if rows is not None and labels is not None and len(labels) != rows:
         raise BeitJaxError(
             f"{printable(adapter.path)}: its classifier has {rows} classes, {len(labels)} were named; name as many"
@@ -132,6 +129,15 @@ def _model(
     named = labels or tuple(f"LABEL_{i}" for i in range(rows))
     head = change_head(base, rows)
     return replace(head.config, labels=named, problem_type=None), head
+
+
+def _names(labels: Labels | int) -> tuple[str, ...]:
+    if isinstance(labels, int):
+        return tuple(f"LABEL_{i}" for i in range(labels))
+    names = list(labels)
+    if not all(isinstance(name, str) for name in names):
+        raise BeitJaxError("--labels: numbers choose classes of a checkpoint; an adapter's are named: give their names")
+    return tuple(map(str, names))
 
 
 def _changes(adapter: PeftAdapter, target: BeitConfig, formats: tuple[SourceFormat, ...]) -> dict[str, _Changes]:

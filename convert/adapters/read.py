@@ -5,11 +5,11 @@ A file is read whole: an adapter is small, and every tensor in it has a use or i
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,9 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.json_file import Fields, read_json
 
 from ..files.adapters import CONFIG, WEIGHTS
-from ..files.checkpoint import open_weights
+
+if TYPE_CHECKING:
+    from ..files.checkpoint import Checkpoint
 
 # Settings with which a module computes something else than LoRA or DoRA, or the base is another than the one named.
 _OTHERS = (
@@ -73,8 +75,11 @@ class PeftAdapter:
         return self.path if os.path.isdir(self.path) else self.path.parent
 
 
-def read_adapter(path: Path) -> PeftAdapter:
+def read_adapter(path: Path, open_weights: Callable[[Path], "Checkpoint"]) -> PeftAdapter:
     """Reads an adapter: its directory, or its file of weights with ``adapter_config.json`` beside it.
+
+    Args:
+        open_weights: opens one file of weights, `..files.checkpoint.open_weights`.
 
     Raises:
         BeitJaxError: there is none; it is of another kind than LoRA or DoRA; a tensor fits no rule.

@@ -18,7 +18,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG, PROCESSOR
 from beit_jax.json_file import write_json
-from beit_jax.models.build import param_shapes
+from beit_jax.weights.leaves import shapes as param_shapes
 
 from ..files.adapters import CONFIG as ADAPTER_CONFIG
 from ..files.adapters import WEIGHTS

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -20,15 +20,17 @@ from beit_jax.weights.native import NATIVE, NativeCheckpoint, is_native, save
 from beit_jax.weights.tensors import read_metadata
 
 from ..distributed.collectives import on_host
-from ..objectives.objective import Result
 from ..step.state import State
-from .plan import Plan
+
+if TYPE_CHECKING:
+    from ..objectives.objective import Result
+    from .plan import Plan
 
 BEST = "best"
 
 
 def write_results(
-    plan: Plan, state: State, out: Path, facts: Mapping[str, Any], named: Callable[[str], str] = str
+    plan: "Plan", state: State, out: Path, facts: Mapping[str, Any], named: Callable[[str], str] = str
 ) -> tuple[Path, ...]:
     """Writes the models that a state makes. All processes call it; the first one writes.
 
@@ -79,9 +81,9 @@ def best_kept(out: Path) -> Mapping[str, Any]:
 
 
 def _write(
-    plan: Plan,
+    plan: "Plan",
     directory: Path,
-    result: Result,
+    result: "Result",
     leaves: dict[str, np.ndarray],
     adapter: AdapterRecord | None,
     facts: Mapping[str, Any],

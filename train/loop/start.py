@@ -67,7 +67,7 @@ def run(
         stored_tokens=None if stored_tokens is None else Path(stored_tokens),
         teacher=_model(teacher),
     )
-    return loop.train(plan, out, resume=resume, quiet=quiet)
+    return loop.train(plan, Path(out), resume=resume, quiet=quiet)
 
 
 def recipe_with(recipe: str | Recipe, options: Mapping[str, Any]) -> Recipe:
