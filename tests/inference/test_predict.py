@@ -94,14 +94,14 @@ def test_public_names_are_all_there() -> None:
         beit_jax.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["interpret", "visualize"])
-def test_public_modules_are_attributes_and_can_be_imported(name: str) -> None:
-    """In a new process, because an earlier import would leave the attribute behind."""
-    for code in (f"import beit_jax; module = beit_jax.{name}", f"from beit_jax import {name} as module"):
-        command = [sys.executable, "-c", f"{code}; print(module.__name__)"]
-        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-        assert run.stdout.strip() == f"beit_jax.looking.{name}"
-    assert name in dir(beit_jax)
+@pytest.mark.parametrize("form", ["import beit_jax; module = beit_jax.{0}", "from beit_jax import {0} as module"])
+def test_public_modules_are_attributes_and_can_be_imported(form: str) -> None:
+    """In a new process, because an earlier import would leave the attribute behind; `visualize` imports the other."""
+    names = ["interpret", "visualize"]
+    code = "\n".join(f"{form.format(name)}; print(module.__name__)" for name in names)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout.split() == [f"beit_jax.looking.{name}" for name in names]
+    assert set(names) <= set(dir(beit_jax))
 
 
 LOGITS = np.array([2.0, -1.0, 0.5], np.float32)
