@@ -11,6 +11,7 @@ from beit_jax.errors import BeitJaxError, printable
 NPY: Final = b"\x93NUMPY"
 NPZ: Final = b"PK\x03\x04"
 EMPTY_NPZ: Final = b"PK\x05\x06"
+MOST_BYTES: Final = 1 << 30
 
 
 def is_array_file(data: bytes) -> bool:
@@ -18,7 +19,7 @@ def is_array_file(data: bytes) -> bool:
     return data.startswith((NPY, NPZ, EMPTY_NPZ))
 
 
-def read_array(data: bytes, name: str, most: int) -> np.ndarray:
+def read_array(data: bytes, name: str, most: int = MOST_BYTES) -> np.ndarray:
     """Reads the array in the bytes of a ``.npy`` file, or the only one in those of a ``.npz`` file.
 
     Args:
