@@ -167,7 +167,8 @@ def _compare(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any], rec
     then = {**earlier, "recipe": _as_read(fields.typed("recipe", dict, {}), recipe, path)}
     # Earlier versions kept no architecture, or one of fewer fields.
     then["model"] = {name: fields.typed("model", dict, {}).get(name, value) for name, value in now["model"].items()}
-    found = list(changes(*({**each, "recipe": _with_variant(each["recipe"], recipe.fallback)} for each in (then, now))))
+    was, given = ({**each, "recipe": _with_variant(each["recipe"], recipe.fallback)} for each in (then, now))
+    found = list(changes(was, given))
     fatal = [change for change in found if change[0] not in FREE and change[0].split(".")[0] != "versions"]
     fatal.sort(key=lambda change: change[0].startswith("model."))  # which follows from the recipe and the start
     fatal.sort(key=lambda change: change[0] not in ("recipe.objective", "recipe.name"))  # the rest follows from them
