@@ -241,7 +241,7 @@ class RunOptions:
     best: str | None = None
     """Score by which the best model is kept in RUN/best, beside the last one: accuracy, loss (of validation) ..."""
     best_is: Literal["lower", "higher"] | None = None
-    """Which values of it are better; by default lower ones where its name ends in loss, mae or mse, else higher ones."""
+    """Which values are better; by default lower ones where its name ends in loss, mae or mse, else higher ones."""
     patience: Annotated[int | None, COUNT] = None
     """Evaluations in a row without a better score after which the run ends; the score is `best`, or the run's first."""
     hang_minutes: Annotated[float, POSITIVE] = 30.0

@@ -194,9 +194,7 @@ def _evaluate_classifier(
     model, processor = hub.load(checkpoint)
     if options.preset is not None:
         mean, std = processor.mean or HALF, processor.std or HALF
-        steps = preset(
-            options.preset, model.config.image_size, mean=mean, std=std, num_channels=processor.num_channels
-        )
+        steps = preset(options.preset, model.config.image_size, mean=mean, std=std, num_channels=processor.num_channels)
         factor = processor.rescale_factor if processor.num_channels != 3 else steps.rescale_factor
         processor = replace(steps, bands=processor.bands, rescale_factor=factor)
     problem = labelled.problem_type_of(model, opened)

@@ -211,7 +211,7 @@ def _train(
 
 
 def _with_adapters(outcome: "Outcome") -> "Outcome":
-    """Writes the adapters of which a run's models are mergers as PEFT reads them: ``adapter`` beside ``model``, ``best-adapter``."""
+    """Writes the adapters that a run's models were merged with, as PEFT reads them: ``adapter`` beside ``model``."""
     written: list[Path] = []
     for model in outcome.models:
         if not (model / ADAPTER_WEIGHTS).is_file():

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -36,8 +37,8 @@ def read_names(path: Path, first: int = 0) -> dict[int, str]:
             raise BeitJaxError(f"{printable(path)}: class {number} has no printable name; give it one")
         if not 0 <= number <= MOST_NUMBER:
             raise BeitJaxError(f"{printable(path)}: class number {number}, expected 0 to {MOST_NUMBER}; correct it")
-    for kind, values in (("number", [number for number, _ in pairs]), ("name", [name for _, name in pairs])):
-        twice = [value for value in dict.fromkeys(values) if values.count(value) > 1]
+    for kind, values in zip(("number", "name"), zip(*pairs, strict=True), strict=False):
+        twice = [value for value, count in Counter(values).items() if count > 1]
         if twice:
             raise BeitJaxError(f"{printable(path)}: the {kind} {printable(str(twice[0]))} stands twice; keep one")
     return dict(sorted(pairs))
@@ -121,14 +122,14 @@ def _table_names(path: Path, text: str, first: int) -> list[tuple[int, str]]:
         return [(number, line.strip()) for number, line in enumerate(lines, start=first)]
     rows, number_at, name_at = columns
     pairs = []
-    for line, row in rows:
-        number = _integer(row[number_at]) if max(number_at, name_at) < len(row) else None
-        if number is None:
+    for place, row in rows:
+        found = _integer(row[number_at]) if max(number_at, name_at) < len(row) else None
+        if found is None:
             raise BeitJaxError(
-                f"{printable(path)}: line {line}: expected a number and a name, found "
+                f"{printable(path)}: line {place}: expected a number and a name, found "
                 f"{printable(','.join(row), 60)}; correct it"
             )
-        pairs.append((number, row[name_at].strip()))
+        pairs.append((found, row[name_at].strip()))
     return pairs
 
 

@@ -136,7 +136,8 @@ def _check(image: Image.Image, data: bytes, name: str, lossy: bool) -> None:
         refuse(found, "one map with one class number for a pixel")
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         refuse("a TIFF in which 0 is white, which programs read in two ways", "one in which 0 is black")
-    if image.format == "PPM" and image.tile and "ppm" in image.tile[0][0]:
+    tiles = getattr(image, "tile", [])
+    if image.format == "PPM" and tiles and "ppm" in tiles[0][0]:
         refuse(
             "written as text, or of another maximum than 255", "a binary PGM (P5) with the maximum 255"
         )  # Pillow stretches the values

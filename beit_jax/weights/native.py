@@ -20,7 +20,9 @@ from beit_jax.json_file import write_json
 from beit_jax.weights.leaves import check_config
 from beit_jax.weights.tensors import LeafSpec, read_metadata, read_specs, read_tensors, verify, write_tensors
 
-NATIVE = Contents("native checkpoint", (CONFIG, PROCESSOR, WEIGHTS, ADAPTER_WEIGHTS), lambda directory: is_native(directory))
+NATIVE = Contents(
+    "native checkpoint", (CONFIG, PROCESSOR, WEIGHTS, ADAPTER_WEIGHTS), lambda directory: is_native(directory)
+)
 """What a native checkpoint of a model or of a tokenizer may replace."""
 
 

@@ -265,5 +265,8 @@ def test_format_is_chosen_where_there_are_several(source: Path, expected: Tensor
     assert_same(load(resolve(tmp_path)).params, expected)
     other = load(resolve(tmp_path), Options(format="pytorch"))
     assert np.array_equal(other.params["classifier/bias"], expected["classifier/bias"] + 1)
-    with pytest.raises(BeitJaxError, match=r"holds no weights: expected one of flax_model\.msgpack, flax_model\.msgpack\.index\.json; found"):
+    with pytest.raises(
+        BeitJaxError,
+        match=r"holds no weights: expected one of flax_model\.msgpack, flax_model\.msgpack\.index\.json; found",
+    ):
         plan(resolve(tmp_path), Options(format="flax"))

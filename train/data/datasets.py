@@ -304,7 +304,7 @@ def open_segmentation(directory: Path, split: str) -> SegmentationDataset:
     facts = _metadata(directory).inside(MASKS)
     counts = facts.inside("pixels").content.get(split)
     known = isinstance(counts, list) and len(counts) == len(opened.labels) and all(type(n) is int for n in counts)
-    return replace(opened, pixels=tuple(counts) if known else None)
+    return replace(opened, pixels=tuple(counts) if known and counts else None)
 
 
 def holds_label_maps(directory: Path) -> bool:
