@@ -208,7 +208,8 @@ def dvae(recipe: DvaeRecipe, steps: int) -> Criterion:
 
     averaged over images. A token covers ``4 ** (groups - 1)`` pixels, so that this is the mean of the first term over
     values plus, for RGB, ``beta / (3 * 4 ** (groups - 1))`` times the mean of the second over tokens: the paper's
-    beta / 192 for its four groups. `DvaeOptions.divergence` is this beta. q is the encoder's softmax, without noise or temperature.
+    beta / 192 for its four groups. `DvaeOptions.divergence` is this beta. q is the encoder's softmax,
+    without noise or temperature.
 
     Training draws relaxed codes. Without a key nothing is drawn: the codes are the most probable tokens, one-hot, and
     beta has its final value whatever the step, so that evaluations of a run can be compared.
