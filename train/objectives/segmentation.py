@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Integer, Key
 
+from beit_jax.choices import FeatureTaps
 from beit_jax.config import BeitConfig
 from beit_jax.config import Task as Architecture
 from beit_jax.images.label_maps import ignored_number
@@ -64,6 +65,10 @@ class SegmentationOptions(SceneOptions):
     (valid), each as often as its class weighs."""
     focal_gamma: Annotated[float, NOT_NEGATIVE] = DEFAULT_GAMMA
     """Exponent of the focal loss; 0 is cross entropy."""
+    taps: FeatureTaps = "original"
+    """What a new head reads of the encoder: after a third, a half, two thirds and all of the blocks (original), or one
+    block earlier each (hf), the latest that transformers can read, so that it computes an export the same. A
+    segmentation model of --init keeps its own; of three blocks there is only the first."""
     class_weights: str | None = None
     """Weights of classes in the loss: balanced (pixels over classes times the class's pixels), or a JSON file
     {"name of a class": weight}."""
@@ -111,7 +116,13 @@ class Segmentation(WholeModel[SegmentationRecipe]):
     @classmethod
     def configure(cls, recipe: Recipe, labels: tuple[str, ...], sources: Sources) -> BeitConfig:
         config = super().configure(recipe, labels, sources)
-        return replace(config, semantic_loss_ignore_index=ignored_number(len(labels)))
+        config = replace(config, semantic_loss_ignore_index=ignored_number(len(labels)))
+        assert isinstance(recipe, SegmentationRecipe)
+        has_head = sources.start is not None and sources.start.config.task == config.task
+        if recipe.segment.taps == "original" or has_head or config.feature_taps == "hf" or config.out_indices[0] < 0:
+            return config
+        # transformers' number k is what comes before block k - 1: each map is of one block earlier than the original's.
+        return replace(config, feature_taps="hf", out_indices=tuple(index + 1 for index in config.out_indices))
 
     def fitted(self, images: "Images") -> "Segmentation":
         assert isinstance(images, SegmentationDataset)

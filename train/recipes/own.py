@@ -37,7 +37,7 @@ def segment() -> SegmentationRecipe:
     return SegmentationRecipe(
         model=ModelOptions(drop_path=0.1),
         data=DataOptions(batch_size=8, statistics="imagenet"),
-        segment=SegmentationOptions(scale=None, average="valid"),
+        segment=SegmentationOptions(scale=None, average="valid", taps="hf"),
         optim=OptimOptions(
             lr=1e-4,
             min_lr=0.0,
