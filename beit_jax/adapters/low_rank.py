@@ -229,14 +229,11 @@ def merged(adapter: Adapter, params: Nested) -> Nested:
     base, factors = without_factors(params)
     flat = flatten(base)
     for name, parts in _factors(adapter, flat, factors, None).items():
-        one = jax.vmap(merge)
-        if len(parts) == 1:
-            flat[name] = one(flat[name], parts[0])
-            continue
         axis = 1 + next(projection.inputs for projection in PROJECTIONS.values() if name.endswith(projection.kernel))
-        pieces = jnp.unstack(flat[name], axis=axis)
+        pieces = jnp.unstack(flat[name], axis=axis) if len(parts) > 1 else (flat[name],)
         both = zip(pieces, parts, strict=True)
-        flat[name] = jnp.stack([piece if part is None else one(piece, part) for piece, part in both], axis=axis)
+        changed = [piece if part is None else jax.vmap(merge)(piece, part) for piece, part in both]
+        flat[name] = jnp.stack(changed, axis=axis) if len(parts) > 1 else changed[0]
     return unflatten(flat)
 
 

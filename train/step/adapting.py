@@ -32,9 +32,7 @@ class Adapted(Division):
         return merged(self.adapter, _both(params, fixed))
 
     def trained(self, params: Nested, fixed: Nested, key: Key[Array, ""] | None) -> Nested:
-        return adapted(
-            self.adapter, _both(params, fixed), None if key is None else jax.random.fold_in(key, _DROPOUT)
-        )
+        return adapted(self.adapter, _both(params, fixed), None if key is None else jax.random.fold_in(key, _DROPOUT))
 
     def record(self, params: Nested, new: Iterable[str], base: Mapping[str, Any]) -> AdapterRecord:
         """What a result keeps beside the merged model.
