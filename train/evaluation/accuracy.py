@@ -249,8 +249,9 @@ def make_eval_step(
         found = count(logits, batch["label"], batch["valid"], batch.get("accepted"))
         if losses is None:
             return found
-        of_rows = losses(logits, batch["label"])
-        return replace(found, losses=tuple(jnp.where(batch["valid"], values, 0.0) for values in of_rows))
+        of_rows, weights = losses(logits, batch["label"])
+        valid = batch["valid"]
+        return replace(found, losses=(jnp.where(valid, of_rows, 0.0), jnp.where(valid, weights, 0.0)))
 
     return jax.jit(step, out_shardings=None if mesh is None else replicated(mesh))
 

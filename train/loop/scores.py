@@ -91,8 +91,8 @@ class Scores:
     def _compare(self, state: State, step: int) -> None:
         if self.best is None:
             return
-        value: float = from_first(lambda: self.last[self.best.score])
-        self.best = self.best.after(step, value)
+        score = self.best.score
+        self.best = self.best.after(step, from_first(lambda: self.last[score]))
         if self.best.step == step:
             facts = {"step": step, "scores": self.last, BEST: self.best.as_dict()}
             self.kept = write_results(self._plan, state, self._out, facts, best_name)

@@ -1,7 +1,7 @@
 """Freezing: groups of a model's parameters that stay as they start, named as people name them."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.build import param_shapes, statistics
-from beit_jax.models.encoder import runs
+from beit_jax.models.interface import runs
 from beit_jax.tree import Nested, first_match, flatten, unflatten
 
 from .division import EVERYTHING, Division
@@ -110,7 +110,7 @@ def _frozen(freeze: str, config: BeitConfig) -> Frozen:
     return Frozen(frozenset(names), depth, tuple(sorted(rows)))
 
 
-def _numbers(choice: str, first: int, last: int, depth: int) -> Collection[int]:
+def _numbers(choice: str, first: int, last: int, depth: int) -> set[int]:
     if not first <= last < depth:
         raise BeitJaxError(
             f"--optim.freeze: expected blocks.A-B with A <= B <= {depth - 1}, the model has {depth} blocks, counted "
@@ -120,7 +120,7 @@ def _numbers(choice: str, first: int, last: int, depth: int) -> Collection[int]:
 
 
 def _members(choice: str, members: Mapping[str, frozenset[str]], depth: int) -> frozenset[str]:
-    named = members | {"encoder": frozenset().union(*(members.get(group, frozenset()) for group in ENCODER))}
+    named = {**members, "encoder": frozenset().union(*(members.get(group, frozenset()) for group in ENCODER))}
     if choice not in named:
         first = [name for name in (*ENCODER, "encoder") if name in named]
         there = ", ".join([*first, *sorted(named.keys() - set(first))])
