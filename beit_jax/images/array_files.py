@@ -33,7 +33,9 @@ def read_array(data: bytes, name: str, most: int = MOST_BYTES) -> np.ndarray:
     try:
         content = data if data.startswith(NPY) else _only_member(data, name, most)
         return _read_npy(content, name)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except BeitJaxError:
+        raise
+    except Exception as error:  # NumPy and zipfile let out errors of many classes for damaged headers
         found = printable(error, 200)
         raise BeitJaxError(f"{name}: damaged or truncated array file ({found}); save it again by numpy.save") from error
 
@@ -42,7 +44,7 @@ def _only_member(data: bytes, name: str, most: int) -> bytes:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
         if len(members) != 1:
-            found = printable(", ".join(member.filename.removesuffix(".npy") for member in members), 200) or "none"
+            found = printable(", ".join(member.filename.removesuffix(".npy") for member in members) or "none", 200)
             raise BeitJaxError(f"{name}: expected one array in the archive, found {found}; save the image alone")
         if members[0].file_size > most:
             raise BeitJaxError(f"{name}: {members[0].file_size:,} bytes of pixels, expected at most {most:,}")

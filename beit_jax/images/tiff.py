@@ -6,6 +6,7 @@ bits of 16, and cannot open others.
 
 import io
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from beit_jax.errors import BeitJaxError, printable
 _MAGIC: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION: Final = 274
 """The tag of TIFF files and EXIF data."""
-_BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA, _SAMPLE_FORMAT = 258, 262, 277, 338, 339  # tags
+_BITS, _PHOTOMETRIC, _DESCRIPTION, _SAMPLES, _EXTRA, _SAMPLE_FORMAT = 258, 262, 270, 277, 338, 339  # tags
+_ONE_ARRAY: Final = re.compile(r'ImageJ=|\{"shape": |.*OME>\s*\Z', re.DOTALL)  # descriptions of an array in pages
 _COLOURS: Final = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # photometric interpretation: its samples
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2
 _ALPHA: Final = (1, 2)  # kinds of extra samples: associated and unassociated alpha
@@ -52,7 +54,10 @@ def is_tiff(data: bytes) -> bool:
 
 
 def is_plain(data: bytes) -> bool:
-    """True for a TIFF file that Pillow reads as it is: 8-bit colours or grey, maybe with alpha, or 16-bit grey."""
+    """True for a TIFF file that Pillow reads as it is: 8-bit colours or grey, maybe with alpha, or 16-bit grey.
+
+    Of several pages Pillow reads the first, unless the file says that they are one array (ImageJ, OME, tifffile).
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -62,13 +67,15 @@ def is_plain(data: bytes) -> bool:
                 bits, extra = _several(tags.get(_BITS, 1)), _several(tags.get(_EXTRA, ()))
                 formats = _several(tags.get(_SAMPLE_FORMAT, 1))
                 samples, photometric = tags.get(_SAMPLES, 1), tags.get(_PHOTOMETRIC)
+                described = _ONE_ARRAY.match(str(tags.get(_DESCRIPTION, "")).rstrip("\0"))
+                stack = samples == 1 and described is not None and image.n_frames > 1
     except Exception:  # Pillow lets out errors of many classes; what is wrong with the file, the next reader says
         return False
     if any(kind != 1 for kind in formats):  # numbers with a sign, or with a fraction
         return False
     whole = max(bits) <= 8 or (bits == (16,) and samples == 1 and photometric == _BLACK_IS_ZERO)
     known = _COLOURS.get(photometric or 0) == samples - len(extra)
-    return whole and known and len(extra) <= 1 and all(kind in _ALPHA for kind in extra)
+    return whole and known and not stack and len(extra) <= 1 and all(kind in _ALPHA for kind in extra)
 
 
 def read_tiff(
@@ -107,7 +114,9 @@ def read_tiff(
         grey = len(pages) > 1 and alike and one[2] == 1
         # Its own header says that tifffile wrote an array of three axes; then rows became pages.
         by_rows = grey and first.is_shaped and channels == one[1] != len(pages)
-        stacked = grey and not by_rows and one[2] != channels and (channels is None or len(pages) == channels)
+        # Where the file says that its pages are one array, they are all bands. Else they may be images of their own.
+        stated = first.is_shaped or first.is_imagej or first.is_ome
+        stacked = grey and not by_rows and (stated if channels == 1 else channels in (None, len(pages)))
         used = pages if by_rows or stacked else pages[:1]
         height, width, count = (len(pages), one[0], one[1]) if by_rows else (*one[:2], one[2] * len(used))
         _check_size(height, width, count * first.dtype.itemsize, name, max_pixels, max_bytes)
@@ -163,8 +172,8 @@ def _page(page: Any, first: Any, name: str) -> Shaped[np.ndarray, "h w n"]:
         raise BeitJaxError(f"{name}: {kind} pixels, expected grey or RGB bands; convert it")
     try:
         pixels = np.asarray(page.asarray(maxworkers=1))
-    except ValueError as error:
-        if "imagecodecs" in str(error):
+    except (ValueError, ImportError) as error:  # for Zstandard, tifffile looks for the module of a later Python
+        if "imagecodecs" in str(error) or isinstance(error, ImportError):
             kind = printable(getattr(first.compression, "name", first.compression))
             raise BeitJaxError(
                 f"{name}: compressed by {kind}, which tifffile reads by another package: pip install imagecodecs"

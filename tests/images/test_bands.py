@@ -103,6 +103,27 @@ def test_an_array_that_tifffile_wrote_as_a_page_per_row() -> None:
     assert "1 band (float32), the model takes 12" in refusal(data, "x", 12)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_pages_that_a_program_wrote_as_one_array_are_bands_for_any_model(dtype: str) -> None:
+    """Of pages that say nothing, the first is an image of its own, as Pillow reads it."""
+    pixels = values(20, 30, 3, dtype=dtype)
+    flat = np.moveaxis(pixels, -1, 0)
+    files = {
+        "ImageJ": tiff(flat, imagej=True, metadata={"axes": "CYX"}),
+        "OME": tiff(flat, ome=True, metadata={"axes": "CYX"}, photometric="minisblack"),
+        "tifffile": tiff(flat, photometric="minisblack"),
+        "rows": tiff(pixels, photometric="minisblack"),
+    }
+    for program, data in files.items():
+        assert np.array_equal(decode_bands(data, "x", 3), pixels), program
+        assert "bands (" in refusal(data, "x", 1), program
+    silent = tiff(flat, photometric="minisblack", metadata=None)
+    assert np.array_equal(decode_bands(silent, "x", 1), pixels[..., :1])
+    if dtype == "uint8":
+        assert np.array_equal(decode_bands(silent, "x", 3), np.repeat(pixels[..., :1], 3, axis=2))
+        assert np.array_equal(decode_bands(silent, "x", 3, select=(1, 2, 3)), pixels)
+
+
 def test_alpha_is_a_band_where_it_is_wanted_and_dropped_where_it_is_one_too_many() -> None:
     pixels = values(9, 8, 4, dtype="uint16")
     for kind in ("unassalpha", "assocalpha"):
@@ -174,6 +195,9 @@ def test_tiff_that_nothing_here_can_read_names_a_way_out(monkeypatch: pytest.Mon
     Image.fromarray(values(8, 8, 3)).save(file, "TIFF", compression="tiff_lzw")
     assert decode_bands(file.getvalue(), "x", 3).shape == (8, 8, 3), "Pillow's libtiff reads this one"
     assert "LZW" in (found := refusal(file.getvalue(), "x", 1, select=(2,))) and "pip install imagecodecs" in found
+    file = io.BytesIO()
+    Image.fromarray(values(8, 8, 4)).save(file, "TIFF", compression="zstd")
+    assert "ZSTD" in (found := refusal(file.getvalue(), "x", 4)) and "pip install imagecodecs" in found
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "tifffile", None)
         assert "pip install 'beit-jax[tiff]'" in refusal(tiff(values(8, 8, 4, dtype="uint16"), **contiguous), "x", 4)
@@ -266,7 +290,12 @@ def test_arrays_that_are_no_images_are_refused() -> None:
         (npy(np.zeros((9, 0, 4), np.uint8)), "expected an array [h, w]"),
         (npy(hole), "nan at row 2, column 3, band 2, expected finite numbers"),
     ):
-        assert expected in refusal(data, "x", 4)
+        assert expected in (found := refusal(data, "x", 4))
+        assert "damaged" in expected or "damaged" not in found, "what is whole is not said to be damaged"
+    for key in ("True", "9.5", "[]", "'9'"):
+        header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({key}, 8, 4)}}".ljust(117) + "\n"
+        data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(288)
+        assert "damaged or truncated array file" in refusal(data, "x", 4), key
 
 
 # --- Arrays in memory
