@@ -65,7 +65,15 @@ def inspect(
 
 
 def convert(
-    source: Positional[SourceName],
+    source: Positional[
+        Annotated[
+            str,
+            arg(
+                metavar="SOURCE",
+                help="A directory in Hugging Face format, a weight file, or a hub name; not what is native already.",
+            ),
+        ]
+    ],
     dest: Positional[Annotated[Path, arg(metavar="DEST", help="Directory to create: the native checkpoint.")]],
     *,
     overwrite: Switch = False,
