@@ -320,27 +320,6 @@ class SceneOptions:
 
 
 @dataclass(frozen=True)
-class HeadOptions:
-    """UperNet on the encoder, as the checkpoint has it if that segments, else as the published models have it."""
-
-    out_indices: tuple[int, int, int, int] | None = None
-    """Blocks whose outputs it reads, from 0; by default 3 5 7 11 of 12 blocks, 7 11 15 23 of 24, and such parts of any
-    other depth."""
-    pool_scales: Annotated[tuple[int, ...] | None, SCALES] = None
-    """Bins along a side of the pyramid pooling; by default 1 2 3 6."""
-    auxiliary: bool | None = None
-    """Whether there is a second head, on the third map, which only the loss uses; by default there is."""
-    auxiliary_weight: Annotated[float | None, NOT_NEGATIVE] = None
-    """Its weight in the loss; by default 0.4."""
-    auxiliary_channels: Annotated[int | None, SIZE] = None
-    """Its width; by default 256."""
-    auxiliary_convs: Annotated[int | None, LAYERS] = None
-    """Its convolutions; by default 1."""
-    auxiliary_concat: bool | None = None
-    """Whether its classifier reads the map, too; by default not."""
-
-
-@dataclass(frozen=True)
 class MaskOptions:
     """Which patches pre-training hides: blocks, until enough are hidden. Source: unilm beit/masking_generator.py."""
 

@@ -35,7 +35,7 @@ def abstract_model(
     Running statistics of batch norm stand among the parameters; `statistics` names them.
 
     Args:
-        fixed_blocks: numbers of the blocks, from 0, whose parameters have no gradient, see `encoder.scan`.
+        fixed_blocks: numbers of the blocks, from 0, whose parameters have no gradient, see `interface.scan`.
     """
 
     def make() -> Model:

@@ -3,10 +3,6 @@
 Blocks are stored stacked: every leaf under ``blocks`` has a leading axis of length `num_hidden_layers`.
 """
 
-from collections.abc import Callable, Collection
-from itertools import groupby
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -114,7 +110,7 @@ class BeitModel(nnx.Module):
             BeitJaxError: wrong shapes, or a mask for a model without a mask token.
         """
         grid, depth = patch_grid(self.config, pixel_values.shape), self.config.num_hidden_layers
-        embed_key, block_keys = None, None
+        embed_key = block_keys = None
         if key is not None:
             embed_key, *block_keys = jax.random.split(key, 1 + depth)
         embedded = constrain(self.embeddings(pixel_values, bool_masked_pos, embed_key))
@@ -129,8 +125,8 @@ class BeitModel(nnx.Module):
         rates = jnp.linspace(0.0, self.config.drop_path_rate, depth)
         keys = None if block_keys is None else jnp.stack(block_keys)
         slots, tapped = interface.tap_slots(taps, depth), interface.tap_buffer(taps, embedded)
-        layers = (self.blocks, rates, keys, slots)
-        (x, tapped), (states, attentions) = scan(REMAT[remat](run), (embedded, tapped), layers, self.fixed_blocks)
+        step, layers = REMAT[remat](run), (self.blocks, rates, keys, slots)
+        (x, tapped), (states, attentions) = interface.scan(step, (embedded, tapped), layers, self.fixed_blocks)
         hidden_states = None if states is None else jnp.concatenate([embedded[None], states])
         last = self.norm(x) if self.config.pooling == "cls" else x
         return BeitOutput(
@@ -152,41 +148,3 @@ class BeitModel(nnx.Module):
         if not self.config.has_pooler:
             return None
         return last[:, 0] if self.config.pooling == "cls" else self.pooler_norm(last[:, 1:].mean(axis=1))
-
-
-def scan(
-    step: Callable[[Any, Any], tuple[Any, Any]],
-    carry: Any,
-    layers: tuple[Block, *tuple[Any, ...]],
-    fixed: Collection[int],
-) -> tuple[Any, Any]:
-    """`jax.lax.scan` over stacked blocks, and what belongs to each, without gradients of some blocks' parameters.
-
-    A loop computes gradients of all of its parameters or of none. So neighbours that are fixed are one loop, neighbours
-    that are not another: for a fixed block no gradient of a parameter is computed, and if nothing before it learns,
-    nothing is kept for the backward pass either.
-
-    Args:
-        layers: the blocks first; every leaf has an axis of length depth in front.
-        fixed: numbers of the blocks, from 0, without gradients.
-    """
-    if not fixed:
-        return jax.lax.scan(step, carry, layers)
-    leaves, structure = jax.tree.flatten(layers)
-    loops, outputs = runs(len(leaves[0]), fixed), []
-    # The way back of `split` is a concatenation; that of slices would be a sum of arrays as long as all blocks.
-    parts = zip(*(jax.lax.split(leaf, [len(numbers) for numbers, _ in loops]) for leaf in leaves), strict=True)
-    for part, (_, is_fixed) in zip(parts, loops, strict=True):
-        blocks, *others = jax.tree.unflatten(structure, part)
-        carry, output = jax.lax.scan(step, carry, (jax.lax.stop_gradient(blocks) if is_fixed else blocks, *others))
-        outputs.append(output)
-    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
-
-
-def runs(depth: int, fixed: Collection[int]) -> list[tuple[range, bool]]:
-    """The numbers of so many blocks in runs of neighbours that are all fixed, or all not."""
-    found = []
-    for is_fixed, group in groupby(range(depth), lambda number: number in fixed):
-        numbers = list(group)
-        found.append((range(numbers[0], numbers[-1] + 1), is_fixed))
-    return found

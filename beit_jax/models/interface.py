@@ -1,12 +1,13 @@
 """The interface that all models share.
 
 Input: shapes of images and masks. Output: `BeitOutput`, and hidden states on request. Description: a model without
-arrays, and what gradients compute again.
+arrays, what gradients compute again, and which blocks have none.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -157,3 +158,41 @@ def write_tap(
 def read_taps(taps: tuple[int, ...], buffer: Float[Array, "places b n d"] | None) -> Float[Array, "taps b n d"] | None:
     """The tapped states after the last block; None without taps."""
     return None if buffer is None else buffer[: len(taps)]
+
+
+def scan(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    layers: tuple[Any, ...],
+    fixed: Collection[int],
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` over stacked blocks, and what belongs to each, without gradients of some blocks' parameters.
+
+    A loop computes gradients of all of its parameters or of none. So neighbours that are fixed are one loop, neighbours
+    that are not another: for a fixed block no gradient of a parameter is computed, and if nothing before it learns,
+    nothing is kept for the backward pass either.
+
+    Args:
+        layers: the blocks first; every leaf has an axis of length depth in front.
+        fixed: numbers of the blocks, from 0, without gradients.
+    """
+    if not fixed:
+        return jax.lax.scan(step, carry, layers)
+    leaves, structure = jax.tree.flatten(layers)
+    loops, outputs = runs(len(leaves[0]), fixed), []
+    # The way back of `split` is a concatenation; that of slices would be a sum of arrays as long as all blocks.
+    parts = zip(*(jax.lax.split(leaf, [len(numbers) for numbers, _ in loops]) for leaf in leaves), strict=True)
+    for part, (_, is_fixed) in zip(parts, loops, strict=True):
+        blocks, *others = jax.tree.unflatten(structure, part)
+        carry, output = jax.lax.scan(step, carry, (jax.lax.stop_gradient(blocks) if is_fixed else blocks, *others))
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+
+
+def runs(depth: int, fixed: Collection[int]) -> list[tuple[range, bool]]:
+    """The numbers of so many blocks in runs of neighbours that are all fixed, or all not."""
+    found = []
+    for is_fixed, group in groupby(range(depth), lambda number: number in fixed):
+        numbers = list(group)
+        found.append((range(numbers[0], numbers[-1] + 1), is_fixed))
+    return found

@@ -1,8 +1,7 @@
 """One transformer block of BEiT: attention with relative position bias, MLP, layer scale, stochastic depth.
 
-Precision. Parameters are float32, or bfloat16 to take half the memory: all that is computed of them is as of their
-values in float32. `dtype` (float32 or bfloat16) is what matrix products read; they accumulate in float32. LayerNorm,
-softmax, layer scale and the residual stream are float32 always.
+Precision. Parameters are float32 (or bfloat16, read as float32). `dtype` (float32 or bfloat16) is what matrix products
+read; they accumulate in float32. LayerNorm, softmax, layer scale and the residual stream are float32 always.
 """
 
 import jax

@@ -14,7 +14,8 @@ from beit_jax.models.build import param_shapes
 from beit_jax.train.initial.model_config import ADAPTED, HEAD, SETTLED, model_config, segmentation_taps
 from beit_jax.train.objectives import objective_of
 from beit_jax.train.objectives.objective import Sources
-from beit_jax.train.recipe import HeadOptions, ModelOptions, Recipe
+from beit_jax.train.objectives.segmentation import HeadOptions
+from beit_jax.train.recipe import ModelOptions, Recipe
 from beit_jax.train.recipes import RECIPES, recipe_named
 from beit_jax.variants import VARIANTS
 
