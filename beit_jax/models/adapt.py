@@ -9,7 +9,6 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from scipy.interpolate import RectBivariateSpline
 
 from beit_jax.config import BeitConfig, PositionResize
 from beit_jax.errors import BeitJaxError
@@ -110,6 +109,8 @@ def resize_table(table: np.ndarray, *, source: Grid, target: Grid, method: Posit
     (rows, wanted_rows), (columns, wanted_columns) = (
         geometric_grid(2 * old - 1, 2 * new - 1) for old, new in zip(source, target, strict=True)
     )
+    from scipy.interpolate import RectBivariateSpline  # takes half a second, and most programs do not need it
+
     patches = table[:-3].astype(np.float32).reshape(len(rows), len(columns), -1)
     resized = [
         RectBivariateSpline(columns, rows, head.T, kx=3, ky=3, s=0)(wanted_columns, wanted_rows).T

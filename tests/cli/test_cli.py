@@ -204,7 +204,8 @@ def test_another_broken_pipe_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_models_that_keep_their_size_need_no_splines() -> None:
     """SciPy's take half a second of the time to a first label."""
-    code = "import sys, beit_jax.inference.predict; print([name for name in sys.modules if name.startswith('scipy')])"
+    used = "beit_jax.inference.predict, beit_jax.inference.reading, beit_jax.inference.program_cache"
+    code = f"import sys, {used}; print([name for name in sys.modules if name.startswith('scipy')])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert run.stdout.strip() == "[]"
 
