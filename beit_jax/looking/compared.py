@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Num
 from PIL import Image, ImageDraw, ImageFont
 
 from beit_jax.atomic import new_directory, new_file
@@ -88,7 +89,7 @@ def _titled(
     return row
 
 
-def as_picture(image: Image.Image | np.ndarray) -> Image.Image:
+def as_picture(image: Image.Image | Num[np.ndarray, "h w c"]) -> Image.Image:
     """An image of any bands as RGB: its first three, or its first one in grey; not of 8 bits, by its own range."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
