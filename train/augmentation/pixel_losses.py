@@ -100,7 +100,8 @@ class PixelLoss:
 
     def total(self, losses: Mapping[Term, Float[Array, ""]]) -> Float[Array, ""]:
         """The terms, each times its weight, added up."""
-        return sum((losses[term] * weight if weight != 1 else losses[term] for term, weight in self.terms.items()), 0.0)
+        weighed = [losses[term] * weight if weight != 1 else losses[term] for term, weight in self.terms.items()]
+        return sum(weighed[1:], weighed[0])
 
     def _sums(self, logits: Array, labels: Int[Array, "b h w"], counted: Bool[Array, "b h w"]) -> Sums:
         """What the pixels of a band add; labels are 0 where they do not count."""

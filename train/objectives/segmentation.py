@@ -274,7 +274,7 @@ def segmentation(
         output = model(batch["image"], train=True, key=key, remat=recipe.model.remat)
         assert output.logits is not None
         terms = how(output.logits, batch["label"], config.semantic_loss_ignore_index)
-        metrics: Metrics = dict(terms) if len(terms) > 1 else {}
+        metrics: Metrics = {str(term): value for term, value in terms.items()} if len(terms) > 1 else {}
         return _with_auxiliary(how, how.total(terms), output, batch["label"], config), metrics
 
     return Criterion(prepare, loss)
