@@ -11,6 +11,7 @@ from operator import itemgetter
 
 import numpy as np
 
+from beit_jax.adapters.low_rank import PROJECTIONS
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.adapt import Adaptation, Leaves, adaptations
@@ -144,11 +145,15 @@ def _changes(adapter: PeftAdapter, target: BeitConfig, formats: tuple[SourceForm
     """What the adapter changes, by leaf."""
     table = _table(target, formats)
     changes: dict[str, _Changes] = {}
+    keys, idle = PROJECTIONS["k"], set[str]()  # a bias of keys, which no base has, changes no softmax of their scores
+
+    def unwrapped(name: str) -> str:
+        while name not in table and (wrapper := next((each for each in _WRAPPED if name.startswith(each)), None)):
+            name = name.removeprefix(wrapper)
+        return name
 
     def place(name: str) -> tuple[_Changes, tuple[int, int], tuple[int, ...]]:
-        bare = name
-        while bare not in table and (wrapper := next((each for each in _WRAPPED if bare.startswith(each)), None)):
-            bare = bare.removeprefix(wrapper)
+        bare = unwrapped(name)
         if bare not in table:
             raise BeitJaxError(
                 f"{printable(adapter.path)}: {printable(name)}: no tensor of the base, a {target.model_type} model for "
@@ -164,8 +169,12 @@ def _changes(adapter: PeftAdapter, target: BeitConfig, formats: tuple[SourceForm
         found, key, shape = place(f"{module}.weight")
         _check_shapes(adapter, module, low_rank, shape)
         found.factors[key] = low_rank
+        if found.step.rule.flax.endswith(keys.kernel) and key[1] == keys.part:
+            idle.add(f"{module}.bias")
     for kind, tensors in (("whole", adapter.whole), ("added", adapter.added)):
         for name, leaf in tensors.items():
+            if kind == "added" and name in idle and unwrapped(name) not in table:
+                continue
             found, key, shape = place(name)
             if leaf.shape != shape:
                 raise BeitJaxError(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Settings with which a module computes something else than LoRA or DoRA, or the base is another than the one named.
 _OTHERS = (
     "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "target_parameters",
-    "trainable_token_indices", "velora_config", "monteclora_config",
+    "trainable_token_indices", "velora_config", "monteclora_config", "kasa_config",
 )  # fmt: skip
 _HARMLESS = (True, False, None, "gaussian", "eva", "orthogonal")
 _FACTOR = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(\.\w+)??(\.(weight|bias))?")
@@ -86,6 +86,7 @@ def read_adapter(path: Path, open_weights: Callable[[Path], "Checkpoint"]) -> Pe
     """
     directory = path if os.path.isdir(path) else path.parent
     config = directory / CONFIG
+    _check_one(directory)
     content = read_json(config, advice="with --base the source is an adapter, whose scale stands there")
     fields = Fields(content, str(config))
     _check_kind(fields)
@@ -93,6 +94,18 @@ def read_adapter(path: Path, open_weights: Callable[[Path], "Checkpoint"]) -> Pe
     with open_weights(weights) as checkpoint:
         tensors = {name: _float32(checkpoint.read(name), weights, name) for name in checkpoint.tensors}
     return _sorted(tensors, fields, path, weights)
+
+
+def _check_one(directory: Path) -> None:
+    """Refuses a directory of several adapters, as peft saves those with names: a directory for each."""
+    if os.path.lexists(directory / CONFIG) or not directory.is_dir():
+        return
+    names = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
+    if names:
+        raise BeitJaxError(
+            f"{printable(directory)}: holds adapters by name, {', '.join(map(printable, names))}; name one, "
+            f"{printable(directory / names[0])}"
+        )
 
 
 def _weights(directory: Path) -> Path:

@@ -61,7 +61,21 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    _sort_metadata(path)
     path.chmod(0o666 & ~_umask())  # the library writes for the owner alone
+
+
+def _sort_metadata(path: Path) -> None:
+    """Gives the metadata of a safetensors file an order: the library's own differs from call to call, and the bytes of
+    an export should not."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length
+        file.seek(8)
+        file.write(text)
 
 
 def write_pth(path: Path, wrapper: str, tensors: Mapping[str, np.ndarray], checkpoint: "NativeCheckpoint") -> None:

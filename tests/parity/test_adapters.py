@@ -299,6 +299,25 @@ def test_half_precision_and_pickled_adapters(tmp_path: Path) -> None:
     assert_merged(tmp_path, adapted)
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
+def test_a_bias_of_keys_is_left_out_because_it_changes_nothing(tmp_path: Path) -> None:
+    """peft cannot merge it, as keys have no bias of their own."""
+    adapted = saved(tmp_path, {"target_modules": ["k_proj", "v_proj"], "lora_bias": True})
+    found = convert.load(tmp_path / "adapter", Options(base=str(tmp_path / "base")))
+    pixels = reference.pixels(adapted)
+    logits = adapted(reference.to_torch(pixels)).logits.detach().numpy()
+    assert np.abs(build_model(found.config, unflatten(dict(found.params)))(pixels).logits - logits).max() <= MODEL
+
+
+def test_adapters_in_directories_by_name_are_told(tmp_path: Path) -> None:
+    adapted = saved(tmp_path, {"target_modules": QV})
+    adapted.add_adapter("second", peft.LoraConfig(target_modules=["fc1"]))
+    adapted.save_pretrained(tmp_path / "both", selected_adapters=["second"])
+    with pytest.raises(BeitJaxError, match=r"holds adapters by name, second; name one, .*/both/second$"):
+        convert.load(tmp_path / "both", Options(base=str(tmp_path / "base")))
+    convert.load(tmp_path / "both" / "second", Options(base=str(tmp_path / "base")))
+
+
 def test_a_new_head_on_an_encoder_of_another_task(tmp_path: Path) -> None:
     """The base was pre-trained; the head is the adapter's, its classes get the names that are asked for."""
     pretrained = reference.random_model(

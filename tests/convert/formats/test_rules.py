@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from beit_jax.config import BeitConfig
 from beit_jax.convert.formats import FORMATS
@@ -24,6 +26,7 @@ from beit_jax.convert.formats.rules import (
     export,
     steps,
 )
+from beit_jax.convert.formats.writing import write_safetensors
 from beit_jax.convert.identify import recognise
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.build import param_shapes
@@ -157,6 +160,16 @@ def test_export_is_contiguous_and_stacked_by_layer() -> None:
     assert sorted(tensors) == ["layer.0.weight", "layer.1.weight"]
     assert tensors["layer.1.weight"].tolist() == leaf[1].T.tolist()
     assert all(tensor.flags.c_contiguous for tensor in tensors.values())
+
+
+def test_the_bytes_of_an_export_follow_from_its_tensors(tmp_path: Path) -> None:
+    """The library that writes the file gives its metadata another order in every call."""
+    tensors = {"b": np.arange(3, dtype=np.float32), "é": np.zeros((0, 2), np.float16)}
+    for i in range(10):
+        write_safetensors(tmp_path / f"{i}.safetensors", tensors)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    found = load_file(tmp_path / "0.safetensors")
+    assert {name: leaf.tolist() for name, leaf in found.items()} == {"b": [0, 1, 2], "é": []}
 
 
 def test_unknown_names_are_shown() -> None:
