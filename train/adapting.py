@@ -1,12 +1,24 @@
 """Options of runs that train an adapter (LoRA, DoRA) instead of all parameters. May import: the ground, `adapters`."""
 
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from beit_jax.adapters.low_rank import Adapter, also_of, targets_of
 from beit_jax.errors import BeitJaxError
 
 from .recipe import POSITIVE, RATE, Range, Recipe, spelled
+
+_PATCH, _TABLES = r".*/patch_kernel", r".*/((shared_)?bias_table|position_embeddings)"
+CHANGES: Mapping[str, str] = {
+    "image_size": _TABLES,
+    "patch_size": f"{_PATCH}|{_TABLES}",
+    "channels": _PATCH,
+    "channels_from": _PATCH,
+    "position_bias": _TABLES,
+}
+"""Options of conversion that change tensors outside the head: names, and patterns of the parameters."""
 
 RANK = Range("a positive integer up to 4096", lambda value: 1 <= value <= 4096)
 
@@ -78,3 +90,21 @@ def adapter_of(recipe: Recipe) -> Adapter | None:
         dora=options.dora,
         also=() if options.train_also is None else also_of(options.train_also),
     )
+
+
+def changed_before(options: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The parameters that conversion has changed, so that they are not those of the checkpoint as it was published.
+
+    Args:
+        options: of the conversion, as far as they were given.
+        names: flat names of the model's parameters.
+    """
+    patterns = [CHANGES[option] for option in options if option in CHANGES]
+    return {name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)}
+
+
+def published(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where the checkpoint came from that an adapter is for; empty where its tensors are nobody's but a run's, or those
+    of another adapter that was merged."""
+    converted = "recipe" not in provenance and "adapter" not in provenance
+    return provenance if converted else {}

@@ -16,9 +16,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from beit_jax.cli.arguments import Json, Switch
 from beit_jax.cli.extras import train_extra
-from beit_jax.convert.formats import PEFT
 from beit_jax.errors import BeitJaxError, printable
-from beit_jax.hub import ADAPTER_WEIGHTS
 from beit_jax.terminal import image_progress, print_json, print_lines
 
 if TYPE_CHECKING:
@@ -190,6 +188,7 @@ def _train(
     json: bool,
 ) -> int:
     with train_extra():
+        from beit_jax.inference.saving import save_adapters
         from beit_jax.train.distributed import cluster
         from beit_jax.train.forecast.preview import preview
         from beit_jax.train.loop import contract
@@ -205,29 +204,10 @@ def _train(
             return 0
         outcome = loop.train(plan, out, resume=resume, peers=peers)
         if peers.index == 0:
-            outcome = _with_adapters(outcome)
+            adapters = save_adapters(outcome.models, lambda line: print(line, file=sys.stderr))
+            outcome = replace(outcome, models=(*outcome.models, *adapters))
         _print_once(outcome, peers, json=json)
         return outcome.exit_code
-
-
-def _with_adapters(outcome: "Outcome") -> "Outcome":
-    """Writes the adapters that a run's models were merged with, as PEFT reads them: ``adapter`` beside ``model``."""
-    written: list[Path] = []
-    for model in outcome.models:
-        if not (model / ADAPTER_WEIGHTS).is_file():
-            continue
-        from beit_jax.convert import exporter
-        from beit_jax.weights.native import load
-
-        name = model.name
-        directory = model.with_name(name.replace("model", "adapter") if "model" in name else f"{name}-adapter")
-        try:
-            exporter.export(load(model), directory, PEFT, overwrite=True, source=model)
-        except BeitJaxError as error:  # the run itself is complete, and the factors lie beside the model
-            print(f"note: no adapter for peft: {error}", file=sys.stderr)
-        else:
-            written.append(directory)
-    return replace(outcome, models=(*outcome.models, *written))
 
 
 def _print_once(found: "Outcome | Preview", peers: "Peers", *, json: bool) -> None:

@@ -1,7 +1,7 @@
-"""Writes a live model as a native checkpoint."""
+"""Writes a live model as a native checkpoint, and an adapter beside the model that it was merged into."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from flax import nnx
 
 from beit_jax.atomic import check_destination, new_directory
 from beit_jax.errors import BeitJaxError
+from beit_jax.hub import ADAPTER_WEIGHTS
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.build import Model, param_shapes
 from beit_jax.tree import flatten
-from beit_jax.weights.native import NATIVE, NativeCheckpoint, save
+from beit_jax.weights.native import NATIVE, NativeCheckpoint, load, save
 
 _KEPT = (jnp.float32, jnp.bfloat16)
 
@@ -82,3 +83,31 @@ def save_checkpoint(
     empty = destination.is_dir() and not any(destination.iterdir())
     with new_directory(destination, overwrite=overwrite or empty, contents=NATIVE) as partial:
         save(partial, checkpoint)
+
+
+def save_adapters(models: Iterable[Path], say: Callable[[str], None]) -> tuple[Path, ...]:
+    """Writes the adapters that models were merged with, as PEFT reads them: ``adapter`` beside ``model``.
+
+    Args:
+        models: native checkpoints; those without factors are passed over.
+        say: is told which adapter cannot be written for PEFT, and why.
+
+    Returns:
+        The directories.
+    """
+    written: list[Path] = []
+    for model in models:
+        if not (model / ADAPTER_WEIGHTS).is_file():
+            continue
+        from beit_jax.convert import exporter  # not at the top: writing native checkpoints needs no converter
+        from beit_jax.convert.formats import PEFT
+
+        name = model.name
+        directory = model.with_name(name.replace("model", "adapter") if "model" in name else f"{name}-adapter")
+        try:
+            exporter.export(load(model), directory, PEFT, overwrite=True, source=model)
+        except BeitJaxError as error:  # the factors lie beside the model
+            say(f"note: no adapter for peft: {error}")
+        else:
+            written.append(directory)
+    return tuple(written)

@@ -29,6 +29,7 @@ from ..formats.transformers import HF, HF5, HF5_DATA2VEC
 if TYPE_CHECKING:
     from beit_jax.weights.native import NativeCheckpoint
 
+_EMBEDDINGS = re.compile(r"(beit/)?embeddings/\w+")
 PREFIX = "base_model.model."
 """Before every name: a `PeftModel` holds a tuner, which holds the model."""
 
@@ -65,8 +66,7 @@ def peft_tensors(checkpoint: "NativeCheckpoint", record: AdapterRecord) -> dict[
     tensors: dict[str, np.ndarray] = {}
     for module, factors in _modules(config, record):
         tensors |= {f"{PREFIX}{module}.{name}": np.ascontiguousarray(leaf) for name, leaf in factors.items()}
-    whole = {name: checkpoint.params[name] for name in record.whole}
-    saved = naming.to_torch(config, whole)
+    saved = naming.to_torch(config, _whole(checkpoint, record))
     for name in saved:
         _module_of(name, naming.own_prefix(config))
     return tensors | {PREFIX + name: leaf for name, leaf in saved.items()}
@@ -77,7 +77,7 @@ def peft_config(checkpoint: "NativeCheckpoint", record: AdapterRecord) -> dict[s
     config, adapter = checkpoint.config, record.adapter
     naming = in_memory(config)
     prefix = naming.own_prefix(config)
-    whole = naming.to_torch(config, {name: checkpoint.params[name] for name in record.whole})
+    whole = naming.to_torch(config, _whole(checkpoint, record))
     base = record.base.get("source")
     return {
         "peft_type": "LORA",
@@ -132,6 +132,14 @@ def _modules(config: BeitConfig, record: AdapterRecord) -> Iterator[tuple[str, d
                 # peft itself writes no ".weight", and reads both; transformers 5's load_adapter finds only this one.
                 found["lora_magnitude_vector.weight"] = record.factors[f"{prefix}/{MAGNITUDE}"][i].reshape(-1)
             yield name.replace("{i}", str(i)), found
+
+
+def _whole(checkpoint: "NativeCheckpoint", record: AdapterRecord) -> dict[str, np.ndarray]:
+    """What PEFT saves whole: what is not the base's, and of the embeddings, which are one module, all or nothing."""
+    names = set(record.whole)
+    if any(_EMBEDDINGS.fullmatch(name) for name in names):
+        names |= {name for name in checkpoint.params if _EMBEDDINGS.fullmatch(name)}
+    return {name: checkpoint.params[name] for name in sorted(names)}
 
 
 def _module_of(name: str, prefix: str) -> str:

@@ -14,6 +14,7 @@ import transformers
 from cases import thorough
 from tolerances import MODEL
 
+from beit_jax import train as python
 from beit_jax.adapters.file import load_adapter
 from beit_jax.cli.main import main
 from beit_jax.models.build import build_model
@@ -113,6 +114,44 @@ def test_a_run_goes_to_peft_and_back(
         assert found.config == model.config and found.params.keys() == model.params.keys()
         assert all(np.abs(found.params[name] - leaf).max() <= 1e-6 for name, leaf in model.params.items())
         assert found.provenance["adapter"] == str(tmp_path / "peft")
+
+
+@pytest.mark.thorough
+def test_python_leaves_what_the_command_leaves(place: Path, tmp_path: Path) -> None:
+    options = {
+        "optim.epochs": 0.05, "optim.warmup-epochs": 0, "data.batch-size": 32, "data.workers": 0, "adapter.rank": 2,
+        "model.image-size": 16, "model.dtype": "float32",
+    }  # fmt: skip
+    found = python.run(
+        "digits_finetune", place / "digits", tmp_path / "run", init=place / "base", options=options, quiet=True
+    )
+    adapter = tmp_path / "run" / "adapter"
+    assert found.models == (tmp_path / "run" / "model", adapter)
+    assert np.abs(peft_logits(place / "theirs", adapter, pixels()) - logits(found.models[0], pixels())).max() <= MODEL
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("way", ["converted before", "by the run", "a run before"])
+def test_an_adapter_holds_what_changed_before_training(
+    way: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Channels in another order, and positions of every layer: the checkpoint as it was published has neither."""
+    order, base = ("--model.channels-from", "2", "1", "0"), place / "theirs"
+    if way == "converted before":
+        order, changes = (), ("--channels-from", "2", "1", "0", "--image-size", "16", "--position-bias", "per_layer")
+        assert main(["convert", str(place / "theirs"), str(tmp_path / "start"), *changes]) == 0
+    elif way == "a run before":
+        assert train(place, tmp_path / "first") == 0
+        assert main(["export", str(tmp_path / "first" / "model"), str(tmp_path / "torch")]) == 0
+        base = tmp_path / "torch"
+    start = {"converted before": "start", "by the run": str(place / "base"), "a run before": "first"}[way]
+    assert train(place, tmp_path / "run", *order, *ADAPTERS["LoRA"], init=str(tmp_path / start)) == 0
+    adapter, expected = tmp_path / "run" / "adapter", logits(tmp_path / "run" / "model", pixels())
+    assert np.abs(peft_logits(base, adapter, pixels()) - expected).max() <= MODEL
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "run" / "model"), str(tmp_path / "peft"), "--to", "peft"]) == 0
+    named = "the model it was trained on" if way == "a run before" else str(base)
+    assert f"belongs to {named}" in capsys.readouterr().out
 
 
 def test_the_merged_model_is_an_ordinary_one(run: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

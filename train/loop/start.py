@@ -6,14 +6,18 @@
 
 import difflib
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import jax
+
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.inference.reading import load_any
+from beit_jax.inference.saving import save_adapters
 from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
 from beit_jax.weights.native import NativeCheckpoint
 
@@ -67,7 +71,11 @@ def run(
         stored_tokens=None if stored_tokens is None else Path(stored_tokens),
         teacher=_model(teacher),
     )
-    return loop.train(plan, Path(out), resume=resume, quiet=quiet)
+    outcome = loop.train(plan, Path(out), resume=resume, quiet=quiet)
+    if jax.process_index() > 0:
+        return outcome
+    adapters = save_adapters(outcome.models, lambda line: None if quiet else print(line, file=sys.stderr))
+    return replace(outcome, models=(*outcome.models, *adapters))
 
 
 def recipe_with(recipe: str | Recipe, options: Mapping[str, Any]) -> Recipe:

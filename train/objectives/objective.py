@@ -18,13 +18,13 @@ from beit_jax.config import BeitConfig
 from beit_jax.config import Task as Architecture
 from beit_jax.errors import BeitJaxError
 from beit_jax.images.processor import ImageProcessor
-from beit_jax.models.build import Model, abstract_model, statistics
+from beit_jax.models.build import Model, abstract_model, param_shapes, statistics
 from beit_jax.models.interface import Remat
 from beit_jax.terminal import Advance, Progress, no_progress
 from beit_jax.tree import Nested
 from beit_jax.weights.native import NativeCheckpoint
 
-from ..adapting import adapter_of
+from ..adapting import adapter_of, changed_before, published
 from ..augmentation.decode import Reading
 from ..costs.estimate import activation_bytes, flops, traced_activations, traced_flops, with_one_block
 from ..initial.model_config import architecture, image_processor, model_config
@@ -351,9 +351,11 @@ class WholeModel(Objective[RecipeT]):
         if not isinstance(division, Adapted) or start is None:
             return {}
         report = checkpoint_report(start, self.config)
-        new = (*report.adapted, *report.drawn, *statistics(self.config))
+        asked = [*start.provenance.get("options", ()), *(["channels_from"] if self.recipe.model.channels_from else ())]
+        changed = changed_before(asked, param_shapes(self.config))
+        new = (*report.adapted, *report.drawn, *statistics(self.config), *changed)
         learned = {"model": state.params} | ({"model-ema": state.average} if state.average else {})
-        return {name: division.record(params, new, start.provenance) for name, params in learned.items()}
+        return {name: division.record(params, new, published(start.provenance)) for name, params in learned.items()}
 
     @property
     def flops(self) -> float:
