@@ -10,8 +10,10 @@ from beit_jax.atomic import Contents, check_destination, new_directory
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG, PROCESSOR
-from beit_jax.weights.native import NativeCheckpoint
+from beit_jax.weights.native import NativeCheckpoint, is_native
+from beit_jax.weights.native import load as load_native
 
+from . import importer
 from .adapters import written
 from .formats import LAYOUTS, PEFT, writers
 from .formats.format import SourceFormat
@@ -42,9 +44,9 @@ def to_torch(
 
 
 def export(
-    checkpoint: NativeCheckpoint,
+    checkpoint: NativeCheckpoint | str | Path,
     destination: str | Path,
-    layout: str,
+    layout: str = LAYOUTS[0],
     *,
     overwrite: bool = False,
     source: str | Path | None = None,
@@ -52,6 +54,7 @@ def export(
     """Writes a PyTorch checkpoint as a new directory, whole or not at all.
 
     Args:
+        checkpoint: in memory; or the directory of a native one, or a source of `convert`, which is read.
         layout: one of `LAYOUTS`. hf is for transformers' ``from_pretrained``, timm for
             ``timm.create_model("local-dir:...")``, original for unilm's scripts or, with a segmentation model, mmseg.
             original needs torch to write. peft is the adapter of which the model is the merger, which lies in `source`.
@@ -62,8 +65,12 @@ def export(
         Notes for the user: facts of the checkpoint that have no place in the layout.
 
     Raises:
-        BeitJaxError: the layout has no such model; torch is missing; the destination cannot be written.
+        BeitJaxError: the layout has no such model; torch is missing; the destination cannot be written; there is no
+            such checkpoint.
     """
+    if not isinstance(checkpoint, NativeCheckpoint):
+        source = checkpoint if source is None else source
+        checkpoint = load_native(checkpoint) if is_native(checkpoint) else importer.load(checkpoint)
     destination, source = Path(destination), None if source is None else Path(source)
     check_export(destination, layout, checkpoint.config, overwrite=overwrite, source=source)
     if layout == PEFT:

@@ -92,8 +92,12 @@ def test_what_writes_takes_names(
         assert beit_jax.load(tmp_path / name).config == checkpoint.config
         with pytest.raises(BeitJaxError, match=f"{name}: already exists"):
             write(kind(tmp_path / name))
-    convert.export(checkpoint, kind(tmp_path / "export"), "hf")
-    assert beit_jax.load(kind(tmp_path / "export")).config == checkpoint.config
+    for name, source in (("memory", checkpoint), ("native", kind(tmp_path / "save")), ("theirs", kind(DIGITS))):
+        convert.export(source, kind(tmp_path / name))
+        assert beit_jax.load(kind(tmp_path / name)).config == checkpoint.config
+    with pytest.raises(BeitJaxError, match="nowhere: no such file or directory"):
+        convert.export(kind(tmp_path / "nowhere"), kind(tmp_path / "nothing"))
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_save_fills_an_empty_directory(checkpoint: beit_jax.NativeCheckpoint, tmp_path: Path) -> None:

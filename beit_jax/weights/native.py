@@ -57,8 +57,17 @@ def is_native(path: str | Path) -> bool:
 
 
 def save(directory: str | Path, checkpoint: NativeCheckpoint) -> None:
-    """Writes all three files into an existing directory (see `beit_jax.atomic.new_directory`) and verifies them."""
-    directory = Path(directory)
+    """Writes all three files into an existing directory (see `beit_jax.atomic.new_directory`) and verifies them.
+
+    Raises:
+        BeitJaxError: the images of the processor have another number of channels than the model takes.
+    """
+    directory, takes, given = Path(directory), checkpoint.config.num_channels, checkpoint.processor.num_channels
+    if takes != given:
+        raise BeitJaxError(
+            f"image processor: makes images of {given} channels, the model takes {takes}; give another, such as "
+            f"processor.for_channels({takes})"
+        )
     specs = {name: LeafSpec(leaf.shape, leaf.dtype) for name, leaf in checkpoint.params.items()}
     save_json(directory, checkpoint.config, checkpoint.processor)
     write_tensors(directory / WEIGHTS, specs, lambda name: [[checkpoint.params[name]]], checkpoint.provenance)

@@ -40,6 +40,12 @@ def test_the_same_model_comes_back(tmp_path: Path, dtype: jnp.dtype) -> None:
     assert np.array_equal(again(images).logits, computed(images).logits)
 
 
+def test_images_of_other_channels_than_the_model_takes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BeitJaxError, match=r"images of 4 channels, the model takes 3; .* processor\.for_channels\(3\)"):
+        beit_jax.save_pretrained(tmp_path / "native", model(), PROCESSOR.for_channels(4))
+    assert not (tmp_path / "native").exists()
+
+
 def test_what_was_trained_is_what_is_written(tmp_path: Path) -> None:
     """A model whose parameters were exchanged inside it, as optimizers of flax do."""
     live, other = model(0), model(1)
