@@ -17,6 +17,7 @@ Colour = tuple[int, int, int]
 MOST_NUMBER: Final = 65535
 _NUMBER_COLUMNS: Final = ("id", "idx", "index", "number", "value", "class", "label_id", "class_id", "train_id")
 _NAME_COLUMNS: Final = ("name", "label", "class_name", "label_name", "category")
+_NUMBERED: Final = re.compile(r"\s*(\d{1,9})(?:\s*([:=])\s*|\s+)(\S.*)")
 _HEX: Final = re.compile(r"#?([0-9a-fA-F]{6})")
 
 
@@ -24,6 +25,7 @@ def read_names(path: Path, first: int = 0) -> dict[int, str]:
     """Class names by number, in one of these forms:
 
     - text: a name in each line, from the number `first` on
+    - lines of number and name, such as ``3: tree``, or ``3 tree`` where the numbers grow by one from 0 or 1
     - CSV with commas, semicolons or tabs: number and name, in columns that a first line may name
     - JSON: a list of names; numbers to names ("id2label", which may lie in a config.json); names to numbers
 
@@ -119,7 +121,7 @@ def _table_names(path: Path, text: str, first: int) -> list[tuple[int, str]]:
                 )
         if not lines:
             raise BeitJaxError(f"{printable(path)}: no names; write one in each line")
-        return [(number, line.strip()) for number, line in enumerate(lines, start=first)]
+        return _numbered(lines) or [(number, line.strip()) for number, line in enumerate(lines, start=first)]
     rows, number_at, name_at = columns
     pairs = []
     for place, row in rows:
@@ -131,6 +133,20 @@ def _table_names(path: Path, text: str, first: int) -> list[tuple[int, str]]:
             )
         pairs.append((found, row[name_at].strip()))
     return pairs
+
+
+def _numbered(lines: Sequence[str]) -> list[tuple[int, str]]:
+    """Numbers and names in lines such as ``3: tree`` or ``3 tree``; nothing where lines are names alone.
+
+    Without a colon the numbers must grow by one, from 0 or 1: names may begin with a number, as "2 door car" does.
+    """
+    found = [_NUMBERED.fullmatch(line) for line in lines]
+    pairs = [(int(match[1]), match[3].strip()) for match in found if match]
+    if len(pairs) < len(lines) or len(pairs) < 2:
+        return []
+    colons = all(match is not None and match[2] for match in found)
+    counted = [number for number, _ in pairs] in [list(range(n, n + len(pairs))) for n in (0, 1)]
+    return pairs if colons or counted else []
 
 
 def _columns(lines: Sequence[str]) -> tuple[list[tuple[int, list[str]]], int, int] | None:

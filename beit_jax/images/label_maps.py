@@ -3,7 +3,7 @@
 | file | class numbers |
 |---|---|
 | PNG, BMP, GIF with a palette | the stored indices, not their colours |
-| PNG, TIFF, BMP, PGM in grey of 1 to 32 bits | the stored values, as they are |
+| PNG, TIFF, BMP, PGM in grey of 1 to 32 bits, TIFF of 64 | the stored values, as they are |
 | .npy, and .npz of one array: integers, booleans and whole floats [h, w] | the values |
 | RGB, RGBA | `decode_stored` gives the colours to who knows what they mean; else they are refused |
 | JPEG, lossy WebP | refused: compression smears numbers |
@@ -23,7 +23,8 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images import libtiff
 from beit_jax.images.array_files import is_array_file, read_array
 from beit_jax.images.containers import check_container
-from beit_jax.images.files import MAX_PIXELS, read_image_file
+from beit_jax.images.files import MAX_FILE, MAX_PIXELS, in_one_line, read_image_file
+from beit_jax.images.tiff import is_tiff, read_tiff
 
 IGNORED: Final = 255
 IGNORED_16: Final = 65535
@@ -107,6 +108,8 @@ def decode_stored(data: bytes, name: str, *, palettes: bool = False, lossy: bool
     except BeitJaxError:
         raise
     except UnidentifiedImageError as error:
+        if is_tiff(data):
+            return _wide_tiff(data, name)
         found = f"{len(data)} bytes that begin {data[:12]!r}"
         raise BeitJaxError(f"{name}: not a readable PNG or other label map, found {found}; export it again") from error
     except Exception as error:  # Pillow's parsers let out errors of many classes
@@ -170,6 +173,16 @@ def _pixels(image: Image.Image, data: bytes, name: str, palettes: bool) -> np.nd
     return array
 
 
+def _wide_tiff(data: bytes, name: str) -> LabelMap:
+    """The numbers of a TIFF file of a type that Pillow does not know: integers and floats of 64 bits, halves."""
+    with in_one_line(name):
+        found = read_tiff(data, name, 1, oriented=False, max_pixels=MAX_PIXELS, max_bytes=MAX_FILE).pixels
+    if found.shape[2] != 1 or found.dtype.kind not in "iuf":
+        stored = f"{found.shape[2]} values of {printable(found.dtype)} for a pixel"
+        raise BeitJaxError(f"{name}: {stored}, expected one map with one class number for a pixel; export it again")
+    return _whole(found[..., 0], name)
+
+
 def _array(data: bytes, name: str) -> np.ndarray:
     array = read_array(data, name)
     squeezed = array[..., 0] if array.shape[2:] == (1,) else array[0] if array.shape[:1] == (1,) else array
@@ -185,6 +198,8 @@ def _array(data: bytes, name: str) -> np.ndarray:
 
 def _whole(array: np.ndarray, name: str) -> np.ndarray:
     """The numbers as int32; fractions and numbers beyond it are refused."""
+    if array.dtype == np.float16:  # which cannot hold what it is compared with
+        array = array.astype(np.float32)
     wrong = ~((array >= -_MOST) & (array <= _MOST)) if array.dtype.kind in "iuf" else np.zeros(array.shape, bool)
     if array.dtype.kind == "f":
         wrong |= array != np.floor(array)

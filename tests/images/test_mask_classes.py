@@ -31,6 +31,11 @@ THREE = {0: "sky", 1: "tree, oak", 2: "a cow"}
     ("name", "content", "expected"),
     [
         ("names.txt", "sky\ntree, oak\na cow\n", THREE),
+        ("names.txt", "0: sky\n1: tree, oak\n2: a cow\n", THREE),
+        ("names.txt", "2: a cow\n0: sky\n1: tree, oak\n", THREE),
+        ("names.txt", "0 sky\n1 tree, oak\n2  a cow\n", THREE),
+        ("names.txt", "1 sky\n2 tree", {1: "sky", 2: "tree"}),
+        ("names.txt", "2 door car\n4 door car", {0: "2 door car", 1: "4 door car"}),
         ("names.txt", "\ufeffsky\r\ntree, oak\r\na cow\r\n\r\n", THREE),
         ("names.csv", '0,sky\n1,"tree, oak"\n2,a cow\n', THREE),
         ("names.csv", "sky;0\ntree, oak;1\na cow;2", THREE),

@@ -99,5 +99,6 @@ def number(row: Row, column: str) -> float:
     except ValueError:
         value = math.nan
     if not abs(value) <= float(np.finfo(np.float32).max):
-        raise row.error(column, f"expected a number, found {printable(text, 60)}")
+        advice = "; write it with a point and without other marks, such as 1234.5" if "," in text else ""
+        raise row.error(column, f"expected a number, found {printable(text, 60)}{advice}")
     return value

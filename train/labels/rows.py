@@ -16,7 +16,7 @@ from beit_jax.json_file import DuplicateKeyError, parse_json, read_json_array, r
 METADATA: Final = ("metadata.csv", "metadata.jsonl")
 """The names that the table of a folder of images has. Source: Hugging Face's ``imagefolder``."""
 SUFFIXES: Final = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
-_ADVICE: Final = "give a table with a row for every image"
+_ADVICE: Final = "give a table in UTF-8 with a row for every image"
 
 
 @dataclass(frozen=True)

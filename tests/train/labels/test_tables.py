@@ -164,6 +164,7 @@ WRONG: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "empty": (csv(["x", "", "y"]), {}, "row 3, column label: empty; write the class"),
     "empty of several": (csv(["x;y", "", "y"]), {}, r"row 3, column label: empty; write \[\] .* --allow-unlabelled"),
     "no number": (csv(["1", "2", "three"]), {"value_columns": ("label",)}, "row 4, column label: expected a number, f"),
+    "a decimal comma": (csv(["1", '"2,5"']), {"value_columns": ("label",)}, "found 2,5; write it with a point"),
     "not finite": (csv(["1", "nan"]), {"value_columns": ("label",)}, "row 3, column label: expected a number, found n"),
     "too large": (csv(["1", "1e39"]), {"value_columns": ("label",)}, "row 3, column label: expected a number, found 1"),
     "empty number": (csv(["1", ""]), {"value_columns": ("label",)}, "row 3, column label: empty; write the number"),
