@@ -24,7 +24,8 @@ class MaskArguments:
 
     labels: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """Class names: a name in each line from number 0 on (from 1 with --labels-from-one), lines or CSV of
-    number and name, or JSON of names or of numbers and names, such as a config.json. By default LABEL_0 to the largest number."""
+    number and name, or JSON of names or of numbers and names, such as a config.json. By default LABEL_0 to the largest
+    number."""
     colors: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """Masks hold colours: a line NAME,R,G,B for each, or JSON of names and [r, g, b]."""
     ignore: Annotated[tuple[str, ...], arg(metavar="NUMBER|NAME...", help_behavior_hint="")] = ()
