@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, Final
@@ -52,15 +53,21 @@ class BatchStream(Iterator[Batch]):
             self.close()
             raise
         except RuntimeError as error:
-            self.close()
+            with suppress(AssertionError):  # Grain's: a process that did not start cannot be ended
+                self.close()
+            if "bootstrapping" in str(error):  # multiprocessing's: a worker imports the script, which starts workers
+                raise BeitJaxError(
+                    'processes that read images import the script: put `if __name__ == "__main__":` before its '
+                    "statements, or read without processes (workers 0)"
+                ) from error
             hint = "check the storage, the memory, /dev/shm and `ulimit -n`, then run again"
             raise BeitJaxError(f"{printable(self._directory)}: {printable(error)}; {hint}") from error
 
     def close(self) -> None:
         """Ends the workers. Grain complains about iterators that still exist when the interpreter exits."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
+        batches, self._batches = self._batches, None
+        if batches is not None:
+            batches.close()
 
 
 def _unnamed(array: np.ndarray) -> np.ndarray:
