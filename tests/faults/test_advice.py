@@ -256,7 +256,7 @@ def timm_with_borders(place: Place) -> Case:
 
 def preset_of_a_square(place: Place) -> Case:
     place.hf = reference.save(reference.random_model(**OPTIONS | {"image_size": [16, 40]}), place.path / "wide")
-    refused = place.convert(place.hf, "--image-preset", "unilm_eval")
+    refused = place.convert(place.hf, "--image-preset", "timm")
     return refused, ["16x40", "hf"], nothing, place.convert(place.hf, "--image-preset", "hf")
 
 
