@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from beit_jax.choices import nearest
 from beit_jax.errors import BeitJaxError, printable
@@ -58,7 +58,7 @@ def class_weights(
     return np.asarray([weights[label] for label in labels], np.float32)
 
 
-def balanced(counts: Int[np.ndarray, " classes"]) -> Float[np.ndarray, " classes"]:
+def balanced(counts: Integer[np.ndarray, " classes"]) -> Float[np.ndarray, " classes"]:
     """n / (classes * count): every class weighs the same in all; a class that does not occur weighs 1.
 
     `classes` counts those that occur. Source of the formula: scikit-learn's ``compute_class_weight("balanced", ...)``.
@@ -69,7 +69,7 @@ def balanced(counts: Int[np.ndarray, " classes"]) -> Float[np.ndarray, " classes
     return weights.astype(np.float32)
 
 
-def balanced_positives(counts: Int[np.ndarray, " classes"], images: int) -> Float[np.ndarray, " classes"]:
+def balanced_positives(counts: Integer[np.ndarray, " classes"], images: int) -> Float[np.ndarray, " classes"]:
     """Images without a class over images with it, for classes that are decided one by one.
 
     A class that no image has, or that all have, weighs 1. Source of the formula: torch's `BCEWithLogitsLoss`, which
