@@ -60,7 +60,7 @@ class PixelLoss:
     empty: float = float("nan")
 
     def __call__(
-        self, logits: Float[Array, "b h w classes"], labels: Integer[ArrayLike, "b height width"], ignore: int
+        self, logits: Float[Array, "b h w classes"], labels: Integer[ArrayLike, "n height width"], ignore: int
     ) -> dict[Term, Float[Array, ""]]:
         """The terms by name, without their weights, float32: `total` adds them up.
 
