@@ -106,7 +106,7 @@ def test_losses_are_those_of_one_process(
 def test_evaluations_are_those_of_one_process(
     runs: Callable[[int, int, str], Scores], objective: str, processes: int
 ) -> None:
-    """Counts exactly: of 450 images that no batch of 96 divides, and of segmented pixels."""
+    """Counts exactly: of 450 images that no batch of 96 divides, and of segmented pixels. Losses up to rounding."""
 
     def scores(shape: tuple[int, int]) -> dict[str, Any]:
         (found,) = [record for record in runs(*shape, objective)[objective] if "loss" not in record]
@@ -114,8 +114,7 @@ def test_evaluations_are_those_of_one_process(
 
     found, expected = scores((processes, DEVICES)), scores((1, processes * DEVICES))
     assert found.keys() == expected.keys() and len(found) > 1
-    if objective in ("classification", "linear_probe", "segmentation"):
-        assert found == expected
-        return
+    counted = objective in ("classification", "linear_probe", "segmentation")
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+        exact = counted and not name.endswith("loss")
+        assert found[name] == (value if exact else pytest.approx(value, rel=1e-5, abs=1e-5)), name
