@@ -16,7 +16,7 @@ from beit_jax.cli.main import main
 from beit_jax.convert import tokenizers
 from beit_jax.tokenizers.build import tokenizer_shapes
 from beit_jax.tokenizers.dvae import DvaeEncoderConfig
-from beit_jax.train.loop import run as training
+from beit_jax.train.loop import results
 
 DIGITS = Path(str(files("beit_jax") / "digits"))
 IMAGE = next(iter(sorted((DIGITS / "images").iterdir())))
@@ -219,16 +219,16 @@ def test_an_export_without_marks_is_nobodys(work: Path, capsys: pytest.CaptureFi
 @pytest.mark.thorough
 def test_a_training_run_keeps_what_is_put_into_its_model(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it runs: a directory that is not empty is no place to begin a run."""
-    save = training._Run._write
+    save = results._write
     mine = {"model/thesis.md": b"years of work", "model/pictures/a.png": b"a person's", "model/.hidden": b""}
 
-    def put_first(run: training._Run, directory: Path, *rest: Any) -> None:
+    def put_first(*arguments: Any) -> None:
         for name, content in mine.items():
             (work / "run" / name).parent.mkdir(parents=True, exist_ok=True)
             (work / "run" / name).write_bytes(content)
-        save(run, directory, *rest)
+        save(*arguments)
 
-    monkeypatch.setattr(training._Run, "_write", put_first)
+    monkeypatch.setattr(results, "_write", put_first)
     assert main(["prepare", "digits", str(work / "data")]) == 0
     options = ["--data", str(work / "data"), "--init", str(work / "native"), "--out", str(work / "run")]
     assert main(["train", "digits_finetune", *options, "--optim.epochs", "0.05", "--optim.warmup-epochs", "0"]) == 0
