@@ -72,6 +72,11 @@ class BeitConfig:
             after a final LayerNorm.
         add_pooling_layer: a model without a head pools (transformers: BeitModel does, Data2VecVisionModel does not).
         position_bias: learned relative position bias of attention: one table for all layers, one per layer, or both.
+        use_key_bias: the keys of attention have a bias too, as in ViT and BEiT-3; BEiT's queries and values alone do.
+        use_sub_norm: BEiT-3's further norms: of the attended values before their projection, and of the MLP's hidden
+            units before its second layer.
+        embedding_size: of a model without a head: its pooled output is mapped to a vector of so many numbers and of
+            length 1, as BEiT-3's retrieval compares with texts; 0: it is not.
         position_resize: how bias tables are resized to other image sizes: "geometric" as in the original code (cubic
             splines on a geometric grid), "geometric_linear" as in timm, "bilinear" as in transformers.
         layer_scale_init_value: initial layer scale; 0 means that the model has no layer scale.
@@ -113,6 +118,9 @@ class BeitConfig:
     position_resize: PositionResize = "bilinear"
     use_absolute_position_embeddings: bool = False
     use_mask_token: bool = False
+    use_key_bias: bool = False
+    use_sub_norm: bool = False
+    embedding_size: int = 0
     layer_scale_init_value: float = 0.1
     hidden_dropout_prob: float = 0.0
     attention_probs_dropout_prob: float = 0.0
@@ -154,6 +162,9 @@ class BeitConfig:
             raise BeitJaxError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.aggregation_layers or self.aggregate_from:
             self._check_aggregation()
+        if self.embedding_size:
+            _require(self.embedding_size > 0, "embedding_size", "0 or a positive integer", self.embedding_size)
+            _require(self.task == "features" and self.has_pooler, "embedding_size", "0 without a pooled output", "more")
         if self.task in ("semantic_segmentation", "backbone"):
             self._check_taps()
         if self.task == "semantic_segmentation":

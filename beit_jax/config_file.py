@@ -52,6 +52,14 @@ _SEGMENTATION_DEFAULTS: Mapping[str, Any] = {
     "semantic_loss_ignore_index": 255,
 }
 _BACKBONE_DEFAULTS: Mapping[str, Any] = {"add_fpn": False, "reshape_hidden_states": True}
+# Fields for which transformers has no keys, written under ``beit_jax`` by models that have what they say.
+_OWN_DEFAULTS: Mapping[str, Any] = {
+    "aggregate_from": 0,
+    "aggregation_layers": 0,
+    "use_key_bias": False,
+    "use_sub_norm": False,
+    "embedding_size": 0,
+}
 _OTHER_MODEL_KEYS = (
     "model_type architectures image_size patch_size hidden_act use_mean_pooling use_relative_position_bias id2label "
     "label2id use_shared_relative_position_bias num_labels problem_type beit_jax"
@@ -163,9 +171,9 @@ def _own_fields(read: "Fields") -> dict[str, Any]:
         found["position_resize"] = own.choice("position_resize", get_args(PositionResize), None)
     if "add_pooling_layer" in own.content:
         found["add_pooling_layer"] = own.typed("add_pooling_layer", bool, True)
-    for name in ("aggregate_from", "aggregation_layers"):
+    for name, default in _OWN_DEFAULTS.items():
         if name in own.content:
-            found[name] = own.typed(name, int, 0)
+            found[name] = own.typed(name, type(default), default)
     if "feature_taps" in own.content:
         found["feature_taps"] = own.choice("feature_taps", get_args(FeatureTaps), None)
     return found
@@ -197,11 +205,8 @@ def written(config: "BeitConfig") -> dict[str, Any]:
         "position_resize": config.position_resize,
         "add_pooling_layer": config.add_pooling_layer,
     }
-    if config.aggregation_layers:
-        result["beit_jax"] |= {
-            "aggregate_from": config.aggregate_from,
-            "aggregation_layers": config.aggregation_layers,
-        }
+    own = {name: getattr(config, name) for name in _OWN_DEFAULTS}
+    result["beit_jax"] |= {name: value for name, value in own.items() if value}
     if config.task in ("semantic_segmentation", "backbone"):
         # With original taps, transformers reads other blocks for the same indices, and it refuses the indices of the
         # right blocks, which go one beyond the last. The recorded choice lets this library read the right ones.

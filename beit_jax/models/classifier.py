@@ -8,9 +8,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Shaped
 
 from beit_jax.config import BeitConfig
+from beit_jax.models.elementary import dense
 from beit_jax.models.encoder import BeitModel
 from beit_jax.models.interface import ArrayLike, BeitOutput, Remat, check_task
-from beit_jax.models.layers import dense
 
 
 class BeitForImageClassification(nnx.Module):

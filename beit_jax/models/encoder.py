@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from beit_jax.config import BeitConfig
 from beit_jax.models import interface
+from beit_jax.models.elementary import EmbeddingHead, dropout, layer_norm
 from beit_jax.models.interface import REMAT, ArrayLike, BeitOutput, Remat, patch_grid
-from beit_jax.models.layers import Block, dropout, layer_norm, stacked_blocks
+from beit_jax.models.layers import Block, stacked_blocks
 from beit_jax.models.partition import constrain
 from beit_jax.models.position import Grid, attention_bias, num_relative_offsets, resize_position_embeddings
 
@@ -82,6 +83,8 @@ class BeitModel(nnx.Module):
             self.norm = layer_norm(config, rngs)
         elif config.has_pooler:
             self.pooler_norm = layer_norm(config, rngs)
+        if config.embedding_size:
+            self.embedding_head = EmbeddingHead(config, dtype=dtype, rngs=rngs)
         self.config = config
         self.fixed_blocks: tuple[int, ...] = ()  # numbers of the blocks that gradients pass by; training sets them
 
@@ -143,8 +146,9 @@ class BeitModel(nnx.Module):
             return None
         return attention_bias(self.shared_bias_table[...], self.config.grid, grid, self.config.position_resize, batch)
 
-    def pool(self, last: Float[Array, "b n d"]) -> Float[Array, "b d"] | None:
-        """The class token of the normalised state, or the normalised mean of the patch tokens."""
+    def pool(self, last: Float[Array, "b n d"]) -> Float[Array, "b pooled"] | None:
+        """The class token of the normalised state, or the normalised mean of the patch tokens; or its embedding."""
         if not self.config.has_pooler:
             return None
-        return last[:, 0] if self.config.pooling == "cls" else self.pooler_norm(last[:, 1:].mean(axis=1))
+        pooled = last[:, 0] if self.config.pooling == "cls" else self.pooler_norm(last[:, 1:].mean(axis=1))
+        return self.embedding_head(pooled) if self.config.embedding_size else pooled

@@ -205,7 +205,7 @@ def _classifier(config: BeitConfig) -> BeitConfig:
     """A classifier on the encoder of a model without one."""
     return replace(
         config, task="image_classification", add_pooling_layer=True, aggregate_from=0, aggregation_layers=0,
-        problem_type=None,
+        embedding_size=0, problem_type=None,
     )  # fmt: skip
 
 

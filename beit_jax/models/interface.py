@@ -46,7 +46,7 @@ class BeitOutput:
 
     Attributes:
         last_hidden_state: [b, 1 + patches, d]; normalised if and only if the model pools the class token.
-        pooler_output: [b, d], or None for a model without pooling.
+        pooler_output: [b, d], or None for a model without pooling; with an embedding that, [b, embedding_size].
         logits: the head's output, or None for a model without a head.
         hidden_states: on request, [depth + 1, b, 1 + patches, d]: the embeddings, then after each block, un-normalised.
         attentions: on request, [depth, b, heads, n, n] float32 probabilities.
@@ -55,7 +55,7 @@ class BeitOutput:
     """
 
     last_hidden_state: Float[Array, "b n d"]
-    pooler_output: Float[Array, "b d"] | None = None
+    pooler_output: Float[Array, "b pooled"] | None = None
     logits: Float[Array, "b *classes"] | None = None
     hidden_states: Float[Array, "layers b n d"] | None = None
     attentions: Float[Array, "depth b heads n n"] | None = None

@@ -1,5 +1,7 @@
 """One transformer block of BEiT: attention with relative position bias, MLP, layer scale, stochastic depth.
 
+BEiT-3's block has two norms more ("sub-LayerNorm", arXiv:2210.06423): before the last product of each branch.
+
 Precision. Parameters are float32 (or bfloat16, read as float32). `dtype` (float32 or bfloat16) is what matrix products
 read; they accumulate in float32. LayerNorm, softmax, layer scale and the residual stream are float32 always.
 """
@@ -10,39 +12,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from beit_jax.adapters.kernel import Linear, adaptable, casting
+from beit_jax.adapters.kernel import adaptable, casting
 from beit_jax.config import BeitConfig
-from beit_jax.models.activations import ACTIVATIONS
 from beit_jax.models.attention import attend
+from beit_jax.models.elementary import ACTIVATIONS, dense, dropout, layer_norm
 from beit_jax.models.one_cpu import for_one_cpu, project_by_matrices
 from beit_jax.models.position import Grid, attention_bias, num_relative_offsets
-
-
-def layer_norm(config: BeitConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over the hidden size in float32; the variance is the mean squared deviation, as in torch."""
-    return nnx.LayerNorm(
-        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs
-    )
-
-
-def dense(
-    config: BeitConfig, inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs, result: DTypeLike | None = None
-) -> nnx.Linear:
-    """A linear layer that computes in `dtype` and returns the dtype `result` (by default `dtype`)."""
-    normal = nnx.initializers.normal(config.initializer_range)
-    return Linear(inputs, outputs, dtype=dtype, preferred_element_type=result, kernel_init=normal, rngs=rngs)
-
-
-def dropout(x: Array, rate: float | Array, key: Key[Array, ""] | None, *, per_sample: bool = False) -> Array:
-    """Zeroes elements, or samples (stochastic depth, arXiv:1603.09382), with probability `rate`; scales the rest up.
-
-    `x` has any shape; its first axis is the samples. `key` None means inference: nothing is dropped.
-    """
-    if key is None or (isinstance(rate, float) and rate == 0.0):
-        return x
-    shape = (x.shape[0],) + (1,) * (x.ndim - 1) if per_sample else x.shape
-    keep = jax.random.bernoulli(key, 1.0 - rate, shape)
-    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
 @adaptable
@@ -58,18 +33,26 @@ def project(
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention. Query and value have a bias, key has none; positions add to the scaled scores."""
+    """Multi-head self-attention. Query and value have a bias; positions add to the scaled scores.
+
+    A bias of the keys adds one number to all scores of a query, which changes no weight; ViT and BEiT-3 have it still.
+    """
 
     def __init__(self, config: BeitConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
         normal = nnx.initializers.normal(config.initializer_range)
         self.qkv_kernel = nnx.Param(normal(rngs.params(), (hidden, 3, heads, head_dim)))
-        self.q_bias = nnx.Param(jnp.zeros((heads, head_dim)))
-        self.v_bias = nnx.Param(jnp.zeros((heads, head_dim)))
+        if config.use_key_bias:
+            self.qkv_bias = nnx.Param(jnp.zeros((3, heads, head_dim)))
+        else:
+            self.q_bias = nnx.Param(jnp.zeros((heads, head_dim)))
+            self.v_bias = nnx.Param(jnp.zeros((heads, head_dim)))
         self.out_kernel = nnx.Param(normal(rngs.params(), (heads, head_dim, hidden)))
         self.out_bias = nnx.Param(jnp.zeros((hidden,)))
         if config.has_layer_bias:
             self.bias_table = nnx.Param(jnp.zeros((num_relative_offsets(config.grid), heads)))
+        if config.use_sub_norm:
+            self.norm = layer_norm(config, rngs)
         self.config, self.dtype = config, dtype
 
     def __call__(
@@ -83,12 +66,17 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b heads n n"] | None]:
         """The attended values; on request, the probabilities (float32, after their dropout as in the reference)."""
         cast, rate = casting(self.dtype), self.config.attention_probs_dropout_prob
-        qkv_bias = jnp.stack([self.q_bias[...], jnp.zeros_like(self.q_bias[...]), self.v_bias[...]])
+        if self.config.use_key_bias:
+            qkv_bias = self.qkv_bias[...]
+        else:
+            qkv_bias = jnp.stack([self.q_bias[...], jnp.zeros_like(self.q_bias[...]), self.v_bias[...]])
         qkv = project(cast(x), cast(self.qkv_kernel[...]), cast(qkv_bias))
         biases = [bias for bias in (self.layer_bias(grid, x.shape[0]), shared_bias) if bias is not None]
         bias = sum(biases[1:], biases[0]) if biases else None
         drop = None if key is None or not rate else lambda weights: dropout(weights, rate, key)
         attended, probabilities = attend(qkv, bias, drop, output_attentions=output_attentions)
+        if self.config.use_sub_norm:
+            attended = cast(self.norm(attended.reshape(x.shape)).reshape(attended.shape))
         return project(attended, cast(self.out_kernel[...]), self.out_bias[...].astype(jnp.float32)), probabilities
 
     def layer_bias(self, grid: Grid, batch: int) -> Float[Array, "shards heads n n"] | None:
@@ -99,15 +87,19 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two dense layers with the activation between."""
+    """Two dense layers with the activation between, and BEiT-3's norm after it."""
 
     def __init__(self, config: BeitConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.fc1 = dense(config, config.hidden_size, config.intermediate_size, dtype, rngs)
         self.fc2 = dense(config, config.intermediate_size, config.hidden_size, dtype, rngs, jnp.float32)
         self.activation = ACTIVATIONS[config.hidden_act]
+        if config.use_sub_norm:
+            self.norm = layer_norm(config, rngs, config.intermediate_size)
+        self.config = config
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return self.fc2(self.activation(self.fc1(x)))
+        hidden = self.activation(self.fc1(x))
+        return self.fc2(self.norm(hidden) if self.config.use_sub_norm else hidden)
 
 
 class Block(nnx.Module):

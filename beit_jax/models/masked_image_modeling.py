@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
+from beit_jax.models.elementary import dense, layer_norm
 from beit_jax.models.encoder import BeitModel
 from beit_jax.models.interface import REMAT, ArrayLike, BeitOutput, Remat, check_task, patch_grid
-from beit_jax.models.layers import Block, dense, layer_norm, stacked_blocks
+from beit_jax.models.layers import Block, stacked_blocks
 from beit_jax.models.partition import constrain
 from beit_jax.models.position import Grid
 

@@ -163,7 +163,7 @@ def project_by_matrices(
     return rows.reshape(*x.shape[:2], *bias.shape)
 
 
-# --- GELU (beit_jax.models.activations) -------------------------------------------------------------------------------
+# --- GELU (beit_jax.models.elementary) -------------------------------------------------------------------------------
 
 
 def gelu_with_derivative(_: Callable[..., Any], x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
-from beit_jax.models.activations import gelu
 from beit_jax.models.dense import (
     BatchNorm,
     ConvNorm,
@@ -26,6 +25,7 @@ from beit_jax.models.dense import (
     max_pool,
     resize_bilinear,
 )
+from beit_jax.models.elementary import gelu
 from beit_jax.models.encoder import BeitModel
 from beit_jax.models.interface import ArrayLike, BeitOutput, Remat, check_task, patch_grid
 from beit_jax.models.position import check_known

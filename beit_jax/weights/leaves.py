@@ -5,6 +5,7 @@ With them a native checkpoint's ``config.json`` is compared with the header of i
 to import, and it can name the key that is wrong. tests/weights compares both for every published model.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ Side = tuple[int, str]
 Sides = tuple[Side, ...]
 
 _BATCH_NORM = ("bias", "mean", "scale", "var")
+_STATISTICS = ("/mean", "/var")
 _THREE = (3, "")
 
 
@@ -28,6 +30,12 @@ def leaves(config: BeitConfig) -> dict[str, Sides]:
 def shapes(config: BeitConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf by its flat name, as `beit_jax.models.build.param_shapes` has it."""
     return {name: tuple(side for side, _ in sides) for name, sides in leaves(config).items()}
+
+
+def num_params(config: BeitConfig) -> int:
+    """The count of all numbers that training learns: the leaves, without running statistics of batch norm."""
+    learned = (shape for name, shape in shapes(config).items() if not name.endswith(_STATISTICS))
+    return sum(math.prod(shape) for shape in learned)
 
 
 def check_config(config: BeitConfig, shapes: Mapping[str, tuple[int, ...]], config_file: Path, weights: Path) -> None:
@@ -96,6 +104,11 @@ def _switch(name: str) -> str:
 _SWITCHES: Mapping[str, str] = {
     "/aggregation/": "beit_jax.aggregation_layers",
     "/attention/bias_table": "use_relative_position_bias",
+    "/attention/q_bias": "beit_jax.use_key_bias",
+    "/attention/qkv_bias": "beit_jax.use_key_bias",
+    "/attention/norm/": "beit_jax.use_sub_norm",
+    "/mlp/norm/": "beit_jax.use_sub_norm",
+    "/embedding_head/": "beit_jax.embedding_size",
     "/shared_bias_table": "use_shared_relative_position_bias",
     "/position_embeddings": "use_absolute_position_embeddings",
     "/mask_token": "use_mask_token",
@@ -171,6 +184,8 @@ def _encoder(config: BeitConfig) -> Iterator[tuple[str, Sides]]:
         yield from _affine("norm", hidden)
     elif config.has_pooler:
         yield from _affine("pooler_norm", hidden)
+    if config.embedding_size:
+        yield "embedding_head/kernel", (hidden, (config.embedding_size, "beit_jax.embedding_size"))
 
 
 def _bias_table(config: BeitConfig) -> Sides:
@@ -184,8 +199,11 @@ def _blocks(config: BeitConfig, depth: Side) -> Iterator[tuple[str, Sides]]:
     heads = (config.num_attention_heads, "num_attention_heads"), (config.head_dim, "num_attention_heads")
     yield from _affine("norm1", depth, hidden)
     yield "attention/qkv_kernel", (depth, hidden, _THREE, *heads)
-    yield "attention/q_bias", (depth, *heads)
-    yield "attention/v_bias", (depth, *heads)
+    if config.use_key_bias:
+        yield "attention/qkv_bias", (depth, _THREE, *heads)
+    else:
+        yield "attention/q_bias", (depth, *heads)
+        yield "attention/v_bias", (depth, *heads)
     yield "attention/out_kernel", (depth, *heads, hidden)
     yield "attention/out_bias", (depth, hidden)
     if config.has_layer_bias:
@@ -193,6 +211,9 @@ def _blocks(config: BeitConfig, depth: Side) -> Iterator[tuple[str, Sides]]:
     yield from _affine("norm2", depth, hidden)
     yield from _linear("mlp/fc1", hidden, inner, depth)
     yield from _linear("mlp/fc2", inner, hidden, depth)
+    if config.use_sub_norm:
+        yield from _affine("attention/norm", depth, hidden)
+        yield from _affine("mlp/norm", depth, inner)
     if config.layer_scale_init_value > 0:
         yield "gamma_1", (depth, hidden)
         yield "gamma_2", (depth, hidden)

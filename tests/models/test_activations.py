@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 from scipy.stats import norm
 from tracing import computed, traced
 
-from beit_jax.models.activations import ACTIVATIONS, gelu
+from beit_jax.models.elementary import ACTIVATIONS, gelu
 
 X = np.concatenate([np.linspace(-12, 12, 4001), [-0.0, 0.0, 1e-30, -1e-30, 60.0, -60.0]])
 Function = Callable[[Any], Any]

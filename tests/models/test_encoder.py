@@ -14,7 +14,7 @@ from tolerances import BFLOAT16
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.build import MODELS, Model, abstract_model, build_model, param_shapes
-from beit_jax.models.layers import dropout
+from beit_jax.models.elementary import dropout
 from beit_jax.tree import flatten, unflatten
 
 CONFIG = BeitConfig(

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.models.elementary import layer_norm
 from beit_jax.models.encoder import BeitModel
 from beit_jax.models.interface import abstract_module, patch_grid
-from beit_jax.models.layers import layer_norm
 from beit_jax.tree import Nested, flatten, unflatten
 from beit_jax.weights.native import NativeCheckpoint
 

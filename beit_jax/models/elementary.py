@@ -1,0 +1,77 @@
+"""The elements of a block that have no formula of their own in BEiT: activations, LayerNorm, linear layers, dropout."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from beit_jax.adapters.kernel import Linear
+from beit_jax.config import BeitConfig
+from beit_jax.models.one_cpu import for_one_cpu, gelu_with_derivative
+
+
+@for_one_cpu(gelu_with_derivative)
+def gelu(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    """``x * cdf(x)``, with cdf the distribution function of the standard normal distribution (arXiv:1606.08415).
+
+    The cdf is exact, by erf, as in torch; JAX's own default approximates it by tanh.
+    """
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "gelu": gelu,
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+"""The activation functions, by their names in configurations (`beit_jax.config.Activation`)."""
+
+
+def layer_norm(config: BeitConfig, rngs: nnx.Rngs, width: int | None = None) -> nnx.LayerNorm:
+    """LayerNorm over the hidden size or `width` in float32; the variance is the mean squared deviation, as in torch."""
+    width, epsilon = width or config.hidden_size, config.layer_norm_eps
+    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
+
+
+def dense(
+    config: BeitConfig, inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs, result: DTypeLike | None = None
+) -> nnx.Linear:
+    """A linear layer that computes in `dtype` and returns the dtype `result` (by default `dtype`)."""
+    normal = nnx.initializers.normal(config.initializer_range)
+    return Linear(inputs, outputs, dtype=dtype, preferred_element_type=result, kernel_init=normal, rngs=rngs)
+
+
+def dropout(x: Array, rate: float | Array, key: Key[Array, ""] | None, *, per_sample: bool = False) -> Array:
+    """Zeroes elements, or samples (stochastic depth, arXiv:1603.09382), with probability `rate`; scales the rest up.
+
+    `x` has any shape; its first axis is the samples. `key` None means inference: nothing is dropped.
+    """
+    if key is None or (isinstance(rate, float) and rate == 0.0):
+        return x
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1) if per_sample else x.shape
+    keep = jax.random.bernoulli(key, 1.0 - rate, shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+class EmbeddingHead(nnx.Module):
+    """The embedding of an image: a linear map without bias, and its result divided by its Euclidean norm.
+
+    Source: microsoft/unilm@768a3c8 beit3/modeling_finetune.py, `BEiT3ForRetrieval`; torch's `normalize` divides by
+    1e-12 at least.
+    """
+
+    def __init__(self, config: BeitConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.kernel = nnx.Param(normal(rngs.params(), (config.hidden_size, config.embedding_size)))
+        self.dtype = dtype
+
+    def __call__(self, pooled: Float[Array, "b d"]) -> Float[Array, "b embedding"]:
+        kernel = self.kernel[...].astype(self.dtype)
+        found = jnp.dot(pooled.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        return found / jnp.sqrt(jnp.maximum(jnp.square(found).sum(axis=-1, keepdims=True), 1e-24))
