@@ -100,7 +100,7 @@ def _cause(planned: Mapping[str, Step], expected: Shapes, found: Mapping[str, Te
     if layers != config.num_hidden_layers:
         return f"The file has {layers} layers, num_hidden_layers says {config.num_hidden_layers}: "
     for leaf, step in planned.items():
-        name = step.layers[0][0]
+        name = next(iter(step.layers[0]), "")  # a bias that a library does not have has no tensor
         if name not in found or len(found[name].shape) != len(expected[name]) or found[name].shape == expected[name]:
             continue
         have, want = found[name].shape, expected[name]

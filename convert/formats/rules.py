@@ -66,6 +66,10 @@ def _load_up(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
     rows[...] = parts[0].transpose(2, 3, 0, 1)[start : start + len(rows)]
 
 
+def _load_swapped(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    rows[...] = parts[0].swapaxes(2, 3)[start : start + len(rows)]
+
+
 def _load_qkv(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
     targets = rows.reshape(*rows.shape[:2], -1).swapaxes(0, 1)
     for target, part in zip(targets, parts, strict=True):
@@ -91,6 +95,38 @@ def _dump_qkv(leaf: np.ndarray) -> list[np.ndarray]:
     return [part.T for part in leaf.reshape(hidden, count, -1).swapaxes(0, 1)]
 
 
+def _third(index: int) -> Op:
+    """One of three vectors that stand in one tensor; the others are another leaf's, or nobody's."""
+
+    def load(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+        rows[...] = parts[0].reshape(3, -1, *rows.shape[1:])[index, start : start + len(rows)]
+
+    def dump(leaf: np.ndarray) -> list[np.ndarray]:
+        whole = np.zeros((3, leaf.size), leaf.dtype)
+        whole[index] = leaf.reshape(-1)
+        return [whole.reshape(-1)]
+
+    return Op(load, dump)
+
+
+def _load_zeros(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    rows[...] = 0
+
+
+def _load_parts(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    for row, part in zip(rows, parts[start : start + len(rows)], strict=True):
+        row[...] = part.reshape(row.shape)
+
+
+def _load_after_class(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    rows[:, 0] = 0
+    rows[:, 1:] = parts[0]
+
+
+def _load_fairseq(parts: Sequence[np.ndarray], start: int, rows: np.ndarray) -> None:
+    rows[...] = parts[0][2:]
+
+
 KEEP = Op(_load_keep, lambda leaf: [leaf])
 """The same array."""
 
@@ -106,17 +142,35 @@ CONV = Op(_load_conv, lambda leaf: [leaf.transpose(3, 2, 0, 1)])
 CONV_TRANSPOSE = Op(_load_up, lambda leaf: [leaf.transpose(2, 3, 0, 1)])
 """torch ConvTranspose2d [in, out, height, width] <-> [height, width, in, out]."""
 
+SWAPPED = Op(_load_swapped, lambda leaf: [leaf.swapaxes(2, 3)])
+"""TensorFlow's Conv2DTranspose [height, width, out, in] <-> [height, width, in, out]."""
+
 QKV = Op(_load_qkv, _dump_qkv)
 """Three torch Linears [heads * head_dim, in] <-> [in, 3, heads, head_dim]."""
 
 FUSED_QKV = Op(_load_fused, lambda leaf: [leaf.reshape(len(leaf), -1).T])
 """One torch Linear [3 * heads * head_dim, in], queries first <-> [in, 3, heads, head_dim]."""
 
+QKV_FLAT = Op(_load_parts, lambda leaf: [part.reshape(-1) for part in leaf])
+"""Three vectors [heads * head_dim] <-> [3, heads, head_dim]."""
+
+NO_CLASS_ROW = Op(_load_after_class, lambda leaf: [leaf[:, 1:]])
+"""Positions [1, patches, d] that are added before the class token is there <-> [1, 1 + patches, d], zeros first."""
+
+FAIRSEQ_POSITIONS = Op(_load_fairseq, lambda leaf: [np.concatenate([np.zeros_like(leaf[0, :2]), leaf[0]])])
+"""[2 + 1 + patches, d], of which fairseq's count of positions leaves two unused <-> [1, 1 + patches, d]."""
+
 FLAX_QKV = Op(_load_flax_qkv, _dump_flax_qkv)
 """Three Flax kernels [in, heads * head_dim] <-> [in, 3, heads, head_dim]."""
 
 FLAX_HEADS = Op(_load_keep, lambda leaf: [leaf.reshape(-1, leaf.shape[-1])])
 """Flax kernel [heads * head_dim, out] <-> [heads, head_dim, out]."""
+
+QUERIES_OF_THREE, VALUES_OF_THREE = _third(0), _third(2)
+"""One bias [3 * heads * head_dim], queries first, as far as BEiT has one: -> [heads, head_dim] each. Read only."""
+
+ABSENT = Op(_load_zeros, lambda leaf: [])
+"""No tensor <-> zeros: a bias that the other library's models do not have."""
 
 FLAX_ONE_QKV = Op(_load_keep, lambda leaf: [leaf.reshape(len(leaf), -1)])
 """One kernel [in, 3 * heads * head_dim], queries first <-> [in, 3, heads, head_dim]."""
@@ -137,7 +191,7 @@ class Rule:
 
     @property
     def stacked(self) -> bool:
-        return "{i}" in self.torch[0]
+        return any("{i}" in name for name in self.torch)
 
 
 Rules = tuple[Rule, ...]

@@ -17,7 +17,7 @@
 * Tensor bytes are not here. torch's containers, a zip archive or the older consecutive pickles, hold them beside the
   pickle. `..files.torch_file` checks the place of every tensor against its storage before it reads a byte.
 
-`names` is what a stream may mention, `distributed` the same of torch.distributed.checkpoint's records, `machine` runs
-the opcodes, `module` reads a pickled module as a state dict, and `state` finds the weights among the entries of a
-training checkpoint. May import: the ground of `beit_jax`.
+`names` is what a stream may mention, `distributed` the same of torch.distributed.checkpoint's records and `arrays` of
+NumPy's arrays, `machine` runs the opcodes, `module` reads a pickled module as a state dict, and `state` finds the
+weights among the entries of a training checkpoint. May import: the ground of `beit_jax`.
 """

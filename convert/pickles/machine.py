@@ -15,6 +15,7 @@ from typing import BinaryIO
 from .names import (
     CONSTRUCTORS,
     ITEM_SIZES,
+    Blob,
     Constructor,
     Forbidden,
     Global,
@@ -40,9 +41,17 @@ class PickleMachine:
         storages: the storages that the stream mentions, by key.
     """
 
-    def __init__(self, constructors: Mapping[str, Constructor] = CONSTRUCTORS, max_opcodes: int = MAX_OPCODES) -> None:
-        """`constructors` is the closed table of what the stream may call."""
-        self._constructors, self._max_opcodes = constructors, max_opcodes
+    def __init__(
+        self,
+        constructors: Mapping[str, Constructor] = CONSTRUCTORS,
+        max_opcodes: int = MAX_OPCODES,
+        longest: int | None = None,
+    ) -> None:
+        """`constructors` is the closed table of what the stream may call.
+
+        Strings of more than `longest` bytes stay in the stream, as a `Blob` each; by default none does.
+        """
+        self._constructors, self._max_opcodes, self._longest = constructors, max_opcodes, longest
         self.forbidden: dict[str, None] = {}
         self.storages: dict[str, Storage] = {}
         self._budget = MAX_PICKLE
@@ -57,7 +66,7 @@ class PickleMachine:
         self._below: list[list[object]] = []  # the stacks under each open MARK
         self._memo: dict[int, object] = {}
         try:
-            for count, (name, arg) in enumerate(_tokens(stream)):
+            for count, (name, arg) in enumerate(_tokens(stream, self._longest)):
                 if count >= self._max_opcodes:
                     raise PickleError(f"has more than {self._max_opcodes} opcodes")
                 self._step(name, arg)
@@ -70,6 +79,8 @@ class PickleMachine:
 
     def _step(self, name: str, arg: object) -> None:
         if name in _PUSHED:
+            if self._longest is not None and isinstance(arg, str | bytes | bytearray):
+                self._spend(len(arg))  # the stream itself is not bounded then
             self._stack.append(arg)
         elif name in _CONSTANTS:
             self._stack.append(_CONSTANTS[name])
@@ -222,8 +233,10 @@ _IGNORED = {"PROTO", "FRAME", "STOP"}
 _CONSTANTS: dict[str, object] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _PUSHED = {
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING"),
-    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
+# Bytes of the length that stands before a string.
+_LENGTHS = {"BINUNICODE": 4, "BINUNICODE8": 8, "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8}
 _HANDLERS: dict[str, Callable[[PickleMachine, object], None]] = {
     "MARK": PickleMachine._mark,
     "TUPLE": PickleMachine._tuple,
@@ -252,8 +265,11 @@ _READ = _IGNORED | _CONSTANTS.keys() | _PUSHED | _HANDLERS.keys()
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 
 
-def _tokens(stream: BinaryIO) -> Iterator[tuple[str, object]]:
-    """Yields names and arguments of the opcodes of one pickle; an opcode that is not in use is refused unread."""
+def _tokens(stream: BinaryIO, longest: int | None) -> Iterator[tuple[str, object]]:
+    """Yields names and arguments of the opcodes of one pickle; an opcode that is not in use is refused unread.
+
+    Strings of more than `longest` bytes are stepped over, and are a `Blob` each.
+    """
     name = ""
     while name != "STOP":
         code = stream.read(1)
@@ -266,5 +282,17 @@ def _tokens(stream: BinaryIO) -> Iterator[tuple[str, object]]:
         if name in ("GLOBAL", "INST"):  # unlike pickle, pickletools would resolve backslashes in the two names
             module, member = (stream.readline().removesuffix(b"\n").decode("utf-8") for _ in range(2))
             yield name, f"{module}.{member}"
+        elif longest is not None and (blob := _blob(stream, name, longest)) is not None:
+            yield name, blob
         else:
             yield name, opcode.arg.reader(stream) if opcode.arg else None
+
+
+def _blob(stream: BinaryIO, name: str, longest: int) -> Blob | None:
+    """Steps over the string of an opcode if it is long; else None, and the stream is where it was."""
+    if name not in _LENGTHS:
+        return None
+    start = stream.tell() + _LENGTHS[name]
+    nbytes = int.from_bytes(stream.read(_LENGTHS[name]), "little")
+    stream.seek(start + nbytes if nbytes > longest else start - _LENGTHS[name])
+    return Blob(start, nbytes, text="UNICODE" in name) if nbytes > longest else None

@@ -125,6 +125,19 @@ class Record:
         raise PickleError(f"has a dictionary key of type {self.kind}")
 
 
+@dataclass(frozen=True)
+class Blob:
+    """The bytes of a string that stay in the stream: `nbytes` from `offset` on.
+
+    Attributes:
+        text: the string is text in UTF-8.
+    """
+
+    offset: int
+    nbytes: int
+    text: bool
+
+
 @dataclass
 class NumpyDtype:
     """A numpy dtype by its code (``f8``) and byte order."""

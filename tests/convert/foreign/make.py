@@ -12,11 +12,13 @@ beside torch 2.13 and NumPy, in an environment of its own:
 
     python tests/convert/foreign/make.py tensorflow     # transformers 4.57.6, tensorflow-cpu, tf-keras, without torch
     python tests/convert/foreign/make.py kecam          # keras_cv_attention_models 1.4.3, tensorflow-cpu, tf-keras
+    python tests/convert/foreign/make.py paddle         # paddlepaddle 3.3.1, paddleclas 2.6.0, without torch
 
 A kind is a folder of what its library wrote, and `logits.npy` [3, classes] float32 of the images in `images.npy`
 [3, 16, 16, 3] float32, as the library computed them with the weights in the files.
 """
 
+import functools
 import os
 import shutil
 import subprocess
@@ -340,8 +342,62 @@ def kecam():
     os.remove("large.h5")
 
 
+def paddle():
+    """PaddleClas' CAE and BEiTv2 by `paddle.save`, in every way in which it lays a state dict out."""
+    import paddle
+    from paddleclas.ppcls.arch.backbone.model_zoo import cae, foundation_vit
+
+    out, size = folder("paddle"), {"img_size": 16, "patch_size": 4, "embed_dim": 16, "num_heads": 2, "mlp_ratio": 2}
+
+    def drawn(model, seed=0):
+        generator = np.random.default_rng(seed)
+        for _, parameter in sorted(model.named_parameters()):
+            scale = np.prod(parameter.shape[1:]) ** -0.5 if parameter.ndim in (2, 4) else 0.2
+            draw = generator.standard_normal(parameter.shape) * scale + (parameter.ndim == 1) * 0.5
+            parameter.set_value(draw.astype(np.float32))
+        model.eval()
+        return model
+
+    def logits(model):
+        with paddle.no_grad():
+            return model(paddle.to_tensor(IMAGES.transpose(0, 3, 1, 2).copy())).numpy()
+
+    def as_cae(depth, **options):
+        norm = functools.partial(paddle.nn.LayerNorm, epsilon=1e-6)
+        always = {"qkv_bias": True, "norm_layer": norm, "init_values": 0.1, "use_abs_pos_emb": False, "class_num": 5}
+        return drawn(cae.VisionTransformer(**size, **always, depth=depth, use_rel_pos_bias=True, **options))
+
+    def as_beitv2(kind, **options):
+        always = {"qkv_bias": True, "epsilon": 1e-6, "depth": 1, "output_dim": 3, "class_num": 5}
+        return drawn(foundation_vit.VisionTransformer(kind + "_vit_base_patch16_224", **size, **always, **options))
+
+    model = as_cae(2)
+    np.save(out / "cae.npy", logits(model))
+    paddle.save(model.state_dict(), str(out / "cae.pdparams"))
+    model = as_cae(1, use_mean_pooling=False)
+    np.save(out / "token.npy", logits(model))
+    state = model.state_dict()
+    for protocol in (2, 3):
+        paddle.save(state, str(out / f"protocol{protocol}.pdparams"), protocol=protocol)
+    paddle.save({"model": state, "epoch": 3}, str(out / "wrapped.pdparams"))
+    paddle.save(state, str(out / "paddle.safetensors"), safetensors=True)
+    for kind in ("float16", "bfloat16"):
+        narrow = {name: value.astype(kind) if value.dtype == paddle.float32 else value for name, value in state.items()}
+        paddle.save(narrow, str(out / f"{kind}.pdparams"))
+        model.set_state_dict({name: value.astype(state[name].dtype) for name, value in narrow.items()})
+        np.save(out / f"{kind}.npy", logits(model))
+    for kind in ("BEiTv2", "CAE"):
+        model = as_beitv2(kind)
+        np.save(out / f"{kind}.npy", logits(model))
+        paddle.save(model.state_dict(), str(out / f"{kind}.pdparams"))
+    optimizer = paddle.optimizer.AdamW(parameters=[model.parameters()[0]])
+    model(paddle.to_tensor(IMAGES.transpose(0, 3, 1, 2).copy())).sum().backward()
+    optimizer.step()
+    paddle.save(optimizer.state_dict(), str(out / "optimizer.pdopt"))
+
+
 KINDS = {each.__name__: each for each in (lightning, accelerate, trainer, distributed, one_rank, mmpretrain, mmseg,
-                                          tensorflow, kecam)}  # fmt: skip
+                                          tensorflow, kecam, paddle)}  # fmt: skip
 
 if __name__ == "__main__":
     os.chdir(HERE)  # some libraries write the path that they are given into the file
