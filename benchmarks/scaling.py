@@ -45,7 +45,8 @@ from step_time import (
 )
 
 from beit_jax.train.costs.work import BETWEEN_SLICES
-from beit_jax.train.distributed.topology import CHIPS, GIB, parse_topology
+from beit_jax.train.distributed.chips import CHIPS, GIB
+from beit_jax.train.distributed.topology import parse_topology
 from beit_jax.train.forecast.aot import report
 from beit_jax.train.recipe import Recipe
 from beit_jax.train.recipes import recipe_named

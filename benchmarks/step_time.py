@@ -17,7 +17,8 @@ from beit_jax.models.build import param_shapes
 from beit_jax.models.partition import traced_for_several_devices
 from beit_jax.train.costs import estimate
 from beit_jax.train.costs.estimate import Memory, activation_bytes, flops
-from beit_jax.train.distributed.topology import Chip, Topology
+from beit_jax.train.distributed.chips import Chip
+from beit_jax.train.distributed.topology import Slices, Topology
 from beit_jax.train.forecast.aot import abstract_program
 from beit_jax.train.loop.program import Program
 from beit_jax.train.recipe import Recipe
@@ -392,6 +393,7 @@ def layout(topology: Topology, mesh: tuple[int, int, int], *, parts: int = 1) ->
     side share that axis's links.
     """
     data, fsdp, tensor = mesh
+    assert isinstance(topology, Slices), "the formulas are of TPUs"
     assert data * fsdp * tensor == topology.chips, f"{mesh} over {topology.chips} chips"
     bandwidth, chip = topology.bandwidth, topology.chip
     if tensor > 1:

@@ -67,6 +67,7 @@ ON_REQUEST = {
     "thorough": "one more case of a quicker test",
     "exact": "compares the bits of two programs (with XLA_FLAGS= before it)",
     "tpu": "needs libtpu",
+    "gpu": "needs XLA's compiler for GPUs",
 }
 # A worker takes whole files, in this order: no worker is left with a long file when the others have ended.
 LONGEST_FIRST = (

@@ -293,7 +293,12 @@ def aot_command(arguments: Sequence[str]) -> Callable[..., int]:
         recipe: Positional[_RecipeName],
         *,
         topology: Annotated[
-            str, arg(metavar="CHIP:SHAPE", help="v5e:2x4, v6e:4x4, v5p:2x2x2; 2xv5e:4x4: two slices.")
+            str,
+            arg(
+                metavar="CHIP:SHAPE",
+                help="v5e:2x4, v5p:2x2x2, or as Google Cloud says v5litepod-8, tpu7x-8; 2xv5e:4x4: two slices. h100:8, "
+                "a100-80gb:1, b200:8; 2xh100:8: two machines.",
+            ),
         ] = given.topology,
         init: _Start = None,
         classes: Annotated[
@@ -316,19 +321,20 @@ def aot_command(arguments: Sequence[str]) -> Callable[..., int]:
     return aot
 
 
-_AOT_HELP = """Compile the step of a recipe for TPUs that are not here: does it fit, and how fast could it be?
+_AOT_HELP = """Compile the step of a recipe for TPUs or GPUs that are not here: does it fit, and how fast could it be?
 
     {about}
 
     Prints memory of a chip against what the chip has, operations, memory traffic and collectives with their bytes,
-    bounds of the step time and of utilisation by the chip's data sheet, and the largest batch that fits. Needs libtpu
-    (pip install 'jax[tpu]'), and minutes, but no TPU and no data. Of a checkpoint it reads the architecture; without
-    one, options describe that. Exit code 1: it does not fit.
+    bounds of the step time and of utilisation by the chip's data sheet, and the largest batch that fits. Needs the
+    compiler (pip install 'jax[tpu]', or 'beit-jax[aot-gpu]'), and minutes, but no TPU, no GPU and no data. Of a
+    checkpoint it reads the architecture; without one, options describe that. Exit code 1: it does not fit.
 
     Try:
       beit-jax aot beit_base_pt1k --topology v5e:2x4 --optim.accumulate 2 --model.remat block
       beit-jax aot beit_large_ft22k_ft1k_512 --topology 2xv5e:4x4 --run.mesh 2 -1 1 --model.remat block --quick
       beit-jax aot beit_base_ft1k --topology v5e:2x2 --model.hidden-size 192 --model.heads 3 --model.mlp 768 --quick
+      beit-jax aot beit_base_pt1k --topology h100:8 --optim.accumulate 1 --model.remat dots
     """
 
 

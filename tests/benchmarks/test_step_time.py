@@ -47,7 +47,8 @@ from step_time import (
 
 from beit_jax.models.build import num_params
 from beit_jax.train.costs.work import BETWEEN_SLICES
-from beit_jax.train.distributed.topology import CHIPS, Topology, parse_topology
+from beit_jax.train.distributed.chips import CHIPS
+from beit_jax.train.distributed.topology import Topology, parse_topology
 from beit_jax.train.forecast.aot import abstract_program
 from beit_jax.train.recipes import recipe_named
 

@@ -253,16 +253,30 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> int | None:
 # --- Devices ----------------------------------------------------------------------------------------------------------
 
 _PEAKS: list[tuple[str, float | None]] = [
-    # https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e: "Peak compute per chip (bf16)". A JAX device is a chip.
+    # https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, /tpu7x: "Peak compute per chip (bf16)". A JAX device is a
+    # chip, or half a TPU7x.
     (r"TPU v4", 275e12),
     (r"TPU v5 lite|TPU v5e", 197e12),
     (r"TPU v5|TPU v5p", 459e12),
     (r"TPU v6 lite|TPU v6e", 918e12),
-    # NVIDIA's data sheets of A100, H100 and H200: "BFLOAT16 Tensor Core", halved where the sheet counts sparsity.
+    (r"TPU7x", 2307e12 / 2),
+    # NVIDIA's data sheets: "BFLOAT16 Tensor Core" with sums in float32, halved where the sheet counts sparsity.
     (r"NVIDIA A100.*", 312e12),
     (r"NVIDIA H[12]00 NVL", 835.5e12),
     (r"NVIDIA H100 PCIe", 756e12),
     (r"NVIDIA H[12]00.*", 989.5e12),
+    (r"NVIDIA B[23]00", 2250e12),
+    (r"NVIDIA GB[23]00", 2500e12),
+    (r"NVIDIA L4", 121e12),
+    (r"NVIDIA L40S", 362e12),
+    (r"NVIDIA A10", 125e12),
+    (r"NVIDIA A40", 149.7e12),
+    (r"NVIDIA RTX A6000", 154.8e12),
+    (r"NVIDIA RTX 6000 Ada Generation", 364.2e12),
+    (r"NVIDIA RTX PRO 6000 Blackwell.*", 503.8e12),
+    (r"NVIDIA GeForce RTX 3090", 71e12),
+    (r"NVIDIA GeForce RTX 4090", 165.2e12),
+    (r"NVIDIA GeForce RTX 5090", 209.5e12),
     (r".*", None),
 ]
 

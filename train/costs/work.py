@@ -7,7 +7,7 @@ reads and writes, and is named.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -165,6 +165,8 @@ class _Counter:
 
     @staticmethod
     def _products(instruction: Instruction, computation: Computation) -> float:
+        if instruction.opcode == "custom-call":
+            return _library_flops(instruction, computation)
         return _flops(instruction, computation) if instruction.opcode in ("dot", "convolution") else 0.0
 
     def _transfer(
@@ -191,6 +193,10 @@ class _Counter:
         if opcode in _FREE or opcode.endswith("-done") or any(name in instruction.attributes for name in _HANDLES):
             return 0
         operands = _operands(instruction, computation)
+        if opcode == "fusion-start":  # its result: the operands, what the fusion writes, and a context
+            given = sum(len(operand.leaves) for operand in operands)
+            fusion = replace(instruction, opcode="fusion", leaves=instruction.leaves[given:-1])
+            return self._touched(fusion, computation)
         if opcode.endswith("-start"):
             target = instruction.leaves[0 if opcode == "copy-start" else 1]
             source = sum(leaf.held for operand in operands for leaf in operand.leaves)
@@ -347,18 +353,51 @@ def _flops(instruction: Instruction, computation: Computation) -> float:
     result = instruction.leaves[0].shape
     if instruction.opcode == "dot":
         return 2.0 * prod(result) * prod(left[axis] for axis in instruction.numbers("lhs_contracting_dims"))
-    found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    return _convolved(instruction.attributes, left, right, result)
+
+
+_Shape = tuple[int, ...]
+
+
+def _convolved(attributes: str, left: _Shape, right: _Shape, result: _Shape) -> float:
+    """FLOPs of a convolution of the inputs `left` with the kernel `right`."""
+    found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     if found is None:
         raise LookupError("dim_labels")
     named = zip(found.groups(), (left, right, result), strict=True)
     inputs, kernel, outputs = (dict(zip(names, shape, strict=True)) for names, shape in named)
-    window = _Window(instruction.attributes)
+    window = _Window(attributes)
     pairs = prod(
         window.pairs(place, inputs[str(place)], kernel[str(place)], outputs[str(place)])
         for place in range(len(result) - 2)
     )
-    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
+    groups = re.search(r"batch_group_count=(\d+)", attributes)
     return 2.0 * pairs * kernel["i"] * outputs["f"] * inputs["b"] / (int(groups[1]) if groups else 1)
+
+
+def _library_flops(instruction: Instruction, computation: Computation) -> float:
+    """FLOPs of a product that GPUs leave to cuBLAS or cuDNN; 0 for another call.
+
+    A call of cuDNN for a gradient keeps the labels of the convolution, forward, of which it is the gradient.
+    """
+    found = re.search(r'custom_call_target="__(cublas|cudnn)\$(\w+)', instruction.attributes)
+    if found is None:
+        return 0.0
+    library, what = found.groups()
+    left, right = (computation.instructions[name].leaves[0].shape for name in instruction.operands[:2])
+    result = instruction.leaves[0].shape
+    if library == "cublas":
+        contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+        if contracted is None:
+            raise LookupError("lhs_contracting_dimensions")
+        return 2.0 * prod(result) * prod(left[int(axis)] for axis in re.findall(r"\d+", contracted[1]))
+    if not what.startswith("conv"):
+        raise LookupError(what)
+    if what == "convBackwardInput":
+        return _convolved(instruction.attributes, result, right, left)
+    if what == "convBackwardFilter":
+        return _convolved(instruction.attributes, left, result, right)
+    return _convolved(instruction.attributes, left, right, result)
 
 
 class _Window:

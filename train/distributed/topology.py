@@ -1,13 +1,15 @@
-"""TPU chips and slices: what they can do, and their devices for compiling where there is no TPU."""
+"""Slices of TPUs and machines with cards by their names, and their devices for compiling where there are none."""
 
+import importlib.metadata
 import importlib.util
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -15,85 +17,63 @@ from jax.experimental import mesh_utils, topologies
 
 from beit_jax.errors import BeitJaxError, printable
 
-GIB = 2**30
+from .cards import CARDS, Card, card_named
+from .chips import CHIPS, Chip, chip_named, is_accelerator_type, shape_of
 
 
-@dataclass(frozen=True)
-class Chip:
-    """The memory and the largest rates of a chip.
+class Topology(ABC):
+    """Devices that are not here, to compile for: slices of TPUs or machines with cards.
 
     Attributes:
-        hbm: bytes that a program may take, as the compiler counts them: a little less than the data sheet says.
-        flops: floating point operations per second, in dense bfloat16 products.
-        hbm_bandwidth: bytes per second.
-        axes: the axes of the interconnect; a chip has two links along each.
-        link: bytes per second over one link in one direction.
-        wrap: an axis whose length is a multiple of this is a ring; a shorter axis is a line.
-        dcn: bytes per second over the data centre's network: this chip's share of its host's network.
-        clock: cycles per second, the peak divided by the products of a cycle; None where the sheet does not say enough.
-        source: where all these numbers but `hbm` come from.
+        chip: what a device is; every number of it is one device's.
+        slices: joined by a network that is slower than what joins the devices within one.
+        noun: what people call a chip of it.
     """
 
-    name: str
-    hbm: int
-    flops: float
-    hbm_bandwidth: float
-    axes: int
-    link: float
-    wrap: int
-    dcn: float
-    clock: float | None
-    source: str
+    chip: Chip | Card
+    slices: int
+    noun: str
 
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name that `parse_topology` reads."""
 
-CHIPS: Mapping[str, Chip] = {
-    chip.name: chip
-    for chip in (
-        # `link`: half of a chip's bidirectional bandwidth, divided by its links. `hbm`: the memory that libtpu 0.0.42.1
-        # says is available when a program does not fit. `wrap`: https://jax-ml.github.io/scaling-book/tpus/.
-        Chip(
-            name="v5e",
-            hbm=int(15.75 * GIB),
-            flops=197e12,
-            hbm_bandwidth=819e9,
-            axes=2,
-            link=400e9 / 2 / 4,
-            wrap=16,
-            dcn=6.4e12 / 8 / 256,  # of a pod of 256 chips
-            clock=197e12 / (2 * 4 * 128**2),  # four units of 128 x 128 multiply-adds
-            source="https://cloud.google.com/tpu/docs/v5e",
-        ),
-        Chip(
-            name="v6e",
-            hbm=int(31.25 * GIB),
-            flops=918e12,
-            hbm_bandwidth=1600e9,
-            axes=2,
-            link=800e9 / 2 / 4,
-            wrap=16,
-            dcn=25.6e12 / 8 / 256,
-            clock=None,
-            source="https://cloud.google.com/tpu/docs/v6e",
-        ),
-        Chip(
-            name="v5p",
-            hbm=int(95.74 * GIB),
-            flops=459e12,
-            hbm_bandwidth=2765e9,
-            axes=3,
-            link=1200e9 / 2 / 6,
-            wrap=4,
-            dcn=50e9 / 8,
-            clock=459e12 / (2 * 2 * 4 * 128**2),  # two cores as v5e's
-            source="https://cloud.google.com/tpu/docs/v5p",
-        ),
-    )
-}
+    @property
+    @abstractmethod
+    def slice_chips(self) -> int: ...
+
+    @property
+    def chips(self) -> int:
+        return self.slices * self.slice_chips
+
+    @property
+    def slice_size(self) -> int:
+        """Devices of a slice."""
+        return self.slice_chips * (self.chip.devices if isinstance(self.chip, Chip) else 1)
+
+    @property
+    def size(self) -> int:
+        """Devices."""
+        return self.slices * self.slice_size
+
+    @property
+    @abstractmethod
+    def bandwidth(self) -> float:
+        """Bytes per second that reach a device from the others of its slice."""
+
+    @abstractmethod
+    def devices(self) -> list[jax.Device]:
+        """Devices to compile for. They hold no arrays and run nothing.
+
+        Raises:
+            BeitJaxError: the compiler is missing, or refuses these devices.
+        """
 
 
 @dataclass(frozen=True)
-class Topology:
-    """Slices of the same shape, joined by the data centre's network.
+class Slices(Topology):
+    """Slices of TPUs of the same shape, joined by the data centre's network.
 
     Attributes:
         shape: the number of chips along each axis of a slice.
@@ -102,6 +82,7 @@ class Topology:
     chip: Chip
     shape: tuple[int, ...]
     slices: int = 1
+    noun: ClassVar[str] = "chip"
 
     @property
     def slice_name(self) -> str:
@@ -110,7 +91,6 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """The name that `parse_topology` reads."""
         return self.slice_name if self.slices == 1 else f"{self.slices}x{self.slice_name}"
 
     @property
@@ -118,53 +98,172 @@ class Topology:
         return prod(self.shape)
 
     @property
-    def chips(self) -> int:
-        return self.slices * self.slice_chips
-
-    @property
     def bandwidth(self) -> float:
-        """Bytes per second that reach the chip with the fewest links: two along a ring, one along a line."""
+        """That of the chip with the fewest links, of which there are two along a ring, one along a line."""
         rings = [size % self.chip.wrap == 0 for size in self.shape]
         if self.chip.axes == 3:  # rings are closed by optical switches, which only whole cubes of 4 x 4 x 4 have
             rings = [all(rings)] * len(rings)
         links = sum(1 + ring for size, ring in zip(self.shape, rings, strict=True) if size > 1)
-        return links * self.chip.link
+        return links * self.chip.link or self.chip.inside
 
     def devices(self) -> list[jax.Device]:
-        """Devices to compile for. They hold no arrays and run nothing.
-
-        Raises:
-            BeitJaxError: libtpu is missing, or refuses this shape.
-        """
         if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
             raise BeitJaxError("--topology: the compiler for TPUs is not installed; pip install 'jax[tpu]'")
         several = {} if self.slices == 1 else {"num_slices": self.slices}
         try:
-            with _no_tpu_needed():
-                described = topologies.get_topology_desc(self.slice_name, "tpu", **several)
+            with _set(_NO_TPU):
+                described = topologies.get_topology_desc(self.slice_name, "tpu", **several, **dict(self.chip.settings))
         except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise BeitJaxError(f"--topology: libtpu refuses {self.name}: {printable(reason)}") from None
+            raise BeitJaxError(f"--topology: libtpu refuses {self.name}: {_first_line(error)}") from None
+        found = list(described.devices)
+        if len(found) != self.size:
+            raise BeitJaxError(
+                f"--topology: libtpu describes {self.name} as {len(found)} devices, where {self.size} were expected; "
+                "another version of libtpu may know it"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Machines(Topology):
+    """Machines with equally many cards, joined by their network adapters.
+
+    Attributes:
+        cards: of a machine.
+    """
+
+    chip: Card
+    cards: int = 1
+    slices: int = 1
+    noun: ClassVar[str] = "card"
+
+    @property
+    def name(self) -> str:
+        one = f"{self.chip.name}:{self.cards}"
+        return one if self.slices == 1 else f"{self.slices}x{one}"
+
+    @property
+    def slice_chips(self) -> int:
+        return self.cards
+
+    @property
+    def bandwidth(self) -> float:
+        """Over several machines at most what all adapters of a machine bring: each byte may enter by any of them."""
+        between = self.cards * self.chip.dcn if self.slices > 1 and self.chip.dcn else float("inf")
+        return min(self.chip.link, between)
+
+    def devices(self) -> list[jax.Device]:
+        _check_plugin()
+        shape = f"{self.slices}x1x{self.cards}"
+        try:
+            with _set({"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}):  # the plugin asks for a card's driver otherwise
+                described = topologies.get_topology_desc(platform="cuda", target_config=self.chip.sheet, topology=shape)
+        except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+            raise BeitJaxError(f"--topology: XLA's plugin refuses {self.name}: {_first_line(error)}") from None
         return list(described.devices)
 
 
-def parse_topology(text: str) -> Topology:
-    """Reads ``v5e:2x4``, ``v5p:2x2x2``, or, for two slices, ``2xv5e:4x4``.
+AOT_GPU = "pip install 'beit-jax[aot-gpu]'"
+
+
+def _check_plugin() -> None:
+    """Checks what compiles for cards: JAX's plugin of the same version, and NVIDIA's assembler.
 
     Raises:
-        BeitJaxError: no chip has this name, or its interconnect has another number of axes.
+        BeitJaxError: something is missing or of another version.
     """
-    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):([1-9]\d*(?:x[1-9]\d*)*)", text)
+    names = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm")
+    found = {name: _version(name) for name in names}
+    missing = [name for name, version in found.items() if version is None]
+    if missing:
+        raise BeitJaxError(
+            f"--topology: the compiler for GPUs is not installed ({', '.join(missing)} missing); {AOT_GPU}"
+        )
+    others = [f"{name} {found[name]}" for name in names[:2] if found[name] != jax.__version__]
+    if others:
+        raise BeitJaxError(f"--topology: {others[0]} is installed beside jax {jax.__version__}; {AOT_GPU}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
+
+
+_SHAPE = re.compile(r"(?:([1-9]\d*)x)?([A-Za-z0-9][\w -]*?)(?::([1-9]\d*(?:x[1-9]\d*)*))?")
+
+
+def parse_topology(text: str) -> Topology:
+    """Reads TPUs, as ``v5e:2x4``, ``2xv5e:4x4`` for two slices, or as Google Cloud names them, ``v5litepod-8`` or
+    ``v5p-128``; and cards, as ``h100:8`` or ``2xh100:8`` for two machines.
+
+    Raises:
+        BeitJaxError: nothing has this name; the chip's interconnect has another number of axes; there are no slices or
+            machines of this size.
+    """
+    found = _SHAPE.fullmatch(text)
     if found is None:
-        raise BeitJaxError(f"--topology: expected a chip and a shape, as v5e:2x4 or 2xv5e:4x4, found {printable(text)}")
-    slices, name, sizes = found.groups()
-    if name not in CHIPS:
-        raise BeitJaxError(f"--topology: no chip is called {printable(name)}; choose {', '.join(CHIPS)}")
-    chip, shape = CHIPS[name], tuple(map(int, sizes.split("x")))
+        raise BeitJaxError(
+            "--topology: expected a chip and a shape, as v5e:2x4, 2xv5e:4x4 or h100:8, found " + printable(text)
+        )
+    several, name, sizes = found.groups()
+    slices = int(several or 1)
+    if (chip := chip_named(name)) is not None:
+        return _slices(chip, sizes, slices, text)
+    typed = is_accelerator_type(text)
+    if typed and (chip := chip_named(typed[2])) is not None:
+        return _checked(Slices(chip, shape_of(chip, int(typed[3]), text), slices))
+    if (card := card_named(name)) is not None:
+        return _machines(card, sizes, slices, text)
+    raise BeitJaxError(
+        f"--topology: no chip is called {printable(name)}; choose {', '.join(CHIPS)}, or a card: {', '.join(CARDS)}"
+    )
+
+
+def _slices(chip: Chip, sizes: str | None, slices: int, text: str) -> Slices:
+    shape = tuple(map(int, sizes.split("x"))) if sizes else ()
     if len(shape) != chip.axes:
         example = "x".join(["2"] * chip.axes)
-        raise BeitJaxError(f"--topology: {name} has {chip.axes} axes, as {name}:{example}, found {printable(text)}")
-    return Topology(chip, shape, int(slices or 1))
+        raise BeitJaxError(
+            f"--topology: {chip.name} has {chip.axes} axes, as {chip.name}:{example}, found {printable(text)}"
+        )
+    return _checked(Slices(chip, shape, slices))
+
+
+def _checked(topology: Slices) -> Slices:
+    if topology.slices > 1 and topology.chip.dcn is None:
+        raise BeitJaxError(
+            f"--topology: what {topology.chip.name} has between slices is not published; give one slice, as "
+            f"{topology.slice_name}"
+        )
+    return topology
+
+
+def _machines(card: Card, sizes: str | None, machines: int, text: str) -> Machines:
+    if sizes and "x" in sizes:
+        raise BeitJaxError(
+            f"--topology: cards have no shape: {card.name}:8 for eight, 2x{card.name}:8 for two machines, found "
+            + printable(text)
+        )
+    cards = int(sizes or 1)
+    if cards > card.joined:
+        whole = f", as {-(-cards // card.joined)}x{card.name}:{card.joined}" if card.dcn else ""
+        raise BeitJaxError(
+            f"--topology: a machine has up to {card.joined} {card.name}, found {cards}; give machines and cards{whole}"
+            if card.dcn
+            else f"--topology: a machine has up to {card.joined} {card.name}, found {cards}"
+        )
+    if machines > 1 and card.dcn is None:
+        raise BeitJaxError(
+            f"--topology: what joins machines with {card.name} is not published; give one machine, as "
+            f"{card.name}:{cards}"
+        )
+    return Machines(card, cards, machines)
 
 
 def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
@@ -189,18 +288,19 @@ def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
-_ENVIRONMENT = {
+_NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",  # do not look for the metadata of a cloud machine
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # libtpu requires a value; only the requested topology counts
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu's lock protects chips, and no chip is used
 }
+"""What libtpu needs while it is loaded where there is no TPU."""
 
 
 @contextmanager
-def _no_tpu_needed() -> Iterator[None]:
-    """Sets the environment variables that libtpu needs while it is loaded where there is no TPU."""
-    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+def _set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets those of these environment variables that are not set."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield

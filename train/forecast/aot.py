@@ -1,7 +1,7 @@
-"""A recipe compiled for TPUs that nobody has at hand: does it fit, and how fast could it be?
+"""A recipe compiled for TPUs or GPUs that nobody has at hand: does it fit, and how fast could it be?
 
-The compiler is libtpu's own, and the program is the sharded training step as a run would execute it. Data, checkpoints
-and tokenizers count by their shapes alone.
+The compiler is libtpu's own, or XLA's for GPUs without its trials on a card. The program is the sharded training step
+as a run would execute it. Data, checkpoints and tokenizers count by their shapes alone.
 """
 
 import re
@@ -21,8 +21,10 @@ from beit_jax.weights.native import NativeCheckpoint
 
 from ..costs.estimate import compiled_bytes, tree_bytes
 from ..costs.work import BETWEEN_SLICES, Work, work
+from ..distributed.cards import FRACTION, Card
+from ..distributed.chips import GIB
 from ..distributed.sharding import check_batch, make_mesh
-from ..distributed.topology import GIB, Topology
+from ..distributed.topology import Topology
 from ..initial.model_config import DIGITS
 from ..initial.pixels import with_pixels
 from ..loop.program import Program, learning_rates
@@ -39,8 +41,8 @@ class Attempt:
     """A step, compiled for one batch size.
 
     Attributes:
-        batch: images of a step, over all chips.
-        needed: bytes of memory on each chip; where they are too many, the compiler's first count of them.
+        batch: images of a step, over all devices.
+        needed: bytes of memory on each device; where they are too many, the compiler's first count of them.
         compiled: None where that does not fit.
         seconds: that the compiler took.
     """
@@ -57,16 +59,16 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Report:
-    """Numbers of a recipe on a topology. Bytes, operations and collectives are those of one chip in one step.
+    """Numbers of a recipe on a topology. Bytes, operations and collectives are those of one device in one step.
 
     Attributes:
-        mesh: axis to chips.
+        mesh: axis to devices.
         work: None where the program does not fit.
-        model_flops: what the model needs of a step on all chips, whatever is computed twice.
+        model_flops: what the model needs of a step on all devices, whatever is computed twice.
         largest: the largest batch that fits, among the powers of two times what the mesh divides a batch by; None: not
             looked for, or none.
         learned: numbers that the run trains.
-        optimizer: bytes of the optimizer's state, over all chips that share one copy.
+        optimizer: bytes of the optimizer's state, over all devices that share one copy.
     """
 
     recipe: Recipe
@@ -102,7 +104,7 @@ class Report:
             "memory": self.work.traffic / chip.hbm_bandwidth,
             "network": sum(network.values()) / self.topology.bandwidth if network else 0.0,
         }
-        return found | ({"between slices": across / chip.dcn} if across else {})
+        return found | ({"between slices": across / chip.dcn} if across and chip.dcn else {})
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -117,14 +119,16 @@ class Report:
         return self.work.cycles / clock if clock and self.work.cycles else None
 
     def utilisation(self, seconds: float) -> float:
-        """Share of the chips' peak that the model's own operations are, in a step of so many seconds."""
-        return self.model_flops / (self.topology.chips * self.topology.chip.flops * seconds)
+        """Share of the devices' peak that the model's own operations are, in a step of so many seconds."""
+        return self.model_flops / (self.topology.size * self.topology.chip.flops * seconds)
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""
         found: dict[str, Any] = {
             "recipe": self.recipe.name,
             "topology": self.topology.name,
+            "chips": self.topology.chips,
+            "devices": self.topology.size,
             "mesh": self.mesh,
             "remat": self.recipe.model.remat,
             "accumulate": self.recipe.optim.accumulate,
@@ -146,33 +150,49 @@ class Report:
 
     def lines(self) -> list[str]:
         """For people."""
-        recipe, chip, chips = self.recipe, self.topology.chip, self.topology.chips
+        recipe, chip, size, each = self.recipe, self.topology.chip, self.topology.size, self._each
         verdict = "fits" if self.fits else "DOES NOT FIT"
         parts = f" in {recipe.optim.accumulate} parts" if recipe.optim.accumulate > 1 else ""
+        noun = self.topology.noun
+        counted = f"{self.topology.chips} {noun}{'s' if self.topology.chips > 1 else ''}"
         return [
             f"recipe       {recipe.name} ({recipe.objective}), recomputed: {recipe.model.remat}",
-            f"topology     {self.topology.name}: {chips} chips, "
+            f"topology     {self.topology.name}: {counted}, "
+            + (f"{size} devices, two a chip, " if size != self.topology.chips else "")
             + " x ".join(f"{size} {axis}" for axis, size in self.mesh.items()),
-            f"batch        {recipe.data.batch_size:,}{parts}, {recipe.data.batch_size // chips:,} a chip",
-            f"memory       {self.memory / GIB:.2f} of {chip.hbm / GIB:.2f} GiB a chip: {verdict}",
+            f"batch        {recipe.data.batch_size:,}{parts}, {recipe.data.batch_size // size:,} a {each}",
+            f"memory       {self.memory / GIB:.2f} of {chip.hbm / GIB:.2f} GiB a {each}: {verdict}",
+            *(
+                [
+                    f"             {chip.hbm / GIB:.2f} are {chip.fraction:.0%} of {chip.memory / GIB:.2f} GiB, "
+                    f"which JAX takes; {FRACTION} changes that"
+                ]
+                if isinstance(chip, Card)
+                else []
+            ),
             f"learned      {self.learned:,} parameters, for which the optimizer holds {self.optimizer / 1e6:,.1f} MB",
             *self._work_lines(),
             *([] if self.largest is None else [f"largest      batch that fits: {self.largest:,}"]),
-            f"compiled in {self.seconds:.0f} s; nothing was run: times are bounds from the chip's data sheet",
+            f"compiled in {self.seconds:.0f} s; nothing was run: times are bounds from the {noun}'s data sheet",
         ]
+
+    @property
+    def _each(self) -> str:
+        """What people call a device."""
+        return self.topology.noun if self.topology.size == self.topology.chips else "device"
 
     def _work_lines(self) -> list[str]:
         if self.work is None:
             return []
-        chip, kernels = self.topology.chip, self.kernels
-        needed, turn = self.model_flops / self.topology.chips, chip.flops / chip.hbm_bandwidth
+        chip, kernels, each = self.topology.chip, self.kernels, self._each
+        needed, turn = self.model_flops / self.topology.size, chip.flops / chip.hbm_bandwidth
         low, high = self.bounds
         return [
-            f"products     {self.work.flops / 1e12:.4g} TFLOP a chip and step; the model needs {needed / 1e12:.4g}",
+            f"products     {self.work.flops / 1e12:.4g} TFLOP a {each} and step; the model needs {needed / 1e12:.4g}",
             f"traffic      {self.work.traffic / 1e9:.4g} GB of memory: {self.intensity:.0f} FLOP for a byte; "
             f"below {turn:.0f} memory is what takes time",
             *(
-                f"  {one.kind:<20} {one.count:>6,} x, {one.bytes / 1e6:>9,.2f} MB in all to each chip"
+                f"  {one.kind:<20} {one.count:>6,} x, {one.bytes / 1e6:>9,.2f} MB in all to each {each}"
                 for one in self.work.collectives
             ),
             *(
@@ -209,14 +229,14 @@ def report(
         say: told what takes its time.
 
     Raises:
-        BeitJaxError: libtpu is missing or refuses the topology; a mesh or batch that does not fit the chips.
+        BeitJaxError: the compiler is missing or refuses the topology; a mesh or batch that does not fit the devices.
     """
     devices = topology.devices()
 
     def attempt(batch: int) -> Attempt:
         say(f"compiling {recipe.name} for {topology.name}, batch {batch:,}")
         sized = replace(recipe, data=replace(recipe.data, batch_size=batch))
-        return compile_step(abstract_program(sized, devices, start=start, classes=classes))
+        return compile_step(abstract_program(sized, devices, start=start, classes=classes), topology.chip.hbm)
 
     program = abstract_program(recipe, devices, start=start, classes=classes)
     mesh, size = dict(program.mesh.shape), recipe.data.batch_size
@@ -227,7 +247,7 @@ def report(
         topology=topology,
         mesh=mesh,
         memory=first.needed,
-        work=None if first.compiled is None else work(first.compiled.as_text() or "", topology.slice_chips),
+        work=None if first.compiled is None else work(first.compiled.as_text() or "", topology.slice_size),
         model_flops=program.objective.flops * size,
         largest=largest_batch(first, attempt, unit, topology.chip.hbm) if largest else None,
         seconds=first.seconds,
@@ -274,8 +294,11 @@ def abstract_program(
     return Program(recipe, config, mesh, objective, tx, rates)
 
 
-def compile_step(program: Program) -> Attempt:
+def compile_step(program: Program, memory: int | None = None) -> Attempt:
     """Compiles the step of a program for its devices.
+
+    Args:
+        memory: bytes that a program may take. libtpu refuses a program that is too large; XLA for GPUs compiles it.
 
     Raises:
         jax.errors.JaxRuntimeError: the compiler failed for another reason than memory.
@@ -291,9 +314,11 @@ def compile_step(program: Program) -> Attempt:
             raise
         return Attempt(batch, needed, None, time.perf_counter() - start)
     held = compiled_bytes(compiled)
-    assert held is not None, "TPUs say what they hold"
+    assert held is not None, "TPUs and GPUs say what they hold"
     analysis: Any = compiled.memory_analysis()
-    return Attempt(batch, held + analysis.generated_code_size_in_bytes, compiled, time.perf_counter() - start)
+    needed, gpu = held + analysis.generated_code_size_in_bytes, program.mesh.devices.flat[0].platform == "gpu"
+    fits = not (gpu and memory is not None and needed > memory)
+    return Attempt(batch, needed, compiled if fits else None, time.perf_counter() - start)
 
 
 @contextmanager

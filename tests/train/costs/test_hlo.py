@@ -318,6 +318,82 @@ ENTRY %main (a: f32[8,8], b: f32[8,8]) -> f32[8,8] {{
     assert found.flops == 0 and found.collectives == ()
 
 
+# As XLA writes them for an H100: products that it leaves to a library, and their FLOPs.
+LIBRARIES = {
+    "__cudnn$convBiasActivationForward": (
+        "(f32[2,9,11,5]{3,2,1,0}, u8[0]{0}) custom-call(%images, %kernel), window={size=3x3 pad=1_1x1_1}, "
+        "dim_labels=b01f_o01i->b01f",
+        2 * 2 * (3 * 9 - 2) * (3 * 11 - 2) * 3 * 5,
+    ),
+    "__cudnn$convBackwardInput": (
+        "(f32[2,9,11,3]{3,2,1,0}, u8[64]{0}) custom-call(%outputs, %kernel), window={size=3x3 pad=1_1x1_1}, "
+        "dim_labels=b01f_o01i->b01f",
+        2 * 2 * (3 * 9 - 2) * (3 * 11 - 2) * 3 * 5,
+    ),
+    "__cudnn$convBackwardFilter": (
+        "(f32[5,3,3,3]{3,2,1,0}, u8[64]{0}) custom-call(%images, %outputs), window={size=3x3 pad=1_1x1_1}, "
+        "dim_labels=b01f_o01i->b01f",
+        2 * 2 * (3 * 9 - 2) * (3 * 11 - 2) * 3 * 5,
+    ),
+    "__cublas$lt$matmul": (
+        "(bf16[4,16,64]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b), "
+        'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"]}}}',
+        2 * 4 * 16 * 64 * 32,
+    ),
+}
+
+
+@pytest.mark.parametrize("target", LIBRARIES)
+def test_products_of_a_gpus_libraries_count(target: str) -> None:
+    line, flops = LIBRARIES[target]
+    text = f"""HloModule step
+
+ENTRY %main (images: f32[2,9,11,3]) -> f32[2,9,11,3] {{
+  %images = f32[2,9,11,3]{{3,2,1,0}} parameter(0)
+  %kernel = f32[5,3,3,3]{{3,2,1,0}} parameter(1)
+  %outputs = f32[2,9,11,5]{{3,2,1,0}} parameter(2)
+  %a = bf16[4,16,32]{{2,1,0}} parameter(3)
+  %b = bf16[4,32,64]{{2,1,0}} parameter(4)
+  %product = {line}, custom_call_target="{target}"
+  ROOT %same = f32[2,9,11,3]{{3,2,1,0}} copy(%images)
+}}
+"""
+    found = work(text, 1)
+    assert (found.flops, found.unknown) == (flops, ())
+
+
+def test_a_call_of_a_library_that_is_no_known_product_is_named() -> None:
+    text = """HloModule step
+
+ENTRY %main (a: f32[8,8]) -> f32[8,8] {
+  %a = f32[8,8]{1,0} parameter(0)
+  ROOT %b = f32[8,8]{1,0} custom-call(%a, %a), custom_call_target="__cudnn$fmhaSoftmax"
+}
+"""
+    assert work(text, 1).unknown == ("custom-call",)
+
+
+def test_a_fusion_that_overlaps_counts_as_a_fusion() -> None:
+    """As XLA writes it for GPUs: a slice of stacked parameters, read while something else is computed."""
+    text = """HloModule step
+
+%slice (stack: f32[12,768], at: s32[]) -> f32[1,768] {
+  %stack = f32[12,768]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %part = f32[1,768]{1,0} dynamic-slice(%stack, %at, %zero), dynamic_slice_sizes={1,768}
+}
+
+ENTRY %main (stack: f32[12,768], at: s32[]) -> f32[1,768] {
+  %stack.1 = f32[12,768]{1,0} parameter(0)
+  %at.1 = s32[] parameter(1)
+  %start = ((f32[12,768]{1,0}, s32[]), f32[1,768]{1,0}, u32[]) fusion-start(%stack.1, %at.1), kind=kLoop, calls=%slice
+  ROOT %done = f32[1,768]{1,0} fusion-done(%start)
+}
+"""
+    assert work(text, 1).traffic == 768 * 4 + 4 + 768 * 4
+
+
 def test_a_dimension_with_a_bound_counts_as_its_bound() -> None:
     text = """HloModule step
 

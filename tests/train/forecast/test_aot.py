@@ -14,7 +14,8 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.images import ImageProcessor
 from beit_jax.train.costs.work import BETWEEN_SLICES, Collective, Work
 from beit_jax.train.data.prepare import prepare_digits
-from beit_jax.train.distributed.topology import GIB, parse_topology
+from beit_jax.train.distributed.chips import GIB
+from beit_jax.train.distributed.topology import parse_topology
 from beit_jax.train.forecast.aot import Attempt, Report, abstract_program, largest_batch, memory_needed, report
 from beit_jax.train.loop.plan import make_plan
 from beit_jax.train.recipe import Recipe
