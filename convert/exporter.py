@@ -10,6 +10,7 @@ from beit_jax.atomic import Contents, check_destination, new_directory
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG, PROCESSOR
+from beit_jax.weights.leaves import shapes as param_shapes
 from beit_jax.weights.native import NativeCheckpoint, is_native
 from beit_jax.weights.native import load as load_native
 
@@ -17,9 +18,9 @@ from . import importer
 from .adapters import written
 from .formats import LAYOUTS, PEFT, writers
 from .formats.format import SourceFormat
-from .formats.writing import PTH, SAFETENSORS, is_written_here
+from .formats.writing import PTH, SAFETENSORS, SETTINGS, is_written_here
 
-EXPORT = Contents("export", (CONFIG, PROCESSOR, SAFETENSORS, PTH), is_written_here)
+EXPORT = Contents("export", (CONFIG, PROCESSOR, SAFETENSORS, PTH, SETTINGS), is_written_here)
 """What an export may replace: an earlier export, but no native checkpoint and nobody else's model."""
 
 ADAPTER = Contents("adapter", (*written.FILES, CONFIG, PROCESSOR), written.is_written_here)
@@ -57,7 +58,8 @@ def export(
         checkpoint: in memory; or the directory of a native one, or a source of `convert`, which is read.
         layout: one of `LAYOUTS`. hf is for transformers' ``from_pretrained``, timm for
             ``timm.create_model("local-dir:...")``, original for unilm's scripts or, with a segmentation model, mmseg.
-            original needs torch to write. peft is the adapter of which the model is the merger, which lies in `source`.
+            mmpretrain and mmseg are for these libraries of Open-MMLab from 1.0 on. These three need torch to write.
+            peft is the adapter of which the model is the merger, which lies in `source`.
         overwrite: replace an earlier export, which stays whole until the new one is complete.
         source: where the checkpoint was read from, which is never replaced.
 
@@ -119,9 +121,24 @@ def _writer(layout: str, config: BeitConfig) -> SourceFormat:
     if layout not in LAYOUTS:
         expected = ", ".join((*LAYOUTS, PEFT))
         raise BeitJaxError(f"layout {printable(layout)}: expected one of {expected}")
-    held_by = {each: next((n for n in writers(each) if n.refusal(config) is None), None) for each in LAYOUTS}
+    held_by = {each: next((n for n in writers(each) if _refusal(n, config) is None), None) for each in LAYOUTS}
     found = held_by[layout]
     if found is None:
         others = " or ".join(f"--to {each}" for each in LAYOUTS if held_by[each])
-        raise BeitJaxError(f"{writers(layout)[-1].refusal(config)}{f': export {others}' if others else ''}")
+        raise BeitJaxError(f"{_refusal(writers(layout)[-1], config)}{f': export {others}' if others else ''}")
     return found
+
+
+def _refusal(naming: SourceFormat, config: BeitConfig) -> str | None:
+    """Why a format cannot hold a model: what its page says, or a parameter without a name there; None if it can."""
+    if config.chained_pooling:
+        return (
+            "its pooling scales read one another, as in transformers' TensorFlow code; no library of PyTorch computes "
+            "that, and it stays a native checkpoint"
+        )
+    reason = naming.refusal(config)
+    if reason is not None:
+        return reason
+    named = {rule.flax for rule in naming.rules(config, naming.own_prefix(config))}
+    nameless = param_shapes(config).keys() - named
+    return f"{naming.name} has no name for {min(nameless)}" if nameless else None

@@ -128,7 +128,8 @@ def export(
     """Give a model back to PyTorch: the inverse of convert, through the same tables, bit for bit.
 
     hf: for transformers' from_pretrained. timm: for timm.create_model("local-dir:DEST"). original: checkpoint.pth for
-    unilm's scripts (needs torch to write). peft: the adapter alone, of a model that was trained with --adapter.rank.
+    unilm's scripts. mmpretrain, mmseg: checkpoint.pth and config.py for Open-MMLab 1.x (these three need torch to
+    write). peft: the adapter alone, of a model that was trained with --adapter.rank.
 
     Try:
       beit-jax export ./native ./for-transformers

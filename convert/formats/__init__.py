@@ -13,16 +13,23 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from .format import SourceFormat
 
-# The module of a page, and the layout of `beit-jax export --to` that it writes, or None. A file is of the first format
-# that fits, and the first that can hold a model writes it. A special case therefore stands before the general one.
+# The module of a page, with its package where it lies in one, and the layout of `beit-jax export --to` that it writes,
+# or None. A file is of the first format that fits, and the first that can hold a model writes it. A special case
+# therefore stands before the general one.
 PAGES: Mapping[str, str | None] = {
     "transformers": "hf",
-    "mmseg": "original",
-    "openmmlab": None,
+    "openmmlab.mmseg": "original",
+    "cae.paddle": None,
+    "cae.original": None,
+    "torchscale": "original",
+    "vit": "timm",
     "timm": "timm",
     "unilm": "original",
+    "openmmlab.mmsegmentation": "mmseg",
+    "openmmlab.mmpretrain": "mmpretrain",
     "flax": None,
     "tensorflow": None,
+    "kecam": None,
 }
 
 LAYOUTS = tuple(dict.fromkeys(layout for layout in PAGES.values() if layout))

@@ -104,6 +104,7 @@ class Description:
         seen: lines for people that say how each part was recognised.
         processor: returns how images are prepared, if the source says so itself; nothing else is asked then.
         image_preset: how images are prepared if there is no ``preprocessor_config.json`` either.
+        assumed: the same, where the code that trained the model does as no preset says.
         origin: what describes the model and may be wrong: a file, an option, or "" for the tensors themselves.
     """
 
@@ -112,6 +113,7 @@ class Description:
     processor: Callable[[], "ImageProcessor"] | None = None
     image_preset: PresetName = "hf"
     origin: str = ""
+    assumed: Callable[[], "ImageProcessor"] | None = None
 
 
 def describe_by_config(sighting: Sighting) -> Description:
@@ -147,7 +149,7 @@ def _head(sighting: Sighting) -> str:
             return "ForImageClassification"
         if sighting.holds(sighting.format.heads, "", "lm_head/"):
             return "ForMaskedImageModeling"
-        if any(name.startswith("decode_head.") for name in sighting.tensors):
+        if any(name.startswith(("decode_head.", "decode_head/")) for name in sighting.tensors):
             return "ForSemanticSegmentation"
     return "Model"
 
@@ -180,8 +182,10 @@ class SourceFormat:
         name: for people, and for the record in a converted checkpoint.
         backbone: the rules of the encoder.
         heads: the rules of the heads for classification and masked image modelling.
+        pooled: the rules of leaves of the encoder whose names do not begin as the backbone's do.
         marker: a tensor of the backbone that every file of this format has, and no file of a later format in the list.
         prefixes: what may stand before the names of the backbone.
+        written_prefix: the one of them that an export writes; None where the model's family and task decide.
         segmentation: the names of the segmentation heads.
         head_marker: a further tensor, of a head, for a format that differs in the heads only.
         unused_norm_prefix: what stands before the norm of the last state in a model that gives feature maps, which does
@@ -190,7 +194,8 @@ class SourceFormat:
             and a head behind such a prefix is one that they do not use.
         copies: prefixes under which a training keeps a copy of the encoder beside it, which is not asked for.
         derived: matches the names of tensors that are computed, not learned. They are left out.
-        foreign: matches the names of learned tensors of heads that do not exist here. They are left out, with a note.
+        foreign: matches the names of learned tensors of parts that do not exist here. They are left out, with a note.
+        fits: True for tensors that may be this format's: what their shapes say where names do not.
         matches: True for the content of a ``config.json`` (None without one) that a directory of this format may have.
         describe: the model in a file, and its images.
         write: writes a checkpoint into a directory as this format lays it out, and returns notes for the user. None for
@@ -203,6 +208,8 @@ class SourceFormat:
     heads: Rules
     marker: str
     prefixes: tuple[str, ...]
+    pooled: Rules = ()
+    written_prefix: str | None = None
     segmentation: SegmentationNames = MMSEG_NAMES
     head_marker: str | None = None
     unused_norm_prefix: str | None = None
@@ -210,6 +217,7 @@ class SourceFormat:
     copies: tuple[str, ...] = ()
     derived: re.Pattern[str] = re.compile(r"(^|[./])(relative_position_index|num_batches_tracked)$")
     foreign: re.Pattern[str] = re.compile(r"(?!)")
+    fits: Callable[[Mapping[str, "TensorInfo"], Place], bool] = lambda tensors, place: True
     matches: Callable[[Mapping[str, Any] | None], bool] = lambda content: True
     describe: Callable[[Sighting], Description] = describe_by_config
     write: Writer | None = None
@@ -248,7 +256,7 @@ class SourceFormat:
             before = prefix if self.unused_norm_prefix is None or not unused else self.unused_norm_prefix
             return replace(rule, torch=tuple(before + name for name in rule.torch), flax=parent + rule.flax)
 
-        backbone = list(map(placed, self.backbone))
+        backbone = [*map(placed, self.backbone), *(replace(each, flax=parent + each.flax) for each in self.pooled)]
         if config.task == "features":
             return backbone
         if config.task == "backbone":
@@ -263,6 +271,8 @@ class SourceFormat:
         Raises:
             BeitJaxError: the source has no such models.
         """
+        if self.written_prefix is not None:
+            return self.written_prefix
         if len(self.prefixes) == 1:
             return self.prefixes[0]
         if config.task in ("features", "backbone"):

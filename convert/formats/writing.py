@@ -6,7 +6,7 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,24 +23,34 @@ if TYPE_CHECKING:
 SAFETENSORS, PTH = "model.safetensors", "checkpoint.pth"
 """The files of weights; an export has one of them."""
 
+SETTINGS = "config.py"
+"""The model and its images as Open-MMLab's libraries read them, beside their weights, which hold its text too."""
+
 _MARK = "beit_jax"
 """In every file of weights, so that an export is known as one. Who trains it further writes a file without it."""
 
 
 def is_written_here(directory: Path, weights: Sequence[str] = (SAFETENSORS, PTH)) -> bool:
-    """Returns True if the weights in a directory are those of an export, unchanged by other programs."""
+    """Returns True if the weights in a directory are those of an export, and `SETTINGS` is as it was written."""
     present = [directory / name for name in weights if os.path.lexists(directory / name)]
-    return bool(present) and all(map(_is_marked, present))
+    settings = directory / SETTINGS
+    try:
+        text = settings.read_bytes() if os.path.lexists(settings) else b""
+    except OSError:
+        return False
+    return bool(present) and all(_is_marked(path, text) for path in present)
 
 
-def _is_marked(path: Path) -> bool:
+def _is_marked(path: Path, text: bytes) -> bool:
+    """True if a file of weights bears the mark, and holds a text."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="numpy") as file:
                 return _MARK in (file.metadata() or {})
         with zipfile.ZipFile(path) as archive:  # a pickle is not run to find a word in it
             pickles = [entry for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
-            return any(_MARK.encode() in archive.read(entry) for entry in pickles if entry.file_size < _LONGEST_PICKLE)
+            read = [archive.read(entry) for entry in pickles if entry.file_size < _LONGEST_PICKLE]
+            return any(_MARK.encode() in data and text in data for data in read)
     except (OSError, SafetensorError, zipfile.BadZipFile):
         return False
 
@@ -78,10 +88,19 @@ def _sort_metadata(path: Path) -> None:
         file.write(text)
 
 
-def write_pth(path: Path, wrapper: str, tensors: Mapping[str, np.ndarray], checkpoint: "NativeCheckpoint") -> None:
+def write_pth(
+    path: Path,
+    wrapper: str,
+    tensors: Mapping[str, np.ndarray],
+    checkpoint: "NativeCheckpoint",
+    entries: Mapping[str, Any] | None = None,
+) -> None:
     """Writes ``{wrapper: state dict}`` by `torch.save`, and what no tensor says as the text of two JSON files.
 
     Without that text the number of attention heads, labels, images and more would be lost.
+
+    Args:
+        entries: plain data that the layout keeps beside the weights.
 
     Raises:
         BeitJaxError: torch is not installed.
@@ -101,7 +120,7 @@ def write_pth(path: Path, wrapper: str, tensors: Mapping[str, np.ndarray], check
     texts = {CONFIG: json.dumps(checkpoint.config.to_hf()), PROCESSOR: json.dumps(checkpoint.processor.to_hf())}
     try:
         with path.open("wb") as file:
-            torch.save({wrapper: as_torch} | texts, file)
+            torch.save({**(entries or {}), wrapper: as_torch, **texts}, file)
     except RuntimeError as error:  # torch's own, after the system's
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 

@@ -330,7 +330,7 @@ CASES: Mapping[str, Callable[[Place], Case]] = {
     "timm with borders": timm_with_borders,
     "preset of a square": preset_of_a_square,
     "classified at once": classified_at_once,
-    "pre-training to timm": exported(["export --to hf or --to original"], "timm", "hf", **MASKED),
+    "pre-training to timm": exported(["export --to hf or --to original or --to mmpretrain"], "timm", "hf", **MASKED),
     "pre-training with two norms to timm": exported(TO_HF, "timm", "hf", **MASKED, pooling="cls"),
     "pre-training with two norms to original": exported(TO_HF, "original", "hf", **MASKED, pooling="cls"),
     "data2vec to timm": exported(TO_ORIGINAL, "timm", "original", **DATA2VEC),

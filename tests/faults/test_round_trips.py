@@ -51,12 +51,16 @@ MODELS = {
     "data2vec classifier": replace(TINY, **CLASSES, **DATA2VEC),
     "pre-training": replace(TINY, **MASKED, position_bias="shared"),
     "pre-training, class token": replace(TINY, **MASKED, pooling="cls"),
+    "pre-training, aggregation of shared biases": replace(
+        TINY, **MASKED, aggregate_from=1, aggregation_layers=2, position_bias="shared"
+    ),
     "pre-training, aggregation": replace(TINY, **MASKED, aggregate_from=1, aggregation_layers=2, position_bias="both"),
     "data2vec pre-training": replace(
         TINY, **MASKED, model_type="data2vec-vision", vocab_size=48, add_pooling_layer=False
     ),
     "segmenter": replace(TINY, **SEGMENTS, out_indices=(0, 1, 2, 3)),
     "segmenter of transformers": replace(TINY, **SEGMENTS, out_indices=(1, 2, 3, 4), feature_taps="hf"),
+    "segmenter of mmseg": replace(TINY, **SEGMENTS, intermediate_size=96, out_indices=(0, 1, 2, 3)),
     "data2vec segmenter": replace(TINY, **SEGMENTS, **DATA2VEC, out_indices=(0, 1, 2, 3)),
     "backbone": replace(TINY, task="backbone", out_indices=(0, 1, 2, 3), add_fpn=True, **MAPS),
 }
@@ -80,12 +84,24 @@ HELD_BY_TIMM = {
 REFUSED = {
     "hf": {
         "pre-training, aggregation": "--aggregate-from 0",
+        "pre-training, aggregation of shared biases": "--aggregate-from 0",
         "data2vec pre-training": "--to original",
-        "oblong patches": "square patches only: export --to original or --to timm",
-        "oblong, with positions": "square images only: export --to original or --to timm",
+        "oblong patches": "square patches only: export --to original or --to timm or --to mmpretrain",
+        "oblong, with positions": "square images only: export --to original or --to timm or --to mmpretrain",
     },
     "original": {"pre-training, class token": "--to hf"},
     "timm": {name: "timm's BEiT has no place for" for name in MODELS.keys() - HELD_BY_TIMM},
+    "mmpretrain": {
+        "encoder": "shared and per-layer position biases at once: export --to hf or --to original or --to timm",
+        "classifier, not square": "shared and per-layer position biases at once",
+        "pre-training, class token": "a second norm before the pre-training head: export --to hf",
+        "pre-training, aggregation": "shared and per-layer position biases at once: export --to original",
+        "data2vec pre-training": "data2vec's regression of features: export --to original",
+    }
+    | {name: "no place for segmentation" for name in MODELS if "segmenter" in name or name == "backbone"},
+    "mmseg": {name: "segmentation models only: export --to" for name in MODELS if "segmenter" not in name}
+    | {name: "an MLP of 20, which is no multiple of 48" for name in MODELS if name.endswith("segmenter")}
+    | {"segmenter of transformers": "a head that reads the embeddings: export --to hf or --to original"},
 }
 
 
@@ -121,7 +137,7 @@ def test_an_export_is_read_back(layout: str, model: str, tmp_path: Path) -> None
             assert REFUSED[layout][model] in str(caught.value) and not destination.exists()
             continue
         notes = export(checkpoint, destination, layout)
-        source = destination / "checkpoint.pth" if layout == "original" else destination
+        source = destination if layout in ("hf", "timm") else destination / "checkpoint.pth"
         again = load(resolve(source))
         assert again.config == held_by(layout, checkpoint.config)
         assert again.params.keys() == checkpoint.params.keys()
@@ -141,7 +157,7 @@ def test_every_edge_of_a_crop_survives_timms_percentage(size: int) -> None:
     config = replace(MODELS["classifier"], image_size=(size, size), patch_size=(2, 2))
     for edge in range(size, 2 * size):
         processor = ImageProcessor(edge, "bicubic", (size, size), crop_rounding="half_even")
-        content = timm_config(config, processor)
+        content = timm_config(config, processor, "beit_base_patch16_224", {})
         assert images_of(content["pretrained_cfg"], config, "config.json") == processor, edge
 
 
@@ -150,5 +166,5 @@ def test_every_mlp_survives_timms_ratio(hidden: int, intermediate: int) -> None:
     from beit_jax.convert.formats.timm import timm_config
 
     config = replace(TINY, hidden_size=hidden, num_attention_heads=1, intermediate_size=intermediate)
-    ratio = timm_config(config, preset("hf", 32))["model_args"]["mlp_ratio"]
+    ratio = timm_config(config, preset("hf", 32), "beit_base_patch16_224", {})["model_args"]["mlp_ratio"]
     assert int(hidden * ratio) == intermediate

@@ -17,7 +17,7 @@ from beit_jax.convert import export, load, to_torch
 from beit_jax.convert.formats import FORMATS
 from beit_jax.convert.formats.flax import FLAX
 from beit_jax.convert.formats.format import SourceFormat
-from beit_jax.convert.formats.mmseg import MMSEG
+from beit_jax.convert.formats.openmmlab.mmseg import MMSEG
 from beit_jax.convert.formats.rules import steps
 from beit_jax.convert.formats.timm import TIMM
 from beit_jax.convert.formats.transformers import HF, HF5

@@ -19,7 +19,7 @@ from tolerances import SEGMENTATION
 from torch import nn
 
 from beit_jax.convert import convert, load, to_torch
-from beit_jax.convert.formats.mmseg import MMSEG
+from beit_jax.convert.formats.openmmlab.mmseg import MMSEG
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.models.attention import relative_position_index

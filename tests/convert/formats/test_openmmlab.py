@@ -94,3 +94,72 @@ def test_a_relative_is_refused_by_name(tmp_path: Path) -> None:
     bias = {"backbone__layers__0__attn__qkv__bias": torch.ones(48), "backbone__layers__0__attn__q_bias": None}
     with pytest.raises(BeitJaxError, match="relative of BEiT"):
         plan(resolve(changed("mmpretrain/mean.pth", tmp_path / "x.pth", **bias)))
+
+
+STORED = {
+    "mean of the patches": ("mmpretrain/mean.pth", "mmpretrain", Options()),
+    "class token": ("mmpretrain/token.pth", "mmpretrain", Options(weights="ema")),
+    "pre-training": ("mmpretrain/mim.pth", "mmpretrain", Options()),
+    "BEiT v2": ("mmpretrain/mim_v2.pth", "mmpretrain", Options()),
+    "UperNet": ("mmseg/upernet.pth", "mmseg", Options()),
+}
+
+
+@pytest.mark.parametrize(("file", "layout", "options"), STORED.values(), ids=STORED)
+def test_an_export_holds_what_the_library_wrote(file: str, layout: str, options: Options, tmp_path: Path) -> None:
+    """Every name, shape, type and bit of the state dict, computed indices too: it can be loaded strictly."""
+    assert main(["convert", str(FOREIGN / file), str(tmp_path / "native"), *flags(options)]) == 0
+    assert main(["export", str(tmp_path / "native"), str(tmp_path / "out"), "--to", layout]) == 0
+    found = torch.load(tmp_path / "out/checkpoint.pth", weights_only=True)
+    expected = read_state(FOREIGN / file, options)
+    assert found["state_dict"].keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found["state_dict"][name].dtype == tensor.dtype and torch.equal(found["state_dict"][name], tensor), name
+    config = plan(resolve(FOREIGN / file), options).config
+    again = plan(resolve(tmp_path / "out/checkpoint.pth"))
+    assert again.config == config and all(name.endswith(("_index", "_tracked")) for name in again.dropped)
+    classes = found["meta"].get("dataset_meta", {}).get("classes", ())
+    assert classes == tuple(config.labels) and found["meta"]["cfg"] == (tmp_path / "out/config.py").read_text()
+    trained_on = {"meta": found["meta"], "state_dict": found["state_dict"]}  # as mmengine saves it again
+    torch.save(trained_on, tmp_path / "again.pth")
+    told = plan(resolve(tmp_path / "again.pth")).config
+    assert (told.labels, told.aggregate_from, told.out_indices) == (
+        config.labels, config.aggregate_from, config.out_indices
+    )  # fmt: skip
+
+
+def flags(options: Options) -> list[str]:
+    return [] if options.weights is None else ["--weights", options.weights]
+
+
+def read_state(path: Path, options: Options) -> dict[str, torch.Tensor]:
+    """All weights of a file by their names."""
+    with plan(resolve(path), options).checkpoint as checkpoint:
+        return {name: torch.from_numpy(checkpoint.read(name).copy()) for name in checkpoint.tensors}
+
+
+def test_the_settings_are_plain_python_that_names_the_model(tmp_path: Path) -> None:
+    assert main(["convert", str(FOREIGN / "mmpretrain/mim_v2.pth"), str(tmp_path / "native")]) == 0
+    assert main(["export", str(tmp_path / "native"), str(tmp_path / "out"), "--to", "mmpretrain"]) == 0
+    names: dict[str, Any] = {}
+    exec((tmp_path / "out/config.py").read_text(), names)  # written above
+    model = names["model"]
+    arch = {"embed_dims": 16, "num_layers": 2, "num_heads": 2, "feedforward_channels": 32}
+    assert model["type"] == "BEiT" and model["backbone"]["type"] == "BEiTPretrainViT"
+    assert model["backbone"]["arch"] == arch and model["backbone"]["out_indices"] == [0, 1]
+    assert model["neck"]["early_layers"] == 1 and model["neck"]["num_layers"] == 1
+    assert model["head"]["num_embed"] == 24 and model["data_preprocessor"]["mean"] == [127.5] * 3
+
+
+def test_settings_that_a_person_has_changed_are_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native, out = str(tmp_path / "native"), tmp_path / "out"
+    assert main(["convert", str(FOREIGN / "mmpretrain/mean.pth"), native]) == 0
+    for _ in range(2):
+        assert main(["export", native, str(out), "--to", "mmpretrain", "--overwrite"]) == 0
+    with (out / "config.py").open("a") as file:
+        file.write("train_cfg = dict(max_epochs=3)\n")
+    before = (out / "config.py").read_text()
+    assert main(["export", native, str(out), "--to", "mmpretrain", "--overwrite"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and (out / "config.py").read_text() == before

@@ -13,11 +13,17 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 
 CONVERT = Path(__file__).parents[3] / "convert"
-PARTS = {"__init__", "config_notes", "format", "heads", "rules", "segmentation", "writing"}
+PARTS = {
+    "__init__", "config_notes", "format", "heads", "rules", "segmentation", "writing",
+    "openmmlab.names", "openmmlab.settings",
+}  # fmt: skip
 
 
 def test_every_page_is_listed() -> None:
-    assert {path.stem for path in (CONVERT / "formats").glob("*.py")} == PARTS | PAGES.keys()
+    """Pages of one family may lie in a package of their own, beside the parts that they share."""
+    formats = CONVERT / "formats"
+    files = {path.relative_to(formats).with_suffix("").parts for path in formats.rglob("*.py")}
+    assert {".".join(parts) for parts in files if parts[1:] != ("__init__",)} == PARTS | PAGES.keys()
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -41,7 +47,7 @@ def test_no_module_outside_the_pages_knows_one(path: Path) -> None:
 
 
 def test_the_first_layout_is_the_default_of_the_command_line() -> None:
-    assert LAYOUTS[0] == "hf" and set(LAYOUTS) >= {"hf", "original", "timm"}
+    assert LAYOUTS[0] == "hf" and set(LAYOUTS) >= {"hf", "original", "timm", "mmpretrain", "mmseg"}
 
 
 def test_an_unknown_layout_is_named(tmp_path: Path) -> None:

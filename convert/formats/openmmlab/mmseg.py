@@ -15,10 +15,10 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.processor import ade20k_processor
 from beit_jax.json_file import Fields
 
-from .format import Description, Sighting, SourceFormat, describe_by_config
-from .segmentation import SegmentationNames
-from .unilm import BACKBONE, describe_by_tensors, original_notes, position_indices
-from .writing import write_pth
+from ..format import Description, Sighting, SourceFormat, describe_by_config
+from ..segmentation import SegmentationNames
+from ..unilm import BACKBONE, describe_by_tensors, original_notes, position_indices
+from ..writing import write_pth
 
 if TYPE_CHECKING:
     from beit_jax.weights.native import NativeCheckpoint
