@@ -17,8 +17,8 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import WEIGHTS, Source, as_source, resolve
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.adapt import Adaptation, adaptations
-from beit_jax.models.build import param_shapes
 from beit_jax.terminal import Progress, no_progress
+from beit_jax.weights.leaves import shapes as param_shapes
 from beit_jax.weights.native import NATIVE, NativeCheckpoint, is_native, save_json
 from beit_jax.weights.sizes import check_sizes
 from beit_jax.weights.tensors import LeafSpec

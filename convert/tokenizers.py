@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,10 +18,7 @@ from beit_jax.atomic import check_destination, new_directory
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import WEIGHTS, Source, as_source
 from beit_jax.terminal import Progress, no_progress
-from beit_jax.tokenizers.build import TokenizerConfig, tokenizer_shapes
-from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, save_config
-from beit_jax.tokenizers.dvae import DvaeDecoderConfig, DvaeEncoderConfig
-from beit_jax.tokenizers.vqkd import VqkdConfig
+from beit_jax.tokenizers.configs import DvaeDecoderConfig, DvaeEncoderConfig, TokenizerConfig, VqkdConfig
 from beit_jax.weights.native import NATIVE
 from beit_jax.weights.tensors import LeafSpec
 
@@ -35,6 +32,9 @@ from .provenance import provenance
 from .reading import LeafReader
 from .training_folders import located
 from .validation import FLOATS
+
+if TYPE_CHECKING:
+    from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
 
 _GRID = 14  # tokens along each side of BEiT's 224 pixels
 _HEAD_DIM = 64  # channels of an attention head in every published tokenizer
@@ -279,6 +279,8 @@ def plan(source: Source | str | Path, options: Options = DEFAULT) -> TokenizerPl
 
 
 def _plan(source: Source, checkpoint: Checkpoint, options: Options) -> TokenizerPlan:
+    from beit_jax.tokenizers.build import tokenizer_shapes  # builds the network, with JAX
+
     naming = _recognise(checkpoint)
     _check_options(naming, options)
     digests = find_digests(checkpoint, options)
@@ -314,12 +316,14 @@ def _told(config: TokenizerConfig, stated: Sequence[Statement]) -> list[str]:
     ]
 
 
-def load(source: Source | str | Path, options: Options = DEFAULT) -> TokenizerCheckpoint:
+def load(source: Source | str | Path, options: Options = DEFAULT) -> "TokenizerCheckpoint":
     """Converts a tokenizer, or DALL-E's decoder, in memory, in float32.
 
     Raises:
         BeitJaxError: as `plan`; NaN or infinite weights.
     """
+    from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
+
     decided = plan(source, options)
     with decided.checkpoint:
         return TokenizerCheckpoint(decided.config, decided.reader.params(), decided.provenance())
@@ -342,6 +346,8 @@ def convert(
         BeitJaxError: as `load`; a destination that cannot be written, or that is no native checkpoint or holds the
             source. Nothing is left behind.
     """
+    from beit_jax.tokenizers.checkpoint import save_config
+
     source, destination = as_source(source), Path(destination)
     check_destination(destination, overwrite=overwrite, contents=NATIVE, source=source.path)
     decided = plan(source, options)

@@ -10,9 +10,8 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import PROCESSOR, WEIGHTS, Source
 from beit_jax.images.processor import ImageProcessor
-from beit_jax.models.build import num_params
-from beit_jax.tokenizers.build import TokenizerConfig
-from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, is_native_tokenizer, read_tokenizer
+from beit_jax.tokenizers.configs import TokenizerConfig, is_native_tokenizer
+from beit_jax.weights.leaves import num_params
 from beit_jax.weights.native import is_native, read_config
 from beit_jax.weights.tensors import FORMAT, read_metadata, read_specs
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from beit_jax.convert.importer import Plan
     from beit_jax.convert.options import Options
     from beit_jax.convert.tokenizers import TokenizerPlan
+    from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ def inspect(source: Source, options: "Options | None" = None, *, tensors: bool =
     """
     if source.path.is_dir() and is_native(source.path):
         if is_native_tokenizer(source.path):
+            from beit_jax.tokenizers.checkpoint import read_tokenizer  # builds the network, with JAX
+
             return describe_tokenizer(read_tokenizer(source.path))
         return _native(source, tensors)
     from beit_jax.convert import tokenizers
@@ -60,7 +62,7 @@ def inspect(source: Source, options: "Options | None" = None, *, tensors: bool =
         return Inspection([*describe_plan(decided), *(_tensor_lines(listed) if tensors else ())], found)
 
 
-def describe_tokenizer(checkpoint: TokenizerCheckpoint) -> Inspection:
+def describe_tokenizer(checkpoint: "TokenizerCheckpoint") -> Inspection:
     """Describes a native tokenizer."""
     parameters = sum(leaf.size for leaf in checkpoint.params.values())
     return _tokenizer(checkpoint.config, checkpoint.provenance, parameters)

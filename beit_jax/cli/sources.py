@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import Source, resolve
 from beit_jax.terminal import byte_progress, say
-from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, is_native_tokenizer, read_tokenizer
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint, read_tokenizer
+from beit_jax.tokenizers.configs import is_native_tokenizer
 from beit_jax.train.loop.contract import RUN
 from beit_jax.weights.native import NativeCheckpoint, is_native, load
 

@@ -1,20 +1,20 @@
 """A checkpoint for another input size, patch size or number of channels, or with one bias table per layer.
 
-Only position tables and the patch projection depend on these. Every other leaf stays as it is.
+Only position tables and the patch projection depend on these. Every other leaf stays as it is. JAX is imported where a
+table is resized: a conversion that changes no size needs none, and JAX takes a second.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from numpy.typing import DTypeLike
 
 from beit_jax.config import BeitConfig, PositionResize
 from beit_jax.errors import BeitJaxError
-from beit_jax.models.position import Grid, resize_bias_table, resize_position_embeddings
 from beit_jax.resize import antialiased_bicubic_matrix, geometric_grid
 
+Grid = tuple[int, int]  # patches, (rows, columns)
 Leaves = Mapping[str, np.ndarray]
 Adaptation = Callable[[Leaves], np.ndarray]
 
@@ -57,10 +57,7 @@ def adaptations(
                 result[name] = (name,), partial(_each, name=name, resize=resize)
     if source.grid != target.grid and source.use_absolute_position_embeddings:
         name = parent + "embeddings/position_embeddings"
-        result[name] = (
-            (name,),
-            lambda leaves: np.asarray(resize_position_embeddings(jnp.asarray(leaves[name]), source.grid, target.grid)),
-        )
+        result[name] = (name,), lambda leaves: _embeddings(leaves[name], source.grid, target.grid)
     kernel = partial(
         _patch_kernel, name=parent + "embeddings/patch_kernel", patch=target.patch_size, channels=target.num_channels
     )
@@ -70,6 +67,14 @@ def adaptations(
         return result
     result[parent + "embeddings/patch_kernel"] = (parent + "embeddings/patch_kernel",), kernel
     return result
+
+
+def _embeddings(embeddings: np.ndarray, source: Grid, target: Grid) -> np.ndarray:
+    import jax.numpy as jnp
+
+    from beit_jax.models.position import resize_position_embeddings
+
+    return np.asarray(resize_position_embeddings(jnp.asarray(embeddings), source, target))
 
 
 def _patch_kernel(
@@ -103,6 +108,10 @@ def resize_table(table: np.ndarray, *, source: Grid, target: Grid, method: Posit
     computes the same up to float32 rounding.
     """
     if method != "geometric" or source == target:
+        import jax.numpy as jnp
+
+        from beit_jax.models.position import resize_bias_table
+
         return np.asarray(resize_bias_table(jnp.asarray(table, jnp.float32), source, target, method)).astype(
             table.dtype
         )

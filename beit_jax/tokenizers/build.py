@@ -8,11 +8,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from beit_jax.models.interface import abstract_module
-from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoder, DvaeEncoderConfig
-from beit_jax.tokenizers.vqkd import VqkdConfig, VqkdTokenizer
+from beit_jax.tokenizers.configs import DvaeDecoderConfig, DvaeEncoderConfig, TokenizerConfig, VqkdConfig
+from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeEncoder
+from beit_jax.tokenizers.vqkd import VqkdTokenizer
 from beit_jax.tree import Nested, flatten
 
-TokenizerConfig = DvaeEncoderConfig | DvaeDecoderConfig | VqkdConfig
 TokenizerModel = DvaeEncoder | DvaeDecoder | VqkdTokenizer
 
 MODELS: Mapping[type, type[TokenizerModel]] = {

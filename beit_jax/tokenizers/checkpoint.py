@@ -5,7 +5,6 @@ native models have them (`beit_jax.weights.native`).
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from jax.typing import DTypeLike
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG, WEIGHTS
 from beit_jax.json_file import Fields, read_json, write_json
-from beit_jax.tokenizers.build import MODELS, TokenizerConfig, TokenizerModel, build_tokenizer, tokenizer_shapes
-from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoder
+from beit_jax.tokenizers.build import TokenizerModel, build_tokenizer, tokenizer_shapes
+from beit_jax.tokenizers.configs import KINDS, DvaeDecoderConfig, TokenizerConfig
+from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeEncoder
 from beit_jax.tokenizers.vqkd import VqkdTokenizer
 from beit_jax.tree import unflatten
 from beit_jax.weights.sizes import check_sizes
 from beit_jax.weights.tensors import LeafSpec, read_metadata, read_specs, read_tensors, verify, write_tensors
-
-_CONFIGS: Mapping[str, type[TokenizerConfig]] = {kind.model_type: kind for kind in MODELS}  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,6 @@ class TokenizerCheckpoint:
     config: TokenizerConfig
     params: dict[str, np.ndarray]
     provenance: dict[str, Any] = field(default_factory=dict)
-
-
-def is_native_tokenizer(directory: str | Path) -> bool:
-    """Returns True if a native checkpoint holds a tokenizer or a decoder, by its ``config.json``."""
-    kind = read_json(Path(directory) / CONFIG).get("model_type")
-    return isinstance(kind, str) and kind in _CONFIGS
 
 
 def save_tokenizer(directory: str | Path, checkpoint: TokenizerCheckpoint) -> None:
@@ -116,7 +108,7 @@ def _load(source: str | Path | TokenizerCheckpoint, dtype: DTypeLike) -> Tokeniz
 def _read_config(path: Path) -> TokenizerConfig:
     content = read_json(path)
     read = Fields(content, str(path))
-    kind = _CONFIGS[read.choice("model_type", tuple(_CONFIGS), None)]
+    kind = KINDS[read.choice("model_type", tuple(KINDS), None)]
     known = {entry.name: entry for entry in dataclasses.fields(kind)}
     different = sorted(content.keys() ^ {"model_type", *known})
     if different:

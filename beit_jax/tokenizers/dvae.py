@@ -9,8 +9,7 @@ Source: openai/DALL-E@5be4b23 dall_e/encoder.py, decoder.py and utils.py.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +18,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from beit_jax.errors import BeitJaxError, printable
+from beit_jax.errors import BeitJaxError
+from beit_jax.tokenizers.configs import DvaeDecoderConfig, DvaeEncoderConfig
 
 ArrayLike = Array | np.ndarray
 
 LOGIT_LAPLACE_EPS = 0.1
-_MAX_GROUPS, _MAX_BLOCKS = 8, 64  # widths double from group to group: a small file could describe a huge model
 
 
 def map_pixels(pixel_values: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
@@ -35,75 +34,6 @@ def map_pixels(pixel_values: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
 def unmap_pixels(mapped: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
     """The inverse of `map_pixels`, clipped to [0, 1]."""
     return jnp.clip((jnp.asarray(mapped) - LOGIT_LAPLACE_EPS) / (1.0 - 2.0 * LOGIT_LAPLACE_EPS), 0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class DvaeEncoderConfig:
-    """The encoder's configuration; the defaults are those of the published encoder.
-
-    Attributes:
-        n_hid: width of the first group; every further group has twice the width.
-        group_count: groups of blocks; between two groups the sides of the image are halved.
-        image_size: (height, width) of the images that give the tokens of a student with 224 pixels. Any multiple of the
-            stride works.
-
-    Raises:
-        BeitJaxError: for values that describe no model.
-    """
-
-    model_type: ClassVar[str] = "dalle-dvae-encoder"
-    n_hid: int = 256
-    vocab_size: int = 8192
-    group_count: int = 4
-    n_blk_per_group: int = 2
-    input_channels: int = 3
-    image_size: tuple[int, int] = (112, 112)
-
-    def __post_init__(self) -> None:
-        _check(self)
-        if any(side % self.stride for side in self.image_size):
-            raise BeitJaxError(f"image_size: expected multiples of {self.stride}, found {list(self.image_size)}")
-
-    @property
-    def stride(self) -> int:
-        """Pixels of one token, along each axis."""
-        return 2 ** (self.group_count - 1)
-
-
-@dataclass(frozen=True)
-class DvaeDecoderConfig:
-    """The decoder's configuration; the defaults are those of the published decoder.
-
-    Attributes:
-        n_init: width of the token embeddings.
-        n_hid: width of the last group; every other group has twice the width of the next group.
-        output_channels: channels of the image; the network returns a mean and a scale for each.
-
-    Raises:
-        BeitJaxError: for values that describe no model.
-    """
-
-    model_type: ClassVar[str] = "dalle-dvae-decoder"
-    n_init: int = 128
-    n_hid: int = 256
-    vocab_size: int = 8192
-    group_count: int = 4
-    n_blk_per_group: int = 2
-    output_channels: int = 3
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-
-def _check(config: DvaeEncoderConfig | DvaeDecoderConfig) -> None:
-    for name, value in vars(config).items():
-        if min(value if isinstance(value, tuple) else (value,)) < 1:
-            raise BeitJaxError(f"{name}: expected a positive integer, found {printable(value)}")
-    if config.n_hid % 4:
-        raise BeitJaxError(f"n_hid: expected a multiple of 4, found {config.n_hid}")
-    for name, most in (("group_count", _MAX_GROUPS), ("n_blk_per_group", _MAX_BLOCKS)):
-        if getattr(config, name) > most:
-            raise BeitJaxError(f"{name}: expected at most {most}, found {getattr(config, name)}")
 
 
 def _conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, **options: Any) -> nnx.Conv:

@@ -7,88 +7,17 @@ that the tokenizer was trained with.
 Source: microsoft/unilm@768a3c8 beit2/modeling_vqkd.py, norm_ema_quantizer.py and modeling_finetune.py.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from beit_jax.config import BeitConfig
-from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.encoder import BeitModel
 from beit_jax.models.interface import ArrayLike, Remat, patch_grid
+from beit_jax.tokenizers.configs import VqkdConfig
 
 _EXACT = jax.lax.Precision.HIGHEST  # as the reference, without mixed precision: small differences change tokens
-
-
-@dataclass(frozen=True)
-class VqkdConfig:
-    """The tokenizer's configuration; the defaults are those of ``vqkd_encoder_base_decoder_3x768x12_clip``.
-
-    Attributes:
-        image_size, patch_size: pixels, (height, width). Other input sizes work: positions are resized.
-        decoder_*: the decoder's transformer, which reads one code per token.
-        codebook_dim: dimensions of a code.
-        target_size: dimensions of the teacher's features: 512 for CLIP, 768 for DINO.
-
-    Raises:
-        BeitJaxError: for values that describe no model.
-    """
-
-    model_type: ClassVar[str] = "beit2-vqkd"
-    image_size: tuple[int, int] = (224, 224)
-    patch_size: tuple[int, int] = (16, 16)
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    decoder_hidden_size: int = 768
-    decoder_num_hidden_layers: int = 3
-    decoder_num_attention_heads: int = 12
-    decoder_intermediate_size: int = 3072
-    vocab_size: int = 8192
-    codebook_dim: int = 32
-    target_size: int = 512
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if min(value if isinstance(value, tuple) else (value,)) < 1:
-                raise BeitJaxError(f"{name}: expected a positive integer, found {printable(value)}")
-        _ = self.encoder, self.decoder  # raises for values that describe no transformer
-
-    @property
-    def encoder(self) -> BeitConfig:
-        """The transformer from pixels to patch features."""
-        return BeitConfig(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            intermediate_size=self.intermediate_size,
-            use_absolute_position_embeddings=True,
-            layer_scale_init_value=0.0,
-            drop_path_rate=0.0,
-        )
-
-    @property
-    def decoder(self) -> BeitConfig:
-        """The transformer from codes to features. It reads the codes as an image with patches of one pixel."""
-        return BeitConfig(
-            image_size=self.encoder.grid,
-            patch_size=(1, 1),
-            num_channels=self.codebook_dim,
-            hidden_size=self.decoder_hidden_size,
-            num_hidden_layers=self.decoder_num_hidden_layers,
-            num_attention_heads=self.decoder_num_attention_heads,
-            intermediate_size=self.decoder_intermediate_size,
-            use_absolute_position_embeddings=True,
-            layer_scale_init_value=0.0,
-            drop_path_rate=0.0,
-        )
 
 
 class TaskLayer(nnx.Module):

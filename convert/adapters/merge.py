@@ -11,7 +11,6 @@ from operator import itemgetter
 
 import numpy as np
 
-from beit_jax.adapters.low_rank import PROJECTIONS
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.adapt import Adaptation, Leaves, adaptations
@@ -143,6 +142,8 @@ def _names(labels: Labels | int) -> tuple[str, ...]:
 
 def _changes(adapter: PeftAdapter, target: BeitConfig, formats: tuple[SourceFormat, ...]) -> dict[str, _Changes]:
     """What the adapter changes, by leaf."""
+    from beit_jax.adapters.low_rank import PROJECTIONS  # which imports JAX; only adapters need it
+
     table = _table(target, formats)
     changes: dict[str, _Changes] = {}
     keys, idle = PROJECTIONS["k"], set[str]()  # a bias of keys, which no base has, changes no softmax of their scores

@@ -5,7 +5,6 @@ It holds arrays and nothing to run. Flax's own decoder reads the whole file into
 
 import msgpack
 import numpy as np
-from flax import serialization
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.tree import flatten
@@ -23,6 +22,8 @@ class MsgpackFile(WeightFile):
     """
 
     def __init__(self, file: RandomAccessFile) -> None:
+        from flax import serialization  # takes a second, with JAX
+
         super().__init__(file, "flax msgpack")
         try:
             tree = serialization.msgpack_restore(file.read(0, file.size, "the file"))

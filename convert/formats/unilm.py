@@ -15,7 +15,6 @@ import numpy as np
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.json_file import Fields
-from beit_jax.models.attention import relative_position_index
 
 from .format import Description, Sighting, SourceFormat, default_preset, describe_by_config
 from .heads import BASE, LARGE, Size, Statement, all_settings, integer, settle, stated_by_user, stated_in_training
@@ -263,6 +262,8 @@ def _describe(sighting: Sighting) -> Description:
 
 def position_indices(config: BeitConfig) -> dict[str, np.ndarray]:
     """Returns the index buffers that the original's state dicts hold, recomputed."""
+    from beit_jax.models.attention import relative_position_index  # which imports JAX, and only an export needs it
+
     index = relative_position_index(config.grid).astype(np.int64)
     shared = {"rel_pos_bias.relative_position_index": index} if config.has_shared_bias else {}
     prefixes = [f"blocks.{i}." for i in range(config.num_hidden_layers)]

@@ -22,14 +22,8 @@ from jaxtyping import Array, Float, Int, Key
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.interface import abstract_module
-from beit_jax.tokenizers.dvae import (
-    DvaeDecoder,
-    DvaeDecoderConfig,
-    DvaeEncoder,
-    DvaeEncoderConfig,
-    map_pixels,
-    unmap_pixels,
-)
+from beit_jax.tokenizers.configs import DvaeDecoderConfig, DvaeEncoderConfig
+from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeEncoder, map_pixels, unmap_pixels
 from beit_jax.tree import Nested
 
 from ..augmentation.mixing import scaled

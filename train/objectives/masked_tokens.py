@@ -21,10 +21,10 @@ from beit_jax.looking.reconstruct import grid_picture, reconstruct
 from beit_jax.models.build import build_model
 from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
 from beit_jax.terminal import Progress, no_progress
-from beit_jax.tokenizers.build import TokenizerConfig, abstract_tokenizer, build_tokenizer
+from beit_jax.tokenizers.build import abstract_tokenizer, build_tokenizer
 from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
-from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoderConfig
-from beit_jax.tokenizers.vqkd import VqkdConfig
+from beit_jax.tokenizers.configs import DvaeDecoderConfig, DvaeEncoderConfig, TokenizerConfig, VqkdConfig
+from beit_jax.tokenizers.dvae import DvaeDecoder
 from beit_jax.tree import Nested, flatten, unflatten
 
 from ..augmentation.labels import ArrayLike, class_numbers, cross_entropy
@@ -61,6 +61,8 @@ class TokenOptions:
     """BEiT v2: the block whose patches the aggregation layers read with the final class token; 0: none."""
     aggregation_layers: Annotated[int, WHOLE] = 0
     """BEiT v2: blocks that must predict the tokens once more, from that class token and those early patches."""
+    own_head: bool | None = None
+    """BEiT v2: a norm and a head for these blocks alone; by default as in --init, and the model's own otherwise."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class MaskedTokensRecipe(MaskedRecipe):
         self.check_without_average()
         if bool(self.tokens.aggregate_from) != bool(self.tokens.aggregation_layers):
             raise BeitJaxError("--tokens.aggregate-from and --tokens.aggregation-layers: expected both or none")
+        if self.tokens.own_head and not self.tokens.aggregation_layers:
+            raise BeitJaxError("--tokens.own-head: of aggregation layers; give --tokens.aggregation-layers as well")
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ class MaskedTokens(MaskedImages[MaskedTokensRecipe], WholeModel[MaskedTokensReci
             vocab_size=sources.tokenizer.config.vocab_size,
             aggregate_from=recipe.tokens.aggregate_from,
             aggregation_layers=recipe.tokens.aggregation_layers,
+            own_aggregation_head=recipe.tokens.aggregation_layers > 0
+            and (config.own_aggregation_head if recipe.tokens.own_head is None else recipe.tokens.own_head),
         )
         _check_channels(sources, config.num_channels)
         BlockMask(config.grid, recipe.mask)  # refuses what cannot be hidden before a run begins
@@ -250,7 +256,7 @@ class MaskedTokens(MaskedImages[MaskedTokensRecipe], WholeModel[MaskedTokensReci
 
     def results(self, state: State) -> dict[str, Result]:
         """The model without its aggregation layers, which only pre-training has a use for."""
-        config = replace(self.config, aggregate_from=0, aggregation_layers=0)
+        config = self.config.without_aggregation()
         kept = {name: leaf for name, leaf in flatten(state.params).items() if not name.startswith("aggregation/")}
         return {"model": Result(config, unflatten(kept))}
 

@@ -37,8 +37,8 @@ from ..step.division import EVERYTHING, Division
 from ..step.state import Draw, Initial, Parts, State, divided, variables
 
 if TYPE_CHECKING:
-    from beit_jax.tokenizers.build import TokenizerConfig
     from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
+    from beit_jax.tokenizers.configs import TokenizerConfig
 
     from ..data.datasets import Dataset, SegmentationDataset
     from ..data.stored_tokens import StoredTokens

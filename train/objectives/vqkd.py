@@ -19,7 +19,8 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.segmenter import batch_statistics
 from beit_jax.tokenizers.build import abstract_tokenizer
-from beit_jax.tokenizers.vqkd import Codebook, TaskLayer, VqkdConfig, VqkdTokenizer, l2_normalised
+from beit_jax.tokenizers.configs import VqkdConfig
+from beit_jax.tokenizers.vqkd import Codebook, TaskLayer, VqkdTokenizer, l2_normalised
 from beit_jax.tree import Nested, flatten
 from beit_jax.weights.native import NativeCheckpoint
 
