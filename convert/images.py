@@ -91,6 +91,10 @@ def _stated(
     inside = json_inside(checkpoint, PROCESSOR)
     if inside is not None:
         return ImageProcessor.from_hf(inside, f"{checkpoint.path}: {PROCESSOR} in it"), ()
+    if described.assumed is not None:
+        processor = described.assumed()
+        told = f"images will be prepared as the code that trained such models does: {processor.describe()}"
+        return processor, (f"{path}: no such file; {told}",)
     name = described.image_preset
     processor = preset(name, config.image_size, num_channels=config.num_channels)
     if name == "hf" and config.task == "semantic_segmentation":

@@ -278,11 +278,17 @@ def _left_out(found: Identity, used: Collection[str]) -> tuple[set[str], list[st
     unused = {name for name in heads & tensors.keys() if name not in used}
     notes = []
     if foreign:
-        notes.append(f"{len(foreign)} tensors of heads that do not exist here left out: {printable(min(foreign))}, ...")
+        notes.append(f"{len(foreign)} tensors of parts that do not exist here left out: {groups(foreign, '')}")
     if outer:
         others = [*found.part.outside, *(outer + name for name in unused)]
         rest = f"; {len(others)} tensors of the model around it left out: {groups(others, outer)}" if others else ""
         notes.append(f"{'encoder' if found.hosted else 'model'} taken from {printable(outer)!r}{rest}")
+    if naming.classifier & unused:
+        size = next(tensors[name].shape[0] for name in sorted(naming.classifier & unused))
+        notes.append(
+            f"among them a classifier of {size} classes that the encoder had before: the model around it does not use "
+            "it, and it fits no longer if the encoder was trained further; --keep-head keeps it"
+        )
     return {*derived, *foreign, *unused}, notes
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from beit_jax.errors import printable
 
+from ..pickles.arrays import MARK
+
 
 @dataclass(frozen=True)
 class Stranger:
@@ -25,9 +27,16 @@ class Stranger:
 _ORIGINAL = "convert the checkpoint that it was made of"
 _NOTHING = "nothing here computes it"
 _BESIDE = "give the model's file beside it"
-_KERAS = "load it in Keras, and model.save('NEW.h5') writes its weights by name"
+_KERAS = "load it in Keras, and model.save('NEW.keras') keeps the names of its layers beside the weights"
 _UNPACK = "unpack it, and give what is in it"
 _AGAIN = "download it again"
+
+_PADDLE_PROGRAM = Stranger(
+    "a program of Paddle for inference (paddle.jit.save), whose weights are numbered and have no names",
+    "convert the .pdparams that it was made of: with its model in Paddle, paddle.save(model.state_dict(), "
+    "'NEW.pdparams') writes them",
+)
+_PADDLE_OPTIMIZER = Stranger("the state of an optimizer of Paddle, no weights", "give the .pdparams beside it")
 
 # First bytes at an offset. The first that fits counts.
 _HEADS: tuple[tuple[int, bytes, Stranger], ...] = (
@@ -66,11 +75,15 @@ def of_bytes(head: bytes, suffix: str) -> Stranger | None:
         return Stranger(found, "the weights themselves are not here yet")
     if text.startswith(b"<"):
         return Stranger("an HTML or XML page, probably an error message saved as weights", _AGAIN)
+    if text.startswith(b"{") and re.search(rb'"magic"\s*:\s*"pir"', text[:100]):
+        return _PADDLE_PROGRAM
     if text.startswith((b"{", b"[")) and b"\0" not in head:
         return Stranger("JSON text, probably an error message saved as weights", _AGAIN)
     for offset, mark, stranger in _HEADS:
         if head[offset : offset + len(mark)] == mark:
             return stranger
+    if re.match(rb"\0{16}[\x04-\x40]\0{3}\x08[\0-\x20]", head):  # a version, no levels of detail, a version, a type
+        return _PADDLE_PROGRAM
     return _protobuf(head, suffix)
 
 
@@ -94,7 +107,7 @@ _RECORDS: tuple[tuple[str, Stranger], ...] = (
     (r"archive_format|serialized_exported_program\.json|models/.*\.json",
      Stranger("a program of torch.export (.pt2)", "torch.save(torch.export.load(FILE).state_dict, NEW) keeps them")),
     (r"\.data/extern_modules", Stranger("a package of torch.package", "load it, and save the model's state_dict()")),
-    (r"model\.weights\.h5", Stranger("a .keras archive of Keras 3", _KERAS)),
+    (r"model\.weights\.npz", Stranger("a .keras archive with weights of NumPy", f"{_KERAS}, in HDF5")),
     (r".*\.npy",
      Stranger("an .npz archive of NumPy", "safetensors.numpy.save_file(dict(numpy.load(FILE)), NEW) keeps it")),
     (r"Data/com\.apple\.CoreML/.*|Manifest\.json", Stranger("a Core ML package", _ORIGINAL)),
@@ -121,8 +134,9 @@ def of_entries(entries: Iterable[object], names: Collection[str]) -> Stranger | 
         names: the file's names that no checkpoint needs.
     """
     keys = {key for key in entries if isinstance(key, str)}
-    if "StructuredToParameterName@@" in keys:
-        return _PADDLE
+    by_paddle = MARK in keys and bool({"LR_Scheduler", "master_weights"} & keys)
+    if by_paddle or any(_PADDLE_MOMENT.search(key) for key in keys):
+        return _PADDLE_OPTIMIZER
     if {"zero_stage"} & keys or {"optimizer_state_dict", "ds_config"} <= keys:
         return _ZERO
     if {"state", "param_groups"} <= keys:
@@ -135,6 +149,8 @@ def of_entries(entries: Iterable[object], names: Collection[str]) -> Stranger | 
         return Stranger("the settings of transformers' Trainer, no weights", _BESIDE)
     return None
 
+
+_PADDLE_MOMENT = re.compile(r"_(moment\d?|velocity|beta\d_pow_acc|mean_square|mean_grad|inf_norm)_\d+$")
 
 _ZERO = Stranger(
     "a part of DeepSpeed's ZeRO state, whose weights are spread over all of its files",
@@ -151,6 +167,7 @@ def sharded_by_zero(shapes: Iterable[tuple[int, ...]], entries: Mapping[object, 
 # Files of a folder.
 _FILES: tuple[tuple[str, Stranger], ...] = (
     (r"saved_model\.pb", Stranger("a SavedModel of TensorFlow", _KERAS)),
+    (r".*\.(pdmodel|pdiparams)", _PADDLE_PROGRAM),
     (r"zero_to_fp32\.py|zero_pp_rank_.*|.*_optim_states\.pt|global_step\d+", _ZERO),
     (r".*\.ckpt\.index|.*\.data-\d{5}-of-\d{5}",
      Stranger("a checkpoint of TensorFlow", "load it there, and save its model")),
@@ -179,19 +196,22 @@ def of_name(file: str) -> Stranger | None:
     """Returns what a file is by its name alone; None for any name that weights may have."""
     if file.endswith((".incomplete", ".crdownload", ".part", ".download", ".aria2")):
         return Stranger("half a download, as its name says", _AGAIN)
-    if file.endswith((".pdparams", ".pdopt")):
-        return _PADDLE
+    if file.endswith((".pdmodel", ".pdiparams", ".pdiparams.info")):
+        return _PADDLE_PROGRAM
+    if file.endswith(".pdopt"):
+        return _PADDLE_OPTIMIZER
+    if file.endswith((".pdstates", ".pdscaler")):
+        return Stranger("the settings of a training in Paddle, no weights", "give the .pdparams beside it")
+    if file == "saved_model.pb":
+        return Stranger("the program of a SavedModel of TensorFlow", _KERAS)
+    if re.fullmatch(r".+\.(index|data-\d{5}-of-\d{5})", file):
+        return Stranger("a part of a checkpoint of TensorFlow", f"load all of it there: {_KERAS}")
+    if file.endswith(".weights.json"):
+        return Stranger("the index of Keras' weights in several files", _KERAS)
     if file.endswith(".distcp"):
         return Stranger("a part of a checkpoint of torch.distributed.checkpoint", "give its directory")
     return None
 
-
-# Paddle keeps the weights of linear layers [in, out], and nothing in a file of other names would show it.
-_PADDLE = Stranger(
-    "a file of Paddle (paddle.save)",
-    "safetensors.numpy.save_file({n: t.numpy().T.copy() if t.ndim == 2 and n.endswith('.weight') else t.numpy() "
-    "for n, t in paddle.load(FILE).items()}, NEW) writes it as torch lays it out",
-)
 
 _BEFORE = "convert the checkpoint from before"
 _DEQUANTISED = (
@@ -212,13 +232,16 @@ _QUANTISERS: Mapping[str, tuple[str, str]] = {
 # Models that are no BEiT, by names of their tensors, whatever stands before them.
 _MODELS: Mapping[str, Stranger] = {
     r"blocks\.0\.mlp\.(fc1_g|w1|w12)\.weight$": Stranger("EVA-02, a relative of BEiT with a gated MLP", _NOTHING),
-    r"encoder\.layers\.0\.self_attn\.q_proj\.A\.weight$": Stranger("BEiT-3 of torchscale", _NOTHING),
-    r"blocks\.0\.attn\.norm\.weight$": Stranger("BEiT-3 or EVA-02 as timm names it", _NOTHING),
     r"(pixel_decoder|transformer_decoder|pixel_level_module|transformer_module)\.": Stranger(
         "Mask2Former, whose heads nothing here computes", "--weights NAME takes an encoder that stands under a name"
     ),
-    r"blocks\.0\.attn\.qkv\.bias$": Stranger("a ViT, DeiT, MAE or DINO with one bias of all three", _NOTHING),
-    r"(^|/)vars/\d+(:0)?$": Stranger("weights of Keras 3, whose .weights.h5 keeps no names of variables", _KERAS),
+    r"blocks\.0\.attn\.qkv\.bias$": Stranger("a ViT without the weights of its attention", _NOTHING),
+    r"^\w+_\d+\.[wb]_\d+$": Stranger(
+        "weights of Paddle by the names of a program (paddle.static.save)",
+        "with their model in Paddle, model.set_state_dict(paddle.load(FILE), use_structured_name=False) and "
+        "paddle.save(model.state_dict(), 'NEW.pdparams') write them by the names of its layers",
+    ),
+    r"^_?layers/\w+/vars/\d+$": Stranger("weights of Keras whose layers are numbered and have no names", _KERAS),
     r"resblocks\.0\.attn\.in_proj_weight$": Stranger("CLIP of OpenAI or open_clip", _NOTHING),
     r"(^|\.)vision_model\.encoder\.layers\.0\.": Stranger("CLIP or SigLIP of transformers", _NOTHING),
     r"layers\.0\.blocks\.0\.attn\.relative_position_bias_table$": Stranger("Swin", _NOTHING),

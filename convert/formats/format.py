@@ -63,6 +63,7 @@ class Sighting:
         format: the format whose names the tensors have.
         prefix: what stands before the names of the backbone.
         hosted: the file is another model's, which holds the encoder and has heads of its own.
+        keep_head: a classifier of a hosted encoder is asked for.
         tensors: name, shape and dtype of every tensor of the model, see `Place.outer`.
         metadata: plain data that lay beside the weights in their file.
         content: the parsed ``config.json``, or None where there is none.
@@ -82,6 +83,12 @@ class Sighting:
     num_heads: int | None = None
     aggregate_from: int | None = None
     hosted: bool = False
+    keep_head: bool = False
+
+    @property
+    def has_head(self) -> bool:
+        """True if a head among the tensors is the model's."""
+        return not self.hosted or self.keep_head
 
     @cached_property
     def backbone(self) -> dict[str, "TensorInfo"]:
@@ -129,8 +136,7 @@ def describe_by_config(sighting: Sighting) -> Description:
             "the model's config.json, copy it there, or pass --variant with a name of beit-jax list"
         )
     notes = tuple(hf_notes(content, file=file))
-    if sighting.hosted:  # the model around the encoder, such as DPT, describes the encoder inside its own description
-        content = {**Fields(content, file).typed("backbone_config", dict, content), "architectures": None}
+    content = _of_encoder(content, file, hosted=sighting.hosted)
     if not content.get("architectures"):
         family = "Data2VecVision" if content.get("model_type") == "data2vec-vision" else "Beit"
         content = {**content, "architectures": [family + _head(sighting)]}
@@ -142,9 +148,23 @@ def describe_by_config(sighting: Sighting) -> Description:
     return Description(config, notes, image_preset=default_preset(config), origin=file)
 
 
+def _of_encoder(content: Mapping[str, Any], file: str, *, hosted: bool) -> Mapping[str, Any]:
+    """The description of the encoder within that of the model around it, such as DPT or VisionEncoderDecoderModel."""
+    if hosted:
+        return {**Fields(content, file).typed("backbone_config", dict, content), "architectures": None}
+    for inside in map(content.get, _ENCODERS if content.get("model_type") not in _FAMILIES else ()):
+        if isinstance(inside, Mapping) and inside.get("model_type") in _FAMILIES:
+            return {**inside, "architectures": None}
+    return content
+
+
+_FAMILIES = ("beit", "data2vec-vision")
+_ENCODERS = ("backbone_config", "encoder", "vision_config")
+
+
 def _head(sighting: Sighting) -> str:
     """The suffix of transformers' class for the head that a file has."""
-    if not sighting.hosted:
+    if sighting.has_head:
         if sighting.holds(sighting.format.heads, "", "classifier/"):
             return "ForImageClassification"
         if sighting.holds(sighting.format.heads, "", "lm_head/"):
@@ -152,6 +172,10 @@ def _head(sighting: Sighting) -> str:
         if any(name.startswith(("decode_head.", "decode_head/")) for name in sighting.tensors):
             return "ForSemanticSegmentation"
     return "Model"
+
+
+def _ends(outer: str, hosts: Collection[str]) -> bool:
+    return any(outer == host or outer.endswith(f".{host}") for host in hosts)
 
 
 def is_transposed(config: BeitConfig) -> bool:
@@ -192,6 +216,7 @@ class SourceFormat:
             not use it; None if it is the prefix of the backbone.
         hosts: prefixes under which other models (DPT, MiDaS) keep a BEiT encoder; the rest of such a file is theirs,
             and a head behind such a prefix is one that they do not use.
+        bilinear_hosts: those of them that resize position biases as transformers does, whatever this format does.
         copies: prefixes under which a training keeps a copy of the encoder beside it, which is not asked for.
         derived: matches the names of tensors that are computed, not learned. They are left out.
         foreign: matches the names of learned tensors of parts that do not exist here. They are left out, with a note.
@@ -214,6 +239,7 @@ class SourceFormat:
     head_marker: str | None = None
     unused_norm_prefix: str | None = None
     hosts: tuple[str, ...] = ()
+    bilinear_hosts: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
     derived: re.Pattern[str] = re.compile(r"(^|[./])(relative_position_index|num_batches_tracked)$")
     foreign: re.Pattern[str] = re.compile(r"(?!)")
@@ -243,9 +269,18 @@ class SourceFormat:
                 return prefix
         return None
 
+    @cached_property
+    def classifier(self) -> frozenset[str]:
+        """The names of a classifier's tensors."""
+        return frozenset(name for rule in self.heads if rule.flax.startswith("classifier/") for name in rule.torch)
+
     def is_hosted(self, outer: str) -> bool:
         """True if another model keeps its encoder under `outer`."""
-        return any(outer == host or outer.endswith(f".{host}") for host in self.hosts)
+        return _ends(outer, self.hosts)
+
+    def is_bilinear(self, outer: str) -> bool:
+        """True if the model that keeps its encoder under `outer` resizes position biases as transformers does."""
+        return _ends(outer, self.bilinear_hosts)
 
     def rules(self, config: BeitConfig, prefix: str) -> list[Rule]:
         """Returns the rules for a model: torch names with `prefix`, and leaves where the model of its task has them."""

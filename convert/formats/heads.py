@@ -32,8 +32,14 @@ class Size:
 BASE, LARGE = Size(768, 12, 3072), Size(1024, 24, 4096)
 GIANT, THIN = Size(1408, 40, 6144), Size(544, 24, 2176)
 
-PUBLISHED: Mapping[Size, int] = {BASE: 12, LARGE: 16, GIANT: 16, THIN: 16}
-"""Heads of the models that were published: BEiT, BEiT v2, DiT and Data2Vec-Vision; EVA-01, which has BEiT's names."""
+HUGE = Size(1280, 32, 5120)
+TINY, SMALL = Size(192, 12, 768), Size(384, 12, 1536)
+
+PUBLISHED: Mapping[Size, int] = {BASE: 12, LARGE: 16, HUGE: 16, GIANT: 16, THIN: 16}
+"""Heads of the models that were published: BEiT, BEiT v2, DiT, Data2Vec-Vision, EVA-01, BEiT-3, and ViT's and MAE's."""
+
+_NAMED: Mapping[Size, int] = {**PUBLISHED, TINY: 3, SMALL: 6}
+"""The same where an architecture is named. Sizes do not say it: MoCo v3's small ViT has 12 heads, DeiT's has 6."""
 
 # unilm's and timm's names of architectures; what follows the patch size (image size, vocabulary) changes no head.
 _ARCHITECTURES: Mapping[re.Pattern[str], Size] = {
@@ -41,6 +47,12 @@ _ARCHITECTURES: Mapping[re.Pattern[str], Size] = {
     re.compile(r"(beit|beitv2|dit)_large_patch\d+(_\w+)?"): LARGE,
     re.compile(r"beit_24x544_patch\d+(_\w+)?"): THIN,
     re.compile(r"eva_g(iant)?_patch14(_\w+)?"): GIANT,
+    re.compile(r"beit3_giant_patch\d+(_\w+)?"): GIANT,
+    re.compile(r"(vit|deit3?)_huge_patch\d+(_\w+)?"): HUGE,
+    re.compile(r"(vit|deit3?|eva|beit3)_large_patch\d+(_\w+)?"): LARGE,
+    re.compile(r"(vit|deit3?|beit3)_base_(distilled_)?patch\d+(_\w+)?"): BASE,
+    re.compile(r"(vit|deit3?)_small_(distilled_)?patch\d+(_\w+)?"): SMALL,
+    re.compile(r"(vit|deit)_tiny_(distilled_)?patch\d+(_\w+)?"): TINY,
 }
 _HEADS = ("num_heads", "num_attention_heads")
 _NAMES = ("model", "arch", "architecture", "model_name")
@@ -107,7 +119,7 @@ def stated_by_architecture(name: object, arguments: Mapping[str, Any], size: Siz
     built = arguments.get("embed_dim", known.width), arguments.get("depth", known.depth)
     if built != (size.width, size.depth):
         return []
-    return [Statement(PUBLISHED[known], f"the architecture {printable(bare, 60)}")]
+    return [Statement(_NAMED[known], f"the architecture {printable(bare, 60)}")]
 
 
 def stated_in_training(metadata: Mapping[str, object], size: Size | None = None) -> list[Statement]:

@@ -21,22 +21,28 @@ from beit_jax.version import __version__
 
 from .format import Description, Sighting, SourceFormat
 from .heads import stated_by_architecture
-from .unilm import UNILM, describe_by_tensors
+from .unilm import UNILM, describe_by_tensors, refuse_unbiased
 from .writing import write_safetensors
 
 if TYPE_CHECKING:
     from beit_jax.weights.native import NativeCheckpoint
 
 
-def _matches(content: Mapping[str, Any] | None) -> bool:
+def matches(content: Mapping[str, Any] | None) -> bool:
     """timm's own file, or transformers' of a model that it lets timm build."""
     return content is not None and "architecture" in content and content.get("model_type") in (None, "timm_wrapper")
 
 
-def _describe(sighting: Sighting) -> Description:
+def describe(sighting: Sighting) -> Description:
     """The model from the tensors and ``model_args``, the images from ``pretrained_cfg``."""
     file = sighting.config_file
-    assert sighting.content is not None  # `_matches`
+    assert sighting.content is not None  # `matches`
+    refuse_unbiased(sighting)
+    if "enormous" in str(sighting.content["architecture"]):  # EVA-02's: post-norm, which no tensor shows
+        raise BeitJaxError(
+            f"{sighting.file}: {printable(sighting.content['architecture'])} of {file}: its norms follow what BEiT's "
+            "precede: a relative of BEiT, which nothing here computes"
+        )
     content = {key: value for key, value in sighting.content.items() if value is not None}
     arguments = Fields(content, file).typed("model_args", dict, {})
     images = Fields(content, file).typed("pretrained_cfg", dict, {})
@@ -105,10 +111,30 @@ def images_of(content: Mapping[str, Any], config: BeitConfig, file: str) -> Imag
 
 
 def _refusal(config: BeitConfig) -> str | None:
+    if config.use_key_bias or config.use_sub_norm:
+        return refused_as_vit(config) or "timm's BEiT has no bias of the keys and no norms within its branches"
+    return _refused(config)
+
+
+def refused_as_vit(config: BeitConfig) -> str | None:
+    """The reason why timm's ViT cannot hold a model; None if it can."""
+    if not config.use_key_bias:
+        return "timm's ViT has a bias of the keys, and this model none"
+    if config.position_bias != "none":
+        return "timm's ViT has no relative position bias"
+    if config.layer_norm_eps not in (1e-6, 1e-5):
+        epsilon = f"{config.layer_norm_eps:g}"
+        return f"timm's ViT has a layer norm epsilon of 1e-06 or, as BEiT-3, of 1e-05, and this model of {epsilon}"
+    return _refused(replace(config, layer_norm_eps=1e-6))
+
+
+def _refused(config: BeitConfig) -> str | None:
+    """What timm's BEiT and ViT both have no place for."""
     problems = {
         "a masked-image head": config.task == "masked_image_modeling",
         "segmentation": config.task in ("semantic_segmentation", "backbone"),
         "a mask token": config.use_mask_token,
+        "an embedding": config.embedding_size > 0,
         f"layer norm epsilon {config.layer_norm_eps:g} (timm's is 1e-06)": config.layer_norm_eps != 1e-6,
         f"the activation {config.hidden_act}": config.hidden_act != "gelu",
         "an encoder that neither pools nor normalises": config.task == "features"
@@ -121,8 +147,31 @@ def _refusal(config: BeitConfig) -> str | None:
 
 def _write(naming: SourceFormat, directory: Path, checkpoint: "NativeCheckpoint") -> list[str]:
     """``model.safetensors`` and ``config.json``, for ``timm.create_model("local-dir:...")``."""
+    config = checkpoint.config
+    size = {768: "base", 1024: "large"}.get(config.hidden_size, "base")
+    arguments = {
+        "use_abs_pos_emb": config.use_absolute_position_embeddings,
+        "use_rel_pos_bias": config.has_layer_bias,
+        "use_shared_rel_pos_bias": config.has_shared_bias,
+    }
+    return write_directory(naming, directory, checkpoint, f"beit_{size}_patch16_224", arguments)
+
+
+def write_directory(
+    naming: SourceFormat,
+    directory: Path,
+    checkpoint: "NativeCheckpoint",
+    architecture: str,
+    arguments: Mapping[str, Any],
+) -> list[str]:
+    """Writes a model of timm's, and says what its ``config.json`` cannot say of images.
+
+    Args:
+        architecture: of the models of this kind, any; its sizes are arguments.
+        arguments: of this kind of models, beside those that timm's ViT and BEiT have in common.
+    """
     config, processor = checkpoint.config, checkpoint.processor
-    content = timm_config(config, processor)
+    content = timm_config(config, processor, architecture, arguments)
     write_safetensors(directory / "model.safetensors", naming.to_torch(config, checkpoint.params))
     write_json(directory / CONFIG, content)
     if processor.num_channels != config.num_channels:
@@ -133,9 +182,10 @@ def _write(naming: SourceFormat, directory: Path, checkpoint: "NativeCheckpoint"
     return [f"timm cannot say how images are prepared here ({processor.describe()}): it will {theirs.describe()}"]
 
 
-def timm_config(config: BeitConfig, processor: ImageProcessor) -> dict[str, Any]:
+def timm_config(
+    config: BeitConfig, processor: ImageProcessor, architecture: str, more: Mapping[str, Any]
+) -> dict[str, Any]:
     """Returns timm's ``config.json``: the model to build, its arguments, and how it prepares images."""
-    size = {768: "base", 1024: "large"}.get(config.hidden_size, "base")
     hidden, intermediate = config.hidden_size, config.intermediate_size
     mlp_ratio = _nudged(intermediate / hidden, math.inf, lambda ratio: int(hidden * ratio) >= intermediate)
     arguments: dict[str, Any] = {
@@ -147,13 +197,11 @@ def timm_config(config: BeitConfig, processor: ImageProcessor) -> dict[str, Any]
         "num_heads": config.num_attention_heads,
         "mlp_ratio": mlp_ratio,
         "init_values": config.layer_scale_init_value or None,
-        "use_abs_pos_emb": config.use_absolute_position_embeddings,
-        "use_rel_pos_bias": config.has_layer_bias,
-        "use_shared_rel_pos_bias": config.has_shared_bias,
+        **more,
         "global_pool": "avg" if config.pooling == "mean" else "token",
     }
     return {
-        "architecture": f"beit_{size}_patch16_224",
+        "architecture": architecture,
         "num_classes": config.num_labels,
         "model_args": arguments,
         "label_names": list(config.labels),
@@ -193,6 +241,6 @@ def _nudged(ratio: float, towards: float, reached: Callable[[float], bool]) -> f
     return ratio
 
 
-TIMM = replace(UNILM, name="timm", matches=_matches, describe=_describe, write=_write, refusal=_refusal)
+TIMM = replace(UNILM, name="timm", matches=matches, describe=describe, write=_write, refusal=_refusal)
 
 FORMATS = (TIMM,)

@@ -87,6 +87,13 @@ def _describe(sighting: Sighting) -> Description:
 
 
 def _refusal(config: BeitConfig) -> str | None:
+    more = {
+        "bias of the keys": config.use_key_bias,
+        "norms within its branches": config.use_sub_norm,
+        "embedding of images": config.embedding_size > 0,
+    }
+    if any(more.values()):
+        return f"transformers' BEiT has no {' and no '.join(what for what, is_there in more.items() if is_there)}"
     (height, width), patch = config.image_size, config.patch_size
     if config.use_absolute_position_embeddings and height != width:
         return "transformers computes absolute position embeddings of square images only"

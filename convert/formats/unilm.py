@@ -63,6 +63,8 @@ HEADS: Rules = (
     *linear("lm_head", "lm_head"),
     *linear("head", "classifier"),
     *_AGGREGATION,
+    *affine("cls_pt_norm", "aggregation/norm"),
+    *linear("cls_pt_lm_head", "aggregation/lm_head"),
 )
 
 
@@ -109,7 +111,7 @@ def describe_by_tensors(
     if not tables and positions is None and not image_sizes:
         seen.append(f"image size {found[0]}: nothing in the file says it")
     task, labels, vocabulary = "features", 0, 8192
-    head_names = () if sighting.hosted else sighting.tensors  # in another model's file they are that model's
+    head_names = sighting.tensors if sighting.has_head else ()  # in another model's file they are that model's
     if "lm_head.weight" in head_names:
         task, vocabulary = "masked_image_modeling", shape("lm_head.weight", 2, "")[0]
         seen.append(f"masked image modelling: lm_head of {vocabulary}")
@@ -120,7 +122,8 @@ def describe_by_tensors(
     if regression:
         seen.append("data2vec: its head predicts features of the encoder's own width")
     early, extra = _aggregation(sighting, size) if task == "masked_image_modeling" else (0, 0)
-    seen += _aggregation_seen(early, extra)
+    own_head = _own_head(sighting, extra)
+    seen += _aggregation_seen(early, extra, own_head)
     config = BeitConfig(
         model_type="data2vec-vision" if regression else "beit",
         task=task,  # type: ignore[arg-type]
@@ -145,6 +148,7 @@ def describe_by_tensors(
         vocab_size=vocabulary,
         aggregate_from=early,
         aggregation_layers=extra,
+        own_aggregation_head=own_head,
         labels=tuple(f"LABEL_{i}" for i in range(labels)),
     )
     seen = ["names and shapes of the tensors", *seen]
@@ -200,22 +204,36 @@ def _refuse_relatives(sighting: Sighting) -> None:
         "level_embed, spm and interactions: ViT-Adapter, which changes the encoder's states between its blocks": any(
             name.startswith(interacts) for name in tensors
         ),
-        f"{first}attn.qkv.bias: one bias for all three, as in ViT, DeiT, MAE, DINO and BEiT-3; BEiT has q_bias and "
-        "v_bias": f"{first}attn.qkv.bias" in tensors and f"{first}attn.q_bias" not in tensors,
         f"{first}mlp.fc1.weight: a gated MLP, as in EVA-02": gated,
+        f"{first}mlp.fc1_g.weight: a gated MLP, as in DINOv3's larger models": f"{first}mlp.fc1_g.weight" in tensors,
+        "reg_token: register tokens, as in DINOv3": "reg_token" in tensors,
+        "1792 wide, 15360 in its MLP: EVA-02's enormous model, whose norms follow what BEiT's precede": [*shapes[:1]]
+        == [(15360, 1792)],
     }
     for what, is_there in found.items():
         if is_there:
             raise BeitJaxError(f"{sighting.file}: {what}: a relative of BEiT, which nothing here computes")
 
 
-def _aggregation(sighting: Sighting, size: Size) -> tuple[int, int]:
-    """BEiT v2's patch aggregation: the block it reads, and its number of blocks; zeros where it is left out.
+def refuse_unbiased(sighting: Sighting) -> None:
+    """Refuses attention without any bias, and what else is no BEiT.
 
-    A second head (``cls_pt_lm_head``) has no place here, and its blocks are left out with it.
+    Raises:
+        BeitJaxError: names the tensors that are missing, or one too many.
     """
+    _refuse_relatives(sighting)
+    names = [f"blocks.0.attn.{name}" for name in ("q_bias", "qkv.bias")]
+    if not any(name in sighting.backbone for name in names):
+        raise BeitJaxError(
+            f"{sighting.file}: no {' and no '.join(names)}: attention without biases, as in some ViTs: a relative of "
+            "BEiT, which nothing here computes"
+        )
+
+
+def _aggregation(sighting: Sighting, size: Size) -> tuple[int, int]:
+    """BEiT v2's patch aggregation: the block it reads, and its number of blocks; zeros where it is left out."""
     count = _extra_blocks(sighting)
-    if not count or sighting.aggregate_from == 0 or any(n.startswith("cls_pt_lm_head.") for n in sighting.tensors):
+    if not count or sighting.aggregate_from == 0:
         return 0, 0
     stated = {integer(settings.get("early_layers")) for _, settings in all_settings(sighting.metadata)} - {None}
     early = sighting.aggregate_from or (stated.pop() if len(stated) == 1 else None)
@@ -231,8 +249,14 @@ def _aggregation(sighting: Sighting, size: Size) -> tuple[int, int]:
     return early, count
 
 
-def _aggregation_seen(early: int, extra: int) -> list[str]:
-    return [f"patch aggregation: {extra} extra blocks read the patches of block {early}"] if extra else []
+def _aggregation_seen(early: int, extra: int, own: bool) -> list[str]:
+    head = ", with a head of their own" if own else ""
+    return [f"patch aggregation: {extra} extra blocks read the patches of block {early}{head}"] if extra else []
+
+
+def _own_head(sighting: Sighting, extra: int) -> bool:
+    """True if the extra blocks that are read have a head of their own (``shared_lm_head`` False)."""
+    return extra > 0 and any(name.startswith("cls_pt_lm_head.") for name in sighting.tensors)
 
 
 def _extra_blocks(sighting: Sighting) -> int:
@@ -241,6 +265,7 @@ def _extra_blocks(sighting: Sighting) -> int:
 
 def _describe(sighting: Sighting) -> Description:
     if sighting.content is None:
+        refuse_unbiased(sighting)
         return describe_by_tensors(sighting)
     found, count = describe_by_config(sighting), _extra_blocks(sighting)
     config, file = found.config, sighting.config_file
@@ -250,8 +275,9 @@ def _describe(sighting: Sighting) -> Description:
     if "aggregation_layers" not in own:  # transformers has no place for these blocks, and says nothing of them
         size = Size(config.hidden_size, config.num_hidden_layers, config.intermediate_size)
         early, extra = _aggregation(sighting, size)
-        config = replace(config, aggregate_from=early, aggregation_layers=extra)
-        return replace(found, config=config, seen=(*found.seen, *_aggregation_seen(early, extra)))
+        own_head = _own_head(sighting, extra)
+        config = replace(config, aggregate_from=early, aggregation_layers=extra, own_aggregation_head=own_head)
+        return replace(found, config=config, seen=(*found.seen, *_aggregation_seen(early, extra, own_head)))
     if config.aggregation_layers not in (0, count):
         raise BeitJaxError(
             f"{file}: beit_jax: aggregation_layers: expected {count}, as the file has cls_pt_layers, or 0 to leave "
@@ -282,6 +308,8 @@ def original_notes(config: BeitConfig) -> list[str]:
 
 
 def _refusal(config: BeitConfig) -> str | None:
+    if config.use_key_bias or config.use_sub_norm or config.embedding_size:
+        return "the original BEiT has no bias of the keys, no norms within its branches and no embedding"
     if config.task == "masked_image_modeling" and config.pooling == "cls":
         return "the original has one norm before its pre-training head, and this model two"
     return None
@@ -301,8 +329,9 @@ UNILM = SourceFormat(
     marker="blocks.0.attn.qkv.weight",
     prefixes=("",),
     hosts=("pretrained.model.", "backbone."),
+    bilinear_hosts=("pretrained.model.",),  # isl-org/MiDaS@4545977 midas/backbones/beit.py, `_get_rel_pos_bias`
     copies=("alignment_encoder.",),  # CAE's target (Atten4Vis/CAE models/modeling_cae.py)
-    # BEiT v2's second prediction, where the configuration has no place for it (beit2/modeling_pretrain.py); the feature
+    # BEiT v2's second prediction, where it is left out (beit2/modeling_pretrain.py); the feature
     # pyramid that detection and segmentation add to the encoder (unilm dit/object_detection/ditod/beit.py).
     foreign=re.compile(r"^(cls_pt_(layers|norm|lm_head)|fpn[1-4])\."),
     describe=_describe,

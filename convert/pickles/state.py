@@ -13,10 +13,10 @@ from .names import Forbidden, Global, Module, Namespace, NumpyDtype, PickledTens
 # Programs that save whole objects of their own beside the weights, by an entry that only their files have.
 _TRAINERS = {"pytorch-lightning_version": "Lightning", "message_hub": "mmengine"}
 
-WRAPPERS = ("state_dict", "model", "module", "model_ema", "state_dict_ema")
+WRAPPERS = ("state_dict", "model", "module", "model_ema", "state_dict_ema", "student", "teacher")
 _TRAINED = ("state_dict", "model", "module")
-SETS = {"model": _TRAINED, "raw": _TRAINED, "ema": ("model_ema", "state_dict_ema")}
-"""The names that training loops give to the trained weights and to their moving average."""
+SETS = {"model": _TRAINED, "raw": _TRAINED, "ema": ("model_ema", "state_dict_ema", "teacher")}
+"""The names that training loops give to the trained weights and to their moving average (DINO, iBOT: the teacher)."""
 
 # mmengine's EMAHook exchanges the two when it saves: what is called the state dict is the average.
 _EXCHANGED = "ema_state_dict"

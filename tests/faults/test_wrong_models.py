@@ -300,7 +300,8 @@ def test_prefixes_of_wrappers_are_removed(
 
 
 RELATIVES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
-    "ViT": (lambda s: {n.replace("q_bias", "qkv.bias"): t for n, t in s.items() if "v_bias" not in n}, "qkv.bias"),
+    "ViT": (lambda s: {n: t for n, t in s.items() if not n.endswith(("q_bias", "v_bias"))}, "qkv.bias.*without biases"),
+    "DINOv3": (lambda s: s | {"reg_token": torch.zeros(1, 4, WIDTH)}, "register tokens"),
     "EVA-02": (lambda s: s | {"blocks.0.mlp.fc2.weight": torch.zeros(WIDTH, 24)}, "gated MLP"),
 }
 

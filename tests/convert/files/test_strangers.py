@@ -43,10 +43,16 @@ def arrays(path: Path) -> None:
         np.savez(file, a=np.ones(3))
 
 
-def paddle(path: Path) -> None:
+def paddle(*names: str, mark: bool = True, **entries: Any) -> Write:
     """What paddle.save writes: a pickle of arrays, and of their names in its program."""
-    arrays = {"cls_token": np.ones((1, 1, 2)), "StructuredToParameterName@@": {"cls_token": "create_parameter_0.w_0"}}
-    path.write_bytes(pickle.dumps(arrays, 4))
+    content = {**{name: np.ones((1, 1, 2), np.float32) for name in names}, **entries}
+    table = {"StructuredToParameterName@@": {name: name for name in names}} if mark else {}
+    return lambda path: path.write_bytes(pickle.dumps(content | table, 4)) and None
+
+
+# The first bytes of what paddle.jit.save of paddle 3.3.1 writes, which were looked at.
+PIR = b'{"base_code":{"magic":"pir","trainable":true,"version":4},"program":{"regions":[]}}'
+PDIPARAMS = bytes(16) + b"\x04\0\0\0\x08\x05\x10\x10" + bytes(64)
 
 
 def tar(path: Path) -> None:
@@ -92,8 +98,12 @@ FILES: dict[str, tuple[str, Write, tuple[str, ...]]] = {
     "xz": ("model.pth", content(lzma.compress(b"x" * 99)), ("xz", "unpack")),
     "bzip2": ("model.pth", content(bz2.compress(b"x" * 99)), ("bzip2", "unpack")),
     "zip": ("model.pth", archive("beit/config.json", "beit/model.safetensors"), ("zip archive of 2 files", "unpack")),
-    ".keras": ("model.keras", archive("metadata.json", "config.json", "model.weights.h5"),
-               ("Keras 3", "model.save('NEW.h5')")),
+    ".keras with NumPy's weights": ("model.keras", archive("metadata.json", "config.json", "model.weights.npz"),
+                                    ("weights of NumPy", "model.save('NEW.keras')")),
+    "Keras' weights in shards": ("beit.weights.json", content(b"{}"), ("several files", "model.save('NEW.keras')")),
+    "part of a checkpoint of TensorFlow": ("model.data-00000-of-00001", content(bytes(600)),
+                                           ("a checkpoint of TensorFlow", "model.save('NEW.keras')")),
+    "SavedModel's program": ("saved_model.pb", content(bytes(600)), ("SavedModel", "model.save('NEW.keras')")),
     "TorchScript": ("model.pt", script, ("TorchScript", "torch.jit.load", "state_dict")),
     "torch.export": ("model.pt2", archive("m/archive_format", "m/models/model.json"), ("torch.export.load",)),
     "optimizer": ("optimizer.pt", optimizer, ("state of an optimizer", "give the model")),
@@ -105,8 +115,18 @@ FILES: dict[str, tuple[str, Write, tuple[str, ...]]] = {
     "ZeRO, stage 3": ("zero_pp_rank_0_mp_rank_00_model_states.pt",
                       saved(module={"blocks.0.attn.qkv.weight": torch.ones(0)}, param_shapes=[], **ZERO),
                       ("DeepSpeed's ZeRO", "zero_to_fp32.py")),
-    "Paddle": ("beit.pdparams", paddle, ("Paddle", "t.numpy().T", "paddle.load")),
-    "Paddle under another name": ("beit.bin", paddle, ("Paddle", "paddle.load")),
+    "Paddle's optimizer": ("beit.pdopt", content(b"x"), ("state of an optimizer of Paddle", "give the .pdparams")),
+    "Paddle's optimizer under another name": (
+        "beit.bin", paddle("linear_0.w_0_moment1_0", "linear_0.w_0_beta1_pow_acc_0"), ("optimizer of Paddle",)),
+    "Paddle's SGD": ("beit.bin", paddle(LR_Scheduler={"last_lr": 0.1}), ("optimizer of Paddle",)),
+    "Paddle's settings": ("latest.pdstates", content(b"x"), ("settings of a training in Paddle", "give the .pdparams")),
+    "Paddle's program": ("inference.pdmodel", content(b"x"), ("paddle.jit.save", "paddle.save(model.state_dict()")),
+    "Paddle's program of version 3": ("inference.json", content(PIR), ("paddle.jit.save", "no names", ".pdparams")),
+    "Paddle's numbered weights": ("inference.pdiparams", content(PDIPARAMS), ("paddle.jit.save", ".pdparams")),
+    "Paddle's numbered weights under another name": ("x.bin", content(PDIPARAMS), ("paddle.jit.save", ".pdparams")),
+    "paddle.static.save": (
+        "x.pdparams", paddle("vision_transformer_0.w_0", "linear_0.b_0", mark=False),
+        ("paddle.static.save", "use_structured_name=False")),
     "half a download": ("model.safetensors.incomplete", content(b"x"), ("half a download", "download it again")),
     "part of a distributed checkpoint": ("__0_0.distcp", saved(a=torch.ones(1)), ("give its directory",)),
     "JPEG": ("model.bin", content(b"\xff\xd8\xff\xe0" + bytes(600)), ("a JPEG image",)),
@@ -137,6 +157,7 @@ FOLDERS = {
     "TensorFlow's checkpoint": (("checkpoint", "model.ckpt.index"), ("checkpoint of TensorFlow",)),
     "Orbax": (("_CHECKPOINT_METADATA", "manifest.ocdbt"), ("Orbax",)),
     "half a download": (("model.safetensors.incomplete", "config.json"), ("half a download",)),
+    "Paddle's program": (("inference.json", "inference.pdiparams"), ("paddle.jit.save", ".pdparams")),
     "ONNX": (("model.onnx", "config.json"), ("ONNX", "made of")),
     "training state alone": (("optimizer.pt", "scheduler.pt"), ("training state without its model",)),
 }
@@ -165,11 +186,10 @@ TENSORS = {
     "HQQ": ({"x.W_q": ONE}, ("HQQ",)),
     "compressed-tensors": ({"x.weight_packed": ONE, "x.weight_scale": ONE}, ("compressed-tensors",)),
     "EVA-02": ({"blocks.0.attn.q_proj.weight": ONE, "blocks.0.mlp.fc1_g.weight": ONE}, ("EVA-02",)),
-    "BEiT-3": ({"beit3.encoder.layers.0.self_attn.q_proj.A.weight": ONE}, ("BEiT-3",)),
     "ViT-Adapter": ({"backbone.blocks.0.attn.qkv.weight": ONE, "backbone.level_embed": ONE}, ("ViT-Adapter",)),
     "Mask2Former": ({"decode_head.pixel_decoder.input_convs.0.conv.weight": ONE}, ("Mask2Former",)),
-    "DeiT": ({"blocks.0.attn.qkv.bias": ONE, "blocks.0.attn.qkv.weight": ONE}, ("DeiT", "relative of BEiT")),
-    "Keras 3": ({"layers/dense/vars/0": ONE}, ("Keras 3", "model.save('NEW.h5')")),
+    "DeiT": ({"blocks.0.attn.qkv.bias": ONE, "blocks.0.attn.qkv.weight": ONE}, ("a ViT", "relative of BEiT")),
+    "Keras": ({"layers/dense/vars/0": ONE}, ("Keras", "no names", "model.save('NEW.keras')")),
     "Swin": ({"layers.0.blocks.0.attn.relative_position_bias_table": ONE}, ("Swin",)),
     "optimizer": ({"state.x.exp_avg": ONE}, ("state of an optimizer",)),
 }

@@ -12,12 +12,16 @@ beside torch 2.13 and NumPy, in an environment of its own:
 
     python tests/convert/foreign/make.py tensorflow     # transformers 4.57.6, tensorflow-cpu, tf-keras, without torch
     python tests/convert/foreign/make.py kecam          # keras_cv_attention_models 1.4.3, tensorflow-cpu, tf-keras
+    python tests/convert/foreign/make.py cae            # Atten4Vis/CAE@a7fd162 on PYTHONPATH, torch 2.13.0, timm 1.0.31
+    python tests/convert/foreign/make.py beitv2         # microsoft/unilm@768a3c8's beit2 on PYTHONPATH, timm 1.0.31
     python tests/convert/foreign/make.py paddle         # paddlepaddle 3.3.1, paddleclas 2.6.0, without torch
 
+The relatives with a bias of the keys are made by make_relatives.py.
 A kind is a folder of what its library wrote, and `logits.npy` [3, classes] float32 of the images in `images.npy`
 [3, 16, 16, 3] float32, as the library computed them with the weights in the files.
 """
 
+import argparse
 import functools
 import os
 import shutil
@@ -342,6 +346,72 @@ def kecam():
     os.remove("large.h5")
 
 
+def cae():
+    """CAE's pre-training with its regressor, decoder and alignment, its classifier, and a probe that attends."""
+    import torch
+
+    utilities = types.ModuleType("furnace.utils")  # asks for code that is not published, and gives a batch norm alone
+    utilities.LP_BatchNorm = torch.nn.BatchNorm1d
+    sys.modules["furnace.utils"] = utilities
+    from models.modeling_cae import ContextAutoencoderViT
+    from models.modeling_finetune import VisionTransformer
+
+    out, norm = folder("cae"), functools.partial(torch.nn.LayerNorm, eps=1e-6)
+    size = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2}
+    size |= {"qkv_bias": True, "norm_layer": norm, "init_values": 0.1}
+    args = types.SimpleNamespace(model_type="cae", regressor_depth=1, decoder_embed_dim=12, decoder_depth=1)
+    narrow = {**size, "embed_dim": 12, "args": args, "decoder_num_heads": 2, "decoder_num_classes": 12}
+    model = randomise(ContextAutoencoderViT(**narrow))
+    images = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
+
+    def save(name, model, kind):
+        settings = argparse.Namespace(model=kind, imagenet_default_mean_and_std=True)
+        # The older container, because the archive would be larger than its tensors.
+        content = {"model": model.state_dict(), "epoch": 3, "args": settings}
+        torch.save(content, out / f"{name}.pth", _use_new_zipfile_serialization=False)
+
+    with torch.no_grad():
+        np.save(out / "encoder.npy", model.encoder(images, torch.zeros(3, 16, dtype=torch.bool)).numpy())
+    save("pretrained", model, "cae_base_patch16_224_8k_vocab")
+
+    def classifier(**options):
+        options = {"num_classes": 5, "args": types.SimpleNamespace(sin_pos_emb=True), **options}
+        return randomise(VisionTransformer(**size, **options))
+
+    model = classifier(use_rel_pos_bias=True)
+    np.save(out / "classifier.npy", compute(model))
+    save("classifier", model, "cae_base_patch16_224")
+    model = classifier(use_mean_pooling=False, lin_probe=True, linear_type="attentive")
+    save("attentive", model, "cae_base_patch16_224")
+    plain = classifier(use_mean_pooling=False, num_classes=16)
+    plain.head = torch.nn.Identity()
+    plain.load_state_dict({n: t for n, t in model.state_dict().items() if n in plain.state_dict()})
+    np.save(out / "attentive.npy", compute(plain))
+
+
+def beitv2():
+    """BEiT v2's pre-training, whose extra blocks predict by the model's head or by one of their own."""
+    import torch
+    from modeling_pretrain import VisionTransformerForMaskedImageModelingCLS
+
+    out, norm = folder("beitv2"), functools.partial(torch.nn.LayerNorm, eps=1e-6)
+    size = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+    size |= {"norm_layer": norm, "init_values": 0.1, "use_abs_pos_emb": False, "use_shared_rel_pos_bias": True}
+    images = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
+    mask = np.random.default_rng(1).random((3, 16)) < 0.4
+    np.save(out / "mask.npy", mask)
+    for name in ("shared", "own"):
+        extra = {"early_layers": 1, "head_layers": 1, "shared_lm_head": name == "shared"}
+        model = randomise(VisionTransformerForMaskedImageModelingCLS(**size, **extra, vocab_size=10))
+        with torch.no_grad():
+            both = model(images, torch.from_numpy(mask), return_all_tokens=True)
+        np.save(out / f"{name}.npy", torch.stack(both).numpy())
+        args = argparse.Namespace(model="beit_base_patch16_224_8k_vocab_cls_pt", **extra)
+        # The older container, because the archive would be larger than its tensors.
+        content = {"model": model.state_dict(), "epoch": 3, "args": args}
+        torch.save(content, out / f"{name}.pth", _use_new_zipfile_serialization=False)
+
+
 def paddle():
     """PaddleClas' CAE and BEiTv2 by `paddle.save`, in every way in which it lays a state dict out."""
     import paddle
@@ -397,7 +467,7 @@ def paddle():
 
 
 KINDS = {each.__name__: each for each in (lightning, accelerate, trainer, distributed, one_rank, mmpretrain, mmseg,
-                                          tensorflow, kecam, paddle)}  # fmt: skip
+                                          tensorflow, kecam, cae, beitv2, paddle)}  # fmt: skip
 
 if __name__ == "__main__":
     os.chdir(HERE)  # some libraries write the path that they are given into the file
