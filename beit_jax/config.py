@@ -7,7 +7,7 @@ transformers has a pair of booleans, this class has one named choice (`position_
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -84,6 +84,7 @@ class BeitConfig:
         aggregate_from, aggregation_layers: BEiT v2's patch aggregation, for masked image modelling only. So many extra
             blocks read the final class token, and the patch tokens after block `aggregate_from`, counted from 1. 0
             means no aggregation.
+        own_aggregation_head: the extra blocks predict by a norm and a head of their own, not by the model's.
         labels: class names in index order. Those of a file that numbers them otherwise than 0 to n - 1 remember its
             numbers (`config_file.NumberedNames`), with which they are written again.
         problem_type: what a classifier's outputs are, as transformers names it: it decides the loss in training and
@@ -95,6 +96,8 @@ class BeitConfig:
             segmentation it is the output of block i - 1, counted from 1: two blocks before the original one.
         add_fpn: for backbones: feature maps at strides 4, 8, 16, 32 (for a patch of 16) instead of the patch's stride.
         reshape_hidden_states: for backbones: maps without the class token, instead of token sequences with it.
+        chained_pooling: for segmentation: every scale of the pooling pyramid reads the output of the one before, as
+            transformers 4's TensorFlow code computes; else every scale reads the map itself.
         pool_scales, auxiliary_*, semantic_loss_ignore_index: for segmentation, as in transformers.
 
     Raises:
@@ -129,6 +132,7 @@ class BeitConfig:
     vocab_size: int = 8192
     aggregate_from: int = 0
     aggregation_layers: int = 0
+    own_aggregation_head: bool = False
     labels: tuple[str, ...] = ()
     problem_type: ProblemType | None = None
     out_indices: tuple[int, ...] = ()
@@ -136,6 +140,7 @@ class BeitConfig:
     add_fpn: bool = False
     reshape_hidden_states: bool = True
     pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    chained_pooling: bool = False
     use_auxiliary_head: bool = True
     auxiliary_channels: int = 256
     auxiliary_num_convs: int = 1
@@ -160,7 +165,7 @@ class BeitConfig:
             raise BeitJaxError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
         if any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
             raise BeitJaxError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.aggregation_layers or self.aggregate_from:
+        if self.aggregation_layers or self.aggregate_from or self.own_aggregation_head:
             self._check_aggregation()
         if self.embedding_size:
             _require(self.embedding_size > 0, "embedding_size", "0 or a positive integer", self.embedding_size)
@@ -187,6 +192,10 @@ class BeitConfig:
         _require(self.task == "masked_image_modeling", "aggregation_layers", f"0 for {self.task}", "more")
         _require(self.aggregation_layers > 0, "aggregation_layers", "a positive integer", self.aggregation_layers)
         _require(0 < self.aggregate_from <= depth, "aggregate_from", f"a block, 1 to {depth}", self.aggregate_from)
+
+    def without_aggregation(self) -> "BeitConfig":
+        """Returns the model without its extra blocks, which only pre-training has a use for."""
+        return replace(self, aggregate_from=0, aggregation_layers=0, own_aggregation_head=False)
 
     def _check_taps(self) -> None:
         states, last = self.tapped_states, self.num_hidden_layers

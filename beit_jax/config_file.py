@@ -56,9 +56,11 @@ _BACKBONE_DEFAULTS: Mapping[str, Any] = {"add_fpn": False, "reshape_hidden_state
 _OWN_DEFAULTS: Mapping[str, Any] = {
     "aggregate_from": 0,
     "aggregation_layers": 0,
+    "own_aggregation_head": False,
     "use_key_bias": False,
     "use_sub_norm": False,
     "embedding_size": 0,
+    "chained_pooling": False,
 }
 _OTHER_MODEL_KEYS = (
     "model_type architectures image_size patch_size hidden_act use_mean_pooling use_relative_position_bias id2label "

@@ -1,6 +1,7 @@
 """The origin of converted weights, as a native checkpoint records it."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,20 +50,23 @@ def written_by(source: Source, checkpoint: "Checkpoint") -> str | None:
     versions: Any = {**metadata, **content, **(meta if isinstance(meta, Mapping) else {})}
     for key, program in _PROGRAMS.items():
         if key in versions:
-            number = versions[key].partition("+")[0] if isinstance(versions[key], str) else ""  # no commit
+            number = _COMMIT.sub("", versions[key]) if isinstance(versions[key], str) else ""
             return f"{program} {printable(number, 40)}" if number else program
     beside = [program for pattern, program in _BESIDE.items() if any(source.directory.glob(pattern))]
-    return beside[0] if beside else None
+    named = [program for format, program in _LIBRARIES.items() if checkpoint.format.startswith(format)]
+    framework = _FRAMEWORKS.get(str(metadata.get("format")))
+    return next(iter([*beside, *named]), framework)
 
 
+_COMMIT = re.compile(r"\+.*|[0-9a-f]{40}$", re.DOTALL)  # mmengine writes its own right behind the version
 # By an entry of a file, or of its metadata; the value is the version.
 _PROGRAMS = {
     "pytorch-lightning_version": "Lightning",
     "mmengine_version": "mmengine",
     "mmcv_version": "mmcv",
     "ds_version": "DeepSpeed",
-    "keras_version": "Keras",
     "transformers_version": "transformers",
+    "keras_version": "Keras",
     "pretrained_cfg": "timm",
 }
 # By a file beside the weights.
@@ -70,6 +74,21 @@ _BESIDE = {
     "trainer_state.json": "transformers' Trainer",
     "random_states_*.pkl": "accelerate's save_state",
     ".metadata": "torch.distributed.checkpoint",
+}
+
+# By the type of the file, where no program names itself in it; by what safetensors' metadata calls the framework.
+_LIBRARIES = {
+    "pytorch": "PyTorch (torch.save)",
+    "paddle": "Paddle (paddle.save)",
+    "flax": "Flax",
+    "pickle of arrays": "pickle, with arrays of NumPy",
+}
+_FRAMEWORKS = {
+    "pt": "safetensors, from PyTorch",
+    "tf": "safetensors, from TensorFlow",
+    "np": "safetensors, from NumPy",
+    "flax": "safetensors, from Flax",
+    "pd": "safetensors, from Paddle",
 }
 
 

@@ -1,6 +1,8 @@
 """Describes a checkpoint, in words for people and as data for programs. Reads no tensor."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,16 +94,23 @@ def describe_plan(plan: "Plan") -> list[str]:
     from beit_jax.convert.provenance import written_by
 
     revision = f" at {plan.source.revision}" if plan.source.revision else ""
-    dropped = f", {len(plan.dropped)} left out" if plan.dropped else ""
+    dropped = f", {len(plan.dropped)} left out{_computed(plan)}" if plan.dropped else ""
     program = written_by(plan.source, plan.checkpoint)
     lines = [
         f"source       {printable(plan.source.name)}{revision}",
         f"files        {', '.join(printable(file.name) for file in plan.checkpoint.files)} ({plan.checkpoint.format})",
-        *([f"written by   {program}"] if program else []),
+        f"written by   {program or 'a program that its files do not name'}",
         f"naming       {plan.naming.name}, {len(plan.checkpoint.tensors)} tensors{dropped}",
         *_describe_model(plan.config, plan.images.found, {str(spec.dtype) for spec in plan.specs.values()}),
     ]
     return [*lines, *(f"note         {note}" for note in plan.notes)]
+
+
+def _computed(plan: "Plan") -> str:
+    """Those among the tensors that are left out which a model computes, by their last names; notes tell the others."""
+    names = [re.split(r"[./]", name)[-1] for name in plan.dropped if plan.naming.derived.search(name)]
+    counts = [f"{printable(name.removesuffix(':0'), 60)} ({count})" for name, count in sorted(Counter(names).items())]
+    return f" (computed: {', '.join(counts)})" if counts else ""
 
 
 def plan_as_dict(plan: "Plan") -> dict[str, Any]:

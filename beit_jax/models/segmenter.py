@@ -88,7 +88,7 @@ class UperHead(nnx.Module):
             setattr(self, f"smooth_{i}", ConvNorm(d, d, 3, dtype=dtype, rngs=rngs))
         self.fuse = ConvNorm(4 * d, d, 3, dtype=dtype, rngs=rngs)
         self.classifier = PixelClassifier(d, config.num_labels, dtype=dtype, rngs=rngs)
-        self.pool_scales = scales
+        self.pool_scales, self.chained = scales, config.chained_pooling
 
     def __call__(
         self, maps: list[Float[Array, "b _h _w d"]], train: bool, key: Key[Array, ""] | None
@@ -104,10 +104,11 @@ class UperHead(nnx.Module):
 
     def pooled(self, x: Float[Array, "b h w d"], train: bool) -> Float[Array, "b h w d"]:
         """The coarsest map, fused with its averages over 1, 2 x 2, 3 x 3 and 6 x 6 bins, in as many channels."""
-        parts = [
-            resize_bilinear(getattr(self, f"pool_{i}")(adaptive_average_pool(x, scale), train), map_size(x))
-            for i, scale in enumerate(self.pool_scales)
-        ]
+        parts, read = [], x
+        for i, scale in enumerate(self.pool_scales):
+            bins = getattr(self, f"pool_{i}")(adaptive_average_pool(read, scale), train)
+            parts.append(resize_bilinear(bins, map_size(x)))
+            read = bins if self.chained else x
         return self.bottleneck(jnp.concatenate([x, *parts], axis=-1), train)
 
 

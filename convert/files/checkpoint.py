@@ -19,10 +19,13 @@ from beit_jax.hub import WEIGHTS as NATIVE
 
 from ..pickles.state import names_part
 from . import adapters, distributed_folder, strangers
+from .array_pickle import ArrayPickle
 from .h5_file import H5File
+from .keras_archive import is_keras, open_keras
 from .msgpack_file import MsgpackFile
 from .safetensors_file import SafetensorsFile
 from .shard_index import INDEX_SUFFIX, ShardIndex
+from .torch_container import is_legacy
 from .torch_file import PickleFile
 from .weight_file import RandomAccessFile, TensorInfo, WeightFile
 
@@ -39,9 +42,11 @@ WEIGHT_NAMES: Mapping[str, Format] = {
     "flax_model.msgpack": "flax",
     "flax_model.msgpack" + INDEX_SUFFIX: "flax",
     "tf_model.h5": "tensorflow",
+    "tf_model.h5" + INDEX_SUFFIX: "tensorflow",
+    "model.weights.h5": "tensorflow",
 }
 
-Kind = Literal["safetensors", "zip", "pickle", "msgpack", "hdf5"]
+Kind = Literal["safetensors", "zip", "pickle", "arrays", "msgpack", "hdf5", "keras"]
 
 # Parallel training, torch.compile, Lightning and transformers' wrapper of timm's models put one of these before every
 # name of a model. No known format begins with one.
@@ -256,6 +261,8 @@ def _open_file(path: Path, prefer: str | None) -> WeightFile:
         kind = _recognise(file)
         if kind in ("zip", "pickle"):
             return PickleFile(file, zipped=kind == "zip", prefer=prefer)
+        if kind == "arrays":
+            return ArrayPickle(file, prefer)
         part = _READERS[kind](file)
         _check_prefer(prefer, part.tensors, file.label)
         if kind == "safetensors" and path.suffix in {".bin", ".pt", ".pth"}:
@@ -270,6 +277,7 @@ _READERS: Mapping[str, Callable[[RandomAccessFile], WeightFile]] = {
     "safetensors": SafetensorsFile,
     "msgpack": MsgpackFile,
     "hdf5": H5File,
+    "keras": open_keras,
 }
 
 
@@ -287,7 +295,9 @@ def _recognise(file: RandomAccessFile) -> Kind:
             raise BeitJaxError(
                 f"{file.label} is a PyTorch pickle, not safetensors; rename it to .bin to read it as one"
             )
-        return "zip" if head[:4] == b"PK\3\4" else "pickle"
+        if head[:4] == b"PK\3\4":
+            return "keras" if is_keras(head) else "zip"
+        return "pickle" if is_legacy(head) else "arrays"
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return "hdf5"
     if not is_safetensors:

@@ -46,7 +46,7 @@ class ShardIndex:
                     f"{self._label} sends tensor {printable(name)} to {shown(shard)}; "
                     "expected the name of a file beside it, without any folder"
                 )
-        self.owner: dict[str, str] = weight_map
+        self.owner = _without_model(weight_map)
         self.shards = sorted(set(weight_map.values()))
         metadata = content.get("metadata")
         self._total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
@@ -83,6 +83,14 @@ class ShardIndex:
         if self._total_size not in (None, held):
             return [f"{self._label}: total_size is {shown(self._total_size)}, but the shards hold {held} bytes"]
         return []
+
+
+def _without_model(owner: dict[str, str]) -> dict[str, str]:
+    """TensorFlow's index puts the name of the model before all names, which its shards leave out."""
+    model = next(iter(owner)).partition("/")[0]
+    if not model.startswith("tf_") or not all(name.startswith(f"{model}/") and name.endswith(":0") for name in owner):
+        return owner
+    return {name.removeprefix(f"{model}/"): shard for name, shard in owner.items()}
 
 
 def _load(path: Path, label: str) -> dict[str, Any]:

@@ -5,9 +5,8 @@ Either is opened into the unpickled object and the place of every storage's byte
 """
 
 import io
-import struct
 import zipfile
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from beit_jax.errors import BeitJaxError, printable
 
@@ -16,12 +15,12 @@ from ..pickles.names import ITEM_SIZES, PickleError, Storage
 from ..pickles.state import refused
 from .strangers import of_archive, of_entries
 from .weight_file import Extent, RandomAccessFile, read_checked, shown
+from .zip_archive import RecordError, record_extent, zip_entries
 
 _MAGIC = 0x1950A86A20F9469CFC6C
+_MAGIC_OPCODE = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little")
 _PROTOCOL = 1001
-_MAX_DIRECTORY = 16 * 2**20
-_ENCRYPTED, _UTF8 = 0x1, 0x800
-_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_ENCRYPTED = 0x1
 
 
 class Container(Protocol):
@@ -46,61 +45,6 @@ class Container(Protocol):
         """
 
 
-class _FileView(io.RawIOBase):
-    """The file for `zipfile`, which reads the archive's directory. A read of more than `_MAX_DIRECTORY` is refused."""
-
-    def __init__(self, file: RandomAccessFile) -> None:
-        self._file = file
-        self._at = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
-        if self._at < 0:
-            raise OSError("negative position")
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int | None = -1) -> bytes:
-        rest = max(self._file.size - self._at, 0)
-        count = rest if size is None or size < 0 else min(size, rest)
-        if count > _MAX_DIRECTORY:
-            raise zipfile.BadZipFile(f"its directory has {count} bytes; expected at most {_MAX_DIRECTORY}")
-        data = self._file.read(self._at, count, "the archive's directory")
-        self._at += count
-        return data
-
-
-def _zip_entries(file: RandomAccessFile) -> dict[str, zipfile.ZipInfo]:
-    """Returns the records of an archive in file order. The archive must fill the file; no record may stand twice."""
-    try:
-        with zipfile.ZipFile(_FileView(file)) as archive:
-            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-    except BeitJaxError:
-        raise
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error, OverflowError) as error:
-        raise BeitJaxError(
-            f"{file.label} is a truncated or damaged zip archive of {file.size} bytes ({printable(error)}); "
-            "download it again"
-        ) from None
-    # Unlike torch, Python's zipfile takes an archive in the middle of a file. All readers must see the same records.
-    if not entries or entries[0].header_offset != 0:
-        raise BeitJaxError(f"{file.label} has no record at byte 0; expected nothing in front of the archive")
-    if file.read(max(file.size - 22, 0), 4, "the end of the archive") != b"PK\5\6":
-        raise BeitJaxError(f"{file.label} has bytes behind the end of its zip archive; expected none")
-    by_name: dict[str, zipfile.ZipInfo] = {}
-    for entry in entries:
-        name = entry.orig_filename  # .filename ends at a NUL
-        if name in by_name:
-            raise BeitJaxError(f"{file.label} has two records named {printable(name)}; expected one")
-        by_name[name] = entry
-    return by_name
-
-
 class ZipContainer:
     """The zip archive: records ``<any>/data.pkl`` and ``<any>/data/<key>``, none of them compressed."""
 
@@ -108,7 +52,7 @@ class ZipContainer:
 
     def __init__(self, file: RandomAccessFile) -> None:
         self._file = file
-        self._entries = _zip_entries(file)
+        self._entries = zip_entries(file)
         stranger = of_archive(self._entries.keys())
         if stranger is not None:
             raise BeitJaxError(f"{file.label} is {stranger}: expected a state dict written by torch.save")
@@ -144,19 +88,10 @@ class ZipContainer:
 
     def _extent(self, name: str) -> Extent:
         """Returns the place of a record, behind its local header, which must agree with the archive's directory."""
-        entry = self._entries[name]
-        what = f"record {name}"
-        raw_name = name.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
-        start = entry.header_offset + _LOCAL_HEADER.size + len(raw_name)
-        if start + entry.file_size > self._file.size:
-            raise PickleError(f"{what} reaches behind the end of the file")
-        header = self._file.read(entry.header_offset, start - entry.header_offset, what)
-        magic, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
-        if magic != b"PK\3\4" or name_length != len(raw_name) or not header.endswith(raw_name):
-            raise PickleError(f"{what} and the archive's directory disagree")
-        if start + extra_length + entry.file_size > self._file.size:
-            raise PickleError(f"{what} reaches behind the end of the file")
-        return Extent(start + extra_length, entry.file_size, name, entry.CRC)
+        try:
+            return record_extent(self._file, name, self._entries[name])
+        except RecordError as error:
+            raise PickleError(str(error)) from None
 
     def _small_record(self, name: str) -> bytes:
         name = self._folder + name
@@ -236,6 +171,11 @@ class LegacyContainer:
         return extents
 
 
+def is_legacy(head: bytes) -> bool:
+    """True if `head`, the first bytes of a pickle, are the magic number of PyTorch's older files."""
+    return _MAGIC_OPCODE in head[:32]
+
+
 def run_pickle(file: RandomAccessFile, stream: io.BytesIO, machine: PickleMachine) -> object:
     """Returns the object of the next pickle of `stream`.
 
@@ -248,8 +188,13 @@ def run_pickle(file: RandomAccessFile, stream: io.BytesIO, machine: PickleMachin
     return top
 
 
-def run_outer(file: RandomAccessFile, stream: io.BytesIO, machine: PickleMachine) -> tuple[object, tuple[str, ...]]:
+def run_outer(
+    file: RandomAccessFile, stream: BinaryIO, machine: PickleMachine, writer: str = "torch.save"
+) -> tuple[object, tuple[str, ...]]:
     """Returns the object of the next pickle of `stream`, and the names in it that no checkpoint needs.
+
+    Args:
+        writer: what writes such files, for messages.
 
     Raises:
         BeitJaxError: the pickle is damaged; with such names the message is about these.
@@ -263,5 +208,5 @@ def run_outer(file: RandomAccessFile, stream: io.BytesIO, machine: PickleMachine
     if flaw is not None and forbidden:
         raise refused(file.label, forbidden)
     if flaw is not None:
-        raise BeitJaxError(f"the pickle in {file.label} {flaw}; expected a state dict written by torch.save")
+        raise BeitJaxError(f"the pickle in {file.label} {flaw}; expected a state dict written by {writer}")
     return top, forbidden

@@ -3,6 +3,8 @@
 import json
 import shutil
 import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,89 @@ def test_h5_that_is_damaged(tmp_path: Path) -> None:
 def test_h5_without_h5py_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
     refused(KECAM, "h5py", "pip install 'beit-jax[h5]'")
+
+
+# Keras 3's containers. ------------------------------------------------------------------------------------------------
+
+KERAS = [FOREIGN / "keras3/beit.keras", FOREIGN / "keras2/beit.keras"]
+
+
+def repacked(source: Path, target: Path, **options: Any) -> Path:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", **options) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return target
+
+
+@pytest.mark.parametrize("source", KERAS, ids=["Keras 3", "Keras 2"])
+def test_archives_deflated_and_their_weights_alone(source: Path, tmp_path: Path) -> None:
+    """`.weights.h5` of Keras 3 names its layers; that of Keras 2 numbers them, and their order is BEiT's."""
+    pytest.importorskip("h5py")
+    expected = load(resolve(source)).params
+    deflated = repacked(source, tmp_path / "deflated.keras", compression=zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(source) as archive:
+        archive.extract("model.weights.h5", tmp_path)
+    for path in (deflated, (tmp_path / "model.weights.h5").rename(tmp_path / "x.weights.h5")):
+        found = load(resolve(path)).params
+        assert found.keys() == expected.keys() and all(np.array_equal(found[n], expected[n]) for n in expected)
+
+
+def test_a_directory_as_keras_puts_it_on_the_hub(tmp_path: Path) -> None:
+    pytest.importorskip("h5py")
+    with zipfile.ZipFile(KERAS[0]) as archive:
+        archive.extractall(tmp_path)
+    expected, found = load(resolve(KERAS[0])), load(resolve(tmp_path))
+    assert found.config == expected.config
+    assert all(np.array_equal(found.params[n], expected.params[n]) for n in expected.params)
+
+
+def test_archives_that_grow_or_are_packed_otherwise_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("h5py")
+    refused(repacked(KERAS[0], tmp_path / "a.keras", compression=zipfile.ZIP_BZIP2), "method 12", "deflated")
+    with zipfile.ZipFile(tmp_path / "b.keras", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", "{}")
+        archive.writestr("model.weights.h5", bytes(2**22))
+    refused(tmp_path / "b.keras", "model.weights.h5", "grows from", "4194304")
+
+
+def changed_model(source: Path, target: Path, change: Callable[[str], str]) -> Path:
+    """The archive with another configuration of its model."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, change(content.decode()) if name == "config.json" else content)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "needles"),
+    [
+        ('"class_name": "Softmax"', '"class_name": "PositionalEncodingFourierRot"', ("rotary positions",)),
+        ('"activation": "gelu"', '"activation": "mish"', ("activation of its MLP is mish", "gelu")),
+        ("[null, 16, 16, 3]", "[null, 16, 32, 3]", ("16x32", "not square")),
+        ('"target_shape": [-1, 2, 4]', '"target_shape": [-1, 4, 2]', ("2 attention heads", "4 by")),
+    ],
+)
+def test_what_the_configuration_of_a_keras_model_says_counts(
+    old: str, new: str, needles: tuple[str, ...], tmp_path: Path
+) -> None:
+    pytest.importorskip("h5py")
+    refused(changed_model(KERAS[1], tmp_path / "x.keras", lambda text: text.replace(old, new)), *needles)
+
+
+def test_two_tensors_of_the_same_bytes_are_refused(tmp_path: Path) -> None:
+    """The place of a tensor is a number without a checksum in most files of HDF5."""
+
+    def share(h5py: Any, file: Any) -> None:
+        del file["out_ln/out_ln/gamma:0"]
+        file["out_ln/out_ln/gamma:0"] = file["out_ln/out_ln/beta:0"]
+
+    refused(h5(tmp_path / "x.h5", change=share), "share bytes")
+
+
+def test_a_shape_without_its_bytes_is_refused(tmp_path: Path) -> None:
+    def claim(h5py: Any, file: Any) -> None:
+        del file["out_ln/out_ln/gamma:0"]
+        file["out_ln/out_ln"].create_dataset("gamma:0", (2**36,), np.float32, chunks=(2**20,))
+
+    refused(h5(tmp_path / "x.h5", change=claim), "gamma:0", "68719476736", "0 in the file")
