@@ -20,6 +20,7 @@ ORDER = [
     "beit_jax.images",
     "beit_jax.weights",
     "beit_jax.adapters",
+    "beit_jax.kernels",
     "beit_jax.models",
     "beit_jax.tokenizers",
     "beit_jax.convert.pickles",

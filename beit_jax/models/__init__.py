@@ -6,6 +6,6 @@ Parts         `activations`; `position`: position tables at any input size; `int
 Machines      `one_cpu`: the faster forms of one CPU; `partition`: the placement of activations on a mesh of devices
 Around them   `build`: the model of a configuration; `adapt`: a checkpoint for other sizes; `heads`: for other classes
 
-Each textbook form stands in the module of its name; `one_cpu` alone asks for the machine. May import: the ground, which
-is the modules directly in `beit_jax`, `adapters`, and `beit_jax.weights.leaves`.
+Each textbook form stands in the module of its name; `one_cpu`, and `kernels` below this room, ask for the machine. May
+import: the ground, which is the modules directly in `beit_jax`, `adapters`, `kernels`, and `beit_jax.weights.leaves`.
 """

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError
+from beit_jax.kernels.mesh import AVERAGES
 from beit_jax.models.position import Grid
 from beit_jax.tree import Nested
 
@@ -29,13 +30,21 @@ M = TypeVar("M", bound=nnx.Module)
 REMAT: Mapping[Remat, Callable[[Any], Any]] = {
     "none": lambda step: step,
     "block": partial(jax.checkpoint, prevent_cse=False),
-    "dots": partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": partial(
+        jax.checkpoint,
+        prevent_cse=False,
+        policy=jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(AVERAGES),
+        ),
+    ),
 }
 """The rematerialisation of a scanned block: each value wraps the step of the scan.
 
 "block" computes the whole block again on the way back. "dots" keeps the products with parameters, and computes the rest
-again: attention scores too, which are quadratic in the tokens. The forward and the backward pass are two loops, so the
-compiler cannot merge the second computation with the first, and `jax.checkpoint` need not prevent it.
+again: attention scores too, which are quadratic in the tokens. Of attention by a kernel (`beit_jax.kernels.tpu`), which
+has no scores to keep, it keeps the averages too: the kernel runs once. The forward and the backward pass are two loops,
+so the compiler cannot merge the second computation with the first, and `jax.checkpoint` need not prevent it.
 """
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from beit_jax.adapters.kernel import adaptable, casting
 from beit_jax.config import BeitConfig
+from beit_jax.kernels.tpu import for_tpus, project_side_by_side
 from beit_jax.models.attention import attend
 from beit_jax.models.elementary import ACTIVATIONS, dense, dropout, layer_norm
 from beit_jax.models.one_cpu import for_one_cpu, project_by_matrices
@@ -22,12 +23,12 @@ from beit_jax.models.position import Grid, attention_bias, num_relative_offsets
 
 @adaptable
 @for_one_cpu(project_by_matrices)
+@for_tpus(project_side_by_side)
 def project(
     x: Float[Array, "b n *inputs"], kernel: Float[Array, "*both"], bias: Float[Array, "*outputs"]
 ) -> Float[Array, "b n *outputs"]:
-    """``x @ kernel + bias`` over all axes of the inputs, in the dtype of `bias`; kernel: [*inputs, *outputs].
-
-    The heads stay an axis, by which devices share them out.
+    """``x @ kernel + bias`` over all axes of the inputs, in the dtype of `bias`; kernel: [*inputs, *outputs]. The heads
+    stay an axis, by which devices share them out.
     """
     return jnp.tensordot(x, kernel, x.ndim - 2, preferred_element_type=bias.dtype) + bias
 

@@ -209,6 +209,8 @@ class _Counter:
             return sum(leaf.held for leaf in instruction.leaves) + min(operands[0].leaves[0].held, _size(instruction))
         if opcode == "dynamic-update-slice":
             return 2 * min(operands[1].leaves[0].bytes, instruction.leaves[0].held)
+        if opcode == "custom-call":  # a kernel that reads parts of one array has it as an operand for every part
+            operands = list({operand.name: operand for operand in operands}.values())
         return sum(leaf.held for whole in (instruction, *operands) for leaf in whole.leaves)
 
     @staticmethod
@@ -376,13 +378,14 @@ def _convolved(attributes: str, left: _Shape, right: _Shape, result: _Shape) -> 
 
 
 def _library_flops(instruction: Instruction, computation: Computation) -> float:
-    """FLOPs of a product that GPUs leave to cuBLAS or cuDNN; 0 for another call.
+    """FLOPs of a product that GPUs leave to cuBLAS or cuDNN; of a kernel, what it says of itself; 0 for another call.
 
     A call of cuDNN for a gradient keeps the labels of the convolution, forward, of which it is the gradient.
     """
     found = re.search(r'custom_call_target="__(cublas|cudnn)\$(\w+)', instruction.attributes)
     if found is None:
-        return 0.0
+        stated = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.attributes)
+        return float(stated[1]) if stated else 0.0
     library, what = found.groups()
     left, right = (computation.instructions[name].leaves[0].shape for name in instruction.operands[:2])
     result = instruction.leaves[0].shape

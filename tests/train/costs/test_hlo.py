@@ -373,6 +373,26 @@ ENTRY %main (a: f32[8,8]) -> f32[8,8] {
     assert work(text, 1).unknown == ("custom-call",)
 
 
+def test_a_kernel_counts_what_it_says_and_every_array_once() -> None:
+    """It reads queries, keys and values of one array. The line is libtpu's, with the kernel's own text left out."""
+    text = """HloModule step
+
+ENTRY %main (qkv: bf16[8,197,2304], bias: f32[1,12,197,197]) -> bf16[8,197,768] {
+  %qkv = bf16[8,197,2304]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %bias = f32[1,12,197,197]{3,2,1,0:T(8,128)} parameter(1)
+  ROOT %call = bf16[8,197,768]{2,1,0:T(8,128)(2,1)} custom-call(%qkv, %qkv, %qkv, %bias), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[8,197,2304]{2,1,0}, bf16[8,197,2304]{2,1,0}, \
+bf16[8,197,2304]{2,1,0}, f32[1,12,197,197]{3,2,1,0}}, frontend_attributes={kernel_metadata={}}, \
+backend_config={"flag_configs":[],"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"953769984",\
+"transcendentals":"3725664","bytes_accessed":"11545392","remote_bytes_transferred":"0"}}}
+}
+"""
+    found = work(text, 1)
+    assert found.flops == 953_769_984
+    assert found.traffic == 2 * 8 * 200 * (2304 + 768) + 4 * 12 * 200 * 256
+    assert found.unknown == ()
+
+
 def test_a_fusion_that_overlaps_counts_as_a_fusion() -> None:
     """As XLA writes it for GPUs: a slice of stacked parameters, read while something else is computed."""
     text = """HloModule step

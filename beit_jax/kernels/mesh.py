@@ -1,0 +1,76 @@
+"""What kernels are to a mesh: compilers divide none of them, so each device computes its own part of the arrays."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import jax
+from jax import export
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Float
+
+BATCH_AXES = ("data", "fsdp")
+"""The mesh axes that a batch is split over, those of `models.partition`, a room above."""
+HEAD_AXIS = "tensor"
+"""The mesh axis that heads are split over."""
+AVERAGES = "attention averages"
+"""The name of what the kernel makes, for `jax.checkpoint`: kept, nothing of the kernel is computed twice."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The axes of the mesh that arrays are split over; nothing, where there is nothing to split.
+
+    Attributes:
+        batch, heads: axes.
+        shards: parts of the batch.
+        parts: parts of the heads.
+        interpret: whether kernels are interpreted.
+    """
+
+    batch: tuple[str, ...] = ()
+    heads: str | None = None
+    shards: int = 1
+    parts: int = 1
+    interpret: bool = False
+
+    def over_devices(self, function: Callable[..., Any], like: str, to: str) -> Callable[..., Any]:
+        """`function` of each device's part.
+
+        Args:
+            like, to: what each argument and each result is: q for [b n 3 heads e], a for [b n heads e], and B for a
+                bias [shards heads n n].
+        """
+        if not self.batch and self.heads is None:
+            return function
+        batch, heads = self.batch or None, self.heads
+        places = {
+            "q": PartitionSpec(batch, None, None, heads, None),
+            "a": PartitionSpec(batch, None, heads, None),
+            "B": PartitionSpec(batch, heads, None, None),
+        }
+        given, made = (tuple(places[kind] for kind in kinds) for kinds in (like, to))
+        return jax.shard_map(function, in_specs=given, out_specs=made, check_vma=False)
+
+
+def split_of(
+    qkv: Float[Array, "b n 3 heads e"], bias: Float[Array, "shards heads n n"] | None, *, interpret: bool
+) -> Split | None:
+    """How the mesh divides the arrays; None if it cannot, or if their sizes are symbolic (`jax.export`)."""
+    if any(export.is_symbolic_dim(size) for size in qkv.shape):
+        return None
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {name: size for name, size in mesh.shape.items() if size > 1}
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    modes = {types[name] for name in sizes}
+    if modes <= {AxisType.Manual}:  # one device, or a part of the arrays, as somebody else has divided them
+        return Split(interpret=interpret)
+    if modes != {AxisType.Auto}:
+        return None
+    batch = tuple(name for name in BATCH_AXES if name in sizes)
+    shards, parts = prod(sizes[name] for name in batch), sizes.get(HEAD_AXIS, 1)
+    if qkv.shape[0] % shards or (bias is not None and len(bias) not in (1, shards)):
+        return None
+    heads, parts = (None, 1) if parts == 1 or qkv.shape[3] % parts else (HEAD_AXIS, parts)
+    return Split(batch, heads, shards, parts, interpret)
