@@ -1,6 +1,7 @@
 """Recognises a checkpoint: its format, the first of a list that fits, and the model it holds."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from .formats.format import Description, Place, Sighting, SourceFormat, default_
 from .options import Options
 
 if TYPE_CHECKING:
-    from .files.checkpoint import Checkpoint
+    from .files.checkpoint import Checkpoint, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,14 @@ def identify(source: Source, checkpoint: "Checkpoint", formats: Sequence[SourceF
             return json_inside(checkpoint, CONFIG)
         return read_json(config_file)
 
-    place, found = recognise(checkpoint.tensors.keys(), formats, str(source.path), content, options.weights)
+    place, found = recognise(checkpoint.tensors, formats, str(source.path), content, options.weights)
     part = checkpoint.within(place.outer)
     hosted = bool(part.outside) and place.format.is_hosted(place.outer)
+    if options.keep_head and not (hosted and place.format.classifier & part.tensors.keys()):
+        raise BeitJaxError(
+            f"--keep-head: {source.path} holds no encoder within another model that carries a classifier; leave the "
+            "option out"
+        )
     if variant is None:
         inside = found is not None and not os.path.lexists(config_file)
         description = place.format.describe(
@@ -76,14 +82,16 @@ def identify(source: Source, checkpoint: "Checkpoint", formats: Sequence[SourceF
                 num_heads=options.num_heads,
                 aggregate_from=options.aggregate_from,
                 hosted=hosted,
+                keep_head=options.keep_head,
             )
         )
     else:
         config, seen = VARIANTS[variant], ("the variant that was named",)
         description = Description(config, seen, image_preset=default_preset(config), origin=f"--variant {variant}")
+    if hosted and place.format.is_bilinear(place.outer):
+        description = replace(description, config=replace(description.config, position_resize="bilinear"))
     if options.aggregate_from == 0:  # a choice, and no statement about the file
-        without = replace(description.config, aggregate_from=0, aggregation_layers=0)
-        description = replace(description, config=without)
+        description = replace(description, config=description.config.without_aggregation())
     _check_stated(options, description)
     return Identity(place, hosted, part, description)
 
@@ -116,7 +124,7 @@ def json_inside(checkpoint: "Checkpoint", name: str) -> Mapping[str, Any] | None
 
 
 def recognise(
-    names: Collection[str],
+    names: Mapping[str, "TensorInfo"],
     formats: Sequence[SourceFormat],
     file: str,
     content: Callable[[], Mapping[str, Any] | None] = lambda: None,
@@ -125,7 +133,7 @@ def recognise(
     """Returns where the encoder of a file stands, and the content of its ``config.json``.
 
     Args:
-        names: the names of all tensors in the file.
+        names: all tensors in the file by their names.
         formats: the known formats, in the order in which they are asked.
         file: the weights, for messages.
         content: reads ``config.json``; called when the names are those of some format. Returns None if there is none.
@@ -142,7 +150,7 @@ def recognise(
         chosen = _one_encoder(sorted({place.before for place in possible}), names, file, weights)
         found = content()
         for place in possible:
-            if place.before == chosen and place.format.matches(found):
+            if place.before == chosen and place.format.fits(names, place) and place.format.matches(found):
                 return place, found
     if are_adapted(names):
         raise BeitJaxError(f"{file}: it holds an adapter, or weights with one that is not merged: {MERGE}")
@@ -180,9 +188,9 @@ def groups(names: Collection[str], outer: str) -> str:
         outer: what stands before the names of the encoder, whose neighbours are parts of their own.
     """
     counts: Counter[str] = Counter()
-    beside = outer.rstrip(".").split(".")
+    beside = re.split(r"[./]", outer.rstrip("./"))  # Keras and Flax write slashes
     for name in names:
-        path = name.split(".")
+        path = re.split(r"[./]", name)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(path[:-1], beside, strict=False)))
         counts[".".join(path[: shared + 1])] += 1
     shown = [f"{printable(part, 60)} ({count})" for part, count in sorted(counts.items())[:_GROUPS]]

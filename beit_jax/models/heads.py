@@ -203,10 +203,8 @@ def _check_problem(config: BeitConfig, kind: ProblemType | None, classes: int) -
 
 def _classifier(config: BeitConfig) -> BeitConfig:
     """A classifier on the encoder of a model without one."""
-    return replace(
-        config, task="image_classification", add_pooling_layer=True, aggregate_from=0, aggregation_layers=0,
-        embedding_size=0, problem_type=None,
-    )  # fmt: skip
+    encoder = config.without_aggregation()
+    return replace(encoder, task="image_classification", add_pooling_layer=True, problem_type=None, embedding_size=0)
 
 
 def _leaves(

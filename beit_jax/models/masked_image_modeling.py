@@ -24,6 +24,7 @@ class Aggregation(nnx.Module):
 
     The early patches lack what later blocks compute. These blocks can find it in the class token alone, so their loss
     trains the class token too. The rates of stochastic depth continue after the rate of block `aggregate_from`.
+    The model's norm and head predict from them, or some of their own.
 
     Source: microsoft/unilm@768a3c8 beit2/modeling_pretrain.py, `VisionTransformerForMaskedImageModelingCLS`; paper
     section 2.3, arXiv 2208.06366.
@@ -31,6 +32,9 @@ class Aggregation(nnx.Module):
 
     def __init__(self, config: BeitConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.blocks = stacked_blocks(config, config.aggregation_layers, dtype, rngs)
+        if config.own_aggregation_head:
+            self.norm = layer_norm(config, rngs)
+            self.lm_head = dense(config, config.hidden_size, config.vocab_size, dtype, rngs, jnp.float32)
         self.config = config
 
     def __call__(
@@ -120,17 +124,19 @@ class BeitForMaskedImageModeling(nnx.Module):
             output,
             logits=self.predict(last, predicted),
             taps=states[np.searchsorted(every, taps)] if taps else None,
-            aggregated_logits=self.predict(aggregated, predicted),
+            aggregated_logits=self.predict(aggregated, predicted, aggregated=True),
         )
 
     def predict(
-        self, hidden: Float[Array, "b n d"], predicted: Int[ArrayLike, "b k"] | None
+        self, hidden: Float[Array, "b n d"], predicted: Int[ArrayLike, "b k"] | None, *, aggregated: bool = False
     ) -> Float[Array, "b k vocab"]:
         """Logits from hidden states: of all patches, or of the patches in `predicted`.
 
+        Those of the extra blocks are `aggregated`, because these may have a norm and a head of their own.
         The norm is applied even where the encoder has normalised its output (pooling "cls"), as in the reference.
         """
         patches = hidden[:, 1:]
         if predicted is not None:
             patches = jnp.take_along_axis(patches, jnp.asarray(predicted)[..., None], axis=1)
-        return self.lm_head(self.norm(patches))
+        owner = self.aggregation if aggregated and self.config.own_aggregation_head else self
+        return owner.lm_head(owner.norm(patches))

@@ -102,7 +102,8 @@ def _switch(name: str) -> str:
 
 
 _SWITCHES: Mapping[str, str] = {
-    "/aggregation/": "beit_jax.aggregation_layers",
+    "/aggregation/blocks/": "beit_jax.aggregation_layers",
+    "/aggregation/": "beit_jax.own_aggregation_head",
     "/attention/bias_table": "use_relative_position_bias",
     "/attention/q_bias": "beit_jax.use_key_bias",
     "/attention/qkv_bias": "beit_jax.use_key_bias",
@@ -137,6 +138,9 @@ def _model(config: BeitConfig) -> Iterator[tuple[str, Sides]]:
         if config.aggregation_layers:
             depth = (config.aggregation_layers, "beit_jax.aggregation_layers")
             yield from _under("aggregation/blocks/", _blocks(config, depth))
+        if config.own_aggregation_head:
+            yield from _affine("aggregation/norm", hidden)
+            yield from _linear("aggregation/lm_head", hidden, (config.vocab_size, "vocab_size"))
         yield from _affine("norm", hidden)
         yield from _linear("lm_head", hidden, (config.vocab_size, "vocab_size"))
     elif config.task == "image_classification" and config.labels:

@@ -19,6 +19,7 @@ OTHERS = {
     "no pooling": replace(TINY, add_pooling_layer=False),
     "no labels": replace(TINY, task="image_classification"),
     "cls classifier": replace(TINY, task="image_classification", labels=("a",), pooling="cls", num_channels=1),
+    "aggregation with its own head": replace(MASKED, aggregate_from=1, aggregation_layers=1, own_aggregation_head=True),
     "aggregation": replace(MASKED, aggregate_from=2, aggregation_layers=2, position_bias="both", pooling="cls"),
     "heads for segmentation": replace(
         SEGMENTER, auxiliary_num_convs=3, auxiliary_concat_input=True, auxiliary_channels=7, pool_scales=(1, 4)

@@ -113,13 +113,15 @@ def _positions(config: BeitConfig) -> list[tuple[str, tuple[str, int]]]:
     """For every kernel, by its flat name: the part it belongs to, and the positions of an image at which it is used."""
     rows, columns = config.grid
     patches = rows * columns
+    predictions = 2 if config.aggregation_layers and not config.own_aggregation_head else 1
     levels = {"0": 16 * patches, "1": 4 * patches, "2": patches}  # of the feature pyramid, finest first
     coarsest = (rows // 2) * (columns // 2)
     return [
         (r"(beit/)?embeddings/patch_kernel", ("patches", patches)),
         (r"(beit/|aggregation/)?blocks/.*", ("dense", 1 + patches)),
         (r"classifier/.*", ("head", 1)),
-        (r"lm_head/.*", ("head", patches * (2 if config.aggregation_layers else 1))),
+        (r"aggregation/lm_head/.*", ("head", patches)),
+        (r"lm_head/.*", ("head", patches * predictions)),
         (r"fpn/(up4_first|up2)/.*", ("head", patches)),
         (r"fpn/up4_second/.*", ("head", levels["1"])),
         *((rf"decode_head/(lateral|smooth)_{level}/.*", ("head", count)) for level, count in levels.items()),

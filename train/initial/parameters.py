@@ -259,7 +259,7 @@ def _canonical(name: str, config: BeitConfig) -> str:
 
 def _as_classifier(config: BeitConfig) -> BeitConfig:
     """A task whose encoder names begin with ``beit/``, which is all that adaptation reads of a task."""
-    return replace(config, task="image_classification", aggregate_from=0, aggregation_layers=0, embedding_size=0)
+    return replace(config.without_aggregation(), task="image_classification", embedding_size=0)
 
 
 def _taken(

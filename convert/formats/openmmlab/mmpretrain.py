@@ -26,7 +26,7 @@ HEADS: Rules = (*affine("backbone.ln1", "norm"), *linear("head.cls_head", "lm_he
 HEADS_V2: Rules = (
     *affine("neck.norm", "norm"),
     *linear("head.cls_head", "lm_head"),
-    *renamed([each for each in unilm.HEADS if each.flax.startswith("aggregation/")], INTO_NECK),
+    *renamed([each for each in unilm.HEADS if each.flax.startswith("aggregation/blocks/")], INTO_NECK),
 )
 _OUT_INDICES = r"out_indices\s*=\s*[\[(]\s*(-?\d{1,4})\s*,\s*(-?\d{1,4})\s*,?\s*[\])]"
 
@@ -82,6 +82,7 @@ def _refusal(config: BeitConfig) -> str | None:
         "data2vec's regression of features": masked and config.model_type == "data2vec-vision",
         "position biases in each layer of the patch aggregation": config.aggregation_layers > 0
         and config.position_bias == "per_layer",
+        "a head of the patch aggregation's own": config.own_aggregation_head,
         "aggregation of the last block": config.aggregation_layers > 0
         and config.aggregate_from == config.num_hidden_layers,
         f"the activation {config.hidden_act} in the patch aggregation": config.aggregation_layers > 0

@@ -157,9 +157,9 @@ def test_a_part_without_an_encoder(files: Tensors, tmp_path: Path) -> None:
 def test_a_copy_that_a_training_keeps_is_no_choice(
     files: Tensors, params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    """CAE's alignment encoder is a copy of its encoder after every step."""
+    """An alignment encoder is a copy of its encoder after every step, in CAE and in what others make of it."""
     names = original.original_names(files)
-    both = under("encoder.", names) | under("alignment_encoder.", names) | {"regresser.norm.weight": torch.ones(3)}
+    both = under("encoder.", names) | under("alignment_encoder.", names) | {"predictor.weight": torch.ones(3)}
     assert_same(saved(tmp_path / "x.safetensors", both), params)
 
 

@@ -170,7 +170,7 @@ def test_patch_aggregation_by_option(tmp_path: Path) -> None:
     left = plan(resolve(tmp_path / "v2.pth"), Options(aggregate_from=0))
     assert left.config.aggregation_layers == 0
     assert set(left.dropped) == {name for name in state if name.startswith("cls_pt_layers.")}
-    assert any(f"{len(left.dropped)} tensors of heads" in note and "cls_pt_layers" in note for note in left.notes)
+    assert any(note.endswith(f"left out: cls_pt_layers ({len(left.dropped)})") for note in left.notes)
 
 
 @pytest.mark.parametrize(
@@ -204,14 +204,23 @@ def test_patch_aggregation_of_another_size(tmp_path: Path, bias: str, change: di
     np.testing.assert_allclose(tables[1], tables[0] + shift, rtol=0, atol=1e-5)
 
 
-def test_aggregation_with_its_own_head_is_left_out(tmp_path: Path) -> None:
-    """--shared_lm_head False has a second head, for which there is no place; the rest is whole."""
+@pytest.mark.parametrize("where", ["v2.pth", "hf/v2.pth"])  # beside transformers' config.json, which has no word for it
+def test_aggregation_with_a_head_of_its_own(tmp_path: Path, where: str) -> None:
+    """--shared_lm_head False has a second norm and head, which are read, or left out whole with the extra blocks."""
     state, params = aggregated(tmp_path)
-    own = {"cls_pt_norm.weight": torch.ones(32), "cls_pt_lm_head.bias": torch.ones(24)}
-    torch.save({"model": state | own}, tmp_path / "v2.pth")
-    checkpoint = load(resolve(tmp_path / "v2.pth"))
-    assert_same(checkpoint.params, {n: leaf for n, leaf in params.items() if not n.startswith("aggregation/")})
-    assert set(own) < set(plan(resolve(tmp_path / "v2.pth")).dropped)
+    own = {f"cls_pt_{name}": tensor + 1 for name, tensor in state.items() if name.startswith(("norm.", "lm_head."))}
+    assert len(own) == 4
+    torch.save({"model": state | own, "early_layers": 1}, tmp_path / where)
+    checkpoint = load(resolve(tmp_path / where))
+    assert checkpoint.config.own_aggregation_head
+    heads = {f"aggregation/{n}": leaf + 1 for n, leaf in params.items() if n.startswith(("norm/", "lm_head/"))}
+    assert_same(checkpoint.params, params | heads)
+    left = plan(resolve(tmp_path / where), Options(aggregate_from=0))
+    assert not left.config.own_aggregation_head and set(own) < set(left.dropped)
+    torch.save({"model": {n: t for n, t in (state | own).items() if n != "cls_pt_norm.bias"}, "early_layers": 1},
+               tmp_path / where)  # fmt: skip
+    with pytest.raises(BeitJaxError, match=r"1 tensor missing: cls_pt_norm\.bias"):
+        plan(resolve(tmp_path / where))
 
 
 @pytest.mark.parametrize("prefix", ["pretrained.model.", "backbone."])

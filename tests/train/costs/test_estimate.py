@@ -51,6 +51,15 @@ CONFIGS = {
         aggregate_from=1,
         aggregation_layers=2,
     ),
+    "a head of its own": replace(
+        CLASSIFIES,
+        task="masked_image_modeling",
+        position_bias="shared",
+        vocab_size=1024,
+        aggregate_from=1,
+        aggregation_layers=2,
+        own_aggregation_head=True,
+    ),
 }
 IMAGES = 2
 

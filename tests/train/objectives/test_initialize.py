@@ -23,7 +23,12 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.images import ImageProcessor
 from beit_jax.models.build import build_model, param_shapes, statistics
+from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
+from beit_jax.tokenizers.configs import DvaeEncoderConfig
 from beit_jax.train.initial.parameters import Scheme, from_checkpoint, initial_params
+from beit_jax.train.objectives.masked_tokens import MaskedTokens, MaskedTokensRecipe, TokenOptions
+from beit_jax.train.objectives.objective import Sources
+from beit_jax.train.recipe import MaskOptions
 from beit_jax.tree import flatten, unflatten
 from beit_jax.variants import VARIANTS
 from beit_jax.weights import NativeCheckpoint
@@ -391,6 +396,32 @@ def test_pretraining_with_aggregation_layers_starts_from_a_checkpoint() -> None:
     fresh = drawn(AGGREGATING, "pretrain")
     assert all(np.array_equal(found[name], fresh[name]) for name in new)
     assert start(random_checkpoint(AGGREGATING), AGGREGATING)[1] == ((), (), ())
+
+
+def test_pretraining_goes_on_with_both_of_its_heads() -> None:
+    """The head of the aggregation layers is the checkpoint's, unless the recipe says otherwise; one for other tokens is
+    drawn, and so is one that the checkpoint does not have."""
+    own = replace(AGGREGATING, own_aggregation_head=True)
+    heads = {name for name in param_shapes(own) if name.startswith("aggregation/") and "/blocks/" not in name}
+    assert len(heads) == 4
+    checkpoint = random_checkpoint(own)
+    found, report = start(checkpoint, own)
+    assert report == ((), (), ()) and all(np.array_equal(found[name], checkpoint.params[name]) for name in heads)
+    assert set(start(random_checkpoint(AGGREGATING), own)[1][2]) == heads
+    assert set(start(checkpoint, AGGREGATING)[1][1]) == heads
+    both = tuple(f"{part}lm_head/{leaf}" for part in ("aggregation/", "") for leaf in ("bias", "kernel"))
+    assert start(checkpoint, replace(own, vocab_size=41))[1] == ((), both, both)
+
+    tokenizer = TokenizerCheckpoint(DvaeEncoderConfig(vocab_size=own.vocab_size), {})
+    sources, mask = Sources(tokenizer=tokenizer, start=checkpoint), MaskOptions(patches=6, min_block=2)
+    for stated, expected in ((None, True), (True, True), (False, False)):
+        tokens = TokenOptions(aggregate_from=2, aggregation_layers=2, own_head=stated)
+        recipe = MaskedTokensRecipe("test", tokens=tokens, mask=mask)
+        assert MaskedTokens.configure(recipe, (), sources).own_aggregation_head is expected
+    plain = MaskedTokensRecipe("test", mask=mask)
+    assert MaskedTokens.configure(plain, (), sources) == own.without_aggregation()
+    with pytest.raises(BeitJaxError, match=r"--tokens\.own-head: of aggregation layers"):
+        MaskedTokensRecipe("test", tokens=TokenOptions(own_head=True)).check()
 
 
 def test_fine_tuning_has_no_use_for_aggregation_layers() -> None:

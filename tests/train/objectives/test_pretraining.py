@@ -50,6 +50,7 @@ CONFIG = BeitConfig(
     vocab_size=VOCABULARY,
 )  # fmt: skip
 AGGREGATING = replace(CONFIG, **AGGREGATION)
+TWO_HEADS = replace(AGGREGATING, own_aggregation_head=True)
 STUDENT = replace(CONFIG, vocab_size=CONFIG.hidden_size)
 TOKENIZER = DvaeEncoderConfig(n_hid=8, vocab_size=VOCABULARY, group_count=3, n_blk_per_group=1, image_size=(16, 16))
 RECIPE = MaskedTokensRecipe("test", mask=MaskOptions(patches=MOST))
@@ -149,7 +150,7 @@ def logits_of_all(config: BeitConfig, made: Batch) -> Any:
     return jax.jit(lambda model: model(images, made["mask"], aggregate=config.aggregation_layers > 0))(model)
 
 
-@pytest.mark.parametrize("config", [CONFIG, AGGREGATING], ids=["BEiT", "BEiT v2"])
+@pytest.mark.parametrize("config", [CONFIG, AGGREGATING, TWO_HEADS], ids=["BEiT", "BEiT v2", "a head of its own"])
 def test_the_loss_is_that_of_all_patches_selected_by_the_mask(config: BeitConfig) -> None:
     made = batch()
     output, metrics = logits_of_all(config, made), evaluated(config, made)

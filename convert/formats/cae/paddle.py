@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from beit_jax.errors import BeitJaxError
 
-from . import unilm
-from .format import Description, Place, Sighting, SourceFormat, describe_by_config
-from .rules import (
+from .. import unilm
+from ..format import Description, Place, Sighting, SourceFormat, describe_by_config
+from ..rules import (
     ABSENT,
     FLAX_HEADS,
     FLAX_ONE_QKV,
@@ -29,7 +29,7 @@ from .rules import (
 )
 
 if TYPE_CHECKING:
-    from ..files.weight_file import TensorInfo
+    from ...files.weight_file import TensorInfo
 
 _QKV, _PATCHES = "blocks.0.attn.qkv.weight", "patch_embed.proj.weight"
 _OPERATIONS = {LINEAR: KEEP, FUSED_QKV: FLAX_ONE_QKV}
