@@ -10,6 +10,7 @@ Describing BeitConfig, VARIANTS
 Loading    from_pretrained, save_pretrained, build_model, NativeCheckpoint, load, save
 Images     ImageProcessor, preset, open_image
 Using      classify, features, segment
+Serving    load_program, Program: what `beit-jax export --to stablehlo` writes, without Flax
 Looking    interpret: attention, rollout, position bias as arrays; visualize: pictures of them, by matplotlib
 Errors     BeitJaxError
 Speed      keep_freed_memory
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from beit_jax.models.interface import BeitOutput
     from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
     from beit_jax.models.segmenter import BeitBackbone, BeitForSemanticSegmentation
+    from beit_jax.programs.program import Program, load_program
     from beit_jax.variants import VARIANTS
     from beit_jax.weights.native import NativeCheckpoint
 
@@ -67,7 +69,9 @@ _HOME: dict[str, str | tuple[str, str]] = {
     "features": "inference.predict",
     "from_pretrained": "inference.predict",
     "NativeCheckpoint": "weights.native",
+    "Program": "programs.program",
     "load": ("inference.reading", "load_any"),
+    "load_program": "programs.program",
     "save": ("inference.saving", "save_checkpoint"),
     "save_pretrained": "inference.saving",
     "segment": "inference.segmentation",
@@ -88,12 +92,14 @@ __all__ = [
     "BeitOutput",
     "ImageProcessor",
     "NativeCheckpoint",
+    "Program",
     "build_model",
     "classify",
     "features",
     "from_pretrained",
     "keep_freed_memory",
     "load",
+    "load_program",
     "open_image",
     "preset",
     "save",

@@ -1,7 +1,7 @@
 """Commands on checkpoints: `demo`, `inspect`, `convert`, `export` and `parity`. Imports wait until one runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -9,7 +9,14 @@ from beit_jax.cli.arguments import Hub, Json, SourceName, Switch, refuse_given, 
 from beit_jax.convert.formats import LAYOUTS, Layout
 from beit_jax.convert.options import Options
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.programs.options import TARGETS, ProgramOptions, refuse_unused
+from beit_jax.publishing.options import PushOptions
 from beit_jax.terminal import byte_progress, print_json, print_lines, print_table
+
+if TYPE_CHECKING:
+    Target = str
+else:
+    Target = Literal[(Layout, *TARGETS)]
 
 
 def demo(*, out: Path = Path("beit-jax-demo"), json: Json = False) -> int:
@@ -122,33 +129,68 @@ def export(
     native: Positional[Annotated[Path, arg(metavar="NATIVE", help="A native checkpoint.")]],
     dest: Positional[Annotated[Path, arg(metavar="DEST", help="Directory to create.")]],
     *,
-    to: Layout = LAYOUTS[0],
+    to: Target = LAYOUTS[0],
     overwrite: Switch = False,
+    options: Annotated[ProgramOptions, arg(name="")] = ProgramOptions(),
+    push: Annotated[PushOptions, arg(name="")] = PushOptions(),
 ) -> int:
-    """Give a model back to PyTorch: the inverse of convert, through the same tables, bit for bit.
+    """Give a model back to PyTorch: the inverse of convert, through the same tables, bit for bit. Or write a program.
 
     hf: for transformers' from_pretrained. timm: for timm.create_model("local-dir:DEST"). original: checkpoint.pth for
     unilm's scripts. mmpretrain, mmseg: checkpoint.pth and config.py for Open-MMLab 1.x (these three need torch to
     write). peft: the adapter alone, of a model that was trained with --adapter.rank.
+    stablehlo: a program for beit_jax.load_program, on CPUs, NVIDIA GPUs and TPUs, which needs jax and no Flax. onnx:
+    model.onnx, which onnxruntime has run. Both are compared with the model before they are called written.
 
     Try:
       beit-jax export ./native ./for-transformers
       beit-jax export ./native ./for-timm --to timm
+      beit-jax export ./native ./served --to stablehlo
+      beit-jax export ./native ./for-transformers --push your-name/beit-birds --license apache-2.0
 
     Args:
-        to: The layout.
+        to: The layout, or the kind of program.
         overwrite: Replace DEST if it is an earlier export. The old one stays until the new one is complete.
     """
     from beit_jax.convert import exporter
     from beit_jax.hub import WEIGHTS
+    from beit_jax.publishing import push as publishing
     from beit_jax.weights.native import is_native, load, read_config
 
     if not is_native(native):
         way = "give its directory" if native.name == WEIGHTS else "convert it first"
         raise BeitJaxError(f"{printable(native)}: not a native checkpoint (no {WEIGHTS} in it); {way}")
-    exporter.check_export(dest, to, read_config(native), overwrite=overwrite, source=native)
-    notes = exporter.export(load(native), dest, to, overwrite=overwrite, source=native)
+    refuse_unused(options, to)
+    push.check()
+    config = read_config(native)
+    if to == "stablehlo":
+        from beit_jax.programs import stablehlo
+
+        stablehlo.check_export(dest, config, options, overwrite=overwrite, source=native)
+    elif to == "onnx":
+        from beit_jax.programs import onnx_model
+
+        onnx_model.check_export(dest, config, overwrite=overwrite, source=native)
+    else:
+        exporter.check_export(dest, to, config, overwrite=overwrite, source=native)
+    upload = publishing.prepare(push)
+    checkpoint = load(native)
+    if to == "stablehlo":
+        notes = stablehlo.export_program(checkpoint, dest, options, overwrite=overwrite, source=native)
+    elif to == "onnx":
+        notes = onnx_model.export_onnx(checkpoint, dest, options, overwrite=overwrite, source=native)
+    else:
+        notes = exporter.export(checkpoint, dest, to, overwrite=overwrite, source=native)
     print_lines([f"{dest}: written for {to}", *(f"note: {note}" for note in notes)])
+    if upload is not None:
+        from beit_jax.publishing import card
+
+        subject = card.Subject(
+            upload.repository, str(push.license), to, config, checkpoint.provenance, card.start_of(native), notes
+        )
+        kept = not card.write_card(dest, subject)
+        print_lines(publishing.listing(upload, dest, own_card=kept))
+        print_lines([f"uploaded     {upload.send(dest, f'Written by beit-jax export --to {to}')}"])
     return 0
 
 

@@ -264,7 +264,13 @@ def _predictor(checkpoint: str, hub: Hub) -> "Predictor":
     with imports():
         from beit_jax.inference import program_cache
         from beit_jax.inference.reading import read
-    return program_cache.predictor(read(hub.resolve(checkpoint)))
+        from beit_jax.programs.manifest import is_program
+    source = hub.resolve(checkpoint)
+    if is_program(source.path):
+        from beit_jax.programs.program import load_program
+
+        return load_program(source.path).predictor
+    return program_cache.predictor(read(source))
 
 
 def _as_json(path: Path, guesses: "list[Guess] | None", reason: str | None) -> dict[str, Any]:
