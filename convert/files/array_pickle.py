@@ -54,8 +54,7 @@ class ArrayPickle(WeightFile):
             raise BeitJaxError(
                 f"{file.label} is a pickle that torch.save did not write; expected a state dict of tensors"
             )
-        by_paddle = MARK in arrays.top
-        super().__init__(file, "paddle pickle" if by_paddle else "pickle of arrays")
+        super().__init__(file, "paddle pickle" if arrays.by_paddle else "pickle of arrays")
         state = select_state({key: value for key, value in arrays.top.items() if key != MARK}, prefer, file.label)
         if len(state.tensors) > MAX_TENSORS:
             raise BeitJaxError(f"{file.label} lists {len(state.tensors)} tensors; expected at most {MAX_TENSORS}")

@@ -101,6 +101,7 @@ class Arrays:
     Attributes:
         top: the object.
         pieces: the bytes of every tensor, by the key of its storage.
+        by_paddle: `paddle.save` wrote the pickle.
 
     Raises:
         PickleError: an array is not what NumPy writes, or parts of a chunked tensor do not make the whole.
@@ -109,6 +110,7 @@ class Arrays:
     def __init__(self, top: object) -> None:
         self.pieces: dict[str, tuple[Piece, ...]] = {}
         self._done: dict[int, object] = {}  # what a container became: a pickle may be a graph
+        self.by_paddle = isinstance(top, dict) and MARK in top
         self.top = self._resolved(top, 0)
         if isinstance(self.top, dict) and isinstance(chunked := self.top.pop(_CHUNKED, None), dict):
             self._join(self.top, chunked)
@@ -123,6 +125,7 @@ class Arrays:
                 self._done[id(value)] = self._tensor(value)
             case (str(), Record() as record) if isinstance(value, tuple):
                 self._done[id(value)] = self._resolved(record, depth + 1)
+                self.by_paddle = True  # its tensors within other data are (name, array)
             case dict() | list():
                 self._done[id(value)] = value  # first, because it may hold itself
                 for key, entry in list(value.items() if isinstance(value, dict) else enumerate(value)):
