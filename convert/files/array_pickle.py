@@ -50,7 +50,7 @@ class ArrayPickle(WeightFile):
             arrays = Arrays(top)
         except PickleError as error:
             raise BeitJaxError(f"the pickle in {file.label} {printable(error, 300)}; download it again") from None
-        if not isinstance(arrays.top, dict) or not arrays.pieces:
+        if not isinstance(arrays.top, dict) or not arrays.pieces or machine.storages:
             raise BeitJaxError(
                 f"{file.label} is a pickle that torch.save did not write; expected a state dict of tensors"
             )

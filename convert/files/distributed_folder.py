@@ -39,7 +39,7 @@ def within(directory: Path) -> Path | None:
     for folder in (directory, directory / FSDP):
         if (folder / METADATA).is_file():
             return folder
-        if any(folder.glob("*.distcp")):
+        if any(folder.glob("__*.distcp")):
             raise BeitJaxError(
                 f"{printable(folder, 1024)} holds .distcp files of torch.distributed.checkpoint and no {METADATA}, "
                 "which is written last: copy it too, or take an earlier checkpoint"
@@ -127,6 +127,10 @@ class DistributedFolder(WeightFile):
             return
         whole = flat.view(info.dtype).reshape(info.shape)
         for part in parts:
+            if part.sizes[1:] == info.shape[1:]:  # whole rows, as FSDP divides: they lie together
+                row = math.prod(part.sizes[1:]) * info.dtype.itemsize
+                self._read(info, part, flat[part.offsets[0] * row : (part.offsets[0] + part.sizes[0]) * row])
+                continue
             box = np.empty(math.prod(part.sizes) * info.dtype.itemsize, np.uint8)
             self._read(info, part, box)
             place = tuple(slice(first, first + count) for first, count in zip(part.offsets, part.sizes, strict=True))

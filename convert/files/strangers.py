@@ -36,6 +36,10 @@ _PADDLE_PROGRAM = Stranger(
     "convert the .pdparams that it was made of: with its model in Paddle, paddle.save(model.state_dict(), "
     "'NEW.pdparams') writes them",
 )
+_PADDLE_PARTS = Stranger(
+    "a checkpoint of paddle.distributed, in parts",
+    "in Paddle, paddle.save(paddle.distributed.load_merged_state_dict('DIRECTORY'), 'NEW.pdparams') joins them",
+)
 _PADDLE_OPTIMIZER = Stranger("the state of an optimizer of Paddle, no weights", "give the .pdparams beside it")
 
 # First bytes at an offset. The first that fits counts.
@@ -168,6 +172,7 @@ def sharded_by_zero(shapes: Iterable[tuple[int, ...]], entries: Mapping[object, 
 _FILES: tuple[tuple[str, Stranger], ...] = (
     (r"saved_model\.pb", Stranger("a SavedModel of TensorFlow", _KERAS)),
     (r".*\.(pdmodel|pdiparams)", _PADDLE_PROGRAM),
+    (r"\d+\.metadata|\d+_\d+\.distcp", _PADDLE_PARTS),
     (r"zero_to_fp32\.py|zero_pp_rank_.*|.*_optim_states\.pt|global_step\d+", _ZERO),
     (r".*\.ckpt\.index|.*\.data-\d{5}-of-\d{5}",
      Stranger("a checkpoint of TensorFlow", "load it there, and save its model")),
@@ -208,6 +213,8 @@ def of_name(file: str) -> Stranger | None:
         return Stranger("a part of a checkpoint of TensorFlow", f"load all of it there: {_KERAS}")
     if file.endswith(".weights.json"):
         return Stranger("the index of Keras' weights in several files", _KERAS)
+    if re.fullmatch(r"\d+_\d+\.distcp", file):
+        return _PADDLE_PARTS
     if file.endswith(".distcp"):
         return Stranger("a part of a checkpoint of torch.distributed.checkpoint", "give its directory")
     return None

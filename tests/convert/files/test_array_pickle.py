@@ -158,6 +158,13 @@ def test_other_pickles_are_refused(path: Path) -> None:
     path.write_bytes(pickle.dumps({"w": np.ones(2)}) + b"more")
     with pytest.raises(BeitJaxError, match="4 bytes behind its pickle"):
         open_checkpoint(path)
+    # A tensor of torch beside an array, which says that its bytes are the array's.
+    tensor = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\7\0\0\0array 0X\3\0\0\0cpuK\1tQ"
+    rebuilt = b"ctorch._utils\n_rebuild_tensor_v2\n(" + tensor + b"K\0K\1\x85K\1\x85\x89}tR"
+    array = pickle.dumps(np.ones(2, np.float32), 2)[2:-1]
+    path.write_bytes(b"\x80\2}(X\1\0\0\0w" + array + b"X\1\0\0\0x" + rebuilt + b"u.")
+    with pytest.raises(BeitJaxError, match="expected a state dict"):
+        open_checkpoint(path)
     loop: list[object] = [np.ones(2)]
     loop.append(loop)
     with opened(path, {"w": np.ones(2), "args": loop}) as checkpoint:  # a pickle may hold itself

@@ -124,6 +124,8 @@ FILES: dict[str, tuple[str, Write, tuple[str, ...]]] = {
     "Paddle's program of version 3": ("inference.json", content(PIR), ("paddle.jit.save", "no names", ".pdparams")),
     "Paddle's numbered weights": ("inference.pdiparams", content(PDIPARAMS), ("paddle.jit.save", ".pdparams")),
     "Paddle's numbered weights under another name": ("x.bin", content(PDIPARAMS), ("paddle.jit.save", ".pdparams")),
+    "part of Paddle's distributed checkpoint": (
+        "0_0.distcp", content(b"x"), ("paddle.distributed", "load_merged_state_dict")),
     "paddle.static.save": (
         "x.pdparams", paddle("vision_transformer_0.w_0", "linear_0.b_0", mark=False),
         ("paddle.static.save", "use_structured_name=False")),
@@ -158,6 +160,7 @@ FOLDERS = {
     "Orbax": (("_CHECKPOINT_METADATA", "manifest.ocdbt"), ("Orbax",)),
     "half a download": (("model.safetensors.incomplete", "config.json"), ("half a download",)),
     "Paddle's program": (("inference.json", "inference.pdiparams"), ("paddle.jit.save", ".pdparams")),
+    "Paddle's distributed checkpoint": (("0.metadata", "0_0.distcp"), ("paddle.distributed", "load_merged_state_dict")),
     "ONNX": (("model.onnx", "config.json"), ("ONNX", "made of")),
     "training state alone": (("optimizer.pt", "scheduler.pt"), ("training state without its model",)),
 }
