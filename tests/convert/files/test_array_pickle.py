@@ -1,8 +1,7 @@
-"""Pickles of arrays, `paddle.save`'s above all: what is read, what is refused and never run, and damage."""
+"""Pickles of arrays, `paddle.save`'s above all: what is read, and what is refused and never run."""
 
 import os
 import pickle
-import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,9 @@ import numpy as np
 import pytest
 
 from beit_jax.cli.main import main
-from beit_jax.convert import load
 from beit_jax.convert.files.checkpoint import Checkpoint, open_checkpoint
 from beit_jax.errors import BeitJaxError
-from beit_jax.hub import resolve
 
-PADDLE = Path(__file__).parents[1] / "foreign/paddle"
 MARK = "StructuredToParameterName@@"
 
 
@@ -169,28 +165,3 @@ def test_other_pickles_are_refused(path: Path) -> None:
     loop.append(loop)
     with opened(path, {"w": np.ones(2), "args": loop}) as checkpoint:  # a pickle may hold itself
         assert checkpoint.tensors.keys() == {"w"}
-
-
-@pytest.mark.parametrize("file", ["protocol2.pdparams", "BEiTv2.pdparams"])
-def test_damage(file: str, tmp_path: Path) -> None:
-    """An error, or the model; a changed byte within numbers is not noticed, because pickles have no checksum."""
-    whole, path = (PADDLE / file).read_bytes(), tmp_path / file
-    generator = np.random.default_rng(0)
-    for end in generator.integers(0, len(whole), 20):
-        path.write_bytes(whole[:end])
-        with pytest.raises(BeitJaxError):
-            load(resolve(path))
-    shutil.copy(PADDLE / file, path)
-    shapes = {name: leaf.shape for name, leaf in load(resolve(path)).params.items()}
-    read = 0
-    for at in generator.integers(0, len(whole), 200):
-        changed = bytearray(whole)
-        changed[at] ^= 1 << int(generator.integers(8))
-        path.write_bytes(changed)
-        try:
-            found = load(resolve(path)).params
-        except BeitJaxError:
-            continue
-        read += 1
-        assert {name: leaf.shape for name, leaf in found.items()} == shapes
-    assert read > 0
