@@ -155,7 +155,7 @@ class Arrays:
         return PickledTensor(self._stored(kind, (piece,)), 0, shape, strides if fortran else strides[::-1])
 
     def _stored(self, kind: str, pieces: tuple[Piece, ...]) -> Storage:
-        key = f"array {len(self.pieces)}"
+        key = f"array {len(self.pieces)}"  # nothing is ever taken out of `pieces`
         self.pieces[key] = pieces
         return Storage(kind, key, sum(piece.nbytes for piece in pieces) // int(_SIZES[kind]))
 
@@ -172,7 +172,7 @@ class Arrays:
             numel = sum(part.storage.numel for part in found)
             if len(found) != len(names) or len(kinds) != 1 or name in entries or numel != math.prod(shape):
                 raise PickleError(f"has parts of {name} that do not make a tensor of shape {list(shape)}")
-            pieces = tuple(piece for part in found for piece in self.pieces.pop(part.storage.key))
+            pieces = tuple(piece for part in found for piece in self.pieces[part.storage.key])
             strides = tuple(accumulate(shape[:0:-1], lambda stride, size: stride * size, initial=1))[::-1]
             entries[name] = PickledTensor(self._stored(kinds.pop(), pieces), 0, shape, strides)
 

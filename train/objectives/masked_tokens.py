@@ -110,8 +110,7 @@ class MaskedTokens(MaskedImages[MaskedTokensRecipe], WholeModel[MaskedTokensReci
             vocab_size=sources.tokenizer.config.vocab_size,
             aggregate_from=recipe.tokens.aggregate_from,
             aggregation_layers=recipe.tokens.aggregation_layers,
-            own_aggregation_head=recipe.tokens.aggregation_layers > 0
-            and (config.own_aggregation_head if recipe.tokens.own_head is None else recipe.tokens.own_head),
+            own_aggregation_head=_own_head(recipe.tokens, sources),
         )
         _check_channels(sources, config.num_channels)
         BlockMask(config.grid, recipe.mask)  # refuses what cannot be hidden before a run begins
@@ -259,6 +258,12 @@ class MaskedTokens(MaskedImages[MaskedTokensRecipe], WholeModel[MaskedTokensReci
         config = self.config.without_aggregation()
         kept = {name: leaf for name, leaf in flatten(state.params).items() if not name.startswith("aggregation/")}
         return {"model": Result(config, unflatten(kept))}
+
+
+def _own_head(tokens: TokenOptions, sources: Sources) -> bool:
+    """True if the aggregation layers have a head of their own: as the recipe says, or the checkpoint has it."""
+    brought = sources.start is not None and sources.start.config.own_aggregation_head
+    return tokens.aggregation_layers > 0 and (brought if tokens.own_head is None else tokens.own_head)
 
 
 def _check_channels(sources: Sources, channels: int) -> None:

@@ -64,10 +64,12 @@ def test_a_tensor_in_parts(protocol: int, path: Path) -> None:
     whole = np.random.default_rng(0).standard_normal((30, 20)).astype(np.float32)
     parts = {f"w@@.{i}": part for i, part in enumerate(np.split(whole.reshape(-1), [250, 500]))}
     cut = {"OriginShape": whole.shape, "slices": list(parts)}
-    content = {**parts, "b": np.ones(2), MARK: {}, "UnpackBigParamInfor@@": {"w": cut}}
+    first, *others = parts.items()
+    content = dict([first, ("b", np.ones(2)), *others, (MARK, {}), ("UnpackBigParamInfor@@", {"w": cut})])
     with opened(path, content, protocol) as checkpoint:
         assert checkpoint.tensors.keys() == {"w", "b"}
         assert np.array_equal(checkpoint.read("w"), whole)
+        assert np.array_equal(checkpoint.read("b"), np.ones(2))
     for wrong in ({"OriginShape": (30, 21)}, {"slices": ["w@@.0", "w@@.1"]}, {"slices": [*parts, "w@@.3"]}):
         with pytest.raises(BeitJaxError, match="parts of w that do not make a tensor"):
             opened(path, {**content, "UnpackBigParamInfor@@": {"w": cut | wrong}}, protocol)
