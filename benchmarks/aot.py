@@ -22,7 +22,7 @@ from typing import Any
 GIB, MIB = 2**30, 2**20
 HERE = Path(__file__).parent
 RECORDS, PAGE = HERE / "aot.json", HERE / "aot.md"
-COUNTING = 3
+COUNTING = 4
 """Of this program's ways to count and of the training step's programs; rows of earlier ones are compiled again."""
 IS = " as it is"
 TOPOLOGIES = ("v5e:2x4", "v5e:4x4", "v6e:4x4", "2xv5e:4x4")
@@ -153,9 +153,13 @@ Mesh: data x fsdp x tensor. Batch: the published one, of all chips; parts: compu
 from TFLOP on are of one chip in one step. Collectives: how many, and the MB that reach a chip; "between slices" crosses
 the data centre's network, everything else stays within a slice. Step: the longest of products, memory and networks by
 the data sheets (`train/distributed/topology.py` names them), and their sum. Compiler: what libtpu reckons with for all
-kernels in a row, transfers apart; for v6e the clock that would turn its cycles into time is not published. Utilisation:
-the model's own operations, without what is computed again, over the chips' peak, if a step took these bounds. Largest:
-the largest batch that fits in as many parts, where it was looked for (`--largest`).
+kernels in a row, transfers apart, and for the kernels of attention, of which it knows no cycles, their products at the
+chip's peak; for v6e the clock that would turn its cycles into time is not published. Utilisation: the model's own
+operations, without what is computed again, over the chips' peak, if a step took these bounds. Largest: the largest
+batch that fits in as many parts, where it was looked for (`--largest`).
+
+The kernels of attention count with the products that they say they have (4 n n e of a head forward, 10 backward, where
+scores are computed again) and with their arrays, each read or written once: scores stay on the chip.
 """
 
 

@@ -39,8 +39,8 @@ class Split:
         """`function` of each device's part.
 
         Args:
-            like, to: what each argument and each result is: q for [b n 3 heads e], a for [b n heads e], and B for a
-                bias [shards heads n n].
+            like, to: what each argument and each result is: q for [b n 3 heads e], a for [b n heads e], r for
+                [b heads n], and B for a bias [shards heads n n].
         """
         if not self.batch and self.heads is None:
             return function
@@ -48,6 +48,7 @@ class Split:
         places = {
             "q": PartitionSpec(batch, None, None, heads, None),
             "a": PartitionSpec(batch, None, heads, None),
+            "r": PartitionSpec(batch, heads, None),
             "B": PartitionSpec(batch, heads, None, None),
         }
         given, made = (tuple(places[kind] for kind in kinds) for kinds in (like, to))
@@ -57,8 +58,8 @@ class Split:
 def split_of(
     qkv: Float[Array, "b n 3 heads e"], bias: Float[Array, "shards heads n n"] | None, *, interpret: bool
 ) -> Split | None:
-    """How the mesh divides the arrays; None if it cannot, or if their sizes are symbolic (`jax.export`)."""
-    if any(export.is_symbolic_dim(size) for size in qkv.shape):
+    """How the mesh divides the arrays; None if it cannot, or if a size is 0 or symbolic (`jax.export`)."""
+    if any(export.is_symbolic_dim(size) for size in qkv.shape) or not qkv.size:
         return None
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {name: size for name, size in mesh.shape.items() if size > 1}

@@ -133,6 +133,7 @@ def traced_kernels(batch: int, tokens: int, heads: int, shards: int = 1) -> int:
 def test_weights_that_are_dropped_or_returned_take_the_textbook_form() -> None:
     qkv = jnp.ones((2, 5, 3, 2, 64))
     assert kernels(lambda qkv: attend(qkv, None)[0], qkv) > 0
+    assert kernels(lambda qkv: attend(qkv, None)[0], qkv[:0]) == 0  # and so do no samples
     assert kernels(lambda qkv: attend(qkv, None, lambda weights: 2 * weights)[0], qkv) == 0
     assert kernels(lambda qkv: attend(qkv, None, output_attentions=True), qkv) == 0
 

@@ -40,6 +40,7 @@ class Work:
         cycles: the compiler's estimate for all kernels one after the other, without transfers; 0 where it has none.
         collectives: transfers by kind.
         unknown_loops: the number of loops whose length depends on data; their bodies count once.
+        opaque: of `flops`, those of kernels that the compiler does not look into: `cycles` has nothing of them.
         unknown: kinds of instructions that are not known here, or not in this form; they count by their shapes alone.
     """
 
@@ -49,6 +50,7 @@ class Work:
     collectives: tuple[Collective, ...]
     unknown_loops: int
     unknown: tuple[str, ...] = ()
+    opaque: float = 0.0
 
 
 BETWEEN_SLICES = "between slices"
@@ -98,13 +100,14 @@ def work(text: str, devices: int) -> Work:
         counter.collectives(),
         counter.unknown_loops,
         tuple(sorted(counter.unknown)),
+        counter.opaque,
     )
 
 
 class _Counter:
     def __init__(self, computations: Mapping[str, Computation], devices: int):
         self.computations, self.devices = computations, devices
-        self.flops, self.traffic, self.cycles, self.unknown_loops = 0.0, 0.0, 0, 0
+        self.flops, self.opaque, self.traffic, self.cycles, self.unknown_loops = 0.0, 0.0, 0.0, 0, 0
         self.unknown: set[str] = set()
         self._transfers: dict[tuple[str, str], tuple[int, float]] = {}
 
@@ -123,6 +126,7 @@ class _Counter:
                 flops, transfer, inner = 0.0, None, []
                 traffic = 0.0 if fused else self._by_shapes(instruction, computation)
             self.flops += times * flops
+            self.opaque += times * _stated(instruction)
             self.traffic += times * traffic
             self.cycles += 0 if fused else times * _estimated(instruction)
             if transfer is not None:
@@ -377,6 +381,16 @@ def _convolved(attributes: str, left: _Shape, right: _Shape, result: _Shape) -> 
     return 2.0 * pairs * kernel["i"] * outputs["f"] * inputs["b"] / (int(groups[1]) if groups else 1)
 
 
+def _stated(instruction: Instruction) -> float:
+    """FLOPs that a kernel of a library says it has; 0 for anything else."""
+    found = re.search(_STATED, instruction.attributes)
+    return float(found[1] or found[2]) if found and instruction.opcode == "custom-call" else 0.0
+
+
+_STATED = r'"cost_estimate":\{"flops":"?(\d+)|serialized_metadata = "\{\\22flops\\22: \\22(\d+)'
+"""As libtpu writes it, and as JAX does for GPUs."""
+
+
 def _library_flops(instruction: Instruction, computation: Computation) -> float:
     """FLOPs of a product that GPUs leave to cuBLAS or cuDNN; of a kernel, what it says of itself; 0 for another call.
 
@@ -384,8 +398,7 @@ def _library_flops(instruction: Instruction, computation: Computation) -> float:
     """
     found = re.search(r'custom_call_target="__(cublas|cudnn)\$(\w+)', instruction.attributes)
     if found is None:
-        stated = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.attributes)
-        return float(stated[1]) if stated else 0.0
+        return _stated(instruction)
     library, what = found.groups()
     left, right = (computation.instructions[name].leaves[0].shape for name in instruction.operands[:2])
     result = instruction.leaves[0].shape

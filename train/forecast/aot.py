@@ -113,10 +113,15 @@ class Report:
 
     @property
     def kernels(self) -> float | None:
-        """Seconds of all kernels one after the other, as the compiler reckons; None where that is unknown."""
+        """Seconds of all kernels one after the other, as the compiler reckons; None where that is unknown.
+
+        Of the kernels that it does not look into, the products take what the chip's peak says, which is too little.
+        """
         assert self.work is not None
-        clock = self.topology.chip.clock
-        return self.work.cycles / clock if clock and self.work.cycles else None
+        chip = self.topology.chip
+        if not (chip.clock and self.work.cycles):
+            return None
+        return self.work.cycles / chip.clock + self.work.opaque / chip.flops
 
     def utilisation(self, seconds: float) -> float:
         """Share of the devices' peak that the model's own operations are, in a step of so many seconds."""

@@ -388,7 +388,7 @@ backend_config={"flag_configs":[],"custom_call_config":{"body":"TUzv","cost_esti
 }
 """
     found = work(text, 1)
-    assert found.flops == 953_769_984
+    assert found.flops == found.opaque == 953_769_984
     assert found.traffic == 2 * 8 * 200 * (2304 + 768) + 4 * 12 * 200 * 256
     assert found.unknown == ()
 

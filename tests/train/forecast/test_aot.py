@@ -158,6 +158,8 @@ def test_bounds_follow_from_the_data_sheet() -> None:
     assert made.bounds == pytest.approx((0.2, 0.42))
     assert made.utilisation(0.1) == pytest.approx(0.5)
     assert made.kernels == pytest.approx(0.2, rel=0.01)  # 300 million cycles of 1.5 GHz
+    opaque = replace(made, work=replace(made.work, opaque=1.97e12))
+    assert opaque.kernels == pytest.approx(0.21, rel=0.01)  # and a hundredth of what the chip multiplies in a second
     printed = "\n".join(made.lines())
     assert "4.00 of 15.75 GiB a chip: fits" in printed
     assert "utilisation 25% to 12%" in printed
