@@ -205,7 +205,8 @@ def _check_positions(original: Mapping[str, "TensorInfo"], size: list[tuple[int,
             f"{file}: predictions read {2 * width} numbers, the class token and the mean as in DINOv2: a relative of "
             "BEiT, which nothing here computes"
         )
-    rows, kernel = original["pos_embed"].shape[1] if "pos_embed" in original else 2, original.get("patch_embed.proj.weight")
+    rows = original["pos_embed"].shape[1] if "pos_embed" in original else 2
+    kernel = original.get("patch_embed.proj.weight")
     sides = kernel.shape[2:] if kernel is not None and len(kernel.shape) == 4 and 0 not in kernel.shape else (1, 1)
     patches = {height // sides[0] * (width // sides[1]) for height, width in size}
     if rows in patches or (not patches and (rows**0.5).is_integer() and not ((rows - 1) ** 0.5).is_integer()):
