@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import yaml
 from documents import PAGES, ROOT, anchors, blocks, commands, links, mentions, offered
@@ -40,6 +41,8 @@ def run_blocks(page: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, *ki
     monkeypatch.chdir(directory)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(formats, "FORMATS", formats.FORMATS)  # to which a page adds
+    if page.stem == "serving":  # annotations say that sizes are integers, and a free batch behaves like one
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     names: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page.read_text(encoding="utf-8")):
         if block.run not in kinds:
@@ -77,8 +80,8 @@ def test_long_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_every_page_is_for_runs() -> None:
     """Those for work that needs no machine or data of one's own have blocks that run."""
     assert {page.stem for page in runnable("quick", "thorough", "slow")} >= {
-        "converting", "running", "own_data", "own_loop", "finetuning", "pretraining", "adding_a_source_format",
-        "adding_an_objective", "migrating_from_flaxbeit",
+        "converting", "running", "own_data", "own_loop", "finetuning", "pretraining", "serving",
+        "adding_a_source_format", "adding_an_objective", "migrating_from_flaxbeit",
     }  # fmt: skip
 
 

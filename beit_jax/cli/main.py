@@ -83,7 +83,8 @@ COMMANDS: Mapping[str, Command] = {
     "export": Command(
         "conversion",
         "export",
-        "Give a model back to PyTorch: the inverse of convert, through the same tables, bit for bit.",
+        "Give a model back to PyTorch: the inverse of convert, through the same tables, bit for bit. Or write a "
+        "program.",
     ),
     "reconstruct": Command(
         "inference",

@@ -9,11 +9,13 @@ The files are those of Optimum: ``model.onnx`` with ``config.json`` and ``prepro
 """
 
 import importlib
+import io
+import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -157,7 +159,7 @@ def _wrapped(model: Any, config: BeitConfig, features: bool) -> Any:
     """A module that gives tensors, in the order of `names`."""
     import torch
 
-    inputs, outputs = names(config, features)
+    _, outputs = names(config, features)
     encoder = getattr(model, model.base_model_prefix, model) if features else model
 
     class Outputs(torch.nn.Module):
@@ -175,7 +177,6 @@ def _wrapped(model: Any, config: BeitConfig, features: bool) -> Any:
             tokens, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
             return tokens, tokens[:, 1:].mean(1) if pooled is None else pooled
 
-    assert inputs
     return Outputs().eval()
 
 
@@ -227,7 +228,7 @@ def _checked(path: Path, checkpoint: NativeCheckpoint, features: bool) -> list[s
         given = {name: _noise(config, name, batch) for name in inputs}
         expected = list(model(params, *(_channels_last(value) for value in given.values())).values())
         for found, wanted in zip(session.run(list(outputs), given), expected, strict=True):
-            ours = _channels_first(np.asarray(wanted), config, outputs)
+            ours = _channels_first(np.asarray(wanted))
             error = float(np.abs(found - ours).max()) if found.shape == ours.shape else float("inf")
             worst, largest = max(worst, error), max(largest, float(np.abs(ours).max()))
             if not error <= TOLERANCE * max(1.0, float(np.abs(ours).max())):
@@ -263,22 +264,18 @@ def _channels_last(value: np.ndarray) -> np.ndarray:
     return np.moveaxis(value, 1, -1) if value.ndim == 4 else value
 
 
-def _channels_first(value: np.ndarray, config: BeitConfig, outputs: tuple[str, ...]) -> np.ndarray:
+def _channels_first(value: np.ndarray) -> np.ndarray:
     return np.moveaxis(value, -1, 1) if value.ndim == 4 else value
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Keeps torch's progress and its deprecations of itself from the terminal."""
-    import contextlib
-    import io
-    import logging
-
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
