@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 START, DIVISION = 2**31, 2**31 + 1
 """Branches of the seed's key from which a run starts. Its steps have keys of the same seed, by their numbers."""
 
+GATHER_FIRST = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+"""For libtpu: parameters that are split over "fsdp" are gathered, and then multiplied. From some MiB on, libtpu would
+multiply each part as it comes around a ring instead, and read and write the sum of the products, which is as large as
+the activations, once for every part."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -63,7 +68,9 @@ class Program:
             division=self.objective.division,
             seed=self.recipe.run.seed,
         )
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+        tpus = self.mesh.devices.flat[0].platform == "tpu"
+        places = (self.shardings, None)
+        return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=GATHER_FIRST if tpus else None)
 
     def lower(self) -> jax.stages.Lowered:
         """The step traced for the mesh's devices, which may belong to another machine."""
