@@ -14,7 +14,7 @@ from beit_jax.json_file import parse_json, read_json
 from beit_jax.variants import VARIANTS
 
 from .files.adapters import MERGE, are_adapted
-from .files.strangers import of_names, quantised
+from .files.strangers import certainly_of_names, of_names
 from .formats.format import Description, Place, Sighting, SourceFormat, default_preset
 from .options import Options
 
@@ -143,7 +143,7 @@ def recognise(
         BeitJaxError: the names are of no format, or an adapter's; there are several encoders, and `weights` chooses
             none. The message shows a few of them.
     """
-    if (changed := quantised(names)) is not None:
+    if (changed := certainly_of_names(names)) is not None:
         raise BeitJaxError(f"{file}: {changed}")
     possible = [place for each in formats for place in each.places_in(names)]
     if possible:
@@ -157,6 +157,9 @@ def recognise(
     stranger = of_names(names)
     if stranger is not None:
         raise BeitJaxError(f"{file}: {stranger}")
+    kind = (content() or {}).get("model_type")
+    if kind is not None and kind not in ("beit", "data2vec-vision"):
+        raise BeitJaxError(f"{file}: {printable(kind)}, as its config.json says; nothing here computes that model")
     shown = ", ".join(printable(name, 60) for name in sorted(names)[:3])
     known = ", ".join(each.name for each in formats)
     raise BeitJaxError(f"{file}: no BEiT names (known: {known}) among those of its {len(names)} tensors: {shown}, ...")

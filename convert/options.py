@@ -38,6 +38,9 @@ class Options:
     """A published model (see beit-jax list) to take a file for, instead of recognising it."""
     num_heads: int | None = None
     """The number of attention heads, where neither a bias table nor a configuration beside the weights states it."""
+    keep_head: bool = False
+    """Of an encoder within another model, such as MiDaS or ZoeDepth, keep the classifier that it carries. These models
+    do not use it; where they trained the encoder further, it no longer fits."""
     aggregate_from: int | None = None
     """BEiT v2's pre-training files: the block, counted from 1, whose patches the extra blocks read (its early_layers),
     where the file does not say it. 0 leaves these blocks out."""

@@ -80,8 +80,8 @@ def _other_files(unexpected: Collection[str], wrong_dtype: Collection[str]) -> s
         return str(found)
     if wrong_dtype:
         return (
-            "its weights are quantised: load it with the library that quantised it, and convert what "
-            "model.dequantize().save_pretrained(DIRECTORY) writes, or the checkpoint from before"
+            "its weights are quantised: load it with the library that quantised it, and save it in the numbers that "
+            "model.dequantize() gives, or convert the checkpoint from before"
         )
     return None
 

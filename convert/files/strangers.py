@@ -77,6 +77,8 @@ def of_bytes(head: bytes, suffix: str) -> Stranger | None:
         size = text.partition(b"\nsize ")[2].split(b"\n")[0]
         found = f"a Git LFS pointer to a file of {printable(size.decode('latin-1'))} bytes (run: git lfs pull)"
         return Stranger(found, "the weights themselves are not here yet")
+    if text.startswith(b"<?xml") and b"<net " in text:
+        return Stranger("OpenVINO, a program", _ORIGINAL)
     if text.startswith(b"<"):
         return Stranger("an HTML or XML page, probably an error message saved as weights", _AGAIN)
     if text.startswith(b"{") and re.search(rb'"magic"\s*:\s*"pir"', text[:100]):
@@ -201,6 +203,8 @@ def of_name(file: str) -> Stranger | None:
     """Returns what a file is by its name alone; None for any name that weights may have."""
     if file.endswith((".incomplete", ".crdownload", ".part", ".download", ".aria2")):
         return Stranger("half a download, as its name says", _AGAIN)
+    if file.endswith((".onnx.data", ".onnx_data")):
+        return Stranger("the numbers of an ONNX program", _ORIGINAL)
     if file.endswith((".pdmodel", ".pdiparams", ".pdiparams.info")):
         return _PADDLE_PROGRAM
     if file.endswith(".pdopt"):
@@ -221,20 +225,30 @@ def of_name(file: str) -> Stranger | None:
 
 
 _BEFORE = "convert the checkpoint from before"
+# transformers 5.23 writes no model that it has dequantised by save_pretrained; what these write is read.
+_SAVED = "'NEW/pytorch_model.bin') with its config.json beside it"
 _DEQUANTISED = (
-    f"convert what model.dequantize().save_pretrained(DIRECTORY) writes, or {_BEFORE.removeprefix('convert ')}"
+    f"load it there, and torch.save({{n: t.dequantize() for n, t in model.state_dict().items()}}, {_SAVED} writes the "
+    f"numbers, rounded as they are; or {_BEFORE}"
 )
+_BY_MODULES = _DEQUANTISED.replace("load it there", "load it there, call model.dequantize()")
+_BY_PARAMETERS = _DEQUANTISED.replace("state_dict().items()", "named_parameters()")
 
 # Libraries that quantise, by the tensors that they add or put in the place of a weight.
 _QUANTISERS: Mapping[str, tuple[str, str]] = {
-    r"\.(SCB|weight_format|(nested_)?(absmax|quant_map)|quant_state\..+)$": ("bitsandbytes", _DEQUANTISED),
+    r"\.(SCB|weight_format|(nested_)?(absmax|quant_map)|quant_state\..+)$": ("bitsandbytes", _BY_MODULES),
     r"[._]weight_(qdata|zero_point|packed_weight)$|:_data$": ("torchao", _DEQUANTISED),
-    r"\.weight\._(data|scale|shift|zeropoint)$": ("quanto", _DEQUANTISED),
+    r"\.weight\._(data|scale|shift|zeropoint)$": ("quanto", _BY_PARAMETERS),
     r"\.(qweight|qzeros|g_idx)$": ("GPTQ or AWQ", _BEFORE),
     r"\.W_q$": ("HQQ", _BEFORE),
-    r"\.weight_(packed|scale|shape|scale_inv)$": ("compressed-tensors (fp8, fp4, int8)", _DEQUANTISED),
+    r"\.weight_(packed|scale|shape|scale_inv)$": ("compressed-tensors (fp8, fp4, int8)", _BEFORE),
     r"\.(input_scale|weight_block_scale|_amax)$": ("ModelOpt (fp8, fp4)", _BEFORE),
 }
+
+# Its blocks are called as BEiT's are, and stand within stages.
+_SWIN = (
+    r"(^|\.)layers\.0\.blocks\.0\.(attn\.(relative_position_bias_table|logit_scale)|attention\.self\.query\.weight)$"
+)
 
 # Models that are no BEiT, by names of their tensors, whatever stands before them.
 _MODELS: Mapping[str, Stranger] = {
@@ -251,8 +265,18 @@ _MODELS: Mapping[str, Stranger] = {
     r"^_?layers/\w+/vars/\d+$": Stranger("weights of Keras whose layers are numbered and have no names", _KERAS),
     r"resblocks\.0\.attn\.in_proj_weight$": Stranger("CLIP of OpenAI or open_clip", _NOTHING),
     r"(^|\.)vision_model\.encoder\.layers\.0\.": Stranger("CLIP or SigLIP of transformers", _NOTHING),
-    r"layers\.0\.blocks\.0\.attn\.relative_position_bias_table$": Stranger("Swin", _NOTHING),
-    r"encoder\.layer\.0\.attention\.attention\.key\.bias$": Stranger("ViT, DeiT or DINO of transformers", _NOTHING),
+    _SWIN: Stranger("Swin, whose attention is within windows", _NOTHING),
+    r"(^|\.)embeddings\.register_tokens$": Stranger("DINOv2 or DINOv3 with registers, of transformers", _NOTHING),
+    r"\.attn\.rel_pos_h$": Stranger("SAM or ViTDet, whose positions are relative in each direction", _NOTHING),
+    r"(^|\.)embeddings\.(class_embedding|patch_embedding\.weight)$": Stranger(
+        "CLIP or SigLIP of transformers", _NOTHING
+    ),
+    r"(^|\.)block\.0\.0\.attention\.self\.query\.weight$": Stranger("SegFormer of transformers", _NOTHING),
+    r"\.(conv_dw|dwconv)\.weight$": Stranger("ConvNeXt, or another model of depthwise convolutions", _NOTHING),
+    r"(^|\.)layer1\.0\.conv1\.weight$": Stranger("a ResNet", _NOTHING),
+    r"layer\.0\.attention\.self\.query\.weight$": Stranger(
+        "a model of BERT's kind (BERT, RoBERTa, LayoutLM) of transformers", _NOTHING
+    ),
     r"(^|\.)(exp_avg|exp_avg_sq|momentum_buffer)$": Stranger(
         "the state of an optimizer, no weights", "give the model's file"
     ),
@@ -262,6 +286,11 @@ _MODELS: Mapping[str, Stranger] = {
 def of_names(names: Collection[str]) -> Stranger | None:
     """Returns what a model, or the form of its weights, is by names of tensors; None if no mark tells it."""
     return quantised(names) or next((s for pattern, s in _MODELS.items() if _any(pattern, names)), None)
+
+
+def certainly_of_names(names: Collection[str]) -> Stranger | None:
+    """Returns what a model is that has names of BEiT's blocks among its own, and is told before these are asked."""
+    return quantised(names) or (_MODELS[_SWIN] if _any(_SWIN, names) else None)
 
 
 def quantised(names: Collection[str]) -> Stranger | None:

@@ -3,11 +3,13 @@
 Source: transformers 5.23 models/beit, models/data2vec and conversion_mapping.py ("BeitModel" and "ViTModel").
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beit_jax.config import BeitConfig
+from beit_jax.errors import BeitJaxError
 from beit_jax.hub import CONFIG, PROCESSOR
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.images.scaling import BY_TYPE
@@ -75,6 +77,8 @@ _SEGMENTATION = SegmentationNames(
 _PYRAMID = ("fpn.fpn1.conv_transpose1", "fpn.fpn1.normalization", "fpn.fpn1.conv_transpose2", "fpn.fpn2")
 
 
+_KEY_BIASES = ("encoder.layer.0.attention.attention.key.bias", "layers.0.attention.k_proj.bias")
+
 EXCHANGED = (
     "transformers 5's from_pretrained exchanges the encoder's norm and the head's norm of a pre-training model with "
     "use_mean_pooling false; docs/converting.md, section 6, says how to load it right"
@@ -82,6 +86,12 @@ EXCHANGED = (
 
 
 def _describe(sighting: Sighting) -> Description:
+    biased = [name for name in _KEY_BIASES if name in sighting.backbone]
+    if biased:
+        raise BeitJaxError(
+            f"{sighting.file}: {biased[0]}: ViT, DeiT, MAE or DINOv2 as transformers names it, whose keys have a bias; "
+            "such models are read under timm's names and those of their own code: give that file of it"
+        )
     found = describe_by_config(sighting)
     return replace(found, seen=(*found.seen, TRANSPOSED)) if is_transposed(found.config) else found
 
@@ -141,6 +151,7 @@ HF = SourceFormat(
     # transformers 5 writes a model that gives feature maps without prefix, except for this norm.
     unused_norm_prefix="beit.",
     hosts=("backbone.",),
+    foreign=re.compile(r"^fpn[1-4]?\."),  # the pyramid of a backbone in another model, of which the encoder is taken
     describe=_describe,
     write=_write,
     refusal=_refusal,

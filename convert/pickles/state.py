@@ -147,6 +147,17 @@ def _is_forbidden(value: object) -> bool:
     return False
 
 
+_QUANTISERS = {
+    "torchao.": "torchao",
+    "optimum.quanto.": "quanto",
+    "bitsandbytes.": "bitsandbytes",
+    "torch.qint": "PyTorch (torch.ao.quantization)",
+    "torch.quint": "PyTorch (torch.ao.quantization)",
+    "torch._utils._rebuild_qtensor": "PyTorch (torch.ao.quantization)",
+}
+"""Who wrote a pickle of quantised weights, by names that it asks for."""
+
+
 def refused(label: str, forbidden: Sequence[str]) -> BeitJaxError:
     """Returns the error of a file whose pickle asks for names that no checkpoint needs."""
     names = sorted(forbidden, key=lambda name: name.startswith("torch."))  # torch's own say less about the file
@@ -157,6 +168,13 @@ def refused(label: str, forbidden: Sequence[str]) -> BeitJaxError:
         return BeitJaxError(
             f"refused: {label} is a whole-module pickle (it asks for {listed}); expected a state dict: "
             "where its code is at hand and trusted, save module.state_dict() instead"
+        )
+    library = next((library for name in names for mark, library in _QUANTISERS.items() if name.startswith(mark)), None)
+    if library is not None:
+        way = "save {n: t.dequantize() for n, t in model.state_dict().items()}, or " * (library == "torchao")
+        return BeitJaxError(
+            f"refused: {label} holds weights quantised by {library} (it asks to run {listed}); {way}convert the "
+            "checkpoint from before. Nothing was run"
         )
     return BeitJaxError(
         f"refused: {label} asks to run {listed}; expected tensors and plain settings only. Nothing was run"

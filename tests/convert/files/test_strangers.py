@@ -129,6 +129,9 @@ FILES: dict[str, tuple[str, Write, tuple[str, ...]]] = {
     "paddle.static.save": (
         "x.pdparams", paddle("vision_transformer_0.w_0", "linear_0.b_0", mark=False),
         ("paddle.static.save", "use_structured_name=False")),
+    "OpenVINO": ("openvino_model.xml", content(b'<?xml version="1.0"?>\n<net name="Model0" version="11">' + bytes(600)),
+                 ("OpenVINO", "made of")),
+    "an ONNX program's numbers": ("model.onnx.data", content(bytes(600)), ("ONNX", "made of")),
     "half a download": ("model.safetensors.incomplete", content(b"x"), ("half a download", "download it again")),
     "part of a distributed checkpoint": ("__0_0.distcp", saved(a=torch.ones(1)), ("give its directory",)),
     "JPEG": ("model.bin", content(b"\xff\xd8\xff\xe0" + bytes(600)), ("a JPEG image",)),
@@ -193,7 +196,31 @@ TENSORS = {
     "Mask2Former": ({"decode_head.pixel_decoder.input_convs.0.conv.weight": ONE}, ("Mask2Former",)),
     "DeiT": ({"blocks.0.attn.qkv.bias": ONE, "blocks.0.attn.qkv.weight": ONE}, ("a ViT", "relative of BEiT")),
     "Keras": ({"layers/dense/vars/0": ONE}, ("Keras", "no names", "model.save('NEW.keras')")),
-    "Swin": ({"layers.0.blocks.0.attn.relative_position_bias_table": ONE}, ("Swin",)),
+    "Swin": (
+        {
+            f"layers.{i}.blocks.0.attn.{name}": ONE
+            for i in (0, 1)
+            for name in ("qkv.weight", "relative_position_bias_table")
+        },
+        ("Swin",),
+    ),
+    "Swin v2": (
+        {f"layers.{i}.blocks.0.attn.{n}": ONE for i in (0, 1) for n in ("qkv.weight", "logit_scale")},
+        ("Swin",),
+    ),
+    "Swin of transformers": ({"encoder.layers.0.blocks.0.attention.self.query.weight": ONE}, ("Swin",)),
+    "ViT of transformers": (
+        {f"vit.encoder.layer.0.attention.attention.{name}": ONE for name in ("query.weight", "key.bias")},
+        ("ViT, DeiT, MAE or DINOv2", "timm's names"),
+    ),
+    "DINOv3 of transformers": ({"embeddings.register_tokens": ONE}, ("DINOv3 with registers",)),
+    "SAM": ({"vision_encoder.layers.0.attn.rel_pos_h": ONE}, ("SAM or ViTDet",)),
+    "CLIP": ({"vision_model.embeddings.class_embedding": ONE}, ("CLIP or SigLIP",)),
+    "SigLIP": ({"embeddings.patch_embedding.weight": ONE}, ("CLIP or SigLIP",)),
+    "SegFormer": ({"segformer.encoder.block.0.0.attention.self.query.weight": ONE}, ("SegFormer",)),
+    "ConvNeXt": ({"stages.0.blocks.0.conv_dw.weight": ONE}, ("ConvNeXt",)),
+    "ResNet": ({"layer1.0.conv1.weight": ONE}, ("ResNet",)),
+    "BERT": ({"encoder.layer.0.attention.self.query.weight": ONE}, ("BERT",)),
     "optimizer": ({"state.x.exp_avg": ONE}, ("state of an optimizer",)),
 }
 
@@ -209,3 +236,17 @@ def test_tensors(
 def test_fp8_is_told_before_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"x.weight": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
     told(tmp_path / "x.safetensors", ("F8_E4M3 (quantised)", "save it as float32 or bfloat16"), capsys)
+
+
+def test_a_model_that_its_config_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever its tensors are called."""
+    save_file({"x.weight": ONE}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "pvt"}')
+    told(tmp_path, ("pvt, as its config.json says",), capsys)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_pickles_of_quantised_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantised = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    torch.save({"blocks.0.attn.qkv.weight": quantised}, tmp_path / "x.pth")
+    told(tmp_path / "x.pth", ("quantised by PyTorch", "checkpoint from before", "Nothing was run"), capsys)
