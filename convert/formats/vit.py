@@ -168,8 +168,11 @@ def _write(naming: SourceFormat, directory: Path, checkpoint: "NativeCheckpoint"
     config = checkpoint.config
     # Only the name says the epsilon, and everything else is an argument.
     name = "vit_base_patch16_224" if config.layer_norm_eps == 1e-6 else "beit3_base_patch16_224"
-    arguments = {"scale_attn_norm": config.use_sub_norm, "scale_mlp_norm": config.use_sub_norm}
-    arguments |= {} if config.use_absolute_position_embeddings else {"pos_embed": "none"}
+    arguments = {
+        "scale_attn_norm": config.use_sub_norm,
+        "scale_mlp_norm": config.use_sub_norm,
+        "pos_embed": "learn" if config.use_absolute_position_embeddings else "none",
+    }
     return timm.write_directory(naming, directory, checkpoint, name, arguments)
 
 

@@ -16,6 +16,7 @@ MASKED = replace(TINY, task="masked_image_modeling", vocab_size=50)
 OTHERS = {
     "absolute": replace(TINY, use_absolute_position_embeddings=True, layer_scale_init_value=0.0),
     "both tables": replace(TINY, position_bias="both", pooling="cls"),
+    "norms within the branches": replace(TINY, use_key_bias=True, use_sub_norm=True, embedding_size=5),
     "no pooling": replace(TINY, add_pooling_layer=False),
     "no labels": replace(TINY, task="image_classification"),
     "cls classifier": replace(TINY, task="image_classification", labels=("a",), pooling="cls", num_channels=1),

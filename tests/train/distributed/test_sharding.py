@@ -101,6 +101,10 @@ def test_blocks_are_split_by_heads_and_hidden_units() -> None:
     assert found["beit/blocks/mlp/fc1/kernel"] == P(None, "fsdp", "tensor")
     assert found["beit/blocks/mlp/fc2/kernel"] == P(None, "tensor", "fsdp")
     assert found["beit/blocks/norm1/scale"] == P()
+    relative = replace(VARIANTS["beit_base_patch16_224"], use_key_bias=True, use_sub_norm=True)
+    found = specs(abstract_model(relative)[1], abstract_mesh(1, 4, 2))
+    assert found["beit/blocks/attention/qkv_bias"] == P(None, None, "tensor", None)
+    assert found["beit/blocks/attention/norm/scale"] == P()
 
 
 def test_axes_that_do_not_divide_are_dropped() -> None:
