@@ -19,6 +19,7 @@ from ..pickles.state import Tensor, refused, select_state
 from .strangers import of_entries
 from .torch_container import run_outer
 from .weight_file import MAX_TENSORS, RandomAccessFile, TensorInfo, WeightFile, checked_info
+from .zip_archive import FileStream
 
 _CHUNK = 1 << 20  # bytes of text that are decoded at once
 
@@ -35,7 +36,7 @@ class ArrayPickle(WeightFile):
     """
 
     def __init__(self, file: RandomAccessFile, prefer: str | None = None) -> None:
-        stream = cast(BinaryIO, io.BufferedReader(_Stream(file), 1 << 16))
+        stream = cast(BinaryIO, io.BufferedReader(FileStream(file), 1 << 16))
         machine = PickleMachine(TABLE, longest=LONGEST)
         top, forbidden = run_outer(file, stream, machine, "paddle.save or torch.save")
         entries: dict[object, object] = top if isinstance(top, dict) else {}
@@ -132,27 +133,3 @@ def _check_length(piece: Piece) -> None:
     most = 2 * piece.nbytes if isinstance(data, Blob) and data.text else piece.nbytes
     if not piece.nbytes <= has <= most:
         raise PickleError(f"has {has} bytes, its shape and dtype ask for {piece.nbytes}")
-
-
-class _Stream(io.RawIOBase):
-    """The file as the pickle machine reads it."""
-
-    def __init__(self, file: RandomAccessFile) -> None:
-        self._file, self._at = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
-        return self._at
-
-    def readinto(self, buffer: object) -> int:
-        view = memoryview(buffer)  # type: ignore[arg-type]
-        count = max(0, min(len(view), self._file.size - self._at))
-        self._file.read_into(self._at, view[:count], "the pickle")
-        self._at += count
-        return count
