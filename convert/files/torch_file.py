@@ -103,7 +103,7 @@ class StoredTensors:
 def _resolve(file: RandomAccessFile, container: Container, name: str, tensor: Tensor) -> tuple[TensorInfo, _View]:
     try:
         if isinstance(tensor, UnsupportedTensor):
-            raise PickleError(f"is {tensor.kind}; expected a dense tensor")
+            raise PickleError(f"is {tensor.kind}; expected a dense tensor, as to_dense() or dequantize() gives")
         dtype = STORAGE_DTYPES.get(tensor.storage.kind)
         if dtype is None:
             raise PickleError(f"has dtype {tensor.storage.kind.removesuffix('Storage')}, which is not converted")

@@ -52,6 +52,11 @@ def _stated(sighting: Sighting) -> dict[str, object]:
 
 
 def _describe(sighting: Sighting) -> Description:
+    if "layers.0.attn.qkv.bias" in sighting.backbone:
+        raise BeitJaxError(
+            f"{sighting.file}: layers.0.attn.qkv.bias: ViT, DeiT 3 or EVA of mmpretrain, whose keys have a bias: a "
+            "relative of BEiT, which is read under timm's names and those of its own code"
+        )
     if sighting.content is not None:
         return describe_by_config(sighting)
     original = as_original(sighting, _stated(sighting))

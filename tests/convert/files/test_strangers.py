@@ -245,8 +245,7 @@ def test_a_model_that_its_config_names(tmp_path: Path, capsys: pytest.CaptureFix
     told(tmp_path, ("pvt, as its config.json says",), capsys)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_pickles_of_quantised_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quantised = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
-    torch.save({"blocks.0.attn.qkv.weight": quantised}, tmp_path / "x.pth")
+def test_a_pickle_of_quantised_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """quantize_dynamic keeps the type of its numbers beside them."""
+    torch.save({"head.scale": ONE, "head._packed_params.dtype": torch.qint8}, tmp_path / "x.pth")
     told(tmp_path / "x.pth", ("quantised by PyTorch", "checkpoint from before", "Nothing was run"), capsys)
