@@ -2,7 +2,7 @@
 
     softmax(query @ key.T / sqrt(e) + bias) @ value
 
-One CPU and TPUs compute other forms of the decorated functions (`beit_jax.models.one_cpu`, `beit_jax.kernels`).
+One CPU, TPUs and GPUs compute other forms of the decorated functions (`beit_jax.models.one_cpu`, `beit_jax.kernels`).
 """
 
 from collections.abc import Callable
@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from beit_jax.kernels import tpu
+from beit_jax.kernels import gpu, tpu
 from beit_jax.models.one_cpu import attend_in_pieces, for_one_cpu, repeated_with_looped_sum, separated_by_a_split
 from beit_jax.models.position import Grid, num_relative_offsets
 
 
 @for_one_cpu(attend_in_pieces)
 @tpu.for_tpus(tpu.attend_by_rows)
+@gpu.for_gpus(gpu.attend_by_tiles)
 def attend(
     qkv: Float[Array, "b n 3 heads e"],
     bias: Float[Array, "shards heads n n"] | None,

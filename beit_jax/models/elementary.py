@@ -11,10 +11,12 @@ from jaxtyping import Array, Float, Key
 
 from beit_jax.adapters.kernel import Linear
 from beit_jax.config import BeitConfig
+from beit_jax.kernels.gpu import for_gpus
 from beit_jax.models.one_cpu import for_one_cpu, gelu_with_derivative
 
 
 @for_one_cpu(gelu_with_derivative)
+@for_gpus(gelu_with_derivative)
 def gelu(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
     """``x * cdf(x)``, with cdf the distribution function of the standard normal distribution (arXiv:1606.08415).
 
