@@ -54,7 +54,7 @@ def test_midas_resizes_position_biases_as_transformers_does() -> None:
 
 
 PARTS = {
-    "midas.pt": ("pretrained.act_postprocess1 (4)", "pretrained.model.head (2)", "scratch ("),
+    "midas.pt": ("pretrained.act_postprocess1 (6)", "pretrained.model.head (2)", "scratch ("),
     "zoedepth.pt": (
         "attractors (",
         "conditional_log_binomial (",
