@@ -171,6 +171,7 @@ def _call(
     interpret: bool,
     scratch: list[Any] | None = None,
 ) -> Callable[..., Any]:
+    inner: list[Any] = ["arbitrary"] * (len(grid) - 1)
     return pl.pallas_call(
         partial(kernel, shape=shape),
         grid=grid,
@@ -180,7 +181,7 @@ def _call(
         scratch_shapes=scratch or [],
         compiler_params=pltpu.CompilerParams(
             # Blocks of heads have nothing in common: a chip of two cores shares them out.
-            dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1)),
+            dimension_semantics=("parallel", *inner),
             vmem_limit_bytes=max(16 * 2**20, shape.held),
         ),
         cost_estimate=cost,
