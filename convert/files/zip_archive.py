@@ -74,7 +74,7 @@ def zip_entries(file: RandomAccessFile) -> dict[str, zipfile.ZipInfo]:
         BeitJaxError: the archive is damaged, or something lies before or behind it.
     """
     try:
-        with zipfile.ZipFile(FileStream(file, _MAX_DIRECTORY)) as archive:  # type: ignore[arg-type]
+        with zipfile.ZipFile(FileStream(file, _MAX_DIRECTORY)) as archive:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     except BeitJaxError:
         raise
