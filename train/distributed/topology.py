@@ -32,7 +32,7 @@ class Topology(ABC):
 
     chip: Chip | Card
     slices: int
-    noun: str
+    noun: ClassVar[str]
 
     @property
     @abstractmethod
