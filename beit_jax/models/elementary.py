@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from beit_jax.adapters.kernel import Linear
-from beit_jax.config import BeitConfig
 from beit_jax.kernels.gpu import for_gpus
 from beit_jax.models.one_cpu import for_one_cpu, gelu_with_derivative
 
@@ -35,14 +35,28 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 """The activation functions, by their names in configurations (`beit_jax.config.Activation`)."""
 
 
-def layer_norm(config: BeitConfig, rngs: nnx.Rngs, width: int | None = None) -> nnx.LayerNorm:
+@runtime_checkable
+class Widths(Protocol):
+    """What the elements take of a `beit_jax.config.BeitConfig`, which this module need not import."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def embedding_size(self) -> int: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+    @property
+    def initializer_range(self) -> float: ...
+
+
+def layer_norm(config: Widths, rngs: nnx.Rngs, width: int | None = None) -> nnx.LayerNorm:
     """LayerNorm over the hidden size or `width` in float32; the variance is the mean squared deviation, as in torch."""
     width, epsilon = width or config.hidden_size, config.layer_norm_eps
     return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
 def dense(
-    config: BeitConfig, inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs, result: DTypeLike | None = None
+    config: Widths, inputs: int, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs, result: DTypeLike | None = None
 ) -> nnx.Linear:
     """A linear layer that computes in `dtype` and returns the dtype `result` (by default `dtype`)."""
     normal = nnx.initializers.normal(config.initializer_range)
@@ -68,7 +82,7 @@ class EmbeddingHead(nnx.Module):
     1e-12 at least.
     """
 
-    def __init__(self, config: BeitConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: Widths, *, dtype: DTypeLike, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(config.initializer_range)
         self.kernel = nnx.Param(normal(rngs.params(), (config.hidden_size, config.embedding_size)))
         self.dtype = dtype
