@@ -113,7 +113,7 @@ class LeafReader:
     def _parts(self, names: Sequence[str], dtype: np.dtype[Any]) -> list[np.ndarray]:
         """Reads the torch tensors of one layer of a leaf, one behind the other in the same buffer."""
         ends = list(accumulate(self.checkpoint.tensors[name].nbytes for name in names))
-        buffer = self._buffer("parts", ends[-1])
+        buffer = self._buffer("parts", sum(ends[-1:]))
         return [
             self._tensor(name, buffer[start:end], dtype)
             for name, start, end in zip(names, [0, *ends], ends, strict=False)
@@ -152,7 +152,8 @@ def _all_finite(array: np.ndarray) -> bool:
 def _check_finite(array: np.ndarray, name: str, info: TensorInfo) -> None:
     if _all_finite(array):
         return
-    bad = ~np.isfinite(array.astype(np.float64)).reshape(-1)
+    with np.errstate(invalid="ignore"):  # a signalling NaN, which a warning would tell beside the error
+        bad = ~np.isfinite(array.astype(np.float64)).reshape(-1)
     first = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), array.shape))
     raise BeitJaxError(
         f"{info.file}: {printable(name)}: {int(bad.sum())} of {array.size} values are NaN or infinite, "
