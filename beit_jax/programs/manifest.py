@@ -117,15 +117,13 @@ def read(directory: str | Path) -> Manifest:
         raise BeitJaxError(f'{printable(path)}: expected the format "{FORMAT}", found "{said}"; export the model again')
     if found != _digest(content):
         raise BeitJaxError(f"{printable(path)}: changed since it was written (its digest is another); {_AGAIN}")
-    values = {item.name: content.get(item.name) for item in fields(Manifest)}
+    values: dict[str, Any] = {item.name: content.get(item.name) for item in fields(Manifest)}
     try:
-        tensors = {
-            side: {name: Tensor(tuple(t["shape"]), t["dtype"]) for name, t in values[side].items()}
-            for side in ("inputs", "outputs")
-        }
-        return Manifest(
-            **{**values, **tensors, "labels": tuple(values["labels"]), "platforms": tuple(values["platforms"])}
-        )
+        for side in ("inputs", "outputs"):
+            values[side] = {name: Tensor(tuple(t["shape"]), t["dtype"]) for name, t in values[side].items()}
+        for name in ("labels", "platforms"):
+            values[name] = tuple(values[name])
+        return Manifest(**values)
     except (AttributeError, KeyError, TypeError) as error:
         raise BeitJaxError(f"{printable(path)}: damaged ({printable(repr(error))}); {_AGAIN}") from None
 

@@ -162,7 +162,7 @@ def _wrapped(model: Any, config: BeitConfig, features: bool) -> Any:
     _, outputs = names(config, features)
     encoder = getattr(model, model.base_model_prefix, model) if features else model
 
-    class Outputs(torch.nn.Module):
+    class Outputs(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
         def __init__(self) -> None:
             super().__init__()
             self.model = encoder

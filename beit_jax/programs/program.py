@@ -7,7 +7,7 @@ model of this library: what a model computes stands in the program.
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from beit_jax.inference.predictor import Guess, OutputName, Pooling, Predictor
 
 BAND: Final = 64  # rows of an image whose logits exist at a time
-Place = jax.Device | jax.sharding.Sharding
+Place: TypeAlias = jax.Device | jax.sharding.Sharding
 
 
 def load_program(path: str | Path, *, device: Place | None = None) -> "Program":
@@ -170,7 +170,7 @@ class Program:
                 f"warm_up: height and width are free, {self.inputs['pixel_values']}; call it once for each"
             )
         for batch in batches or (self.manifest.batch or 1,):
-            jax.block_until_ready(self(np.zeros((batch, *shape[1:]), np.float32)))
+            jax.block_until_ready(self(np.zeros([batch, *map(int, shape[1:])], np.float32)))
 
     def classify(
         self, images: "ImageLike | Iterable[ImageLike]", *, top: int = 5, batch_size: int = 8

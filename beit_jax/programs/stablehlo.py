@@ -7,7 +7,7 @@ on request, of models without tables of positions.
 No name of a file of this machine gets into it: JAX's locations of source lines are left out.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,9 +147,13 @@ class _Call:
 
     def used(self, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The weights that the outputs depend on: an auxiliary head, for one, is for the loss alone."""
-        found = export.export(jax.jit(self.function), platforms=["cpu"])(_abstract(weights), *self.inputs)
+        jaxpr = jax.make_jaxpr(self.function)(_abstract(weights), *self.inputs).jaxpr
+        live = set(_variables(jaxpr.outvars))
+        for equation in reversed(jaxpr.eqns):
+            if not live.isdisjoint(equation.outvars):
+                live.update(_variables(equation.invars))
         names = sorted(weights)  # as JAX flattens a dict
-        return {names[i]: weights[names[i]] for i in found.module_kept_var_idx if i < len(names)}
+        return {name: weights[name] for name, given in zip(names, jaxpr.invars, strict=False) if given in live}
 
     def compute(self, weights: Mapping[str, Any], *inputs: Any) -> dict[str, jax.Array]:
         """The function of the used weights."""
@@ -162,6 +166,11 @@ class _Call:
 
         jitted = jax.jit(beit, keep_unused=True)
         return export.export(jitted, platforms=platforms)(_abstract(weights), *self.inputs)
+
+
+def _variables(atoms: Iterable[Any]) -> Iterator[Any]:
+    """Of what an equation reads, all but the literals, which have a value."""
+    return (atom for atom in atoms if not hasattr(atom, "val"))
 
 
 def _abstract(weights: Mapping[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
