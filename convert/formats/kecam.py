@@ -267,8 +267,8 @@ def _activation(graph: _Graph, file: str) -> Activation:
     layer = graph.reader("block0_mlp_dense_1")
     if not layer:
         return "gelu"
-    found = graph.setting(layer, "activation")
-    found = "silu" if found == "swish" else found
+    stated = graph.setting(layer, "activation")
+    found: Any = "silu" if stated == "swish" else stated
     if graph.kind(layer) != "Activation" or found not in get_args(Activation):
         raise BeitJaxError(
             f"{file}: the activation of its MLP is {printable(found or graph.kind(layer))}; expected one of "
