@@ -1,11 +1,11 @@
 """Writes the relatives of BEiT that stand in this folder, as make.py does the others:
 
-    python tests/convert/foreign/make_relatives.py beit3      # torchscale 0.3.0, fairscale 0.4.13, timm 1.0.31, and
-                                                              # modeling_*.py of unilm@768a3c8 beit3 on PYTHONPATH
-    python tests/convert/foreign/make_relatives.py vit        # timm 1.0.31
-    python tests/convert/foreign/make_relatives.py originals  # timm 1.0.31, and on PYTHONPATH models_*.py, pos_embed.py
-                                                              # of MAE@efb2a80 and, as ibot_vit.py,
-                                                              # models/vision_transformer.py of iBOT@da316d8
+python tests/convert/foreign/make_relatives.py beit3      # torchscale 0.3.0, fairscale 0.4.13, timm 1.0.31, and
+                                                          # modeling_*.py of unilm@768a3c8 beit3 on PYTHONPATH
+python tests/convert/foreign/make_relatives.py vit        # timm 1.0.31
+python tests/convert/foreign/make_relatives.py originals  # timm 1.0.31, and on PYTHONPATH models_*.py, pos_embed.py
+                                                          # of MAE@efb2a80 and, as ibot_vit.py,
+                                                          # models/vision_transformer.py of iBOT@da316d8
 """
 
 import argparse
