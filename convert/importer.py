@@ -269,6 +269,11 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
+def _tensors_of(names: Collection[str]) -> str:
+    """How many tensors, as a sentence begins."""
+    return f"{len(names)} tensor{'' if len(names) == 1 else 's'} of"
+
+
 def _left_out(found: Identity, used: Collection[str]) -> tuple[set[str], list[str]]:
     """Tensors of the part that are no parameters of the model, and notes for the user about those that were learned."""
     naming, outer, tensors = found.place.format, found.place.outer, found.part.tensors
@@ -278,10 +283,10 @@ def _left_out(found: Identity, used: Collection[str]) -> tuple[set[str], list[st
     unused = {name for name in heads & tensors.keys() if name not in used}
     notes = []
     if foreign:
-        notes.append(f"{len(foreign)} tensors of parts that do not exist here left out: {groups(foreign, '')}")
+        notes.append(f"{_tensors_of(foreign)} parts that do not exist here left out: {groups(foreign, '')}")
     if outer:
         others = [*found.part.outside, *(outer + name for name in unused)]
-        rest = f"; {len(others)} tensors of the model around it left out: {groups(others, outer)}" if others else ""
+        rest = f"; {_tensors_of(others)} the model around it left out: {groups(others, outer)}" if others else ""
         notes.append(f"{'encoder' if found.hosted else 'model'} taken from {printable(outer)!r}{rest}")
     if naming.classifier & unused:
         size = next(tensors[name].shape[0] for name in sorted(naming.classifier & unused))
