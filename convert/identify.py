@@ -150,7 +150,7 @@ def recognise(
         chosen = _one_encoder(sorted({place.before for place in possible}), names, file, weights)
         found = content()
         for place in possible:
-            if place.before == chosen and place.format.fits(names, place) and place.format.matches(found):
+            if place.before == chosen and place.format.fits(names, place, found) and place.format.matches(found):
                 return place, found
     if are_adapted(names):
         raise BeitJaxError(f"{file}: it holds an adapter, or weights with one that is not merged: {MERGE}")

@@ -220,7 +220,8 @@ class SourceFormat:
         copies: prefixes under which a training keeps a copy of the encoder beside it, which is not asked for.
         derived: matches the names of tensors that are computed, not learned. They are left out.
         foreign: matches the names of learned tensors of parts that do not exist here. They are left out, with a note.
-        fits: True for tensors that may be this format's: what their shapes say where names do not.
+        fits: True for tensors that may be this format's: what their shapes, and a ``config.json``, say where names do
+            not.
         matches: True for the content of a ``config.json`` (None without one) that a directory of this format may have.
         describe: the model in a file, and its images.
         write: writes a checkpoint into a directory as this format lays it out, and returns notes for the user. None for
@@ -243,7 +244,7 @@ class SourceFormat:
     copies: tuple[str, ...] = ()
     derived: re.Pattern[str] = re.compile(r"(^|[./])(relative_position_index|num_batches_tracked)$")
     foreign: re.Pattern[str] = re.compile(r"(?!)")
-    fits: Callable[[Mapping[str, "TensorInfo"], Place], bool] = lambda tensors, place: True
+    fits: Callable[[Mapping[str, "TensorInfo"], Place, Mapping[str, Any] | None], bool] = lambda *_: True
     matches: Callable[[Mapping[str, Any] | None], bool] = lambda content: True
     describe: Callable[[Sighting], Description] = describe_by_config
     write: Writer | None = None

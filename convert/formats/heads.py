@@ -33,12 +33,12 @@ BASE, LARGE = Size(768, 12, 3072), Size(1024, 24, 4096)
 GIANT, THIN = Size(1408, 40, 6144), Size(544, 24, 2176)
 
 HUGE = Size(1280, 32, 5120)
-TINY, SMALL = Size(192, 12, 768), Size(384, 12, 1536)
+TINY, SMALL, MEDIUM = Size(192, 12, 768), Size(384, 12, 1536), Size(512, 12, 2048)
 
 PUBLISHED: Mapping[Size, int] = {BASE: 12, LARGE: 16, HUGE: 16, GIANT: 16, THIN: 16}
 """Heads of the models that were published: BEiT, BEiT v2, DiT, Data2Vec-Vision, EVA-01, BEiT-3, and ViT's and MAE's."""
 
-_NAMED: Mapping[Size, int] = {**PUBLISHED, TINY: 3, SMALL: 6}
+_NAMED: Mapping[Size, int] = {**PUBLISHED, TINY: 3, SMALL: 6, MEDIUM: 8}
 """The same where an architecture is named. Sizes do not say it: MoCo v3's small ViT has 12 heads, DeiT's has 6."""
 
 # unilm's and timm's names of architectures; what follows the patch size (image size, vocabulary) changes no head.
@@ -49,9 +49,10 @@ _ARCHITECTURES: Mapping[re.Pattern[str], Size] = {
     re.compile(r"eva_g(iant)?_patch14(_\w+)?"): GIANT,
     re.compile(r"beit3_giant_patch\d+(_\w+)?"): GIANT,
     re.compile(r"(vit|deit3?)_huge_patch\d+(_\w+)?"): HUGE,
-    re.compile(r"(vit|deit3?|eva|beit3)_large_patch\d+(_\w+)?"): LARGE,
-    re.compile(r"(vit|deit3?|beit3)_base_(distilled_)?patch\d+(_\w+)?"): BASE,
-    re.compile(r"(vit|deit3?)_small_(distilled_)?patch\d+(_\w+)?"): SMALL,
+    re.compile(r"(vit|deit3?|eva|beit3)_large_patch\d+(_\w+)?|flexivit_large"): LARGE,
+    re.compile(r"(vit|deit3?|beit3)_base_(distilled_)?patch\d+(_\w+)?|flexivit_base"): BASE,
+    re.compile(r"(vit|deit3)_medium_patch\d+(_\w+)?"): MEDIUM,
+    re.compile(r"(vit|deit3?)_small_(distilled_)?patch\d+(_\w+)?|flexivit_small"): SMALL,
     re.compile(r"(vit|deit)_tiny_(distilled_)?patch\d+(_\w+)?"): TINY,
 }
 _HEADS = ("num_heads", "num_attention_heads")

@@ -49,7 +49,7 @@ def describe(sighting: Sighting) -> Description:
     found = describe_by_tensors(
         sighting,
         heads=lambda size: stated_by_architecture(content["architecture"], arguments, size, f"{file}: model_args."),
-        image_sizes=_image_sizes(arguments.get("img_size"), images.get("input_size")),
+        image_sizes=stated_sizes(content),
         origin=file,
     )
     labels = content.get("label_names")
@@ -69,8 +69,11 @@ def _problem_type(read: Fields) -> ProblemType | None:
     return read.choice("problem_type", get_args(ProblemType), None) if stated else None
 
 
-def _image_sizes(argument: object, channels_and_size: object) -> list[tuple[int, int]]:
+def stated_sizes(content: Mapping[str, Any]) -> list[tuple[int, int]]:
     """What timm's configuration may state as (height, width), the most reliable first."""
+    parts = [content.get(key) for key in ("model_args", "pretrained_cfg")]
+    arguments, images = (part if isinstance(part, dict) else {} for part in parts)
+    argument, channels_and_size = arguments.get("img_size"), images.get("input_size")
     written: list[list[object]] = [argument if isinstance(argument, list) else [argument, argument]]
     if isinstance(channels_and_size, list):
         written.append(channels_and_size[1:])

@@ -54,6 +54,13 @@ _REFUSED: Mapping[str, str] = {
 }
 """What ViTs have that no model here computes, by names of tensors."""
 
+_NEEDED: Mapping[str, str] = {
+    r"blocks\.\d+\.attn\.proj\.bias": "linear layers without biases",
+    r"blocks\.\d+\.norm1\.bias": "norms without biases, as in RMSNorm",
+    r"norm\..*|fc_norm\..*": "no norm after the last block",
+}
+"""What no tensor of some ViTs is called."""
+
 _SETTINGS: Mapping[str, tuple[object, ...]] = {
     "act_layer": ("gelu",),
     "norm_layer": ("layernorm",),
@@ -67,10 +74,22 @@ _SETTINGS: Mapping[str, tuple[object, ...]] = {
 _OTHER_FUNCTIONS = re.compile(r"quickgelu|rope|_gelu_tanh|naflex")
 
 
-def _row_of_class(tensors: Mapping[str, "TensorInfo"], place: Place) -> bool:
-    """True if the class token has a position: the patches of a square and one more, which is no other square."""
+def _row_of_class(tensors: Mapping[str, "TensorInfo"], place: Place, content: Mapping[str, Any] | None) -> bool:
+    """True if the class token has a position: a row more than patches.
+
+    timm's ``config.json`` says how many patches there are. Without it there are as many as in a square: 25 rows are 5x5
+    patches and not 4x6 and a class token.
+    """
     found = tensors.get(place.before + "pos_embed")
-    return found is None or len(found.shape) != 3 or math.isqrt(found.shape[1]) ** 2 != found.shape[1]
+    if found is None or len(found.shape) != 3:
+        return True
+    rows, kernel = found.shape[1], tensors.get(place.before + "patch_embed.proj.weight")
+    patch = kernel.shape[2:] if kernel is not None else ()
+    if content is not None and timm.matches(content) and patch and all(patch):
+        patches = [math.prod(map(int.__floordiv__, size, patch)) for size in timm.stated_sizes(content)]
+        if (known := next((each for each in patches if rows - each in (0, 1)), None)) is not None:
+            return rows > known
+    return math.isqrt(rows) ** 2 != rows
 
 
 def _describe(sighting: Sighting) -> Description:
@@ -81,28 +100,39 @@ def _describe(sighting: Sighting) -> Description:
         return _of_tensors(as_beit, unilm.describe_by_tensors(as_beit))
     if timm.matches(content):
         _refuse_settings(sighting, content)
-        return _of_tensors(as_beit, timm.describe(as_beit))
+        return _of_tensors(as_beit, timm.describe(as_beit), _epsilon(content))
     return describe_by_config(sighting)
 
 
-def _of_tensors(as_beit: Sighting, found: Description) -> Description:
-    """The description of the BEiT with the same tensors, and what a ViT has besides."""
+def _epsilon(content: Mapping[str, Any]) -> float:
+    """The epsilon of timm's norms: only the architecture's name says it, unless an argument names a kind of norm."""
+    arguments = content.get("model_args") or {}
+    return 1e-5 if str(content["architecture"]).startswith("beit3") and not arguments.get("norm_layer") else 1e-6
+
+
+def _of_tensors(as_beit: Sighting, found: Description, epsilon: float | None = None) -> Description:
+    """The description of the BEiT with the same tensors, and what a ViT has besides.
+
+    Args:
+        epsilon: of the norms, where something states it; else norms within the branches, BEiT-3's, say it.
+    """
     tensors = as_beit.backbone
     norms = sum(f"blocks.0.{part}.norm.weight" in tensors for part in ("attn", "mlp"))
     if norms == 1:
         raise BeitJaxError(
             f"{as_beit.file}: expected a norm in attention and in the MLP of a block, as in BEiT-3, or none, found one"
         )
+    epsilon = epsilon or (1e-5 if norms else 1e-6)
     config = replace(
         found.config,
         use_key_bias=True,
         use_sub_norm=bool(norms),
-        layer_norm_eps=1e-5 if norms else 1e-6,
+        layer_norm_eps=epsilon,
         use_mask_token=False,
         add_pooling_layer=found.config.add_pooling_layer or found.config.pooling == "cls",
         position_resize="geometric_linear",
     )
-    kind = "BEiT-3 as timm names it, epsilon 1e-05" if norms else "a ViT: one bias of queries, keys and values"
+    kind = f"BEiT-3 as timm names it, epsilon {epsilon:g}" if norms else "a ViT: one bias of queries, keys and values"
     images = torchscale.images if norms else _images
     return replace(found, config=config, seen=(*found.seen, kind), assumed=lambda: images(config))
 
@@ -134,6 +164,9 @@ def _refuse(sighting: Sighting) -> None:
         found = next((name for name in names if re.fullmatch(pattern, name)), None)
         if found is not None:
             raise _stranger(sighting, f"{printable(found)}: {what}")
+    for pattern, what in _NEEDED.items():
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise _stranger(sighting, what)
     if "cls_token" not in names:
         raise _stranger(sighting, "no cls_token")
     if "pos_embed" not in names:
@@ -193,7 +226,7 @@ OPEN = replace(
     VIT,
     name="ViT without a position of the class token (timm, DeiT III)",
     backbone=tuple(replace(each, op=NO_CLASS_ROW) if each.torch == ("pos_embed",) else each for each in BACKBONE),
-    fits=lambda tensors, place: not _row_of_class(tensors, place),
+    fits=lambda *found: not _row_of_class(*found),
     write=None,
 )
 

@@ -83,6 +83,27 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     assert np.array_equal(logits(again), expected)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"img_size": (16, 24)},
+        {"img_size": (16, 24), "no_embed_class": True},
+        {"scale_attn_norm": True, "scale_mlp_norm": True},
+    ],
+)
+def test_what_shapes_do_not_say_is_timm_s(options: dict[str, Any], tmp_path: Path) -> None:
+    """4x6 patches and a class token are 25 rows, as 5x5 patches are; norms within branches have ViT's epsilon."""
+    theirs = tiny("vit_base_patch16_224", **options)
+    timm.models.save_for_hf(theirs, tmp_path / "saved")
+    checkpoint = load(resolve(tmp_path / "saved"), Options(image_preset="hf"))
+    images = np.random.default_rng(1).standard_normal((2, *checkpoint.config.image_size, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    model = build_model(checkpoint.config, unflatten(dict(checkpoint.params)))
+    assert_same(np.asarray(jax.jit(lambda: model(images).logits)()), expected, str(options))
+    assert checkpoint.config.layer_norm_eps == theirs.norm.eps
+
+
 def layer_scale(name: str) -> dict[str, float]:
     """deit3's export has a position for its class token, as the plain ViT has, and layer scale."""
     return {"init_values": 1e-6} if name.startswith("deit3") else {}

@@ -58,7 +58,7 @@ def _images(config: BeitConfig) -> ImageProcessor:
     return preset("unilm_eval", size, mean=IMAGENET_MEAN, std=IMAGENET_STD, num_channels=channels)
 
 
-def _has_both_positions(tensors: Mapping[str, "TensorInfo"], place: Place) -> bool:
+def _has_both_positions(tensors: Mapping[str, "TensorInfo"], place: Place, _: object) -> bool:
     """True for fixed positions beside a table of each block, which CAE's classifiers have and no published BEiT."""
     names = "pos_embed", "blocks.0.attn.relative_position_bias_table"
     return all(place.before + name in tensors for name in names)

@@ -57,7 +57,7 @@ FOUNDATION_BACKBONE: Rules = (
 FOUNDATION_HEADS: Rules = linear("head.fc_head", "classifier", KEEP)
 
 
-def _lies_turned(tensors: Mapping[str, "TensorInfo"], place: Place) -> bool:
+def _lies_turned(tensors: Mapping[str, "TensorInfo"], place: Place, _: object) -> bool:
     """True if the weights of linear layers lie [in, out]: no matrix for three is square, so its shape says it."""
     qkv, patches = tensors[place.before + _QKV].shape, tensors.get(place.before + _PATCHES)
     width = patches.shape[0] if patches is not None and patches.shape else 0

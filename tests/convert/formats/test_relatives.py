@@ -147,6 +147,46 @@ def test_positions_without_a_row_of_the_class_token_get_one_of_zeros(tmp_path: P
     assert_near(computed(load(resolve(tmp_path / "out")), logits), np.load(FOREIGN / "vit/deit3.npy"))
 
 
+@pytest.mark.parametrize(
+    ("rows", "arguments", "size", "zeros"),
+    [(25, {"img_size": [16, 24]}, (16, 24), 0), (24, {"img_size": [16, 24]}, (16, 24), 1),
+     (16, {"img_size": [8, 32]}, (8, 32), 1), (25, {}, (20, 20), 1)],
+)  # fmt: skip
+def test_rows_are_counted_by_the_size_that_timm_states(
+    rows: int, arguments: dict[str, Any], size: tuple[int, int], zeros: int, tmp_path: Path
+) -> None:
+    """4x6 patches and a class token are 25 rows too, and no 5x5 patches."""
+    content = json.loads((FOREIGN / "vit/deit/config.json").read_text())
+    kept = {key: value for key, value in content["model_args"].items() if key != "img_size"}
+    content["pretrained_cfg"].pop("input_size")
+    (tmp_path / "config.json").write_text(json.dumps(content | {"model_args": kept | arguments}))
+    tensors = load_file(FOREIGN / "vit/deit/model.safetensors")
+    table = np.arange(1, rows * 16 + 1, dtype=np.float32).reshape(1, rows, 16)
+    save_file(tensors | {"pos_embed": table}, tmp_path / "model.safetensors")
+    found = load(resolve(tmp_path), Options(image_preset="hf"))
+    assert found.config.image_size == size
+    assert np.array_equal(found.params["beit/embeddings/position_embeddings"][:, zeros:], table)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "epsilon"),
+    [("vit_base_patch16_224", {}, 1e-6), ("beit3_base_patch16_224", {}, 1e-5),
+     ("beit3_base_patch16_224", {"norm_layer": "layernorm"}, 1e-6)],
+)  # fmt: skip
+def test_epsilon_is_that_of_timm_s_architecture(
+    architecture: str, arguments: dict[str, Any], epsilon: float, tmp_path: Path
+) -> None:
+    """Norms within the branches are arguments of every ViT of timm, and do not say it."""
+    content = json.loads((FOREIGN / "beit3/timm/config.json").read_text())
+    content |= {"architecture": architecture, "model_args": content["model_args"] | arguments}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "model.safetensors").write_bytes((FOREIGN / "beit3/timm/model.safetensors").read_bytes())
+    found = load(resolve(tmp_path))
+    assert (found.config.layer_norm_eps, found.config.use_sub_norm) == (epsilon, True)
+    export(found, tmp_path / "out", "timm")
+    assert plan(resolve(tmp_path / "out")).config == found.config
+
+
 @pytest.mark.parametrize("kind", ["beit3/classifier", "beit3/retrieval"])
 def test_torchscale_s_names_come_back(kind: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
@@ -219,6 +259,9 @@ ADDED: dict[str, tuple[Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
     "gated": (lambda s: s | {"blocks.0.mlp.w12.weight": ONE}, "a gated MLP"),
     "SAM": (lambda s: s | {"blocks.0.attn.rel_pos_h": ONE}, "attention of another kind"),
     "a hybrid": (lambda s: s | {"patch_embed.backbone.conv.weight": ONE}, "another embedding of patches"),
+    "no biases of layers": (lambda s: {n: t for n, t in s.items() if "proj.bias" not in n}, "layers without biases"),
+    "RMSNorm": (lambda s: {n: t for n, t in s.items() if "norm1.bias" not in n}, "norms without biases"),
+    "InternViT": (lambda s: {n: t for n, t in s.items() if not n.startswith("norm.")}, "no norm after the last block"),
     "no biases": (lambda s: {n: t for n, t in s.items() if "qkv.bias" not in n}, "attention without biases"),
 }
 
