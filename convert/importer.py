@@ -26,7 +26,7 @@ from beit_jax.weights.tensors import LeafSpec
 from . import formats
 from .adapters.base import native_base
 from .adapters.merge import composed, onto
-from .adapters.read import PeftAdapter, read_adapter
+from .adapters.read import PeftAdapter, holds_adapter, read_adapter
 from .files.checkpoint import Checkpoint, TensorInfo, holds_weights, open_checkpoint, open_weights
 from .formats.format import SourceFormat
 from .formats.rules import Step, steps
@@ -37,7 +37,7 @@ from .options import DEFAULT, Options
 from .provenance import digests as find_digests
 from .provenance import provenance
 from .reading import BFLOAT16, LeafReader
-from .training_folders import located
+from .training_folders import holds_checkpoints, located
 from .validation import FLOATS, check_tensors
 
 _PLANNED_AT_ONCE = 1 << 14  # sizes with which a plan takes no time
@@ -106,12 +106,15 @@ def plan(source: Source | str | Path, options: Options = DEFAULT) -> Plan:
         BeitJaxError: a file cannot be read; the model is of another family; tensors are missing, unexpected, of another
             shape than the configuration says, or not floating point. The message names the file and the tensors.
     """
-    given, adapter = as_source(source), None
+    given, adapter, which, notes = as_source(source), None, options, tuple[str, ...]()
     if options.base is not None:
+        if holds_checkpoints(given.path):
+            given, notes = located(given, options, holds_adapter)
+            which = replace(options, checkpoint=None)  # of the source, not of the base
         given, adapter = resolve(options.base), read_adapter(given.path, open_weights)
-    source, chosen = located(given, options, holds_weights)
+    source, chosen = located(given, which, holds_weights)
     checkpoint = _open(source, options, adapter)
-    checkpoint.notes = (*chosen, *checkpoint.notes)
+    checkpoint.notes = (*notes, *chosen, *checkpoint.notes)
     try:
         decided = _plan(source, checkpoint, options, adapter)
         return decided if adapter is None else replace(decided, adapter=str(adapter.path))

@@ -49,6 +49,11 @@ def located(source: Source, options: Options, holds_weights: Callable[[Path], bo
     return replace(source, path=found[step]), (note,)
 
 
+def holds_checkpoints(path: Path) -> bool:
+    """True for a Trainer's directory with a checkpoint of some step in it."""
+    return bool(_checkpoints(path))
+
+
 def _checkpoints(directory: Path) -> Mapping[int, Path]:
     """The directories of checkpoints by their step; nothing where `directory` is a file or cannot be read."""
     try:

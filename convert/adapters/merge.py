@@ -18,7 +18,7 @@ from beit_jax.models.heads import HeadChange, Labels, change_head
 from beit_jax.weights.leaves import shapes as param_shapes
 
 from ..formats.format import SourceFormat
-from ..formats.rules import Step, steps
+from ..formats.rules import KEEP, Step, steps
 from .read import LowRank, PeftAdapter
 
 Made = Mapping[str, tuple[tuple[str, ...], Adaptation]]
@@ -187,12 +187,17 @@ def _changes(adapter: PeftAdapter, target: BeitConfig, formats: tuple[SourceForm
 
 
 def _table(target: BeitConfig, formats: tuple[SourceFormat, ...]) -> dict[str, tuple[Step, int, int, tuple[int, ...]]]:
-    """Every name that a format has for a tensor of the model: its leaf, layer and place, and its shape."""
+    """Every name that a format of PyTorch has for a tensor of the model: its leaf, layer and place, and its shape.
+
+    Other programs use some of these names for weights that lie [in, out], PaddleClas all of the original's.
+    """
     shapes = param_shapes(target)
     table: dict[str, tuple[Step, int, int, tuple[int, ...]]] = {}
     for each in formats:
         for prefix in each.prefixes:
             rules = [rule for rule in each.rules(target, prefix) if rule.flax in shapes]
+            if any(rule.flax.endswith("mlp/fc1/kernel") and rule.op == KEEP for rule in rules):
+                continue
             for step in steps(rules, {rule.flax: shapes[rule.flax] for rule in rules}).values():
                 sizes = step.rule.op.torch_shapes(step.layer_shape)
                 for layer, names in enumerate(step.layers):

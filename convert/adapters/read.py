@@ -96,6 +96,11 @@ def read_adapter(path: Path, open_weights: Callable[[Path], "Checkpoint"]) -> Pe
     return _sorted(tensors, fields, path, weights)
 
 
+def holds_adapter(directory: Path) -> bool:
+    """True for a directory that has an adapter itself."""
+    return os.path.lexists(directory / CONFIG)
+
+
 def _check_one(directory: Path) -> None:
     """Refuses a directory of several adapters, as peft saves those with names: a directory for each."""
     if os.path.lexists(directory / CONFIG) or not directory.is_dir():

@@ -185,6 +185,11 @@ _FILES: tuple[tuple[str, Stranger], ...] = (
     (r".*\.gguf", Stranger("GGUF, of ggml", _ORIGINAL)),
     (r".*\.tflite", Stranger("TFLite, a program of TensorFlow Lite", _ORIGINAL)),
     (r".*\.mlmodel|.*\.mlpackage", Stranger("a Core ML model", _ORIGINAL)),
+    (r"shard-\d+-.+-\d+-of-\d+\.safetensors",
+     Stranger("the parts of several processes, as torch.distributed.checkpoint's HuggingFaceStorageWriter leaves them",
+              "consolidate_safetensors_files(DIRECTORY, NEW, {name: 1 for each tensor's name}) of "
+              "torch.distributed.checkpoint._consolidate_hf_safetensors joins them, and so does the writer with "
+              "enable_consolidation=True")),
     (r"optimizer\.(pt|bin)|scheduler\.(pt|bin)|training_args\.bin",
      Stranger("the training state without its model", "give the directory of the model")),
 )  # fmt: skip
@@ -241,8 +246,37 @@ _QUANTISERS: Mapping[str, tuple[str, str]] = {
     r"\.weight\._(data|scale|shift|zeropoint)$": ("quanto", _BY_PARAMETERS),
     r"\.(qweight|qzeros|g_idx)$": ("GPTQ or AWQ", _BEFORE),
     r"\.W_q$": ("HQQ", _BEFORE),
+    r"\.codebooks$": ("AQLM", _BEFORE),
+    r"\.tables2$": ("HIGGS (FLUTE)", _BEFORE),
+    r"\.weight_blocks$": ("MXFP4", _BEFORE),
+    r"\.weight_scales$": ("EETQ", _BEFORE),
+    r"\.(weight_fake_quant|activation_post_process)\.": ("PyTorch's quantisation-aware training", _BEFORE),
     r"\.weight_(packed|scale|shape|scale_inv)$": ("compressed-tensors (fp8, fp4, int8)", _BEFORE),
     r"\.(input_scale|weight_block_scale|_amax)$": ("ModelOpt (fp8, fp4)", _BEFORE),
+}
+
+# Weights of a block that PyTorch computes from other tensors, by these tensors: by what, and what makes plain ones. The
+# heads of DINO and iBOT have such weights too, which are left out.
+_BLOCK = r"(^|\.)(blocks?|layers?)\.\d+\..*\."
+_SAVE = "for every module that has them, and save its state_dict() again"
+_COMPUTED: Mapping[str, tuple[str, str]] = {
+    _BLOCK + r"(weight|bias)_orig$": (
+        "torch.nn.utils.prune",
+        f"call torch.nn.utils.prune.remove(module, NAME) {_SAVE}",
+    ),
+    _BLOCK + r"weight_[gv]$": (
+        "torch.nn.utils.weight_norm",
+        f"call torch.nn.utils.remove_weight_norm(module) {_SAVE}",
+    ),
+    _BLOCK + r"parametrizations\.\w+\.original\d*$": (
+        "torch.nn.utils.parametrize",
+        f"call torch.nn.utils.parametrize.remove_parametrizations(module, NAME) {_SAVE}",
+    ),
+    r"(^|\.)_?flat_param(_\d+)?$": (
+        "FSDP, which splits flat ones among its processes",
+        "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
+        "full_state_dict=True)) gives whole ones in these processes; save that",
+    ),
 }
 
 # Its blocks are called as BEiT's are, and stand within stages.
@@ -294,10 +328,13 @@ def certainly_of_names(names: Collection[str]) -> Stranger | None:
 
 
 def quantised(names: Collection[str]) -> Stranger | None:
-    """Returns how weights are quantised, by names of tensors; None if they are not."""
+    """Returns how weights are quantised or computed, by names of tensors; None where they are plain."""
     for pattern, (library, way) in _QUANTISERS.items():
         if _any(pattern, names):
             return Stranger(f"its weights are quantised by {library}", way)
+    for pattern, (by, way) in _COMPUTED.items():
+        if _any(pattern, names):
+            return Stranger(f"its weights are computed from other tensors by {by}", way)
     return None
 
 

@@ -18,8 +18,11 @@ _TRAINED = ("state_dict", "model", "module")
 SETS = {"model": _TRAINED, "raw": _TRAINED, "ema": ("model_ema", "state_dict_ema", "teacher")}
 """The names that training loops give to the trained weights and to their moving average (DINO, iBOT: the teacher)."""
 
-# mmengine's EMAHook exchanges the two when it saves: what is called the state dict is the average.
-_EXCHANGED = "ema_state_dict"
+# Programs that exchange the two when they save: what is called the state dict is the average. By the entry of the raw
+# weights, mmengine's EMAHook and the callbacks WeightAveraging of Lightning 2.6.
+_EXCHANGED = {"ema_state_dict": "mmengine", "current_model_state": "Lightning"}
+
+_FEW = 8  # tensors of no encoder
 
 _MAX_VALUES = 10_000  # settings kept of one entry
 _MAX_DEPTH = 32
@@ -64,9 +67,9 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
     if not isinstance(top, dict):
         raise BeitJaxError(f"{label} holds a {_kind(top)}; expected a state dict of tensors")
     content: dict[Any, Any] = top
-    if _is_exchanged(content):
-        content, prefer = _in_order(content, prefer, label)
-    wrappers = [key for key in WRAPPERS if _wraps_tensors(content.get(key))]
+    if (raw := _exchanged(content)) is not None:
+        content, prefer = _in_order(content, raw, prefer, label)
+    wrappers = _wrappers(content, prefer, label)
     notes: list[str] = []
     if wrappers:
         inside = [key for key in wrappers if prefer is not None and names_part(prefer, content[key])]
@@ -90,26 +93,68 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
     return State(tensors, metadata, (*notes, *noted))
 
 
-def _is_exchanged(top: dict[object, object]) -> bool:
-    """True for a checkpoint of mmengine with a moving average."""
+def _exchanged(top: dict[object, object]) -> str | None:
+    """The entry of the raw weights in a checkpoint whose state dict is their average; None in any other."""
     meta = top.get("meta")
-    written = "message_hub" in top or (isinstance(meta, dict) and "mmengine_version" in meta)
-    return written and _holds_tensors(top.get(_EXCHANGED)) and _holds_tensors(top.get("state_dict"))
+    mmengine = "message_hub" in top or (isinstance(meta, dict) and "mmengine_version" in meta)
+    written = {"ema_state_dict": mmengine, "current_model_state": "averaging_state" in top}
+    entries = (key for key in _EXCHANGED if written[key] and _holds_tensors(top.get(key)))
+    return next(entries, None) if _holds_tensors(top.get("state_dict")) else None
 
 
-def _in_order(top: dict[object, object], prefer: str | None, label: str) -> tuple[dict[object, object], str]:
-    """Returns a checkpoint of mmengine with the wanted weights alone, by their names in the model, and their entry."""
-    others = {key: value for key, value in top.items() if key not in (_EXCHANGED, "state_dict")}
+def _in_order(
+    top: dict[object, object], entry: str, prefer: str | None, label: str
+) -> tuple[dict[object, object], str]:
+    """Returns such a checkpoint with the wanted weights alone, by their names in the model, and their entry."""
+    others = {key: value for key, value in top.items() if key not in (entry, "state_dict")}
     if prefer in ("ema", "state_dict"):
         return others | {"state_dict": top["state_dict"]}, "state_dict"
-    raw = top[_EXCHANGED]
-    if prefer in ("raw", "model", _EXCHANGED) and isinstance(raw, dict):
-        named = {str(key).removeprefix("module."): value for key, value in raw.items() if key != "steps"}
+    raw, program = top[entry], _EXCHANGED[entry]
+    if prefer in ("raw", "model", entry) and isinstance(raw, dict):
+        before = "module." * (program == "mmengine")
+        named = {str(key).removeprefix(before): value for key, value in raw.items() if key != "steps"}
         return others | {"state_dict": named}, "state_dict"
     raise BeitJaxError(
         f"{label} holds weights twice, the moving average under 'state_dict' and the weights as trained under "
-        f"{_EXCHANGED!r} (mmengine exchanges them when it saves): choose one of them, --weights ema or raw"
+        f"{entry!r} ({program} exchanges them when it saves): choose one of them, --weights ema or raw"
     )
+
+
+def _wrappers(content: dict[Any, Any], prefer: str | None, label: str) -> list[str]:
+    """The entries that hold weights: `WRAPPERS`, else the one that was named, or the only one that holds tensors.
+
+    Raises:
+        BeitJaxError: another entry holds about as many tensors as a known one does, or there are several unknown ones;
+            and `prefer` names none of them.
+    """
+    known = [key for key in WRAPPERS if _wraps_tensors(content.get(key))]
+    others = [key for key, value in content.items() if key not in known and isinstance(key, str)]
+    others = [key for key in others if _holds_tensors(content[key])]
+    if prefer in others:
+        return [prefer]
+    if known:
+        size = max((len(content[key]) for key in known if _holds_tensors(content[key])), default=0)
+        alike = [key for key in others if size >= _FEW and 2 * len(content[key]) >= size]
+        if prefer is None and alike:
+            found, ways = (
+                " and ".join(repr(key) for key in (*known, *alike)),
+                " or ".join((*known, *map(printable, alike))),
+            )
+            raise BeitJaxError(f"{label} holds weights under {found}: choose one of them, --weights {ways}")
+        return known
+    if any(isinstance(value, Tensor) and not _is_number(value) for value in content.values()):
+        return []  # a state dict itself
+    inside = [key for key in others if prefer is not None and names_part(prefer, content[key])]
+    if len(others) > 1 and len(inside) != 1:
+        found = " and ".join(printable(key) for key in others[:5])
+        ways = " or ".join(printable(key) for key in others[:5])
+        raise BeitJaxError(f"{label} holds weights under {found}: choose one of them, --weights {ways}")
+    return inside or others
+
+
+def _is_number(value: object) -> bool:
+    """True for a tensor of one number, as training programs keep the loss."""
+    return isinstance(value, PickledTensor) and all(size == 1 for size in value.shape)
 
 
 def passed_over(top: object, forbidden: Sequence[str], label: str) -> tuple[str, ...]:
@@ -169,6 +214,12 @@ def refused(label: str, forbidden: Sequence[str]) -> BeitJaxError:
             f"refused: {label} is a whole-module pickle (it asks for {listed}); expected a state dict: "
             "where its code is at hand and trusted, save module.state_dict() instead"
         )
+    if any(name.startswith("torch.distributed.") for name in names):
+        return BeitJaxError(
+            f"refused: {label} holds tensors that are split among processes (it asks to run {listed}): save there "
+            "{n: t.full_tensor() if hasattr(t, 'full_tensor') else t for n, t in model.state_dict().items()} instead, "
+            "or write them by torch.distributed.checkpoint.save. Nothing was run"
+        )
     library = next((library for name in names for mark, library in _QUANTISERS.items() if name.startswith(mark)), None)
     if library is not None:
         way = "save {n: t.dequantize() for n, t in model.state_dict().items()}, or " * (library == "torchao")
@@ -201,6 +252,8 @@ def _choose(wrappers: list[str], prefer: str | None, label: str) -> str:
     if prefer in wrappers:
         return str(prefer)
     fitting = [key for key in wrappers if prefer is None or key in SETS.get(prefer, ())]
+    if prefer in ("model", "raw") and not any(key in WRAPPERS for key in wrappers):
+        fitting = wrappers  # the only weights there are
     if len(fitting) == 1:
         return fitting[0]
     found = " and ".join(repr(key) for key in wrappers)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -288,6 +289,40 @@ def test_names_of_transformers_4(tmp_path: Path) -> None:
     assert_merged(tmp_path, adapted)
 
 
+def test_names_of_timm_are_of_weights_that_lie_as_in_torch(tmp_path: Path) -> None:
+    """PaddleClas has the same names for weights that lie [in, out]: of square ones, no shape tells which are meant."""
+    base, draw = Path(__file__).parents[1] / "convert/foreign/lightning/last.ckpt", np.random.default_rng(0)
+    sizes = {"attn.proj": (16, 16), "attn.qkv": (48, 16), "mlp.fc1": (32, 16)}
+    factors = {name: (draw.normal(size=(2, i)), draw.normal(size=(o, 2))) for name, (o, i) in sizes.items()}
+    tensors = {
+        f"{PEFT}blocks.0.{name}.lora_{kind}.weight": factor.astype(np.float32)
+        for name, pair in factors.items()
+        for kind, factor in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["proj", "qkv", "fc1"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    before, after = convert.load(base), convert.load(tmp_path, Options(base=str(base)))
+    expected = torch_names(before)
+    for name, (a, b) in factors.items():
+        expected[f"beit.{name}"] = expected[f"beit.{name}"] + b @ a
+    found = torch_names(after)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-6, atol=1e-6)
+
+
+def torch_names(checkpoint: NativeCheckpoint) -> dict[str, np.ndarray]:
+    """Weights of the first block by the original's names, [out, in]."""
+    names = convert.to_torch(checkpoint.config, checkpoint.params)
+    block = "beit.encoder.layer.0"
+    qkv = [names[f"{block}.attention.attention.{part}.weight"] for part in ("query", "key", "value")]
+    return {
+        "beit.attn.proj": names[f"{block}.attention.output.dense.weight"],
+        "beit.attn.qkv": np.concatenate(qkv),
+        "beit.mlp.fc1": names[f"{block}.intermediate.dense.weight"],
+    }
+
+
 def test_half_precision_and_pickled_adapters(tmp_path: Path) -> None:
     adapted = saved(tmp_path, {"target_modules": QV})
     for leaf in (leaf for leaf in adapted.parameters() if leaf.requires_grad):
@@ -316,6 +351,20 @@ def test_adapters_in_directories_by_name_are_told(tmp_path: Path) -> None:
     with pytest.raises(BeitJaxError, match=r"holds adapters by name, second; name one, .*/both/second$"):
         convert.load(tmp_path / "both", Options(base=str(tmp_path / "base")))
     convert.load(tmp_path / "both" / "second", Options(base=str(tmp_path / "base")))
+
+
+def test_of_a_trainers_directory_the_adapter_of_a_checkpoint(tmp_path: Path) -> None:
+    saved(tmp_path, {"target_modules": QV})
+    output, base = tmp_path / "output", str(tmp_path / "base")
+    for step in (1, 2):
+        shutil.copytree(tmp_path / "adapter", output / f"checkpoint-{step}")
+    older = output / "checkpoint-1" / "adapter_model.safetensors"
+    save_file({name: leaf * 2 for name, leaf in load_file(older).items()}, older)
+    latest, first = (convert.plan(output, Options(base=base, checkpoint=wanted)) for wanted in (None, "1"))
+    assert latest.adapter == str(output / "checkpoint-2") and first.adapter == str(output / "checkpoint-1")
+    assert any("checkpoint-2 taken, the latest of 1, 2" in note for note in latest.checkpoint.notes)
+    with pytest.raises(BeitJaxError, match="choose one of 1, 2"):
+        convert.plan(output, Options(base=base, checkpoint="best"))
 
 
 def test_a_new_head_on_an_encoder_of_another_task(tmp_path: Path) -> None:
