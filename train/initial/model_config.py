@@ -45,6 +45,8 @@ _BROUGHT = (
     "layer_norm_eps",
     "layer_scale_init_value",
     "use_absolute_position_embeddings",
+    "use_key_bias",
+    "use_sub_norm",
 )
 # What it brings along, too, where no published run was of its architecture.
 _OWN = (*_SIZES, "image_size", "position_resize", "initializer_range")
@@ -76,8 +78,8 @@ def model_config(
     Args:
         labels: of the data; they name the outputs. Masked image modelling has none.
         start: configuration of the checkpoint that training starts from. It decides what a checkpoint brings along:
-            family, patch, channels, activation, LayerNorm's epsilon, layer scale, kind of positions; and its sizes,
-            too, unless a variant is named, which then must have them. Where the published run of the recipe was of the
+            family, patch, channels, activation, LayerNorm's epsilon, layer scale, kind of positions, a bias of the
+            keys, norms within the branches; and its sizes, too, unless a variant is named, which then must have them. Where the published run of the recipe was of the
             same architecture, image size and resizing of positions are those of that run, else the checkpoint's. A
             position bias that pre-training shared becomes one per layer where the variant has that, as in BEiT's
             fine-tuning.

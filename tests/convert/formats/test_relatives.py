@@ -24,6 +24,9 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.images.processor import IMAGENET_MEAN
 from beit_jax.models.build import build_model
+from beit_jax.train.initial.model_config import model_config
+from beit_jax.train.initial.parameters import checkpoint_report
+from beit_jax.train.recipes import recipe_named
 from beit_jax.tree import flatten, unflatten
 from beit_jax.weights.native import NativeCheckpoint
 from beit_jax.weights.native import load as load_native
@@ -235,6 +238,20 @@ def test_a_classifier_on_the_tower_of_retrieval(tmp_path: Path) -> None:
     found = load(resolve(FOREIGN / "beit3/retrieval.pth"), options)
     assert (found.config.embedding_size, found.config.num_labels) == (0, 2)
     assert not any("embedding_head" in name for name in found.params)
+
+
+@pytest.mark.parametrize("kind", ["vit/deit", "beit3/timm", "beit3/retrieval"])
+@pytest.mark.parametrize("name", ["beit_base_ft1k", "finetune", "beit_base_pt22k"])
+def test_training_starts_from_a_relative(kind: str, name: str) -> None:
+    """The model that is trained has the leaves of its blocks, whatever its head; an embedding is dropped."""
+    checkpoint, recipe = read(kind), recipe_named(name)
+    masked = name.endswith("pt22k")
+    labels, task = ((), "masked_image_modeling") if masked else (("a", "b"), "image_classification")
+    config = model_config(recipe, labels, checkpoint.config, task=task)  # type: ignore[arg-type]
+    assert (config.use_key_bias, config.use_sub_norm) == (True, checkpoint.config.use_sub_norm)
+    report = checkpoint_report(checkpoint, config)
+    assert not any("blocks" in leaf for leaf in (*report.drawn, *report.dropped))
+    assert ("beit/embedding_head/kernel" in report.dropped) == (kind == "beit3/retrieval")
 
 
 def test_fields_without_sense_are_refused() -> None:
