@@ -56,6 +56,11 @@ class Reference:
                 f"{where}: its head reads the blocks it was trained on (feature_taps: original), for which "
                 "transformers has no setting: nothing to compare with"
             )
+        if config.use_key_bias or config.use_sub_norm or config.embedding_size:
+            raise BeitJaxError(
+                f"{where}: transformers' BEiT has no bias of the keys, no norms within its branches and no embedding: "
+                "nothing to compare with; beit-jax export --to timm writes what timm computes"
+            )
         file = decided.source.directory / CONFIG
         content = read_json(file) if file.exists() else {}
         if content.get("model_type") != config.model_type or decided.hosted:

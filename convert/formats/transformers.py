@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from beit_jax.config import BeitConfig
-from beit_jax.errors import BeitJaxError
+from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import CONFIG, PROCESSOR
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.images.scaling import BY_TYPE
@@ -77,6 +77,15 @@ _SEGMENTATION = SegmentationNames(
 _PYRAMID = ("fpn.fpn1.conv_transpose1", "fpn.fpn1.normalization", "fpn.fpn1.conv_transpose2", "fpn.fpn2")
 
 
+_ELSEWHERE = (None, "vit", "vit_mae", "dinov2", "vit_msn")
+"""Kinds of ViTs of which there are files under other names that are read."""
+
+_MORE = {
+    "embeddings.distillation_token": "a distillation token",
+    "embeddings.register_tokens": "register tokens",
+    "encoder.layer.0.mlp.weights_in.weight": "a gated MLP",
+    "layers.0.mlp.weights_in.weight": "a gated MLP",
+}
 _KEY_BIASES = ("encoder.layer.0.attention.attention.key.bias", "layers.0.attention.k_proj.bias")
 
 EXCHANGED = (
@@ -88,9 +97,19 @@ EXCHANGED = (
 def _describe(sighting: Sighting) -> Description:
     biased = [name for name in _KEY_BIASES if name in sighting.backbone]
     if biased:
+        stated = (sighting.content or {}).get("model_type")
+        kind = "a ViT" if stated is None else printable(stated)
+        more = [what for name, what in _MORE.items() if name in sighting.backbone]
+        lacks = [] if "embeddings.cls_token" in sighting.backbone else ["no class token"]
+        if more or lacks or stated not in _ELSEWHERE:
+            has = f", with {' and '.join((*more, *lacks))}" if more or lacks else ""
+            raise BeitJaxError(
+                f"{sighting.file}: {biased[0]}: {kind} as transformers names it{has}: a relative of BEiT, which "
+                "nothing here computes"
+            )
         raise BeitJaxError(
-            f"{sighting.file}: {biased[0]}: ViT, DeiT, MAE or DINOv2 as transformers names it, whose keys have a bias; "
-            "such models are read under timm's names and those of their own code: give that file of it"
+            f"{sighting.file}: {biased[0]}: {kind} as transformers names it, whose keys have a bias; ViT, MAE and "
+            "DINOv2 are read under timm's names and those of their own code: give that file of it"
         )
     found = describe_by_config(sighting)
     return replace(found, seen=(*found.seen, TRANSPOSED)) if is_transposed(found.config) else found

@@ -79,10 +79,10 @@ def model_config(
         labels: of the data; they name the outputs. Masked image modelling has none.
         start: configuration of the checkpoint that training starts from. It decides what a checkpoint brings along:
             family, patch, channels, activation, LayerNorm's epsilon, layer scale, kind of positions, a bias of the
-            keys, norms within the branches; and its sizes, too, unless a variant is named, which then must have them. Where the published run of the recipe was of the
-            same architecture, image size and resizing of positions are those of that run, else the checkpoint's. A
-            position bias that pre-training shared becomes one per layer where the variant has that, as in BEiT's
-            fine-tuning.
+            keys, norms within the branches; and its sizes, too, unless a variant is named, which then must have them.
+            Where the published run of the recipe was of the same architecture, image size and resizing of positions are
+            those of that run, else the checkpoint's. A position bias that pre-training shared becomes one per layer
+            where the variant has that, as in BEiT's fine-tuning.
         task: which head it has. What a segmentation head reads of the encoder is the variant's to say, or for encoders
             of another depth `segmentation_taps`; a segmentation model of its own size brings its head along.
 

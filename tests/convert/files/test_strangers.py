@@ -132,6 +132,8 @@ FILES: dict[str, tuple[str, Write, tuple[str, ...]]] = {
     "OpenVINO": ("openvino_model.xml", content(b'<?xml version="1.0"?>\n<net name="Model0" version="11">' + bytes(600)),
                  ("OpenVINO", "made of")),
     "an ONNX program's numbers": ("model.onnx.data", content(bytes(600)), ("ONNX", "made of")),
+    "zeros": ("model.safetensors", content(b"\0" * 5000), ("not finished", "download it again")),
+    "DVC": ("x.pth", content(b"outs:\n- md5: aa\n  path: x.pth\n"), ("pointer", "dvc pull")),
     "half a download": ("model.safetensors.incomplete", content(b"x"), ("half a download", "download it again")),
     "part of a distributed checkpoint": ("__0_0.distcp", saved(a=torch.ones(1)), ("give its directory",)),
     "JPEG": ("model.bin", content(b"\xff\xd8\xff\xe0" + bytes(600)), ("a JPEG image",)),
@@ -180,6 +182,7 @@ def test_folders(
 
 ONE = torch.ones(1)
 Q_PROJ = "beit.encoder.layer.0.attention.attention.query"
+_OF_VIT = {f"vit.encoder.layer.0.attention.attention.{name}": ONE for name in ("query.weight", "key.bias")}
 TENSORS = {
     "bitsandbytes": ({f"{Q_PROJ}.weight": ONE.to(torch.int8), f"{Q_PROJ}.SCB": ONE}, ("bitsandbytes", "dequantize")),
     "bitsandbytes, 4 bits": (
@@ -219,9 +222,18 @@ TENSORS = {
     ),
     "Swin of transformers": ({"encoder.layers.0.blocks.0.attention.self.query.weight": ONE}, ("Swin",)),
     "ViT of transformers": (
-        {f"vit.encoder.layer.0.attention.attention.{name}": ONE for name in ("query.weight", "key.bias")},
-        ("ViT, DeiT, MAE or DINOv2", "timm's names"),
+        {**_OF_VIT, "vit.embeddings.cls_token": ONE},
+        ("a ViT as transformers", "ViT, MAE and DINOv2", "timm's names"),
     ),
+    "DeiT of transformers": (
+        {**_OF_VIT, "vit.embeddings.cls_token": ONE, "vit.embeddings.distillation_token": ONE},
+        ("a distillation token", "nothing here computes"),
+    ),
+    "DINOv2 with registers of transformers": (
+        {**_OF_VIT, "vit.embeddings.cls_token": ONE, "vit.embeddings.register_tokens": ONE},
+        ("register tokens", "nothing here computes"),
+    ),
+    "I-JEPA of transformers": (_OF_VIT, ("no class token", "nothing here computes")),
     "DINOv3 of transformers": ({"embeddings.register_tokens": ONE}, ("DINOv3 with registers",)),
     "SAM": ({"vision_encoder.layers.0.attn.rel_pos_h": ONE}, ("SAM or ViTDet",)),
     "CLIP": ({"vision_model.embeddings.class_embedding": ONE}, ("CLIP or SigLIP",)),

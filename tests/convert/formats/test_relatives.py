@@ -20,6 +20,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.convert import Options, convert, export, load, plan
 from beit_jax.convert.formats.torchscale import TORCHSCALE
 from beit_jax.convert.formats.vit import VIT
+from beit_jax.convert.reference import Reference
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import resolve
 from beit_jax.images.processor import IMAGENET_MEAN
@@ -252,6 +253,12 @@ def test_training_starts_from_a_relative(kind: str, name: str) -> None:
     report = checkpoint_report(checkpoint, config)
     assert not any("blocks" in leaf for leaf in (*report.drawn, *report.dropped))
     assert ("beit/embedding_head/kernel" in report.dropped) == (kind == "beit3/retrieval")
+
+
+def test_parity_says_that_transformers_has_no_such_model() -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(BeitJaxError, match="nothing to compare with"):
+        Reference(plan(resolve(FOREIGN / "vit/deit")))
 
 
 def test_fields_without_sense_are_refused() -> None:
