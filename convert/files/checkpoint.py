@@ -163,7 +163,7 @@ def open_checkpoint(
         path: of a directory the first of `WEIGHT_NAMES` is opened.
         prefer: the set of weights to take from a training checkpoint with several: "model", "ema", or the name of an
             entry.
-        format: take only weights of this file type from a directory.
+        format: take only weights of this file type from a directory; refused with one file.
         adapter: the directory of an adapter that is applied to these weights; beside them it is no mistake.
 
     Raises:
@@ -180,6 +180,11 @@ def open_checkpoint(
             return _open_folder(path, path.parent, prefer)
         if path.name == NATIVE:
             raise BeitJaxError(f"{printable(path, 1024)}: of a native checkpoint; give its directory")
+        if format is not None and os.path.lexists(path):
+            raise BeitJaxError(
+                f"--format {format}: {printable(path, 1024)} is one file, not a directory of several formats; leave "
+                "the option out"
+            )
         return Checkpoint(path, [_open_file(path, prefer)])
     adapters.refuse_adapter(path, adapter)
     wanted = [name for name in WEIGHT_NAMES if format in (None, WEIGHT_NAMES[name])]

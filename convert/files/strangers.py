@@ -77,6 +77,12 @@ def of_bytes(head: bytes, suffix: str) -> Stranger | None:
         size = text.partition(b"\nsize ")[2].split(b"\n")[0]
         found = f"a Git LFS pointer to a file of {printable(size.decode('latin-1'))} bytes (run: git lfs pull)"
         return Stranger(found, "the weights themselves are not here yet")
+    if head and not head.strip(b"\0"):
+        return Stranger("nothing but zeros at its start, as a download that was not finished", _AGAIN)
+    if text.startswith((b"# xet version", b"outs:", b"/annex/objects/", b"../.git/annex/", b".git/annex/")):
+        return Stranger(
+            "a pointer of Git Xet, DVC or git-annex", "fetch the weights themselves (git xet, dvc pull, git annex get)"
+        )
     if text.startswith(b"<?xml") and b"<net " in text:
         return Stranger("OpenVINO, a program", _ORIGINAL)
     if text.startswith(b"<"):

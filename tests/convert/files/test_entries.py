@@ -85,3 +85,8 @@ def test_lightning_exchanges_the_average_and_the_raw_weights(
         taken(directory, content, path)
     assert np.array_equal(taken(directory, content, path, "ema"), average["classifier.bias"])
     assert np.array_equal(taken(directory, content, path, "raw"), raw["classifier.bias"])
+
+
+def test_a_file_type_is_no_choice_of_one_file(directory: Path) -> None:
+    with pytest.raises(BeitJaxError, match="is one file, not a directory of several formats; leave the option out"):
+        load(resolve(directory / "model.safetensors"), Options(format="flax"))
