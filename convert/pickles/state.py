@@ -129,12 +129,13 @@ def _wrappers(content: dict[Any, Any], prefer: str | None, label: str) -> list[s
     """
     known = [key for key in WRAPPERS if _wraps_tensors(content.get(key))]
     others = [key for key, value in content.items() if key not in known and isinstance(key, str)]
-    others = [key for key in others if _holds_tensors(content[key])]
+    others = [key for key in others if _wraps_tensors(content[key])]
     if prefer in others:
         return [prefer]
     if known:
         size = max((len(content[key]) for key in known if _holds_tensors(content[key])), default=0)
-        alike = [key for key in others if size >= _FEW and 2 * len(content[key]) >= size]
+        held = [key for key in others if _holds_tensors(content[key]) and not key.startswith("optim")]
+        alike = [key for key in held if size >= _FEW and 2 * len(content[key]) >= size]
         if prefer is None and alike:
             found, ways = (
                 " and ".join(repr(key) for key in (*known, *alike)),

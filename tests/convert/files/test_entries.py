@@ -65,8 +65,13 @@ def test_two_entries_are_a_choice(
     assert np.array_equal(taken(directory, content, tmp_path / "x.pth", second), average["classifier.bias"])
 
 
+def test_a_known_entry_within_another(directory: Path, raw: Tensors, tmp_path: Path) -> None:
+    content = {"checkpoint": {"model": raw, "epoch": 1}, "step": 3}
+    assert np.array_equal(taken(directory, content, tmp_path / "x.pth"), raw["classifier.bias"])
+
+
 def test_a_few_tensors_beside_the_weights_are_no_choice(directory: Path, raw: Tensors, tmp_path: Path) -> None:
-    content = {"model": raw, "criterion": {"weight": torch.ones(3)}}
+    content = {"model": raw, "criterion": {"weight": torch.ones(3)}, "optimizer": {f"state.{n}": raw[n] for n in raw}}
     assert np.array_equal(taken(directory, content, tmp_path / "x.pth"), raw["classifier.bias"])
 
 
