@@ -3,8 +3,9 @@
     python tests/support/damage.py FOLDER TRUNCATIONS CHANGES < kinds
 
 FOLDER is ``tests/convert/foreign``. A line of input names a file in it. For each damage of the file a line is written:
-``[file, damage, verdict]``, where a verdict is "refused", "equal", "number" (one element of one tensor differs), "data"
-(only the configuration differs), or what is wrong. A damage follows from the file's name, its content and the index.
+``[file, damage, verdict]``, where a verdict is "refused", "equal", "number" (one element of one tensor differs),
+"order" (one tensor has its elements in another order), "data" (only the configuration differs), or what is wrong. A
+damage follows from the file's name, its content and the index.
 """
 
 import json
@@ -145,9 +146,12 @@ def verdict(found: NativeCheckpoint | dict[str, np.ndarray], old: NativeCheckpoi
     kinds = [{name: (array.shape, array.dtype) for name, array in each.items()} for each in arrays]
     if kinds[0] != kinds[1]:
         return "different: names, shapes or types"
-    changed = sum(int((_bits(array) != _bits(arrays[1][name])).any(-1).sum()) for name, array in arrays[0].items())
+    pairs = [(_bits(array), _bits(arrays[1][name])) for name, array in arrays[0].items()]
+    changed = [(new, past, int((new != past).any(-1).sum())) for new, past in pairs if (new != past).any()]
     if changed:
-        return "number" if changed == 1 else f"different: {changed} numbers"
+        total = sum(count for *_, count in changed)
+        same_values = len(changed) == 1 and sorted(map(bytes, changed[0][0])) == sorted(map(bytes, changed[0][1]))
+        return "number" if total == 1 else "order" if same_values else f"different: {total} numbers"
     same = (
         isinstance(found, dict)
         or isinstance(old, dict)

@@ -21,8 +21,13 @@ UNCHECKED = {"number", "data"}
 
 
 def unchecked(file: Path) -> set[str]:
-    """The verdicts that the type of a file cannot rule out. Records of a zip archive have checksums."""
-    return set() if file.read_bytes()[:4] == b"PK\3\4" else UNCHECKED
+    """The verdicts that the type of a file cannot rule out. Records of a zip archive have checksums.
+
+    A byte of NumPy's arrays in a pickle says whether their elements lie by rows or, as in Fortran, by columns.
+    """
+    if file.read_bytes()[:4] == b"PK\3\4":
+        return set()
+    return UNCHECKED | ({"order"} if file.suffix == ".pdparams" else set())
 
 
 def outcomes(names: list[str], truncations: int, changes: int) -> dict[str, list[tuple[str, str]]]:
