@@ -16,6 +16,7 @@ from beit_jax.images.processor import ImageProcessor, Within
 from .. import unilm
 from ..format import Description, Sighting, SourceFormat, describe_by_config
 from ..rules import Rules, affine, linear, renamed
+from ..writing import PTH, SETTINGS
 from . import settings
 from .names import BACKBONE, COPIES, FOREIGN, INTO_NECK, MARKER, PREFIXES, as_original, labels
 
@@ -108,7 +109,7 @@ def _refusal_v2(config: BeitConfig) -> str | None:
 def _write(naming: SourceFormat, directory: Path, checkpoint: "NativeCheckpoint") -> list[str]:
     """``checkpoint.pth`` and ``config.py``, for ``mmpretrain.get_model``."""
     config, processor = checkpoint.config, checkpoint.processor
-    use = f'mmpretrain.get_model("{settings.SETTINGS}", pretrained="{settings.PTH}")'
+    use = f'mmpretrain.get_model("{SETTINGS}", pretrained="{PTH}")'
     settings.write(naming, directory, checkpoint, mmpretrain_settings(config, processor), use)
     notes = []
     if config.task == "masked_image_modeling":

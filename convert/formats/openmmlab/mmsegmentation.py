@@ -14,6 +14,7 @@ from beit_jax.images.processor import ImageProcessor, ade20k_processor
 from .. import unilm
 from ..format import Description, Sighting, SourceFormat
 from ..segmentation import SegmentationNames
+from ..writing import PTH, SETTINGS
 from . import mmseg, settings
 from .names import BACKBONE, COPIES, FOREIGN, MARKER, PREFIXES, as_original, labels
 
@@ -57,7 +58,7 @@ def _refusal(config: BeitConfig) -> str | None:
 def _write(naming: SourceFormat, directory: Path, checkpoint: "NativeCheckpoint") -> list[str]:
     """``checkpoint.pth`` and ``config.py``, for ``mmseg.apis.init_model``."""
     config, processor = checkpoint.config, checkpoint.processor
-    use = f'mmseg.apis.init_model("{settings.SETTINGS}", "{settings.PTH}")'
+    use = f'mmseg.apis.init_model("{SETTINGS}", "{PTH}")'
     settings.write(naming, directory, checkpoint, mmseg_settings(config, processor), use)
     if processor.num_channels in (1, 3) and processor.bands is None and processor.crop is None:
         return []
