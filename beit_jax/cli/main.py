@@ -117,7 +117,7 @@ RECIPE_COMMANDS: Mapping[str, Command] = {
     "aot": Command(
         "training",
         "aot_command",
-        "Compile the step of a recipe for TPUs that are not here: does it fit, and how fast could it be?",
+        "Compile the step of a recipe for TPUs or GPUs that are not here: does it fit, and how fast could it be?",
     ),
 }
 """Commands whose options and help depend on the recipe that the arguments name: `Command.function` takes the arguments

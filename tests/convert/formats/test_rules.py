@@ -1,8 +1,10 @@
 """The operations and the tables: invertible, total, and unambiguous for every model."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -99,13 +101,27 @@ TASKS = {
     "mmsegmentation 1.x": "semantic_segmentation",
     "mmpretrain BEiT v2": "masked_image_modeling",
 }
+_VIT = {
+    "use_key_bias": True,
+    "position_bias": "none",
+    "use_absolute_position_embeddings": True,
+    "layer_scale_init_value": 0.0,
+}
+RELATIVES: Mapping[str, Mapping[str, Any]] = {
+    "BEiT-3 (torchscale)": _VIT | {"use_sub_norm": True},
+    "ViT, DeiT, MAE, DINO, EVA-L (timm and the originals)": _VIT,
+    "ViT without a position of the class token (timm, DeiT III)": _VIT,
+}
+"""What models of a page have that BEiT's variants have not."""
 
 
 @pytest.mark.parametrize("naming", FORMATS, ids=lambda naming: naming.name)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_leaf_of_every_variant_has_one_rule(naming, variant: str) -> None:  # type: ignore[no-untyped-def]
-    config = VARIANTS[variant]
-    if naming.name == "keras_cv_attention_models" and (
+    config = replace(VARIANTS[variant], **RELATIVES.get(naming.name, {}))
+    if naming.name in RELATIVES and config.task != "image_classification":
+        pytest.skip("it has classifiers and features only")
+    if naming.name.startswith("keras_cv_attention_models") and (
         config.task != "image_classification" or config.position_bias != "per_layer" or config.use_mask_token
     ):
         pytest.skip("it has fine-tuned classifiers only")
@@ -134,8 +150,10 @@ def test_every_rule_serves_some_model() -> None:
         if task == "masked_image_modeling":
             aggregating = replace(config, aggregate_from=3, aggregation_layers=2, own_aggregation_head=True)
             leaves |= param_shapes(aggregating).keys()
+    relative = BeitConfig(task="features", pooling="mean", use_key_bias=True, use_sub_norm=True, embedding_size=5)
+    leaves |= param_shapes(relative).keys()
     for naming in FORMATS:
-        for rule in (*naming.backbone, *naming.heads):
+        for rule in (*naming.backbone, *naming.pooled, *naming.heads):
             assert rule.flax in leaves, rule
 
 
