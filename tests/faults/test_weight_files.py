@@ -465,7 +465,6 @@ def test_whole_module(tmp_path: Path, options: dict[str, Any]) -> None:
         (argparse.Namespace(model=1), "holds a argparse.Namespace"),
         ({}, "no state dict"),
         ({"epoch": 3, "lr": 0.1}, "found epoch, lr"),
-        ({"net": {"w": torch.ones(1)}, "other": {"w": torch.ones(1)}}, "under net and other"),
         ({"model": {"w": torch.ones(1), "step": 3}}, "step in the state dict"),
         ({"model": {"w": torch.ones(1), 5: torch.ones(1)}}, "names a tensor 5"),
         ({3: torch.ones(1)}, "names a tensor 3"),
