@@ -33,21 +33,26 @@ class FileStream(io.RawIOBase):
         self._at = 0
 
     def readable(self) -> bool:
+        """Always."""
         return True
 
     def seekable(self) -> bool:
+        """Always: reading is by position."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Sets the position and returns it, as `io.IOBase.seek`."""
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
         if self._at < 0:
             raise OSError("negative position")
         return self._at
 
     def tell(self) -> int:
+        """The position of the next read, in bytes."""
         return self._at
 
     def read(self, size: int | None = -1) -> bytes:
+        """So many bytes from the position, or what is left of the file."""
         count = self._count(size)
         if self._largest is not None and count > self._largest:
             raise zipfile.BadZipFile(f"its directory has {count} bytes; expected at most {self._largest}")
@@ -56,6 +61,7 @@ class FileStream(io.RawIOBase):
         return data
 
     def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
+        """Fills the buffer, or what is left of the file, and returns how many bytes that were."""
         target = memoryview(buffer).cast("B")
         count = self._count(len(target))
         self._file.read_into(self._at, target[:count], "a record")
