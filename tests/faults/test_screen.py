@@ -19,6 +19,7 @@ from grain.multiprocessing import SharedMemoryArray
 import beit_jax
 from beit_jax import terminal
 from beit_jax.cli.main import main
+from beit_jax.inference.predictor import Predictor
 from beit_jax.models.build import num_params
 from beit_jax.published import PUBLISHED
 from beit_jax.train.data.workers import _unnamed
@@ -120,6 +121,13 @@ def test_classify_and_features_show_progress(
 ) -> None:
     monkeypatch.setattr(terminal, "UNKNOWN_SILENCE", 0.001)
     monkeypatch.setattr(terminal, "LONGEST_PAUSE", 0.001)
+    compute = Predictor.outputs
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.1)  # a program that another test compiled takes less than the thread that writes needs to start
+        return compute(*arguments, **options)
+
+    monkeypatch.setattr(Predictor, "outputs", slowly)
     options = ["-o", str(tmp_path / "f.npz")] if command == "features" else ["--json"]
     assert main([command, str(DIGITS), str(IMAGE), *options]) == 0
     assert "compiling: 0 of 1 images" in capfd.readouterr().err
