@@ -449,7 +449,8 @@ def paddle():
     state = model.state_dict()
     paddle.save(state, str(out / "protocol2.pdparams"), protocol=2)
     paddle.save(state, str(out / "paddle.safetensors"), safetensors=True)
-    narrow = {name: value.astype("bfloat16") if value.dtype == paddle.float32 else value for name, value in state.items()}
+    single = {name: value for name, value in state.items() if value.dtype == paddle.float32}
+    narrow = {**state, **{name: value.astype("bfloat16") for name, value in single.items()}}
     paddle.save({"model": narrow, "epoch": 3}, str(out / "bfloat16.pdparams"))
     model.set_state_dict({name: value.astype(state[name].dtype) for name, value in narrow.items()})
     np.save(out / "bfloat16.npy", logits(model))
