@@ -10,11 +10,9 @@ BEIT_JAX_GPU_ATTENTION is "xla", the textbook form is computed.
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +21,7 @@ from jaxtyping import Array, Float
 
 from beit_jax.errors import BeitJaxError, printable
 
-from .mesh import AVERAGES, Split, split_of
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from .mesh import AVERAGES, Split, Target, split_of
 
 SWITCH = "BEIT_JAX_GPU_ATTENTION"
 OLDEST = 80
@@ -34,42 +29,8 @@ OLDEST = 80
 WIDTHS = (16, 32, 64, 128)
 """Numbers of a head: tiles are powers of two, and as wide as the units for products or wider."""
 
-_INTERPRETED: ContextVar[bool] = ContextVar("interpreted", default=False)
-
-
-@contextmanager
-def interpreted() -> Iterator[None]:
-    """Functions traced within compute the kernels, operation by operation, on whatever device: for tests.
-
-    A function under `jax.jit` must be new: JAX keeps its first trace.
-    """
-    before = _INTERPRETED.set(True)
-    try:
-        yield
-    finally:
-        _INTERPRETED.reset(before)
-
-
-def on_gpus() -> bool:
-    """Whether a function is traced for the GPUs of a mesh."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return _INTERPRETED.get() or (device is not None and device.platform in ("gpu", "cuda"))
-
-
-def for_gpus(form: Callable[Concatenate[Callable[P, R], P], R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a textbook form: a function compiled for the GPUs of a mesh computes `form` instead.
-
-    The form takes the textbook form first, and then its arguments.
-    """
-
-    def decorate(textbook: Callable[P, R]) -> Callable[P, R]:
-        @wraps(textbook)
-        def chosen(*arguments: P.args, **options: P.kwargs) -> R:
-            return form(textbook, *arguments, **options) if on_gpus() else textbook(*arguments, **options)
-
-        return chosen
-
-    return decorate
+GPUS = Target("gpu", "cuda")
+for_gpus, interpreted = GPUS.computes, GPUS.interpreted
 
 
 def attend_by_tiles(
@@ -93,7 +54,7 @@ def attend_by_tiles(
         BeitJaxError: the environment variable says neither "tiles" nor "xla".
     """
     suits = drop is None and not output_attentions and _suits(qkv)
-    split = split_of(qkv, bias, interpret=_INTERPRETED.get()) if suits else None
+    split = split_of(qkv, bias, interpret=GPUS.interpret) if suits else None
     if split is None:
         return textbook(qkv, bias, drop, output_attentions=output_attentions)
     if bias is not None and len(bias) < split.shards:
@@ -105,7 +66,7 @@ def _suits(qkv: Array) -> bool:
     said = os.environ.get(SWITCH, "tiles")
     if said not in ("tiles", "xla"):
         raise BeitJaxError(f"{SWITCH}: expected tiles or xla, found {printable(said)}")
-    if _INTERPRETED.get():
+    if GPUS.interpret:
         return True
     short = jnp.dtype(qkv.dtype).itemsize == 2 and qkv.shape[-1] in WIDTHS
     return said == "tiles" and short and _capability() >= OLDEST

@@ -1,14 +1,20 @@
-"""What kernels are to a mesh: compilers divide none of them, so each device computes its own part of the arrays."""
+"""What kernels are to a mesh: whose devices compute them, and of which part of the arrays; compilers divide none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
 from math import prod
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 from jax import export
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 BATCH_AXES = ("data", "fsdp")
 """The mesh axes that a batch is split over, those of `models.partition`, a room above."""
@@ -16,6 +22,52 @@ HEAD_AXIS = "tensor"
 """The mesh axis that heads are split over."""
 AVERAGES = "attention averages"
 """The name of what the kernel makes, for `jax.checkpoint`: kept, nothing of the kernel is computed twice."""
+
+
+class Target:
+    """A kind of device that has kernels: where functions are traced for it, other forms of them are computed.
+
+    Args:
+        platforms: what JAX calls it.
+    """
+
+    def __init__(self, *platforms: str) -> None:
+        self._platforms = platforms
+        self._interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
+
+    @property
+    def interpret(self) -> bool:
+        """Whether kernels are interpreted, see `interpreted`."""
+        return self._interpreted.get()
+
+    @contextmanager
+    def interpreted(self) -> Iterator[None]:
+        """Functions traced within compute the kernels, operation by operation, on whatever device: for tests.
+
+        A function under `jax.jit` must be new: JAX keeps its first trace.
+        """
+        before = self._interpreted.set(True)
+        try:
+            yield
+        finally:
+            self._interpreted.reset(before)
+
+    def computes(self, form: Callable[Concatenate[Callable[P, R], P], R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Decorates a textbook form: a function compiled for such devices of a mesh computes `form` instead.
+
+        The form takes the textbook form first, and then its arguments.
+        """
+
+        def decorate(textbook: Callable[P, R]) -> Callable[P, R]:
+            @wraps(textbook)
+            def chosen(*arguments: P.args, **options: P.kwargs) -> R:
+                device = jax.sharding.get_abstract_mesh().abstract_device
+                here = self.interpret or (device is not None and device.platform in self._platforms)
+                return form(textbook, *arguments, **options) if here else textbook(*arguments, **options)
+
+            return chosen
+
+        return decorate
 
 
 @dataclass(frozen=True)

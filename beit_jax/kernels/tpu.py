@@ -7,25 +7,20 @@ devices, which only the compiler learns, and no compiler divides a kernel.
 Pallas takes 0.4 seconds to import, so it is imported only where kernels are traced.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import partial, wraps
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from .mesh import AVERAGES, HEAD_AXIS, Split, split_of
+from .mesh import AVERAGES, HEAD_AXIS, Split, Target, split_of
 
 if TYPE_CHECKING:
     from .tpu_rows import Shape
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _VMEM: Sequence[tuple[str, int]] = (
     # Of a core, MiB. Source: jax 0.12.0.1, jax/_src/pallas/mosaic/tpu_info.py.
@@ -37,42 +32,8 @@ _VMEM: Sequence[tuple[str, int]] = (
     ("", 16),
 )
 
-_INTERPRETED: ContextVar[bool] = ContextVar("interpreted", default=False)
-
-
-@contextmanager
-def interpreted() -> Iterator[None]:
-    """Functions traced within compute the kernels, operation by operation, on whatever device: for tests.
-
-    A function under `jax.jit` must be new: JAX keeps its first trace.
-    """
-    before = _INTERPRETED.set(True)
-    try:
-        yield
-    finally:
-        _INTERPRETED.reset(before)
-
-
-def on_tpus() -> bool:
-    """Whether a function is traced for the TPUs of a mesh."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return _INTERPRETED.get() or (device is not None and device.platform == "tpu")
-
-
-def for_tpus(form: Callable[Concatenate[Callable[P, R], P], R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a textbook form: a function compiled for the TPUs of a mesh computes `form` instead.
-
-    The form takes the textbook form first, and then its arguments.
-    """
-
-    def decorate(textbook: Callable[P, R]) -> Callable[P, R]:
-        @wraps(textbook)
-        def chosen(*arguments: P.args, **options: P.kwargs) -> R:
-            return form(textbook, *arguments, **options) if on_tpus() else textbook(*arguments, **options)
-
-        return chosen
-
-    return decorate
+TPUS = Target("tpu")
+for_tpus, interpreted = TPUS.computes, TPUS.interpreted
 
 
 def project_side_by_side(
@@ -111,7 +72,7 @@ def attend_by_rows(
 
     Gradients go backward only: there is no forward mode (`jax.jvp`), nor a second derivative.
     """
-    divided = None if drop is not None or output_attentions else split_of(qkv, bias, interpret=_INTERPRETED.get())
+    divided = None if drop is not None or output_attentions else split_of(qkv, bias, interpret=TPUS.interpret)
     if divided is None or not _fits(qkv, bias, divided):
         return textbook(qkv, bias, drop, output_attentions=output_attentions)
     if bias is not None and len(bias) < divided.shards:
