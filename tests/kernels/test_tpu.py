@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from both_ways import both_ways, drawn
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from tracing import computed
 
@@ -18,7 +19,7 @@ from beit_jax.models.attention import attend
 from beit_jax.models.build import abstract_model, build_model
 from beit_jax.models.interface import Remat
 from beit_jax.models.partition import BATCH_AXES
-from beit_jax.models.position import attention_bias, num_relative_offsets
+from beit_jax.models.position import attention_bias
 from beit_jax.tree import Nested
 
 AXES = ("data", "fsdp", "tensor")
@@ -43,25 +44,6 @@ def interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
             return jax.jit(lambda *given: function(*given))(*arguments)
 
     return run
-
-
-def drawn(grid: tuple[int, int], heads: int, width: int, batch: int = 2) -> tuple[np.ndarray, ...]:
-    """Query, key and value; a bias table; gradients of the averages."""
-    rng = np.random.default_rng(0)
-    n = 1 + grid[0] * grid[1]
-    shapes = (batch, n, 3, heads, width), (num_relative_offsets(grid), heads), (batch, n, heads, width)
-    return tuple(rng.standard_normal(shape) for shape in shapes)
-
-
-def both_ways(grid: tuple[int, int], biased: bool, qkv: Any, table: Any, upstream: Any) -> tuple[Any, ...]:
-    """The averages, and the gradients of queries, keys and values and of the table."""
-
-    def averages(qkv: Any, table: Any) -> Any:
-        return attend(qkv, attention_bias(table, grid, grid, "bicubic", len(qkv)) if biased else None)[0]
-
-    found, back = jax.vjp(averages, qkv, table)
-    of_qkv, of_table = back(upstream.astype(found.dtype))
-    return found, *(of_qkv[:, :, part] for part in range(3)), of_table
 
 
 def apart(found: Any, expected: Any) -> float:
@@ -204,21 +186,29 @@ def test_a_step_calls_a_kernel_once_for_each_direction(remat: Remat, forward: in
     assert text.count("tpu_custom_call") == forward + 1
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "block"])
-def test_a_model_has_the_gradients_of_the_textbook_form(remat: Remat) -> None:
+@pytest.fixture(scope="module")
+def inputs() -> tuple[Nested, Any]:
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype), abstract_model(TINY)[1]
     )
-    pixels = jnp.asarray(rng.standard_normal((2, 16, 24, 3)), jnp.float32)
-    leaves, structure = jax.tree.flatten((params, pixels))
+    return params, jnp.asarray(rng.standard_normal((2, 16, 24, 3)), jnp.float32)
 
-    def function(*leaves: Any) -> Any:
-        return gradient(remat, *jax.tree.unflatten(structure, leaves))
 
-    found = jax.tree.leaves(interpreted(function)(*leaves))
-    for mine, textbook in zip(found, computed(function, *leaves, several=True), strict=True):
-        assert apart(mine, textbook) <= 1e-5
+@pytest.fixture(scope="module")
+def textbook(inputs: tuple[Nested, Any]) -> list[Any]:
+    """The gradient by the textbook form, which is the same whatever is computed again (tests/models/test_remat.py)."""
+    leaves, structure = jax.tree.flatten(inputs)
+    return computed(lambda *given: gradient("none", *jax.tree.unflatten(structure, given)), *leaves, several=True)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+def test_a_model_has_the_gradients_of_the_textbook_form(
+    remat: Remat, inputs: tuple[Nested, Any], textbook: list[Any]
+) -> None:
+    found = jax.tree.leaves(interpreted(partial(gradient, remat))(*inputs))
+    for mine, expected in zip(found, textbook, strict=True):
+        assert apart(mine, expected) <= 1e-5
 
 
 def test_a_batch_of_calls_is_the_calls_one_by_one() -> None:

@@ -17,5 +17,5 @@ def traced(function: Callable[..., Any], *arguments: Any, several: bool = False)
 
 
 def computed(function: Callable[..., Any], *arguments: Any, several: bool = False) -> list[Any]:
-    """The arrays that it returns."""
-    return jaxpr_as_fun(traced(function, *arguments, several=several))(*arguments)
+    """The arrays that it returns, compiled: operation by operation each is a program that takes as long to compile."""
+    return jax.jit(jaxpr_as_fun(traced(function, *arguments, several=several)))(*arguments)
