@@ -10,6 +10,7 @@ Describing BeitConfig, VARIANTS
 Loading    from_pretrained, save_pretrained, build_model, NativeCheckpoint, load, save
 Images     ImageProcessor, preset, open_image
 Using      classify, features, segment
+Tables     write_features, write_classes, feature_rows, record_batches: of any number of images
 Serving    load_program, Program: what `beit-jax export --to stablehlo` writes, without Flax
 Looking    interpret: attention, rollout, position bias as arrays; visualize: pictures of them, by matplotlib
 Errors     BeitJaxError
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from beit_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from beit_jax.bulk.face import feature_rows, record_batches, write_classes, write_features
     from beit_jax.config import BeitConfig
     from beit_jax.errors import BeitJaxError
     from beit_jax.images.processor import ImageProcessor, open_image, preset
@@ -66,7 +68,11 @@ _HOME: dict[str, str | tuple[str, str]] = {
     "open_image": "images.processor",
     "preset": "images.processor",
     "classify": "inference.predict",
+    "feature_rows": "bulk.face",
     "features": "inference.predict",
+    "record_batches": "bulk.face",
+    "write_classes": "bulk.face",
+    "write_features": "bulk.face",
     "from_pretrained": "inference.predict",
     "NativeCheckpoint": "weights.native",
     "Program": "programs.program",

@@ -11,6 +11,10 @@ from pathlib import Path
 from beit_jax.errors import BeitJaxError, printable
 
 
+class InUse(BeitJaxError):
+    """Another process holds a lock."""
+
+
 @contextmanager
 def exclusive(path: Path, guarded: Path, *, remove: bool) -> Iterator[str]:
     """Locks a file and yields what it says of its holder: process, host and time.
@@ -24,8 +28,8 @@ def exclusive(path: Path, guarded: Path, *, remove: bool) -> Iterator[str]:
             its name must not move from one file to another.
 
     Raises:
-        BeitJaxError: another process holds the lock, naming its number, its host and since when; the lock file cannot
-            be created; the file system has no locks.
+        InUse: another process holds the lock, naming its number, its host and since when.
+        BeitJaxError: the lock file cannot be created; the file system has no locks.
     """
     try:
         file = path.open("ab+", buffering=0)
@@ -35,7 +39,7 @@ def exclusive(path: Path, guarded: Path, *, remove: bool) -> Iterator[str]:
         if not _lock(file.fileno(), path):
             file.seek(0)
             owner = printable(file.read(500).decode(errors="replace")) or "another process"
-            raise BeitJaxError(f"{guarded}: in use by {owner}; wait for it or choose another name")
+            raise InUse(f"{guarded}: in use by {owner}; wait for it or choose another name")
         since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         owner = f"process {os.getpid()} on {socket.gethostname()} since {since}"
         try:

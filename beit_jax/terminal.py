@@ -156,7 +156,7 @@ def _bar(
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        with _Lines(description, total, unit, first, silence) as lines:
+        with _Lines(description, total, unit, first, silence, rate) as lines:
             yield lines.advance
         return
     # On a narrow terminal the rate gives way, not the bar and what is done.
@@ -177,9 +177,11 @@ class _Lines:
     A thread writes the lines, because the work may be a single call that lasts: a compiler's.
     """
 
-    def __init__(self, description: str, total: int, unit: str, first: str | None, silence: float) -> None:
+    def __init__(
+        self, description: str, total: int, unit: str, first: str | None, silence: float, rate: Callable[[float], str]
+    ) -> None:
         self._description, self._total, self._unit, self._first = description, total, unit, first
-        self._silence = silence
+        self._silence, self._rate = silence, rate
         self._done = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._write, name="progress", daemon=True)
@@ -200,5 +202,17 @@ class _Lines:
         while not self._stop.wait(pause):
             what = self._description if self._done or self._first is None else self._first
             done = f"{self._done:,} of {self._total:,} {self._unit} after " if self._total else ""
-            say(f"{what}: {done}{time.monotonic() - began:.0f} s")
+            passed = time.monotonic() - began
+            say(f"{what}: {done}{passed:.0f} s{self._outlook(passed)}")
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _outlook(self, passed: float) -> str:
+        """The rate so far, and the time left, where both can be told."""
+        if not self._total or not self._done:
+            return ""
+        speed = self._done / passed
+        left = (self._total - self._done) / speed
+        for unit, seconds in (("h", 3600), ("min", 60)):
+            if left >= 2 * seconds:
+                return f", {self._rate(speed)}, {left / seconds:.0f} {unit} left"
+        return f", {self._rate(speed)}, {left:.0f} s left"

@@ -18,12 +18,15 @@ FOLDERS = {"beit_jax": "beit_jax", "convert": "beit_jax.convert", "train": "beit
 ORDER = [
     "beit_jax",
     "beit_jax.images",
+    "beit_jax.tables",
     "beit_jax.weights",
     "beit_jax.adapters",
+    "beit_jax.kernels.cpu",
     "beit_jax.kernels",
     "beit_jax.models",
     "beit_jax.tokenizers",
     "beit_jax.convert.pickles",
+    "beit_jax.convert.strangers",
     "beit_jax.convert.files",
     "beit_jax.convert.formats",
     "beit_jax.convert.formats.cae",
@@ -34,6 +37,7 @@ ORDER = [
     "beit_jax.programs",
     "beit_jax.publishing",
     "beit_jax.looking",
+    "beit_jax.search",
     "beit_jax.train",
     "beit_jax.train.costs",
     "beit_jax.train.distributed",
@@ -48,6 +52,7 @@ ORDER = [
     "beit_jax.train.recipes",
     "beit_jax.train.loop",
     "beit_jax.train.forecast",
+    "beit_jax.bulk",
     "beit_jax.cli",
 ]
 MOST_MODULES = 15

@@ -1,5 +1,7 @@
 """Arguments that several commands take. Imports wait until a command runs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,11 +11,13 @@ from tyro.conf import FlagCreatePairsOff, arg
 from beit_jax.errors import BeitJaxError
 
 if TYPE_CHECKING:
+    from beit_jax.bulk.table import Host
     from beit_jax.hub import Source
     from beit_jax.images.processor import ImageProcessor
     from beit_jax.inference.segmentation import Inference
     from beit_jax.models.build import Model
     from beit_jax.train.labels.meaning import TableOptions
+    from beit_jax.weights.native import NativeCheckpoint
 
 SourceName = Annotated[
     str,
@@ -25,6 +29,14 @@ SourceName = Annotated[
 ImageFiles = Annotated[
     tuple[Path, ...],
     arg(metavar="IMAGE...", help="Image files, or folders of them.", help_behavior_hint="(at least one)"),
+]
+Inputs = Annotated[
+    tuple[str, ...],
+    arg(
+        metavar="IMAGE...",
+        help="Image files, folders, patterns, @LIST of paths or - for standard input, tar archives, prepared data.",
+        help_behavior_hint="(at least one)",
+    ),
 ]
 Switch = Annotated[bool, arg(help_behavior_hint="")]
 """Off by default; says what it does when given, and nothing else."""
@@ -82,17 +94,36 @@ class SegmentationArguments:
         Raises:
             BeitJaxError: the options contradict each other, or the model does not segment.
         """
-        from beit_jax.images.processor import ade20k_processor
-        from beit_jax.inference.segmentation import DEFAULT, Inference
+        from beit_jax.inference.reading import read
 
+        self.check()
+        return self.of(checkpoint, read(hub.resolve(checkpoint)))
+
+    def check(self) -> None:
+        """Refuses options that contradict each other.
+
+        Raises:
+            BeitJaxError: names them.
+        """
         if self.slide and self.whole:
             raise BeitJaxError("--slide and --whole were both given; give one")
+
+    def of(self, name: str, checkpoint: "NativeCheckpoint") -> "tuple[Model, ImageProcessor, Inference]":
+        """The model, image processor and inference options of a checkpoint of that name.
+
+        Raises:
+            BeitJaxError: the model does not segment.
+        """
+        from beit_jax.images.processor import ade20k_processor
+        from beit_jax.inference import predict
+        from beit_jax.inference.segmentation import DEFAULT, Inference
+
         mode: Literal["slide", "whole"] | None = "slide" if self.slide else "whole" if self.whole else None
         batch_size = DEFAULT.batch_size if self.batch_size is None else self.batch_size
         inference = Inference(mode, scales=self.scales or DEFAULT.scales, flip=self.flip, batch_size=batch_size)
-        model, processor = hub.load(checkpoint)
+        model, processor = predict.build(checkpoint), checkpoint.processor
         if model.config.task != "semantic_segmentation":
-            raise BeitJaxError(f"{checkpoint}: does not segment (its task is {model.config.task})")
+            raise BeitJaxError(f"{name}: does not segment (its task is {model.config.task})")
         if self.as_trained:
             trained = ade20k_processor(min(model.config.image_size))
             processor = replace(trained, do_reduce_labels=processor.do_reduce_labels)
@@ -152,6 +183,63 @@ class SkipBad:
         if not 0.0 < self.max_bad <= 1.0:
             raise BeitJaxError(f"--max-bad {self.max_bad}: expected a share above 0 and at most 1")
         return self.max_bad
+
+
+@dataclass(frozen=True)
+class ScaleArguments:
+    """Many images: how they are read, and who shares them. docs/scale.md says more."""
+
+    workers: Annotated[int | None, arg(metavar="NUMBER", help_behavior_hint="")] = None
+    """Processes that prepare images, by default half of the cores, at most 16; none for few images."""
+    members: Annotated[tuple[str, ...], arg(metavar="ENDING...", help_behavior_hint="")] = ()
+    """Endings of images in archives, such as jpg or left.jpg; by default those of all formats."""
+    chunk: Annotated[int | None, arg(metavar="IMAGES", help_behavior_hint="")] = None
+    """Images after which the rows so far are safe from an interruption, by default about 512."""
+    process: Annotated[int | None, arg(metavar="NUMBER", help_behavior_hint="")] = None
+    """Which of several processes this is, from 0. Each makes its share in the same folder; the last joins the table."""
+    processes: Annotated[int | None, arg(metavar="NUMBER", help_behavior_hint="")] = None
+    """How many processes share the images."""
+    cluster: bool = False
+    """Find the other processes as `beit-jax train` does: on TPU VMs, on GKE, under SLURM."""
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT", help_behavior_hint="")] = None
+    """Join the other processes by JAX, where process 0 listens for them; with --process and --processes."""
+
+    def check(self) -> None:
+        """Refuses numbers out of range, and options that contradict each other.
+
+        Raises:
+            BeitJaxError: names the option.
+        """
+        require_counts(chunk=self.chunk, processes=self.processes)
+        require_counts(least=0, workers=self.workers, process=self.process)
+        if (self.process is None) != (self.processes is None):
+            missing = "process" if self.process is None else "processes"
+            raise BeitJaxError(f"--{missing}: missing; give --process and --processes together")
+        if self.process is not None and self.processes is not None and self.process >= self.processes:
+            raise BeitJaxError(f"--process: expected 0 to {self.processes - 1}, found {self.process}")
+        if self.coordinator is not None and self.process is None:
+            raise BeitJaxError("--coordinator: needs --process and --processes; give all three")
+        if self.cluster and self.process is not None:
+            raise BeitJaxError("--cluster finds the processes itself; leave --process and --processes out")
+
+    @contextmanager
+    def host(self) -> "Iterator[Host]":
+        """Which of the processes this is; joins the others where they are joined. Enter it before any use of JAX.
+
+        Raises:
+            BeitJaxError: as `check`; or the others cannot be joined.
+        """
+        from beit_jax.bulk.table import Host
+
+        self.check()
+        if not self.cluster and self.coordinator is None:
+            yield Host(self.process or 0, self.processes or 1)
+            return
+        from beit_jax.train.distributed.cluster import joined
+        from beit_jax.train.recipe import HostOptions
+
+        with joined(HostOptions(self.coordinator, self.processes, self.process)) as peers:
+            yield Host(peers.index, peers.count, waits=peers.count > 1)
 
 
 def given(options: Any) -> list[str]:

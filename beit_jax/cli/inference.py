@@ -1,6 +1,9 @@
 """Commands on images: `classify`, `features`, `segment` and `reconstruct`. Imports wait until one runs."""
 
+import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -9,10 +12,13 @@ from tyro.conf import Positional, arg
 from beit_jax.cli.arguments import (
     Hub,
     ImageFiles,
+    Inputs,
     Json,
+    ScaleArguments,
     SegmentationArguments,
     SkipBad,
     SourceName,
+    refuse_given,
     require_counts,
 )
 from beit_jax.errors import BeitJaxError, printable
@@ -22,172 +28,227 @@ from beit_jax.memory import imports
 from beit_jax.terminal import image_progress, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
-    from beit_jax.inference.predictor import Guess, Predictor
+    from beit_jax.bulk.inputs import Listing
+    from beit_jax.bulk.segmenting import Loaded
+    from beit_jax.bulk.table import Outcome
+    from beit_jax.bulk.tasks import Computing, Task
+    from beit_jax.bulk.work import Work
+    from beit_jax.inference.predictor import Guess, Pooling, Predictor
 
 
 def classify(
     checkpoint: Positional[SourceName],
-    images: Positional[ImageFiles],
+    images: Positional[Inputs],
     *,
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="TABLE", help_behavior_hint="")] = None,
     top: int = 5,
     batch_size: int = 8,
     json: Json = False,
     skip: Annotated[SkipBad, arg(name="")] = SkipBad(),
+    scale: Annotated[ScaleArguments, arg(name="")] = ScaleArguments(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
     """Print the most probable classes of images.
 
+    Of many images, --output writes a table. A command that was stopped goes on where it was when it is given again.
+
     Try:
       beit-jax classify microsoft/beit-base-patch16-224 cat.jpg --top 3
       beit-jax classify ./native *.png --json
-      beit-jax classify ./native ./folder --skip-bad
+      beit-jax classify ./native ./folder -o classes.jsonl --skip-bad
 
     Args:
+        output: Table to write, ending in .jsonl, .csv, .parquet or .arrow.
         top: Classes per image. A model of regression has none: all its values are printed.
         batch_size: Images computed at once.
     """
     require_counts(top=top, batch_size=batch_size)
-    files = named_images(images)
-    bad = BadImages(len(files), skip.share())
-    predictor = _predictor(checkpoint, hub)
-    with image_progress(len(files), "classifying", first="compiling") as advance:
-        found = predictor.classify(files, top=top, batch_size=batch_size, bad=bad, advance=advance)
-    guesses = dict(zip(bad.kept(range(len(files))), cast("list[list[Guess]]", found), strict=True))
+    if output is not None:
+        if json:
+            raise BeitJaxError("--json prints, and --output writes a table; leave one of them out")
+        return _classify_to_table(checkpoint, images, output, top, batch_size, skip, scale, hub)
+    refuse_given(replace(scale, workers=None, members=()), "of a table; give --output")
+    if all(map(_is_plain, images)):
+        refuse_given(scale, "for many images; these are single files")
+        files = named_images(map(Path, images))
+        bad = BadImages(len(files), skip.share())
+        predictor = _predictor(checkpoint, hub)
+        with image_progress(len(files), "classifying", first="compiling") as advance:
+            found = predictor.classify(files, top=top, batch_size=batch_size, bad=bad, advance=advance)
+        guesses = dict(zip(bad.kept(range(len(files))), cast("list[list[Guess]]", found), strict=True))
+        rows = [_as_row(path, guesses.get(place), bad.reasons.get(place)) for place, path in enumerate(files)]
+        regression = predictor.config.score_function is None
+    else:
+        scale.check()
+        work = _classifying(checkpoint, hub, _listed(images, scale), top, batch_size, scale, skip)
+        bad = BadImages(len(work.listing), skip.share())
+        rows = [dict(row) for part in work.parts([(0, len(work.listing))], bad) for row in part.rows]
+        regression = work.computing.config.score_function is None
     if json:
-        print_json([_as_json(path, guesses.get(place), bad.reasons.get(place)) for place, path in enumerate(files)])
+        print_json(rows)
         return 0
-    rows = [
-        [printable(files[place]) if i == 0 else "", _score(guess), printable(guess.label, 1024)]
-        for place, best in guesses.items()
-        for i, guess in enumerate(best)
+    lines = [
+        [printable(Path(row["image"])) if i == 0 else "", _score(guess), printable(guess["label"], 1024)]
+        for row in rows
+        for i, guess in enumerate(row.get("classes", ()))
     ]
-    regression = predictor.config.score_function is None
-    print_table(["image", *(("value", "output") if regression else ("probability", "class"))], rows)
+    print_table(["image", *(("value", "output") if regression else ("probability", "class"))], lines)
     print_lines(bad.lines())
     return 0
 
 
-def _score(guess: "Guess") -> str:
-    return f"{guess.value:.6g}" if guess.probability is None else f"{guess.probability:.4f}"
+def _is_plain(name: str) -> bool:
+    """True for an image file, for which nothing else has to be imported; and for a name where there is nothing."""
+    if name == "-" or name.startswith("tfds:") or os.path.isdir(name):
+        return False
+    special = name.lower().endswith((".txt", ".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz"))
+    return not special and (os.path.exists(name) or not set(name) & set("*?[{@#"))
+
+
+def _classify_to_table(
+    checkpoint: str,
+    images: tuple[str, ...],
+    output: Path,
+    top: int,
+    batch_size: int,
+    skip: SkipBad,
+    scale: ScaleArguments,
+    hub: Hub,
+) -> int:
+    from beit_jax.tables.writing import format_of
+
+    scale.check()
+    format_of(output)
+    listing = _listed(images, scale, output)
+    with scale.host() as host:
+        work = _classifying(checkpoint, hub, listing, top, batch_size, scale, skip)
+        outcome = _table(work, output, host)
+    print_lines(ending(output, outcome, "classes"))
+    return 0
+
+
+def _classifying(
+    checkpoint: str, hub: Hub, listing: "Listing", top: int, batch_size: int, scale: ScaleArguments, skip: SkipBad
+) -> "Work":
+    from beit_jax.bulk.tasks import Classes
+
+    return _work(
+        checkpoint, hub, lambda found: Classes(found.config, top), listing, batch_size, scale, skip, "classifying"
+    )
+
+
+def _score(guess: dict[str, Any]) -> str:
+    return f"{guess['value']:.6g}" if "value" in guess else f"{guess['probability']:.4f}"
 
 
 def features(
     checkpoint: Positional[SourceName],
-    images: Positional[ImageFiles],
+    images: Positional[Inputs],
     *,
     output: Annotated[Path, arg(aliases=["-o"])],
     pooling: Literal["pooled", "mean", "cls", "tokens"] = "pooled",
     batch_size: int = 8,
     skip: Annotated[SkipBad, arg(name="")] = SkipBad(),
+    scale: Annotated[ScaleArguments, arg(name="")] = ScaleArguments(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
-    """Write the features of images to a NumPy .npz file.
+    """Write the features of any number of images to a table.
 
-    The file holds `features`, one float32 row per image, and `images`, their names.
+    The table has a row for every image: its name, and its features in float32. A command that was stopped goes on where
+    it was when it is given again.
 
     Try:
       beit-jax features facebook/data2vec-vision-base *.jpg -o features.npz
       beit-jax features ./native ./folder -o tokens.npz --pooling tokens
+      beit-jax features ./native "shards/{000..099}.tar" -o features.parquet --skip-bad
 
     Args:
-        output: The file to write, ending in .npz.
+        output: The file to write, ending in .npz, .safetensors, .parquet, .arrow, .csv or .jsonl.
         pooling: The model's own pooled output (the mean of the patch tokens if it pools nothing), the mean of the patch
             tokens, the class token, or all tokens.
         batch_size: Images computed at once.
     """
-    import numpy as np
-
-    from beit_jax.atomic import new_file
+    from beit_jax.tables.writing import format_of
 
     require_counts(batch_size=batch_size)
-    if output.suffix != ".npz":
-        raise BeitJaxError(f"{printable(output)}: expected a name ending in .npz")
-    files = named_images(images)
-    bad = BadImages(len(files), skip.share())
-    with new_file(output, inputs=files) as partial, partial.open("wb") as file:
-        predictor = _predictor(checkpoint, hub)
-        with image_progress(len(files), "computing features", first="compiling") as advance:
-            found = predictor.features(files, pooling=pooling, batch_size=batch_size, bad=bad, advance=advance)
-        np.savez(file, features=found, images=np.array([str(path) for path in bad.kept(files)]))
-    print_lines([*bad.lines(), f"{printable(output)}: features {list(found.shape)} float32 of {len(found)} images"])
+    scale.check()
+    format_of(output)
+    listing = _listed(images, scale, output)
+    with scale.host() as host:
+        work = _work(
+            checkpoint, hub, lambda _: _features(pooling), listing, batch_size, scale, skip, "computing features"
+        )
+        outcome = _table(work, output, host)
+    print_lines(ending(output, outcome, "features"))
     return 0
+
+
+def _features(pooling: "Pooling") -> "Task":
+    from beit_jax.bulk.tasks import Features
+
+    return Features(pooling)
 
 
 def segment(
     checkpoint: Positional[SourceName],
-    images: Positional[ImageFiles],
+    images: Positional[Inputs],
     *,
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="PICTURE", help_behavior_hint="")] = None,
     mask: Annotated[Path | None, arg(metavar="PNG", help_behavior_hint="")] = None,
+    table: Annotated[Path | None, arg(metavar="TABLE", help_behavior_hint="")] = None,
     opacity: Annotated[float | None, arg(metavar="SHARE", help_behavior_hint="")] = None,
     json: Json = False,
     segmentation: Annotated[SegmentationArguments, arg(name="")] = SegmentationArguments(),
     skip: Annotated[SkipBad, arg(name="")] = SkipBad(),
+    scale: Annotated[ScaleArguments, arg(name="")] = ScaleArguments(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
     """Name the class of every pixel of an image: a picture with a legend, a label map, or both.
 
-    Of several images, or a folder of them, --output and --mask name new folders of PNG files named as the images.
+    Of several images, or a folder of them, --output and --mask name new folders of PNG files named as the images. With
+    --table, a command that was stopped goes on where it was when it is given again.
 
     Try:
       beit-jax segment microsoft/beit-base-finetuned-ade-640-640 room.jpg -o room-classes.png
       beit-jax segment ./native room.jpg --mask labels.png --as-trained --json
-      beit-jax segment ./native ./rooms --mask ./labels --skip-bad
+      beit-jax segment ./native ./rooms --mask ./labels --table areas.jsonl --skip-bad
 
     Args:
         output: Picture to write: the image under the colours of its classes, with their names and areas.
         mask: PNG to write: the class number of every pixel.
+        table: Table to write, ending in .jsonl, .csv, .parquet or .arrow: the classes of every image and their areas.
         opacity: Opacity of the colours, 0 to 1, by default 0.5.
     """
-    from beit_jax.images.bands import check_bands, load, visible
-    from beit_jax.images.files import read_image_file
-    from beit_jax.images.label_maps import write_label_map
-    from beit_jax.inference.segmentation import segment as run
-    from beit_jax.looking import pictures
-    from beit_jax.looking.segmented import Outputs
+    from beit_jax.bulk import segmenting
 
-    if output is None and mask is None and not json:
-        raise BeitJaxError("nothing to write: give --output PICTURE, --mask FILE or --json")
+    if output is None and mask is None and table is None and not json:
+        raise BeitJaxError("nothing to write: give --output PICTURE, --mask FILE, --table FILE or --json")
     if opacity is not None and not 0.0 <= opacity <= 1.0:
         raise BeitJaxError(f"--opacity {opacity}: expected 0 to 1")
     if opacity is not None and output is None:
         raise BeitJaxError("--opacity is that of the colours in --output, which was not given; give both")
-    files = named_images(images)
-    several = len(files) > 1 or images[0].is_dir()
-    outputs = Outputs(output, mask, files, folders=several)
-    bad = BadImages(len(files), skip.share())
-    if not several:
-        check_bands(read_image_file(files[0]), printable(files[0]))  # before a checkpoint is fetched for nothing
-    found: list[dict[str, Any]] = []
-    with outputs.open() as (picture_of, mask_of):
-        model, processor, options = segmentation.load(checkpoint, hub)
-        names, seen = model.config.labels, replace(processor, bands=None)
-        with image_progress(len(files), first="compiling") as advance:
-            for place, path in enumerate(files):
-                try:
-                    picture = load(path, processor.num_channels, printable(path), select=processor.bands)
-                except BeitJaxError as error:
-                    bad.note(place, error)
-                else:
-                    labels = run(model, seen, picture, options)
-                    found.append({"image": str(path), "height": labels.shape[0], "width": labels.shape[1],
-                                  "classes": pictures.areas(labels, names)})  # fmt: skip
-                    if picture_of is not None:
-                        shown, share = visible(picture), 0.5 if opacity is None else opacity
-                        drawn = pictures.overlay(shown, labels, names, opacity=share)
-                        drawn.save(picture_of(path), format=outputs.format)
-                    if mask_of is not None:
-                        write_label_map(labels, mask_of(path))
-                advance(1)
-    if json:
-        rows = [entry | {"classes": [asdict(area) for area in entry["classes"]]} for entry in found]
-        rows += [{"image": str(files[place]), "error": reason} for place, reason in bad.reasons.items()]
-        print_json(rows if several else rows[0])
+    if table is not None and json:
+        raise BeitJaxError("--json prints, and --table writes a table; leave one of them out")
+    segmentation.check()
+    written = segmenting.Written(output, mask, 0.5 if opacity is None else opacity)
+
+    def load() -> "Loaded":
+        from beit_jax.bulk.devices import facts_of
+        from beit_jax.inference.reading import read
+
+        source = hub.resolve(checkpoint)
+        found = read(source)
+        return facts_of(source, found), *segmentation.of(checkpoint, found)
+
+    scale.check()
+    task = segmenting.Segmenting(load, skip.share(), scale.members, scale.chunk)
+    if table is not None:
+        refuse_given(ScaleArguments(workers=scale.workers), "segmenting prepares images itself")
+        shared = scale.process is not None or scale.cluster
+        print_lines(ending(table, task.to_table(images, table, written, scale.host(), shared=shared), "areas"))
         return 0
-    head = ["image"] if several else []
-    print_table([*head, "class", "area"], [row[1 - len(head) :] for entry in found for row in _area_rows(entry)])
-    print_lines(bad.lines() + [f"written      {printable(path)}" for path in (output, mask) if path is not None])
-    return 0
+    refuse_given(replace(scale, members=()), "of a table; give --table")
+    return task.printed(images, written, json=json)
 
 
 def reconstruct(
@@ -273,7 +334,57 @@ def _predictor(checkpoint: str, hub: Hub) -> "Predictor":
     return program_cache.predictor(read(source))
 
 
-def _as_json(path: Path, guesses: "list[Guess] | None", reason: str | None) -> dict[str, Any]:
+def _listed(images: tuple[str, ...], scale: ScaleArguments, *outputs: Path | None) -> "Listing":
+    """The images that were named, without those in unfinished outputs."""
+    from beit_jax.bulk.chunks import folder_of
+    from beit_jax.bulk.inputs import list_images
+
+    return list_images(
+        images, members=scale.members, leave_out=[folder_of(output) for output in outputs if output is not None]
+    )
+
+
+def _work(
+    checkpoint: str,
+    hub: Hub,
+    task: "Callable[[Computing], Task]",
+    listing: "Listing",
+    batch_size: int,
+    scale: ScaleArguments,
+    skip: SkipBad,
+    description: str,
+) -> "Work":
+    with imports():
+        from beit_jax.bulk.devices import computing
+        from beit_jax.bulk.work import Options, Work
+        from beit_jax.inference import program_cache
+
+    found = computing(hub.resolve(checkpoint), program_cache.predictor)
+    options = Options(batch_size, scale.chunk, scale.workers, skip.share())
+    progress = partial(image_progress, description=description, first="compiling")
+    return Work(found, task(found), listing, options, progress)
+
+
+def _table(making: "Making", output: Path, host: "Host") -> "Outcome":
+    from beit_jax.bulk.table import Table
+
+    return Table(making, output, host).make()
+
+
+def ending(output: Path, outcome: "Outcome", what: str) -> list[str]:
+    """The last lines of a command that writes a table of `what`."""
+    lines = [f"left out     {reason}" for reason in outcome.bad]
+    if not outcome.missing:
+        shape = "" if outcome.shape is None else f" {list(outcome.shape)} float32"
+        return [*lines, f"{printable(output)}: {what}{shape} of {outcome.images - len(outcome.bad)} images"]
+    first = ", ".join(map(str, outcome.missing[:8])) + (", ..." if len(outcome.missing) > 8 else "")
+    return [
+        f"{printable(output)}: {len(outcome.missing)} parts of other processes are missing ({first}); whoever ends "
+        "last joins the table, and a process that was lost can be started again"
+    ]
+
+
+def _as_row(path: Path, guesses: "list[Guess] | None", reason: str | None) -> dict[str, Any]:
     if guesses is None:
         return {"image": str(path), "error": reason}
     return {"image": str(path), "classes": [_filled(guess) for guess in guesses]}
@@ -282,11 +393,3 @@ def _as_json(path: Path, guesses: "list[Guess] | None", reason: str | None) -> d
 def _filled(guess: "Guess") -> dict[str, Any]:
     """The fields of a guess that have a value: a probability or, in regression, the output."""
     return {key: value for key, value in asdict(guess).items() if value is not None}
-
-
-def _area_rows(entry: dict[str, Any]) -> list[list[str]]:
-    """The rows of an image: its name, once, and the name and the area of every class."""
-    return [
-        [printable(entry["image"], 1024) if i == 0 else "", printable(area.label, 1024), f"{100 * area.share:.1f} %"]
-        for i, area in enumerate(entry["classes"])
-    ]

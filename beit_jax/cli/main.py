@@ -68,7 +68,12 @@ COMMANDS: Mapping[str, Command] = {
         "Run transformers and the converted model on the same input and compare stage by stage.",
     ),
     "classify": Command("inference", "classify", "Print the most probable classes of images."),
-    "features": Command("inference", "features", "Write the features of images to a NumPy .npz file."),
+    "features": Command("inference", "features", "Write the features of any number of images to a table."),
+    "neighbours": Command(
+        "searching",
+        "neighbours",
+        "Find the images of a table of features that are nearest to given images, or to the rows of another table.",
+    ),
     "segment": Command(
         "inference",
         "segment",
@@ -151,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             return 1
         except BeitJaxError as error:
-            print_error(f"error: {error}")
+            print_error("; ".join([f"error: {error}", *getattr(error, "__notes__", ())]))
             return error.exit_code
         except (RuntimeError, AssertionError):
             reason = _why_no_device()
@@ -160,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_error(f"error: {reason}")
             return BeitJaxError.exit_code
         except KeyboardInterrupt as stopped:
-            print_error("interrupted; nothing was kept")
+            print_error("; ".join(["interrupted", *getattr(stopped, "__notes__", ["nothing was kept"])]))
             return getattr(stopped, "exit_code", 130)
         return stoppable.exit_code or code
 

@@ -27,7 +27,22 @@ def image_files(root: Path, suffixes: frozenset[str] = SUFFIXES) -> list[Path]:
     Raises:
         BeitJaxError: a folder cannot be read.
     """
-    return sorted(_below(root, suffixes, frozenset({os.path.realpath(root)})))
+    return [Path(path) for path in walk(root, suffixes)]
+
+
+def walk(
+    root: str | os.PathLike[str], suffixes: frozenset[str] = SUFFIXES, leave_out: frozenset[str] = frozenset()
+) -> Iterator[str]:
+    """Yields the images of `image_files` one by one, so that a folder of millions need not fit into memory as objects.
+
+    Args:
+        leave_out: real paths of files and folders that are passed over.
+
+    Raises:
+        BeitJaxError: a folder cannot be read.
+    """
+    # Sorted folder by folder, names come in the order of sorted paths, which compare part by part.
+    yield from _below(str(Path(root)), suffixes, frozenset({os.path.realpath(root)}), leave_out)
 
 
 def is_foreign(name: str) -> bool:
@@ -52,16 +67,21 @@ def named_images(paths: Iterable[Path]) -> list[Path]:
     return images
 
 
-def _below(folder: Path, suffixes: frozenset[str], chain: frozenset[str]) -> Iterator[Path]:
+def _below(folder: str, suffixes: frozenset[str], chain: frozenset[str], leave_out: frozenset[str]) -> Iterator[str]:
     """The images below a folder. The chain holds the real places of the folders above, so that no link leads round."""
     try:
-        entries = [entry for entry in os.scandir(folder) if not is_foreign(entry.name)]
+        with os.scandir(folder) as scanned:
+            entries = sorted((entry.name, entry.is_dir()) for entry in scanned if not is_foreign(entry.name))
     except OSError as error:
-        raise BeitJaxError(f"{printable(folder)}: cannot be read ({error.strerror}); check its permissions") from None
-    for entry in entries:
-        path = Path(entry.path)
-        if entry.is_dir():
-            if (place := os.path.realpath(path)) not in chain:
-                yield from _below(path, suffixes, chain | {place})
-        elif path.suffix.lower() in suffixes and entry.is_file():
-            yield path
+        place = printable(Path(folder))
+        raise BeitJaxError(f"{place}: cannot be read ({error.strerror}); check its permissions") from None
+    for name, is_folder in entries:
+        path = name if folder == "." else os.path.join(folder, name)
+        wanted = is_folder or os.path.splitext(name)[1].lower() in suffixes
+        if not wanted or (leave_out and os.path.realpath(path) in leave_out):
+            continue
+        if not is_folder:
+            if os.path.isfile(path):
+                yield path
+        elif (place := os.path.realpath(path)) not in chain:
+            yield from _below(path, suffixes, chain | {place}, leave_out)

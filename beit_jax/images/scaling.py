@@ -1,9 +1,10 @@
 """Values of images: scaled by their type, and resized channel by channel."""
 
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float32, Shaped
 from PIL import Image
 
 BY_TYPE: Final = 1 / 255
@@ -21,6 +22,23 @@ def rescale_factor(factor: float | None, dtype: np.dtype[Any]) -> float:
     if factor != BY_TYPE or dtype == np.uint8:
         return factor
     return 1.0 if dtype.kind == "f" else 1 / np.iinfo(dtype).max
+
+
+def scaled(pixels: Shaped[np.ndarray, "h w c"], factor: float) -> Float32[np.ndarray, "h w c"]:
+    """The pixels times a factor, computed in float64 and rounded to float32."""
+    divisor = _divisor(factor) if pixels.dtype == np.uint8 else None
+    if divisor is not None:
+        return np.divide(pixels, divisor, dtype=np.float32)
+    return (pixels.astype(np.float64) * factor).astype(np.float32)
+
+
+@cache
+def _divisor(factor: float) -> np.float32 | None:
+    """A number by which float32 may be divided to the same effect, for all 256 levels; None if there is none."""
+    levels = np.arange(256, dtype=np.uint8)
+    divisor = np.float32(1 / factor)
+    found, expected = np.divide(levels, divisor, dtype=np.float32), (levels.astype(np.float64) * factor)
+    return divisor if np.array_equal(found, expected.astype(np.float32)) else None
 
 
 def resized(

@@ -142,6 +142,21 @@ class Records:
 
 
 @dataclass(frozen=True)
+class ImageRecords(Records):
+    """A split of images of which nothing else is asked. Indexing reads a record."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The ``image``, the bytes of its file, and the ``file_name`` of the record at `index`.
+
+        Raises:
+            BeitJaxError: the record is damaged, or is no image.
+            RuntimeError: the storage failed.
+            IndexError: no record has this index.
+        """
+        return self._values(index, "image", image="bytes_list")
+
+
+@dataclass(frozen=True)
 class Dataset(Records):
     """A split of images of which the data say something: see `targets`. Indexing reads a record.
 
@@ -287,6 +302,18 @@ def open_dataset(directory: Path, split: str) -> Dataset:
     return _open(Dataset, directory, split, _with_target)
 
 
+def open_images(directory: Path, split: str) -> ImageRecords:
+    """Opens the images of a split, whatever else the data set says about them.
+
+    Args:
+        directory, split: as for `open_dataset`.
+
+    Raises:
+        BeitJaxError: as `open_dataset`; no images.
+    """
+    return _open(ImageRecords, directory, split, _with_images)
+
+
 def open_segmentation(directory: Path, split: str) -> SegmentationDataset:
     """Opens a split that ``beit-jax prepare segmentation`` or ``ade20k`` has written. ADE20K's classes have no names.
 
@@ -374,6 +401,11 @@ def _check_texts(directory: Path) -> None:
     for path in (directory / INFO, directory / "features.json", *sorted(directory.glob("*.labels.txt"))):
         if os.path.lexists(path):
             read_text(path, advice="correct it, or prepare the data again")
+
+
+def _with_images(directory: Path, features: Mapping[str, Any]) -> dict[str, Any]:
+    _check_features(directory, features, {"image": tfds.features.Image})
+    return {"labels": ()}
 
 
 def _with_target(directory: Path, features: Mapping[str, Any]) -> dict[str, Any]:
