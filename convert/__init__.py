@@ -13,7 +13,7 @@ pages of `formats`, and `images` how its images are prepared; `validation` compa
 of where weights came from.
 
 May import: the ground of `beit_jax`, its images, weights, adapters, models and tokenizers. `pickles` comes first, then
-`files`, `formats`, `adapters`, and the modules here. Names are imported when they are first used.
+`strangers`, `files`, `formats`, `adapters`, and the modules here. Names are imported when they are first used.
 """
 
 from importlib import import_module

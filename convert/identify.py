@@ -14,9 +14,9 @@ from beit_jax.json_file import parse_json, read_json
 from beit_jax.variants import VARIANTS
 
 from .files.adapters import MERGE, are_adapted
-from .files.strangers import certainly_of_names, of_names
 from .formats.format import Description, Place, Sighting, SourceFormat, default_preset
 from .options import Options
+from .strangers.tensor_names import certainly_of_names, of_names
 
 if TYPE_CHECKING:
     from .files.checkpoint import Checkpoint, TensorInfo

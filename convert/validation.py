@@ -10,9 +10,9 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError, printable
 
 from .files.adapters import MERGE, are_adapted
-from .files.strangers import quantised
 from .files.weight_file import TensorInfo
 from .formats.rules import Step
+from .strangers.tensor_names import quantised
 
 FLOATS = tuple(np.dtype(kind) for kind in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16))
 

@@ -15,8 +15,9 @@ from beit_jax.errors import BeitJaxError, printable
 from ..pickles.arrays import LONGEST, MARK, TABLE, Arrays, Piece
 from ..pickles.machine import PickleMachine
 from ..pickles.names import STORAGE_DTYPES, Blob, PickledTensor, PickleError, UnsupportedTensor
-from ..pickles.state import Tensor, refused, select_state
-from .strangers import of_entries
+from ..pickles.refusals import refused
+from ..pickles.state import Tensor, select_state
+from ..strangers.contents import of_entries
 from .torch_container import run_outer
 from .weight_file import MAX_TENSORS, RandomAccessFile, TensorInfo, WeightFile, checked_info
 from .zip_archive import FileStream

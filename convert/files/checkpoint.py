@@ -18,7 +18,9 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import WEIGHTS as NATIVE
 
 from ..pickles.state import names_part
-from . import adapters, distributed_folder, strangers
+from ..strangers.file_names import of_folder, of_name
+from ..strangers.heads import of_bytes
+from . import adapters, distributed_folder
 from .array_pickle import ArrayPickle
 from .h5_file import H5File
 from .keras_archive import is_keras, open_keras
@@ -217,7 +219,7 @@ def _nothing_found(directory: Path, wanted: Sequence[str]) -> str:
             f"{label} is a native checkpoint, converted already: use it as it is, or convert what it was made of; "
             "beit-jax export makes a Hugging Face directory of it"
         )
-    stranger = strangers.of_folder(names)
+    stranger = of_folder(names)
     if stranger is not None and wanted == list(WEIGHT_NAMES):
         return f"{label} holds {stranger}"
     holding = [name for name in names if any(os.path.lexists(directory / name / each) for each in wanted)]
@@ -288,7 +290,7 @@ _READERS: Mapping[str, Callable[[RandomAccessFile], WeightFile]] = {
 
 def _recognise(file: RandomAccessFile) -> Kind:
     """Returns the file type by the first bytes. Raises `BeitJaxError`, which says what other files are."""
-    named = strangers.of_name(file.path.name)
+    named = of_name(file.path.name)
     if named is not None:
         raise BeitJaxError(f"{file.label} is {named}")
     head = file.read(0, min(file.size, 512), "the first bytes")
@@ -306,7 +308,7 @@ def _recognise(file: RandomAccessFile) -> Kind:
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         return "hdf5"
     if not is_safetensors:
-        stranger = strangers.of_bytes(head, file.path.suffix)
+        stranger = of_bytes(head, file.path.suffix)
         if stranger is not None:
             raise BeitJaxError(f"{file.label} is {stranger}: expected a .safetensors or PyTorch weight file")
     if is_safetensors or file.path.suffix == ".safetensors":

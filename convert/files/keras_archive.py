@@ -11,8 +11,8 @@ from typing import Any
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.json_file import parse_json
 
+from ..strangers.contents import of_archive
 from .h5_file import H5File
-from .strangers import of_archive
 from .weight_file import Extent, FileWindow, RandomAccessFile, read_checked
 from .zip_archive import FileStream, RecordError, inflated, record_extent, zip_entries
 

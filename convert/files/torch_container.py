@@ -12,8 +12,8 @@ from beit_jax.errors import BeitJaxError, printable
 
 from ..pickles.machine import MAX_PICKLE, PickleMachine
 from ..pickles.names import ITEM_SIZES, PickleError, Storage
-from ..pickles.state import refused
-from .strangers import of_archive, of_entries
+from ..pickles.refusals import refused
+from ..strangers.contents import of_archive, of_entries
 from .weight_file import Extent, RandomAccessFile, read_checked, shown
 from .zip_archive import RecordError, record_extent, zip_entries
 

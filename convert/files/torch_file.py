@@ -10,8 +10,9 @@ import numpy as np
 from beit_jax.errors import BeitJaxError, printable
 
 from ..pickles.names import STORAGE_DTYPES, PickledTensor, PickleError, UnsupportedTensor
-from ..pickles.state import Tensor, passed_over, select_state
-from .strangers import of_entries, sharded_by_zero
+from ..pickles.refusals import passed_over
+from ..pickles.state import Tensor, select_state
+from ..strangers.contents import of_entries, sharded_by_zero
 from .torch_container import Container, LegacyContainer, ZipContainer
 from .weight_file import MAX_TENSORS, Extent, RandomAccessFile, TensorInfo, WeightFile, checked_info, read_checked
 

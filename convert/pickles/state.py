@@ -1,32 +1,21 @@
 """Finds the weights among the entries of a training checkpoint, and keeps the other settings as plain data."""
 
-import datetime
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from beit_jax.errors import BeitJaxError, printable
 
 from .module import module_tensors
-from .names import Forbidden, Global, Module, Namespace, NumpyDtype, PickledTensor, Storage, UnsupportedTensor
-
-# Programs that save whole objects of their own beside the weights, by an entry that only their files have.
-_TRAINERS = {"pytorch-lightning_version": "Lightning", "message_hub": "mmengine"}
-
-WRAPPERS = ("state_dict", "model", "module", "model_ema", "state_dict_ema", "student", "teacher")
-_TRAINED = ("state_dict", "model", "module")
-SETS = {"model": _TRAINED, "raw": _TRAINED, "ema": ("model_ema", "state_dict_ema", "teacher")}
-"""The names that training loops give to the trained weights and to their moving average (DINO, iBOT: the teacher)."""
+from .names import Module, PickledTensor, UnsupportedTensor
+from .settings import kind_of, settings_of
+from .wrappers import SETS, WRAPPERS
 
 # Programs that exchange the two when they save: what is called the state dict is the average. By the entry of the raw
 # weights, mmengine's EMAHook and the callbacks WeightAveraging of Lightning 2.6.
 _EXCHANGED = {"ema_state_dict": "mmengine", "current_model_state": "Lightning"}
 
 _FEW = 8  # tensors of no encoder
-
-_MAX_VALUES = 10_000  # settings kept of one entry
-_MAX_DEPTH = 32
-_MAX_ENTRIES = 100
 
 Tensor = PickledTensor | UnsupportedTensor
 
@@ -42,10 +31,6 @@ class State:
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, object]
     notes: tuple[str, ...]
-
-
-class _TooLarge(ValueError):
-    """An entry is no settings: it holds tensors, or too many values."""
 
 
 def select_state(top: object, prefer: str | None, label: str) -> State:
@@ -65,7 +50,7 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
     if isinstance(top, Module) and prefer in (None, "model"):
         return State(module_tensors(top, label), {}, (f"weights taken from a pickled {top.kind}; nothing was run",))
     if not isinstance(top, dict):
-        raise BeitJaxError(f"{label} holds a {_kind(top)}; expected a state dict of tensors")
+        raise BeitJaxError(f"{label} holds a {kind_of(top)}; expected a state dict of tensors")
     content: dict[Any, Any] = top
     if (raw := _exchanged(content)) is not None:
         content, prefer = _in_order(content, raw, prefer, label)
@@ -89,7 +74,7 @@ def select_state(top: object, prefer: str | None, label: str) -> State:
         mapping = {key: value for key, value in content.items() if isinstance(value, Tensor)}
         _refuse_nested(others, bool(mapping), label)
     tensors = _named_tensors(mapping, label)
-    metadata, noted = _settings(others)
+    metadata, noted = settings_of(others)
     return State(tensors, metadata, (*notes, *noted))
 
 
@@ -158,81 +143,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, PickledTensor) and all(size == 1 for size in value.shape)
 
 
-def passed_over(top: object, forbidden: Sequence[str], label: str) -> tuple[str, ...]:
-    """Says which entries beside the weights hold objects of classes that no checkpoint needs, and are left unread.
-
-    Training programs whose files are known (`_TRAINERS`) keep such objects, as histories and settings. In any other
-    file, and among the weights, they are refused.
-
-    Raises:
-        BeitJaxError: names what the file asks for.
-    """
-    if not forbidden:
-        return ()
-    trainer = next((name for key, name in _TRAINERS.items() if isinstance(top, dict) and key in top), None)
-    if trainer is None or not isinstance(top, dict) or any(_is_forbidden(top.get(key)) for key in WRAPPERS):
-        raise refused(label, forbidden)
-    entries = [printable(key, 60) for key, value in top.items() if _is_forbidden(value)]
-    asked = ", ".join(printable(name, 100) for name in forbidden[:8])
-    more = f" and {len(forbidden) - 8} more" if len(forbidden) > 8 else ""
-    return (f"{' and '.join(entries) or 'objects'} of {trainer} passed over unread: they ask for {asked}{more}",)
-
-
-def _is_forbidden(value: object) -> bool:
-    """True if a value is, or holds anywhere, what a forbidden name would have made."""
-    waiting, seen = [value], set()
-    while waiting:
-        found = waiting.pop()
-        if isinstance(found, Forbidden):
-            return True
-        if isinstance(found, Namespace | Module):
-            found = found.values if isinstance(found, Namespace) else found.attributes
-        if isinstance(found, dict | list | tuple) and id(found) not in seen:
-            seen.add(id(found))
-            waiting.extend(found.values() if isinstance(found, dict) else found)
-    return False
-
-
-_QUANTISERS = {
-    "torchao.": "torchao",
-    "optimum.quanto.": "quanto",
-    "bitsandbytes.": "bitsandbytes",
-    "torch.qint": "PyTorch (torch.ao.quantization)",
-    "torch.quint": "PyTorch (torch.ao.quantization)",
-    "torch._utils._rebuild_qtensor": "PyTorch (torch.ao.quantization)",
-}
-"""Who wrote a pickle of quantised weights, by names that it asks for."""
-
-
-def refused(label: str, forbidden: Sequence[str]) -> BeitJaxError:
-    """Returns the error of a file whose pickle asks for names that no checkpoint needs."""
-    names = sorted(forbidden, key=lambda name: name.startswith("torch."))  # torch's own say less about the file
-    listed = ", ".join(printable(name) for name in names[:8]) + (
-        f" and {len(names) - 8} more" if len(names) > 8 else ""
-    )
-    if any(name.startswith("torch.nn.") for name in names):
-        return BeitJaxError(
-            f"refused: {label} is a whole-module pickle (it asks for {listed}); expected a state dict: "
-            "where its code is at hand and trusted, save module.state_dict() instead"
-        )
-    if any(name.startswith("torch.distributed.") for name in names):
-        return BeitJaxError(
-            f"refused: {label} holds tensors that are split among processes (it asks to run {listed}): save there "
-            "{n: t.full_tensor() if hasattr(t, 'full_tensor') else t for n, t in model.state_dict().items()} instead, "
-            "or write them by torch.distributed.checkpoint.save. Nothing was run"
-        )
-    library = next((library for name in names for mark, library in _QUANTISERS.items() if name.startswith(mark)), None)
-    if library is not None:
-        way = "save {n: t.dequantize() for n, t in model.state_dict().items()}, or " * (library == "torchao")
-        return BeitJaxError(
-            f"refused: {label} holds weights quantised by {library} (it asks to run {listed}); {way}convert the "
-            "checkpoint from before. Nothing was run"
-        )
-    return BeitJaxError(
-        f"refused: {label} asks to run {listed}; expected tensors and plain settings only. Nothing was run"
-    )
-
-
 def names_part(prefix: str, names: Iterable[object]) -> bool:
     """True if `prefix` is what stands before the names of one of several models among `names`."""
     return any(isinstance(name, str) and name.startswith(f"{prefix}.") for name in names)
@@ -278,71 +188,10 @@ def _named_tensors(mapping: Mapping[object, object], label: str) -> dict[str, Te
     tensors: dict[str, Tensor] = {}
     for name, value in mapping.items():
         if not isinstance(name, str):
-            raise BeitJaxError(f"{label} names a tensor {printable(name)}, a {_kind(name)}; expected text")
+            raise BeitJaxError(f"{label} names a tensor {printable(name)}, a {kind_of(name)}; expected text")
         if not isinstance(value, Tensor):
-            raise BeitJaxError(f"{printable(name)} in the state dict of {label} is a {_kind(value)}; expected a tensor")
+            raise BeitJaxError(
+                f"{printable(name)} in the state dict of {label} is a {kind_of(value)}; expected a tensor"
+            )
         tensors[name] = value
     return tensors
-
-
-def _settings(others: Mapping[object, object]) -> tuple[dict[str, object], list[str]]:
-    """Returns the plain data of the entries beside the weights, and a note for each entry."""
-    metadata: dict[str, object] = {}
-    notes: list[str] = []
-    for key, value in list(others.items())[:_MAX_ENTRIES]:
-        name = str(key)
-        try:
-            if name.startswith("optimizer"):
-                raise _TooLarge
-            metadata[name] = _Plain().convert(value)
-            notes.append(f"{printable(name)} ({_kind(value)}) kept as metadata")
-        except _TooLarge:
-            notes.append(f"{printable(name)} ({_kind(value)}) ignored")
-    if len(others) > _MAX_ENTRIES:
-        notes.append(f"{len(others) - _MAX_ENTRIES} further entries ignored")
-    return metadata, notes
-
-
-class _Plain:
-    """Copies one entry into dicts, lists and scalars. It counts values, because a pickle can be a graph."""
-
-    def __init__(self) -> None:
-        self._left = _MAX_VALUES
-
-    def convert(self, value: object, depth: int = 0) -> object:
-        self._left -= 1
-        if self._left < 0 or depth > _MAX_DEPTH:
-            raise _TooLarge
-        match value:
-            case None | bool() | int() | float() | str():
-                return value
-            case bytes():
-                return f"<{len(value)} bytes>"
-            case Namespace(values=values):
-                return self.convert(values, depth + 1)
-            case dict():
-                return {str(key): self.convert(entry, depth + 1) for key, entry in value.items()}
-            case list() | tuple():
-                return [self.convert(entry, depth + 1) for entry in value]
-            case Global(name=name):
-                return name
-            case NumpyDtype(code=code):
-                return code
-            case datetime.datetime() | datetime.date() | datetime.time() | datetime.timedelta() | datetime.timezone():
-                return str(value)
-        raise _TooLarge
-
-
-def _kind(value: object) -> str:
-    match value:
-        case Namespace():
-            return "argparse.Namespace"
-        case PickledTensor():
-            return "tensor"
-        case UnsupportedTensor(kind=kind):
-            return f"{printable(kind)} tensor"
-        case Storage():
-            return "storage without a tensor"
-        case Global(name=name) | Forbidden(name=name) | Module(kind=name):
-            return printable(name)
-    return type(value).__name__
