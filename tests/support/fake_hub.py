@@ -7,23 +7,19 @@ or from an offset on.
 import hashlib
 import os
 import re
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
-from typing import Any, Self
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import huggingface_hub
 import pytest
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http
+from server import Handler, Server
 
 MAX_REQUESTS = 200
-TIMEOUT = 5.0
-"""Seconds without progress after which a connection is given up."""
 
 _PATH = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 _RANGE = re.compile(r"bytes=(\d+)-")
@@ -69,8 +65,8 @@ class Model:
     branches: dict[str, str] = field(default_factory=dict)
 
 
-class FakeHub:
-    """The server, a context manager: it runs inside the block, in threads that end with it.
+class FakeHub(Server):
+    """The server.
 
     Attributes:
         url: what HF_ENDPOINT is to be.
@@ -86,22 +82,7 @@ class FakeHub:
         self.refusals: dict[str | tuple[str, str], Answer] = {}
         self.cuts: dict[str, int] = {}
         self.before: Callable[[Request], object] = lambda request: None
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = False  # closing waits for them
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(_Handler)
 
     def push(self, name: str, files: Files, *, branch: str = "main") -> str:
         """A new commit of a model, to which the branch now points. Returns its hash."""
@@ -164,11 +145,8 @@ def environment(url: str, cache: Path) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | ours
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """One request per connection, so that no thread waits for a second one when the server stops."""
-
+class _Handler(Handler):
     hub: FakeHub
-    timeout = TIMEOUT
 
     def do_HEAD(self) -> None:
         self.serve()
@@ -213,6 +191,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content[request.start : self.hub.cuts.get(request.file)])
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: `FakeHub.requests` is the log."""

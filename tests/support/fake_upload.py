@@ -5,11 +5,10 @@ Files are taken as the hub takes small ones: within the commit, in base64.
 
 import base64
 import json
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from server import Handler, Server
 
 TOKEN = "hf_test"
 
@@ -22,8 +21,8 @@ class Repository:
     private: bool = False
 
 
-class FakeUploads:
-    """The server, a context manager.
+class FakeUploads(Server):
+    """The server.
 
     Attributes:
         repositories: by OWNER/NAME.
@@ -35,29 +34,15 @@ class FakeUploads:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
         self.refusals: dict[str, int] = {}
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__init__(_Handler)
 
     def written(self) -> list[str]:
         """The requests that would change something."""
         return [request for request in self.requests if request.startswith("POST")]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     hub: FakeUploads
-    timeout = 5.0
 
     def do_GET(self) -> None:
         self.answer(b"")
@@ -118,6 +103,3 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: `FakeUploads.requests` is the log."""
