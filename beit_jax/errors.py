@@ -1,6 +1,8 @@
 """The error for a mistake of the user: one line that says what is wrong, where, and what to do."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import PurePath
 from typing import ClassVar
 
@@ -11,6 +13,22 @@ class BeitJaxError(ValueError):
     """A mistake of the user. The message is one line, which the command prints; it then exits with `exit_code`."""
 
     exit_code: ClassVar[int] = 2
+
+
+@contextmanager
+def needs_extra(name: str) -> Iterator[None]:
+    """Encloses imports that need an extra of the installation.
+
+    Args:
+        name: of the extra, as pip takes it: "train".
+
+    Raises:
+        BeitJaxError: a package is not installed; says how to install it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise BeitJaxError(f"{error.name} is not installed; pip install 'beit-jax[{name}]'") from None
 
 
 def printable(name: object, limit: int | None = None) -> str:

@@ -18,11 +18,12 @@ from beit_jax.cli.arguments import (
     refuse_given,
     require_counts,
 )
-from beit_jax.cli.extras import train_extra
-from beit_jax.errors import BeitJaxError, printable
+from beit_jax.errors import BeitJaxError, needs_extra, printable
 from beit_jax.terminal import image_progress, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
+    from beit_jax.images.processor import ImageProcessor
+    from beit_jax.models.build import Model
     from beit_jax.train.evaluation.segmentation import SegmentationScores
 
 Scoring: TypeAlias = "Callable[..., SegmentationScores]"
@@ -83,6 +84,36 @@ class AnnotationArguments:
 
 
 @dataclass(frozen=True)
+class NeighbourArguments:
+    """Classification by nearest neighbours instead of the model's classifier, of which it needs none."""
+
+    knn: bool = False
+    """Score the model's features by a vote of the nearest training images, as DINO does; nothing is trained."""
+    neighbours: Annotated[tuple[int, ...], arg(metavar="NUMBER...", help_behavior_hint="")] = ()
+    """With --knn: how many neighbours vote, by default 20; DINO's are 10 20 100 200."""
+    temperature: Annotated[float | None, arg(metavar="NUMBER", help_behavior_hint="")] = None
+    """With --knn: votes weigh exp(similarity / temperature), by default 0.07."""
+    pooling: Annotated[Literal["pooled", "mean", "cls"] | None, arg(help_behavior_hint="")] = None
+    """With --knn: the features, by default the model's own pooled output."""
+    train_split: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """With --knn: the split of the images that vote, by default train. Where it is --split itself, or there is none,
+    every image is classified by all others."""
+
+    def check(self) -> None:
+        """Refuses values that cannot be used, before a checkpoint is fetched for nothing.
+
+        Raises:
+            BeitJaxError: names the option.
+        """
+        if not self.knn:
+            refuse_given(self, "for --knn, which was not given")
+        for number in self.neighbours:
+            require_counts(neighbours=number)
+        if self.temperature is not None and not 0.0 < self.temperature < float("inf"):
+            raise BeitJaxError(f"--temperature {self.temperature}: expected a number above 0")
+
+
+@dataclass(frozen=True)
 class WorstArguments:
     """A picture of the images on which segmentation scores worst."""
 
@@ -122,6 +153,7 @@ def evaluate(
     skip: Annotated[SkipBad, arg(name="")] = SkipBad(),
     table: Annotated[TableArguments, arg(name="")] = TableArguments(),
     classification: Annotated[ClassificationArguments, arg(name="")] = ClassificationArguments(),
+    neighbours: Annotated[NeighbourArguments, arg(name="")] = NeighbourArguments(),
     segmentation: Annotated[SegmentationArguments, arg(name="")] = SegmentationArguments(),
     worst: Annotated[WorstArguments, arg(name="")] = WorstArguments(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
@@ -134,6 +166,7 @@ def evaluate(
     Try:
       beit-jax evaluate facebook/data2vec-vision-base-ft1k --data ./imagenet
       beit-jax evaluate ./native --data ./folder-per-class --preset unilm_eval --confusion mistakes.png
+      beit-jax evaluate ./encoder --data ./folder-per-class --knn --neighbours 10 20 100
       beit-jax evaluate ./native --data ./prepared-masks --worst 8 worst.png
       beit-jax evaluate ./native --images ADE/images/validation --annotations ADE/annotations/validation --as-trained
       beit-jax evaluate ./native --images DIR --annotations DIR --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --as-trained
@@ -146,11 +179,12 @@ def evaluate(
             images.
     """
     worst.check()
+    neighbours.check()
     if data is not None and images is None and annotations is None:
-        with train_extra():
+        with needs_extra("train"):
             from beit_jax.train.data.datasets import holds_label_maps
         if holds_label_maps(data):
-            for of_classifiers in (replace(classification, split=None), table):
+            for of_classifiers in (replace(classification, split=None), table, neighbours):
                 refuse_given(of_classifiers, f"for a classifier, and {printable(data)} holds label maps")
             refuse_given(numbering, "prepared data say how they count classes")
             opened = _prepared_maps(data, classification.split or "validation")
@@ -158,10 +192,14 @@ def evaluate(
         for unused in (segmentation, numbering, worst):
             refuse_given(unused, "for segmentation, and --data evaluates a classifier")
         classification.check()
+        if neighbours.knn:
+            return _evaluate_neighbours(
+                checkpoint, data, table, classification, neighbours, skip.share(), hub, json=json
+            )
         return _evaluate_classifier(checkpoint, data, table, classification, skip.share(), hub, json=json)
     if data is not None or images is None or annotations is None:
         raise BeitJaxError("give --data to evaluate a classifier, or --images and --annotations for segmentation")
-    for of_classifiers in (classification, table):
+    for of_classifiers in (classification, table, neighbours):
         refuse_given(of_classifiers, "for a classifier, and --images evaluates segmentation")
     folders = _folders_of_maps(images, annotations, numbering.reduce(), allow_missing=skip.share() > 0)
     return _evaluate_segmentation(checkpoint, folders, segmentation, worst, hub, skip.share(), json=json)
@@ -179,24 +217,20 @@ def _evaluate_classifier(
 ) -> int:
     """`beit-jax evaluate` with ``--data``."""
     from beit_jax.atomic import check_file
-    from beit_jax.images.processor import HALF, preset
 
-    with train_extra():
+    with needs_extra("train"):
         from beit_jax.train.evaluation import labelled
         from beit_jax.train.evaluation.accuracy import Scores
         from beit_jax.train.evaluation.confusion import confusion_picture
+        from beit_jax.train.evaluation.opening import open_labelled
 
     # Before a checkpoint is fetched for nothing.
-    opened = labelled.open_labelled(data, options.split or "validation", table.options(), allow_missing=max_bad > 0)
+    opened = open_labelled(data, options.split or "validation", table.options(), allow_missing=max_bad > 0)
     if options.confusion is not None:
         read = getattr(opened, "paths", ())
         check_file(options.confusion, inputs=[*read, *filter(None, [options.real])])
     model, processor = hub.load(checkpoint)
-    if options.preset is not None:
-        mean, std = processor.mean or HALF, processor.std or HALF
-        steps = preset(options.preset, model.config.image_size, mean=mean, std=std, num_channels=processor.num_channels)
-        factor = processor.rescale_factor if processor.num_channels != 3 else steps.rescale_factor
-        processor = replace(steps, bands=processor.bands, rescale_factor=factor)
+    processor = _prepared_as(options.preset, model, processor)
     problem = labelled.problem_type_of(model, opened)
     if options.confusion is not None and problem != "single_label_classification":
         raise BeitJaxError(f"--confusion: of classes of which one holds, the model is for {problem}; leave it out")
@@ -222,9 +256,65 @@ def _evaluate_classifier(
     return 0
 
 
+def _prepared_as(name: str | None, model: "Model", processor: "ImageProcessor") -> "ImageProcessor":
+    """The image processor of a preset for a model, or the checkpoint's own."""
+    from beit_jax.images.processor import HALF, preset
+
+    if name is None:
+        return processor
+    mean, std = processor.mean or HALF, processor.std or HALF
+    steps = preset(name, model.config.image_size, mean=mean, std=std, num_channels=processor.num_channels)
+    factor = processor.rescale_factor if processor.num_channels != 3 else steps.rescale_factor
+    return replace(steps, bands=processor.bands, rescale_factor=factor)
+
+
+def _evaluate_neighbours(
+    checkpoint: str,
+    data: Path,
+    table: TableArguments,
+    options: ClassificationArguments,
+    how: NeighbourArguments,
+    max_bad: float,
+    hub: Hub,
+    *,
+    json: bool,
+) -> int:
+    """`beit-jax evaluate` with ``--knn``."""
+    with needs_extra("train"):
+        from beit_jax.train.evaluation.neighbour_scores import (
+            PREFERRED,
+            TEMPERATURE,
+            evaluate_neighbours,
+            open_pair,
+        )
+    of_classifier = ClassificationArguments(real=options.real, confusion=options.confusion, per_class=options.per_class)
+    refuse_given(of_classifier, "for a classifier, and --knn scores features")
+    split = options.split or "validation"
+    train, tests = open_pair(data, split, how.train_split, table.options(), allow_missing=max_bad > 0)
+    model, processor = hub.load(checkpoint)
+    scores = evaluate_neighbours(
+        model,
+        _prepared_as(options.preset, model, processor),
+        train,
+        tests,
+        ks=how.neighbours or (PREFERRED,),
+        temperature=how.temperature or TEMPERATURE,
+        pooling=how.pooling or "pooled",
+        batch_size=options.eval_batch_size or 64,
+        workers=options.workers,
+        max_bad=max_bad,
+        progress=partial(image_progress, description="computing features"),
+    )
+    if json:
+        print_json(scores.as_dict())
+    else:
+        print_lines(scores.lines())
+    return 0
+
+
 def _prepared_maps(data: Path, split: str) -> "Scoring":
     """How prepared data are scored; opened before a checkpoint is fetched for nothing."""
-    with train_extra():
+    with needs_extra("train"):
         from beit_jax.train.data.datasets import open_segmentation
         from beit_jax.train.evaluation.segmentation import evaluate_prepared
     opened = open_segmentation(data, split)
@@ -233,7 +323,7 @@ def _prepared_maps(data: Path, split: str) -> "Scoring":
 
 def _folders_of_maps(images: Path, annotations: Path, reduce: bool | None, *, allow_missing: bool) -> "Scoring":
     """How folders are scored; listed before a checkpoint is fetched for nothing."""
-    with train_extra():
+    with needs_extra("train"):
         from beit_jax.train.data.listing import annotated_images, images_with_maps
         from beit_jax.train.evaluation.segmentation import evaluate_folders
     (images_with_maps if allow_missing else annotated_images)(images, annotations)

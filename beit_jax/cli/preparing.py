@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from beit_jax.cli.arguments import Json, SkipBad, Switch, TableArguments, refuse_given
-from beit_jax.cli.extras import train_extra
-from beit_jax.errors import BeitJaxError
+from beit_jax.errors import BeitJaxError, needs_extra
 from beit_jax.terminal import image_progress, print_json, print_lines
 
 Kind = Literal["digits", "folder", "table", "images", "imagenet", "imagenet22k", "ade20k", "segmentation"]
@@ -95,7 +94,7 @@ def prepare(
         refuse_given(table, "for a table with a row for every image")
     if kind != "segmentation":
         refuse_given(masks, "for segmentation")
-    with train_extra():
+    with needs_extra("train"):
         from beit_jax.train.data import prepare as preparing
         from beit_jax.train.data.masks import MaskFiles
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from beit_jax.cli.arguments import Json, Switch
-from beit_jax.cli.extras import train_extra
-from beit_jax.errors import BeitJaxError, printable
+from beit_jax.errors import BeitJaxError, needs_extra, printable
 from beit_jax.terminal import image_progress, print_json, print_lines
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from beit_jax.train.forecast.preview import Preview
     from beit_jax.train.loop.run import Outcome
 
-with train_extra():
+with needs_extra("train"):
     from beit_jax.train.objectives import objective_of
     from beit_jax.train.recipe import MOST, HostOptions, Recipe, Resume, spelled
     from beit_jax.train.recipes import RECIPES, recipe_named
@@ -187,7 +186,7 @@ def _train(
     dry_run: bool,
     json: bool,
 ) -> int:
-    with train_extra():
+    with needs_extra("train"):
         from beit_jax.inference.saving import save_adapters
         from beit_jax.train.distributed import cluster
         from beit_jax.train.forecast.preview import preview
@@ -268,7 +267,7 @@ _TOKENIZE_HELP = """Compute the visual tokens of pre-training once, for runs tha
 
 
 def _tokenize(recipe: Recipe, data: Path, reads: Reads, out: Path, *, overwrite: bool, json: bool) -> int:
-    with train_extra():
+    with needs_extra("train"):
         from beit_jax.atomic import check_destination
         from beit_jax.train.data.stored_tokens import CONTENTS
         from beit_jax.train.loop.plan import make_plan
@@ -339,7 +338,7 @@ _AOT_HELP = """Compile the step of a recipe for TPUs or GPUs that are not here: 
 
 
 def _aot(recipe: Recipe, topology: str, init: str | None, classes: int | None, *, quick: bool, json: bool) -> int:
-    with train_extra():
+    with needs_extra("train"):
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, if there is one, stays free

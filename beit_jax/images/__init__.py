@@ -7,7 +7,7 @@ with the arithmetic of `scaling`, `label_maps` reads and writes a class number f
 `class_files` say what the numbers or colours of masks mean. May import: the ground. Imports no JAX.
 """
 
-from beit_jax.images.files import open_image
+from beit_jax.images.files import decode_image, open_image
 from beit_jax.images.processor import (
     HALF,
     IMAGENET_MEAN,
@@ -25,6 +25,7 @@ __all__ = [
     "ImageProcessor",
     "Within",
     "ade20k_processor",
+    "decode_image",
     "open_image",
     "preset",
 ]

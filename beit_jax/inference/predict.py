@@ -17,7 +17,7 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import resolve
 from beit_jax.images.files import ImageLike
 from beit_jax.images.processor import ImageProcessor
-from beit_jax.inference.predictor import Guess, OutputName, Pooling, Predictor, params_of
+from beit_jax.inference.predictor import Guess, OutputName, Pooling, Predictor, named, params_of
 from beit_jax.inference.reading import read, with_head
 from beit_jax.models.build import Model, build_model
 from beit_jax.models.heads import Labels
@@ -154,9 +154,4 @@ def predictor(model: Model, processor: ImageProcessor) -> Predictor:
 @partial(jax.jit, static_argnames="output")
 def forward(model: Model, pixel_values: Float[Array, "b height width c"], output: OutputName) -> Float[Array, "b ..."]:
     """The named output of a model: its logits, or one of its features."""
-    outputs = model(pixel_values)
-    tokens = outputs.last_hidden_state
-    found = {"logits": outputs.logits, "pooled": outputs.pooler_output, "cls": tokens[:, 0], "tokens": tokens}.get(
-        output
-    )
-    return tokens[:, 1:].mean(axis=1) if found is None else found
+    return named(model(pixel_values), output)

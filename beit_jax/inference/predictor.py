@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +21,26 @@ from beit_jax.weights.native import NativeCheckpoint
 
 Pooling = Literal["pooled", "mean", "cls", "tokens"]
 OutputName = Pooling | Literal["logits"]
+
+
+class Outputs(Protocol):
+    """What a model gives: `beit_jax.models.interface.BeitOutput`."""
+
+    @property
+    def last_hidden_state(self) -> Array: ...
+
+    @property
+    def pooler_output(self) -> Array | None: ...
+
+    @property
+    def logits(self) -> Array | None: ...
+
+
+def named(outputs: Outputs, name: OutputName) -> Float[Array, "b ..."]:
+    """The logits of a model, or one of its features; without pooling "pooled" is the "mean" of the patch tokens."""
+    tokens = outputs.last_hidden_state
+    found = {"logits": outputs.logits, "pooled": outputs.pooler_output, "cls": tokens[:, 0], "tokens": tokens}.get(name)
+    return tokens[:, 1:].mean(axis=1) if found is None else found
 
 
 def ignore(done: int) -> None:

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from beit_jax.inference.predictor import OutputName, named
 from beit_jax.models.build import Model
 from beit_jax.tree import Nested
 
@@ -22,13 +23,12 @@ Observe = Callable[[np.ndarray, np.ndarray], None]
 
 
 @lru_cache(maxsize=8)
-def make_output_step(graph: nnx.GraphDef[Model], mesh: Mesh) -> EvalStep:
+def make_output_step(graph: nnx.GraphDef[Model], mesh: Mesh, output: OutputName = "logits") -> EvalStep:
     """The compiled step: (nested) parameters and a batch -> outputs, labels and which rows are valid, of all hosts."""
 
     def step(params: Nested, batch: Mapping[str, Array]) -> tuple[Array, Array, Array]:
-        logits = nnx.merge(graph, params)(batch["image"]).logits
-        assert logits is not None
-        return logits.astype(jnp.float32), batch["label"], batch["valid"]
+        found = named(nnx.merge(graph, params)(batch["image"]), output)
+        return found.astype(jnp.float32), batch["label"], batch["valid"]
 
     return jax.jit(step, out_shardings=replicated(mesh))
 
@@ -39,6 +39,7 @@ def outputs(
     *,
     mesh: Mesh | None = None,
     columns: Sequence[int] | None = None,
+    output: OutputName = "logits",
     observe: Observe | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Iterator[Outputs]:
@@ -48,12 +49,13 @@ def outputs(
         model, mesh, advance: as for `accuracy.evaluate_classification`.
         batches: of this host: dicts as `evaluation_batches.eval_batches` makes them, with any kind of label.
         columns: the outputs that count, in this order; by default all.
+        output: the model's logits, which it must have, or one of its features.
         observe: called with the outputs and labels of every batch too.
     """
     mesh = make_mesh((-1, 1, 1)) if mesh is None else mesh
     graph, params = model if isinstance(model, tuple) else on_every_device(model, mesh)
     sent = ({name: batch[name] for name in ("image", "label", "valid")} for batch in batches)
-    for result in stream(make_output_step(graph, mesh), params, sent, mesh):
+    for result in stream(make_output_step(graph, mesh, output), params, sent, mesh):
         found, label, valid = (np.asarray(array) for array in result)
         advance(int(valid.sum()))
         found, label = (found if columns is None else found[:, list(columns)])[valid], label[valid]

@@ -1,6 +1,5 @@
 """How well frozen features classify: by a vote of the k nearest neighbours among the training images."""
 
-from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -9,9 +8,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from beit_jax.errors import BeitJaxError
+from beit_jax.search.exact import Nearest, array_blocks, nearest
 
 TOP = 5
-TEST_CHUNK, TRAIN_CHUNK = 1024, 16384  # 64 MB of similarities at a time
+VOTED = 1024  # test images whose votes are counted at a time
 
 
 def knn(
@@ -20,15 +20,18 @@ def knn(
     test_features: Float[np.ndarray, "..."],
     k: int = 20,
     temperature: float = 0.07,
+    *,
+    leave_one_out: bool = False,
 ) -> Int[np.ndarray, "tests top"]:
     """Classifies images by a vote of their `k` nearest training images.
 
     The nearest have the largest cosine similarity s; a vote weighs exp(s / temperature).
-    The search is exact and runs in chunks: devices hold the test features and a part of the training features at a
-    time. Similarities are float32; among equal ones the first training image counts.
+    The search is exact and runs in blocks (`beit_jax.search.exact`). Similarities are float32; among equal ones the
+    first training image counts.
 
     Args:
         train_features, train_labels, test_features: [train, d], [train] and [tests, d].
+        leave_one_out: the tests are the training images, in the same order, and none is its own neighbour.
 
     Source: facebookresearch/dino@04c0ad9 eval_knn.py; Wu et al., arXiv 1805.01978, section 3.4.
 
@@ -39,49 +42,33 @@ def knn(
         BeitJaxError: shapes do not belong together, `k` exceeds the number of training images, or features or the
             temperature are not finite numbers.
     """
-    _check_neighbours(train_features, train_labels, test_features, k, temperature)
-    classes = int(train_labels.max()) + 1
-    tests = [_unit(jnp.asarray(chunk, jnp.float32)) for chunk in _chunks(test_features, TEST_CHUNK)]
-    best = [_no_neighbours(len(chunk), k) for chunk in tests]
-    labels = jnp.asarray(train_labels, jnp.int32)
-    for start in range(0, len(train_features), TRAIN_CHUNK):
-        features = _unit(jnp.asarray(train_features[start : start + TRAIN_CHUNK], jnp.float32))
-        known = labels[start : start + TRAIN_CHUNK]
-        best = [_nearest(chunk, found, features, known) for chunk, found in zip(tests, best, strict=True)]
-    votes = [np.asarray(_vote(*found, temperature=temperature, classes=classes)) for found in best]
-    return np.concatenate(votes)
+    found = nearest_train(train_features, train_labels, test_features, k, temperature, leave_one_out=leave_one_out)
+    return votes(found, train_labels, int(train_labels.max()) + 1, temperature)
 
 
-_Neighbours = tuple[Array, Array]  # similarities [b, k], largest first, and labels [b, k]
+def nearest_train(
+    train_features: Float[np.ndarray, "..."],
+    train_labels: Int[np.ndarray, "..."],
+    test_features: Float[np.ndarray, "..."],
+    k: int,
+    temperature: float,
+    *,
+    leave_one_out: bool,
+) -> Nearest:
+    """The k nearest training images of each test image, of which fewer may vote; arguments and errors as of `knn`."""
+    _check_neighbours(train_features, train_labels, test_features, k, temperature, leave_one_out)
+    own = np.arange(len(test_features), dtype=np.int32) if leave_one_out else None
+    return nearest(test_features, array_blocks(train_features, leave_one_out=leave_one_out), k, own=own)
 
 
-def _no_neighbours(count: int, k: int) -> _Neighbours:
-    return jnp.full((count, k), -jnp.inf), jnp.zeros((count, k), jnp.int32)
-
-
-def _chunks(array: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    return (array[start : start + size] for start in range(0, len(array), size))
-
-
-@jax.jit
-def _unit(features: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    """Scales every row to length 1. A row of zeros stays one: it is equally far from all others."""
-    largest = jnp.abs(features).max(axis=1, keepdims=True)  # divided by first: squares of large numbers would overflow
-    scaled = features / jnp.where(largest > 0, largest, 1.0)
-    norm = jnp.linalg.norm(scaled, axis=1, keepdims=True)
-    return scaled / jnp.where(norm > 0, norm, 1.0)
-
-
-@jax.jit
-def _nearest(
-    test: Float[Array, "b d"], best: _Neighbours, train: Float[Array, "n d"], labels: Int[Array, " n"]
-) -> _Neighbours:
-    """The nearest neighbours among those found so far and these training images."""
-    similarity = jnp.matmul(test, train.T, precision="highest")
-    everyone = jnp.concatenate([best[0], similarity], axis=1)
-    owners = jnp.concatenate([best[1], jnp.broadcast_to(labels, similarity.shape)], axis=1)
-    similarities, chosen = jax.lax.top_k(everyone, best[0].shape[1])
-    return similarities, jnp.take_along_axis(owners, chosen, axis=1)
+def votes(
+    found: Nearest, train_labels: Int[np.ndarray, " train"], classes: int, temperature: float = 0.07
+) -> Int[np.ndarray, "tests top"]:
+    """For each test image the five classes with most votes of its neighbours among the training images."""
+    labels = np.asarray(train_labels, np.int32)[found.rows]
+    parts = [slice(start, start + VOTED) for start in range(0, len(labels), VOTED)]
+    voted = [_vote(found.scores[part], labels[part], temperature=temperature, classes=classes) for part in parts]
+    return np.concatenate([np.asarray(part) for part in voted])
 
 
 @partial(jax.jit, static_argnames="classes")
@@ -94,12 +81,17 @@ def _vote(
     return jax.lax.top_k(votes, min(TOP, classes))[1]
 
 
-def _check_neighbours(train: np.ndarray, labels: np.ndarray, tests: np.ndarray, k: int, temperature: float) -> None:
+def _check_neighbours(
+    train: np.ndarray, labels: np.ndarray, tests: np.ndarray, k: int, temperature: float, leave_one_out: bool
+) -> None:
     if train.ndim != 2 or not len(tests) or tests.shape[1:] != train.shape[1:] or labels.shape != train.shape[:1]:
         found = f"{list(train.shape)}, {list(labels.shape)}, {list(tests.shape)}"
         raise BeitJaxError(f"k-NN: expected features [train, d], labels [train], features [tests, d], found {found}")
-    if not 1 <= k <= len(train):
-        raise BeitJaxError(f"k-NN: k is {k}, expected 1 to {len(train)}, the training images")
+    if leave_one_out and len(train) != len(tests):
+        raise BeitJaxError(f"k-NN: {len(tests)} tests, expected the {len(train)} training images themselves")
+    others, kind = len(train) - leave_one_out, "other" if leave_one_out else "training"
+    if not 1 <= k <= others:
+        raise BeitJaxError(f"k-NN: k is {k}, expected 1 to {others}, the {kind} images")
     if not 0 < temperature < float("inf"):
         raise BeitJaxError(f"k-NN: the temperature is {temperature}, expected a positive number")
     if labels.min() < 0:

@@ -9,7 +9,7 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.images.listing import SUFFIXES, image_files
 from beit_jax.train.data.image_folders import folder
 from beit_jax.train.data.listing import annotated_images, class_images
-from beit_jax.train.evaluation.labelled import open_folder
+from beit_jax.train.evaluation.opening import open_folder
 
 IMAGES = ("cat/b.png", "cat/a.JPG", "cat/deep/er/c.gif", "dog/a.webp", "dog/Z.bmp", "owl/1.tiff")
 OTHERS = ("cat/notes.txt", "cat/.hidden.png", "dog/.cache/a.png", ".git/a.png", "readme.md")

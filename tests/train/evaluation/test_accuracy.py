@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import forward
 import jax
 import numpy as np
 import pytest
@@ -42,10 +43,10 @@ from beit_jax.train.evaluation.labelled import (
     ClassOrder,
     class_order,
     evaluate_directory,
-    open_folder,
     real_labels,
     reordered,
 )
+from beit_jax.train.evaluation.opening import open_folder
 from beit_jax.train.recipe import STATISTICS
 from beit_jax.tree import unflatten
 
@@ -130,7 +131,7 @@ def assert_counted(scores: Scores, expected: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Any]:
     """Counts of all images, from the model's logits for all images."""
-    logits = np.asarray(random_model()(data()["image"]).logits)
+    logits = forward.logits(random_model(), data()["image"])
     best = np.sort(logits, axis=1)
     assert (best[:, -1] - best[:, -2]).min() > 1e-4 and (best[:, -5] - best[:, -6]).min() > 1e-4  # beyond rounding
     return plain_counts(logits, data()["label"], data()["accepted"])

@@ -8,6 +8,7 @@ from numpy.testing import assert_allclose
 from sklearn.neighbors import KNeighborsClassifier
 
 from beit_jax.errors import BeitJaxError
+from beit_jax.search import exact
 from beit_jax.train.evaluation import neighbours
 from beit_jax.train.evaluation.neighbours import knn
 
@@ -30,8 +31,9 @@ def plain_votes(
 def test_votes_are_those_of_a_plain_count(
     monkeypatch: pytest.MonkeyPatch, k: int, temperature: float, classes: int, chunk: int
 ) -> None:
-    monkeypatch.setattr(neighbours, "TRAIN_CHUNK", chunk)
-    monkeypatch.setattr(neighbours, "TEST_CHUNK", chunk)
+    monkeypatch.setattr(exact, "BLOCK_ROWS", chunk)
+    monkeypatch.setattr(exact, "QUERY_ROWS", chunk)
+    monkeypatch.setattr(neighbours, "VOTED", chunk)
     rng = np.random.default_rng(k)
     train, tests = (rng.standard_normal((n, 8)).astype(np.float32) * 100 for n in (90, 20))
     labels = rng.integers(0, classes, 90).astype(np.int32)
@@ -55,6 +57,22 @@ def test_neighbours_are_scikit_learns() -> None:
 
     theirs = KNeighborsClassifier(20, metric="cosine", weights=weights, algorithm="brute").fit(train, labels)
     assert np.array_equal(knn(train, labels, tests)[:, 0], theirs.predict(tests))
+
+
+def test_left_out_in_turn_every_image_is_classified_by_the_others() -> None:
+    """scikit-learn's, fitted anew without each image."""
+    rng = np.random.default_rng(3)
+    features, labels = rng.standard_normal((40, 6)).astype(np.float32), rng.integers(0, 4, 40)
+    features[7] = features[3]  # an image twice is a neighbour of itself all the same
+    found = knn(features, labels, features, 5, leave_one_out=True)[:, 0]
+    for i in range(40):
+        others = np.arange(40) != i
+        model = KNeighborsClassifier(5, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07), algorithm="brute")
+        assert found[i] == model.fit(features[others], labels[others]).predict(features[i : i + 1])[0]
+    with pytest.raises(BeitJaxError, match="k is 40, expected 1 to 39, the other images"):
+        knn(features, labels, features, 40, leave_one_out=True)
+    with pytest.raises(BeitJaxError, match="39 tests, expected the 40 training images themselves"):
+        knn(features, labels, features[1:], 5, leave_one_out=True)
 
 
 def test_neighbours_only_depend_on_directions_and_ties_go_to_the_first() -> None:
