@@ -25,6 +25,7 @@ from beit_jax.atomic import new_file
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.inference.predictor import OutputName, Predictor, params_of
+from beit_jax.kernels.cpu import library
 from beit_jax.tree import unflatten
 from beit_jax.version import source_digest
 from beit_jax.weights.native import NativeCheckpoint
@@ -102,7 +103,7 @@ def _key(config: BeitConfig, shape: tuple[int, ...], output: OutputName) -> str:
     versions = [version(name) for name in ("jax", "jaxlib", "flax")]
     settings = [(name, value) for name, value in sorted(jax.config.values.items()) if "_cache_" not in name]
     digest = xxhash.xxh3_128(repr((config, shape, output, versions, settings)).encode())
-    digest.update(source_digest().encode())
+    digest.update(source_digest().encode() + library.identity().encode())
     return digest.hexdigest()
 
 
@@ -136,8 +137,10 @@ def _export(function: Program, params: Params, shape: tuple[int, ...], *, platfo
     from jax import export  # not at the top: only the cache needs it
 
     jitted = jax.jit(function, keep_unused=True)  # so that every program takes all parameters; features need no head
-    exporting = export.export(jitted, platforms=[platform], disabled_checks=[export.DisabledSafetyCheck.platform()])
-    return exporting(params, jax.ShapeDtypeStruct(shape, jnp.float32))
+    checks = [export.DisabledSafetyCheck.platform(), *map(export.DisabledSafetyCheck.custom_call, library.targets())]
+    with library.stored_here():
+        exporting = export.export(jitted, platforms=[platform], disabled_checks=checks)
+        return exporting(params, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def _load(path: Path) -> _Traced | None:
@@ -149,6 +152,8 @@ def _load(path: Path) -> _Traced | None:
     if xxhash.xxh3_128_digest(rest) != digest:
         return None
     shape, program = rest.split(b"\n", 1)
+    if library.PREFIX.encode() in program and not library.available():
+        return None  # it calls kernels that cannot be loaded any more
     return _Traced(tuple(json.loads(shape)), program)
 
 

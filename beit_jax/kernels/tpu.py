@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from .mesh import AVERAGES, HEAD_AXIS, Split, Target, split_of
+from .mesh import AVERAGES, HEAD_AXIS, Split, Target, split_of, wanted
 
 if TYPE_CHECKING:
     from .tpu_rows import Shape
@@ -32,6 +32,7 @@ _VMEM: Sequence[tuple[str, int]] = (
     ("", 16),
 )
 
+SWITCH = "BEIT_JAX_TPU_ATTENTION"
 TPUS = Target("tpu")
 for_tpus, interpreted = TPUS.computes, TPUS.interpreted
 
@@ -42,12 +43,14 @@ def project_side_by_side(
     kernel: Float[Array, "*both"],
     bias: Float[Array, "*outputs"],
 ) -> Float[Array, "b n *outputs"]:
-    """`layers.project` with one axis of inputs and one of outputs: so the heads of a token lie side by side in memory,
-    as the kernels of attention read and write them. For several axes the compiler puts tokens innermost.
+    """`elementary.project` with one axis of inputs and one of outputs: so the heads of a token lie side by side in
+    memory, as the kernels of attention read and write them. For several axes the compiler puts tokens innermost.
 
     Where a mesh splits heads, queries, keys and values are three axes of parts, which no single axis can be.
     """
     inputs = x.ndim - 2
+    if not wanted(SWITCH, "rows"):
+        return textbook(x, kernel, bias)
     if kernel.ndim > inputs + 1 and jax.sharding.get_abstract_mesh().shape.get(HEAD_AXIS, 1) > 1:
         return textbook(x, kernel, bias)
     width = prod(kernel.shape[:inputs])
@@ -68,11 +71,16 @@ def attend_by_rows(
 
     The textbook form is computed instead where weights are dropped or returned, which takes them all at once; where a
     size is symbolic (`jax.export`); where the mesh does not divide the batch, or is of another mode than Auto; and
-    where a head's rows and bias are too large for the memory of a core.
+    where a head's rows and bias are too large for the memory of a core. And where the environment variable `SWITCH` is
+    "xla".
 
     Gradients go backward only: there is no forward mode (`jax.jvp`), nor a second derivative.
+
+    Raises:
+        BeitJaxError: the environment variable says neither "rows" nor "xla".
     """
-    divided = None if drop is not None or output_attentions else split_of(qkv, bias, interpret=TPUS.interpret)
+    suits = drop is None and not output_attentions and wanted(SWITCH, "rows")
+    divided = split_of(qkv, bias, interpret=TPUS.interpret) if suits else None
     if divided is None or not _fits(qkv, bias, divided):
         return textbook(qkv, bias, drop, output_attentions=output_attentions)
     if bias is not None and len(bias) < divided.shards:

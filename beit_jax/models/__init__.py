@@ -7,5 +7,6 @@ Machines      `one_cpu`: the faster forms of one CPU; `partition`: the placement
 Around them   `build`: the model of a configuration; `adapt`: a checkpoint for other sizes; `heads`: for other classes
 
 Each textbook form stands in the module of its name; `one_cpu`, and `kernels` below this room, ask for the machine. May
-import: the ground, which is the modules directly in `beit_jax`, `adapters`, `kernels`, and `beit_jax.weights.leaves`.
+import: the ground, which is the modules directly in `beit_jax`, `adapters`, `kernels`, `kernels.cpu.calls`, and
+`beit_jax.weights.leaves`.
 """

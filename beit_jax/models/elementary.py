@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from beit_jax.adapters.kernel import Linear
+from beit_jax.adapters.kernel import Linear, adaptable
 from beit_jax.kernels.gpu import for_gpus
-from beit_jax.models.one_cpu import for_one_cpu, gelu_with_derivative
+from beit_jax.kernels.tpu import for_tpus, project_side_by_side
+from beit_jax.models.one_cpu import expand_by_matrices, for_one_cpu, gelu_with_derivative, project_by_matrices
 
 
 @for_one_cpu(gelu_with_derivative)
@@ -33,6 +34,26 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
 }
 """The activation functions, by their names in configurations (`beit_jax.config.Activation`)."""
+
+
+@adaptable
+@for_one_cpu(project_by_matrices)
+@for_tpus(project_side_by_side)
+def project(
+    x: Float[Array, "b n *inputs"], kernel: Float[Array, "*both"], bias: Float[Array, "*outputs"]
+) -> Float[Array, "b n *outputs"]:
+    """``x @ kernel + bias`` over all axes of the inputs, in the dtype of `bias`; kernel: [*inputs, *outputs]. The heads
+    stay an axis, by which devices share them out.
+    """
+    return jnp.tensordot(x, kernel, x.ndim - 2, preferred_element_type=bias.dtype) + bias
+
+
+@for_one_cpu(expand_by_matrices)
+def expand(
+    x: Float[Array, "b n d"], kernel: Any, bias: Float[Array, "wide"], activation: str
+) -> Float[Array, "b n wide"]:
+    """``activation(x @ kernel + bias)``; kernel: [d, wide], or an `AdaptedKernel`."""
+    return ACTIVATIONS[activation](project(x, kernel, bias))
 
 
 @runtime_checkable

@@ -12,25 +12,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from beit_jax.adapters.kernel import adaptable, casting
+from beit_jax.adapters.kernel import casting
 from beit_jax.config import BeitConfig
-from beit_jax.kernels.tpu import for_tpus, project_side_by_side
 from beit_jax.models.attention import attend
-from beit_jax.models.elementary import ACTIVATIONS, dense, dropout, layer_norm
-from beit_jax.models.one_cpu import for_one_cpu, project_by_matrices
+from beit_jax.models.elementary import dense, dropout, expand, layer_norm, project
 from beit_jax.models.position import Grid, attention_bias, num_relative_offsets
-
-
-@adaptable
-@for_one_cpu(project_by_matrices)
-@for_tpus(project_side_by_side)
-def project(
-    x: Float[Array, "b n *inputs"], kernel: Float[Array, "*both"], bias: Float[Array, "*outputs"]
-) -> Float[Array, "b n *outputs"]:
-    """``x @ kernel + bias`` over all axes of the inputs, in the dtype of `bias`; kernel: [*inputs, *outputs]. The heads
-    stay an axis, by which devices share them out.
-    """
-    return jnp.tensordot(x, kernel, x.ndim - 2, preferred_element_type=bias.dtype) + bias
 
 
 class Attention(nnx.Module):
@@ -93,14 +79,17 @@ class Mlp(nnx.Module):
     def __init__(self, config: BeitConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.fc1 = dense(config, config.hidden_size, config.intermediate_size, dtype, rngs)
         self.fc2 = dense(config, config.intermediate_size, config.hidden_size, dtype, rngs, jnp.float32)
-        self.activation = ACTIVATIONS[config.hidden_act]
         if config.use_sub_norm:
             self.norm = layer_norm(config, rngs, config.intermediate_size)
-        self.config = config
+        self.config, self.dtype = config, dtype
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        hidden = self.activation(self.fc1(x))
-        return self.fc2(self.norm(hidden) if self.config.use_sub_norm else hidden)
+        cast = casting(self.dtype)
+        kernel, bias = cast(self.fc1.kernel[...]), cast(self.fc1.bias[...])
+        hidden = expand(cast(x), kernel, bias, self.config.hidden_act)
+        hidden = cast(self.norm(hidden)) if self.config.use_sub_norm else hidden
+        # The bias is read in `dtype`, and added in float32.
+        return project(hidden, cast(self.fc2.kernel[...]), cast(self.fc2.bias[...]).astype(jnp.float32))
 
 
 class Block(nnx.Module):

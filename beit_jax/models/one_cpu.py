@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, wraps
-from math import pi, prod, sqrt
+from math import prod
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array, Float
+
+from beit_jax.kernels.cpu import calls
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -101,13 +103,39 @@ def attend_in_pieces(
     so attention with dropout is computed in one piece, and so are weights that are returned, and scores of a size that
     is symbolic (`jax.export`).
     """
-    batch, tokens, _, heads, _ = qkv.shape
+    batch, tokens, _, heads, width = qkv.shape
+    whole = drop is not None or output_attentions
+    shared = [] if bias is None else [bias]
+    if not whole and all(len(one) == 1 for one in shared) and calls.computes(qkv, *shared, widths=[heads * width]):
+        return _attend_by_kernel(textbook, qkv, bias), None
     scores = jnp.dtype(jnp.float32).itemsize * heads * tokens**2  # of one sample
-    whole = drop is not None or output_attentions or export.is_symbolic_dim(batch * scores)
-    if whole or batch * scores <= CACHE:
+    if whole or export.is_symbolic_dim(batch * scores) or batch * scores <= CACHE:
         return textbook(qkv, bias, drop, output_attentions=output_attentions)
+    return _attend_by_pieces(textbook, qkv, bias), None
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend_by_kernel(textbook: Callable[..., Any], qkv: Array, bias: Array | None) -> Array:
+    return calls.attention(qkv, None if bias is None else bias[0])
+
+
+@_attend_by_kernel.defjvp
+def _attend_derivative(textbook: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """The derivative is that of XLA's forms."""
+    qkv, _ = primals
+    scores = jnp.dtype(jnp.float32).itemsize * qkv.shape[0] * qkv.shape[3] * qkv.shape[1] ** 2
     if scores <= CACHE:
-        return jax.lax.map(lambda one: textbook(one[None], bias)[0][0], qkv), None
+        return jax.jvp(lambda *given: textbook(*given)[0], primals, tangents)
+    return jax.jvp(partial(_attend_by_pieces, textbook), primals, tangents)
+
+
+def _attend_by_pieces(
+    textbook: Callable[..., Any], qkv: Float[Array, "b n 3 heads e"], bias: Float[Array, "shards heads n n"] | None
+) -> Float[Array, "b n heads e"]:
+    """One sample at a time or, where the scores of one are larger than the cache, one head."""
+    scores = jnp.dtype(jnp.float32).itemsize * qkv.shape[3] * qkv.shape[1] ** 2
+    if scores <= CACHE:
+        return jax.lax.map(lambda one: textbook(one[None], bias)[0][0], qkv)
     biases = None if bias is None else bias[0]
 
     def sample(qkv: Float[Array, "n 3 heads e"]) -> Float[Array, "n heads e"]:
@@ -117,7 +145,7 @@ def attend_in_pieces(
 
         return jnp.moveaxis(jax.lax.map(head, (jnp.moveaxis(qkv, 2, 0), biases)), 0, 1)
 
-    return jax.lax.map(sample, qkv), None
+    return jax.lax.map(sample, qkv)
 
 
 def separated_by_a_split(
@@ -150,17 +178,36 @@ def _repeated_derivative(
     return _repeated(textbook, bias, batch), jax.lax.map(lambda _: tangent[0], jnp.arange(batch))
 
 
-# --- Projections (beit_jax.models.layers) -----------------------------------------------------------------------------
+# --- Projections (beit_jax.models.elementary) -------------------------------------------------------------------------
 
 
 def project_by_matrices(
     _: Callable[..., Any], x: Float[Array, "b n *inputs"], kernel: Float[Array, "*both"], bias: Float[Array, "*outputs"]
 ) -> Float[Array, "b n *outputs"]:
-    """`layers.project` as a product of two matrices: for products over several axes, XLA copies the kernel and the
+    """`elementary.project` as a product of two matrices: for products over several axes, XLA copies the kernel and the
     gradients into other layouts first."""
     width = prod(kernel.shape[: x.ndim - 2])
-    rows = jnp.dot(x.reshape(-1, width), kernel.reshape(width, -1), preferred_element_type=bias.dtype) + bias.ravel()
-    return rows.reshape(*x.shape[:2], *bias.shape)
+    rows, matrix, added = x.reshape(-1, width), kernel.reshape(width, -1), bias.ravel()
+    if calls.computes(rows, matrix, added, widths=matrix.shape):
+        made = calls.affine(rows, matrix, added)
+    else:
+        made = jnp.dot(rows, matrix, preferred_element_type=bias.dtype) + added
+    return made.reshape(*x.shape[:2], *bias.shape)
+
+
+def expand_by_matrices(
+    textbook: Callable[..., Array],
+    x: Float[Array, "b n d"],
+    kernel: Any,
+    bias: Float[Array, "wide"],
+    activation: str,
+) -> Float[Array, "b n wide"]:
+    """`elementary.expand`, by a product whose end is GELU: what it is computed of is never written."""
+    if activation == "gelu" and isinstance(kernel, jax.Array):
+        rows = x.reshape(-1, x.shape[-1])
+        if calls.computes(rows, kernel, bias, widths=kernel.shape):
+            return calls.affine_gelu(rows, kernel, bias).reshape(*x.shape[:2], -1)
+    return textbook(x, kernel, bias, activation)
 
 
 # --- GELU (beit_jax.models.elementary) -------------------------------------------------------------------------------
@@ -169,23 +216,4 @@ def project_by_matrices(
 def gelu_with_derivative(_: Callable[..., Any], x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
     """`activations.gelu` with its derivative written out, which takes four passes through memory. The derivative that
     JAX finds takes six; TPUs fuse them. GPUs, which fuse none across the error function, compute this form too."""
-    return _gelu(x)
-
-
-@jax.custom_jvp
-def _gelu(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
-    exact = x.astype(jnp.float32)
-    return (exact * _cdf(exact)).astype(x.dtype)
-
-
-@_gelu.defjvp
-def _gelu_derivative(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (tangent,) = primals, tangents
-    exact = x.astype(jnp.float32)
-    density = jnp.exp(-0.5 * exact * exact) / sqrt(2 * pi)
-    return _gelu(x), tangent * (_cdf(exact) + exact * density).astype(x.dtype)
-
-
-def _cdf(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
-    """The distribution function of the standard normal distribution."""
-    return 0.5 + 0.5 * jax.lax.erf(x * sqrt(0.5))
+    return calls.gelu(x)

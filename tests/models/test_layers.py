@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_allclose
 from tracing import computed, traced
 
-from beit_jax.models.layers import project
+from beit_jax.models.elementary import project
 
 CASES = {
     "qkv": ("bnd,dkhe->bnkhe", (2, 5, 8), (8, 3, 2, 4)),

@@ -14,8 +14,7 @@ from tracing import computed, traced
 
 from beit_jax.models import one_cpu
 from beit_jax.models.attention import attend, of_every_sample, separated
-from beit_jax.models.elementary import gelu
-from beit_jax.models.layers import project
+from beit_jax.models.elementary import gelu, project
 from beit_jax.models.one_cpu import on_one_cpu, traced_for
 
 BATCH, TOKENS, HEADS, WIDTH = 3, 5, 2, 4

@@ -1,0 +1,115 @@
+// Attention of float32, whose scores stay in a core's caches: softmax(query key^T / sqrt(e) + bias) value.
+//
+// A piece of work is some rows of one head of one image. It copies the head's keys and values into panels, as products
+// do, and then takes ROWS queries at a time: scores, softmax, averages.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "product.h"
+
+namespace beit {
+
+// qkv: [images][tokens][3][heads][width]; bias: [heads][tokens][tokens] or null; averages: [images][tokens][heads][width].
+// logs: [images][heads][tokens] or null; the logarithm of the sum of a row's exponentials, for gradients.
+struct Attention {
+  Index images, tokens, heads, width;
+  const float *qkv, *bias;
+  float *averages, *logs;
+
+  Matrix part(Index image, Index head, Index which) const {
+    return {qkv + (image * tokens * 3 + which) * heads * width + head * width, 3 * heads * width, 1};
+  }
+};
+
+INLINE Index padded(Index n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
+
+// Numbers from `count` on become `filling`.
+INLINE Vector only(Vector value, Index count, float filling) {
+  if (count >= WIDTH) return value;
+  float parts[WIDTH];
+  std::memcpy(parts, &value, sizeof(value));
+  for (Index i = count; i < WIDTH; i++) parts[i] = filling;
+  std::memcpy(&value, parts, sizeof(value));
+  return value;
+}
+
+// Scores of a row, in stretches of DEPTH that lie ROWS * STRIDE apart, become exponentials; returns their sum.
+INLINE float exponentials(float* scores, const float* bias, Index tokens, float& most) {
+  Vector highest = all(-std::numeric_limits<float>::infinity());
+  for (Index at = 0; at < tokens; at += DEPTH, scores += ROWS * STRIDE)
+    for (Index j = 0; j < std::min(DEPTH, tokens - at); j += WIDTH) {
+      Index count = tokens - at - j;
+      Vector value = load(scores + j);
+      if (bias) value += load(bias + at + j, count);
+      value = only(value, count, -std::numeric_limits<float>::infinity());
+      store(scores + j, value);
+      highest = larger(highest, value);
+    }
+  most = largest(highest);
+  Vector total{};
+  scores -= (tokens + DEPTH - 1) / DEPTH * ROWS * STRIDE;
+  for (Index at = 0; at < tokens; at += DEPTH, scores += ROWS * STRIDE)
+    for (Index j = 0; j < std::min(DEPTH, tokens - at); j += WIDTH) {
+      Vector value = exponential(load(scores + j) - most);
+      store(scores + j, value);
+      total += value;
+    }
+  return sum(total);
+}
+
+template <typename Pool>
+void attend(Pool& pool, const Attention& x) {
+  const Tile* table = tiles();
+  Index threads = std::max<Index>(1, pool.num_threads());
+  Index heads = x.images * x.heads;
+  // A head whose rows are divided is copied more than once.
+  Index parts = threads == 1 || heads >= 4 * threads || heads % threads == 0 ? 1 : 2 * threads;
+  Division rows(x.tokens, (x.tokens + parts - 1) / parts);
+  float scale = 1.0f / std::sqrt(static_cast<float>(x.width));
+  Index keys = padded(x.tokens), values = padded(x.width), stretches = (x.tokens + DEPTH - 1) / DEPTH;
+  share(pool, heads * rows.pieces, [&](Index piece) {
+    static thread_local Scratch memory;
+    Index head = piece / rows.pieces / x.images, image = piece / rows.pieces % x.images;
+    Index top = rows.start(piece % rows.pieces), bottom = rows.start(piece % rows.pieces + 1);
+    float* query = memory.of((1 + stretches) * ROWS * STRIDE + x.width * keys + x.tokens * values + ROWS * values);
+    float* scores = query + ROWS * STRIDE;
+    float* key = scores + stretches * ROWS * STRIDE;
+    float* value = key + x.width * keys;
+    float* out = value + x.tokens * values;
+    Matrix k = x.part(image, head, 1);
+    copy_panels({k.data, 1, k.row}, 0, x.width, 0, x.tokens, key);
+    for (Index at = 0; at < x.tokens; at += DEPTH)
+      copy_panels(x.part(image, head, 2), at, std::min(DEPTH, x.tokens - at), 0, x.width, value + at * values);
+    Division tiled(bottom - top, ROWS);
+    for (Index t = 0; t < tiled.pieces; t++) {
+      Index start = top + tiled.start(t);
+      int count = static_cast<int>(top + tiled.start(t + 1) - start);
+      copy_rows(x.part(image, head, 0), start, count, 0, x.width, query);
+      for (int r = 0; r < count; r++)
+        for (Index i = 0; i < x.width; i += WIDTH) store(query + r * STRIDE + i, load(query + r * STRIDE + i) * scale);
+      for (Index j = 0; j < keys; j += COLUMNS)
+        table[count](x.width, query, key + j * x.width, scores + j / DEPTH * ROWS * STRIDE + j % DEPTH, STRIDE, false);
+      float totals[ROWS];
+      for (int r = 0; r < count; r++) {
+        float most;
+        const float* bias = x.bias ? x.bias + (head * x.tokens + start + r) * x.tokens : nullptr;
+        totals[r] = exponentials(scores + r * STRIDE, bias, x.tokens, most);
+        if (x.logs) x.logs[(image * x.heads + head) * x.tokens + start + r] = most + std::log(totals[r]);
+      }
+      for (Index at = 0; at < x.tokens; at += DEPTH) {
+        Index depth = std::min(DEPTH, x.tokens - at);
+        for (Index j = 0; j < values; j += COLUMNS)
+          table[count](depth, scores + at / DEPTH * ROWS * STRIDE, value + at * values + j * depth, out + j, values,
+                       at > 0);
+      }
+      for (int r = 0; r < count; r++) {
+        float* to = x.averages + ((image * x.tokens + start + r) * x.heads + head) * x.width;
+        for (Index i = 0; i < x.width; i += WIDTH) store(to + i, load(out + r * values + i) / totals[r], x.width - i);
+      }
+    }
+  });
+}
+
+}  // namespace beit

@@ -1,0 +1,215 @@
+"""Functions of JAX that one CPU computes by the kernels: primitives, with all that JAX asks of one.
+
+A primitive has a plain form, of XLA's operations. That is computed where the kernels are not: on other devices, for
+several devices, under `jax.vmap`, and in a program that is exported, which another machine will run. Derivatives are
+those of the plain form, whose products are the kernels' again; they may be taken again, forward and backward.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from math import pi, sqrt
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float
+
+from beit_jax.kernels.cpu import library
+
+SMALLEST = 192
+"""The width of products from which the kernels are computed: for less, none is compiled."""
+
+
+def computes(*arrays: Array, widths: Sequence[Any] = ()) -> bool:
+    """Whether the kernels can compute these arrays: float32 of known shape, of products so wide."""
+    sizes = [size for array in arrays for size in array.shape] + list(widths)
+    if any(export.is_symbolic_dim(size) or size == 0 for size in sizes):
+        return False
+    fits = all(array.dtype == jnp.float32 for array in arrays) and all(width >= SMALLEST for width in widths)
+    return fits and library.available()
+
+
+def _primitive(
+    name: str, call: str, plain: Callable[..., Array], differentiated: Callable[..., Array] | None = None
+) -> Primitive:
+    """A primitive of one result, which has the shape and the dtype of its plain form's.
+
+    Args:
+        call: the function of the library. What the plain form takes by name are its attributes.
+        differentiated: the function whose derivative it has; None to add derivatives later.
+    """
+    primitive = Primitive(name)
+
+    @lru_cache
+    def compiled(names: tuple[str, ...], values: tuple[Any, ...]) -> Callable[..., Array]:
+        return jax.jit(partial(primitive.bind, **dict(zip(names, values, strict=True))))
+
+    def kernel(context: Any, *operands: Any, **options: Any) -> Any:
+        module = context.module_context
+        devices = getattr(module.axis_context, "num_devices", 1) or 1
+        if devices > 1 or (module.lowering_parameters.for_export and not library.may_be_exported()):
+            return lowered(context, *operands, **options)
+        return jax.ffi.ffi_lowering(library.target(call))(context, *operands, **options)
+
+    def shape(*arguments: Any, **options: Any) -> Any:
+        found = jax.eval_shape(
+            partial(plain, **options), *(jax.ShapeDtypeStruct(one.shape, one.dtype) for one in arguments)
+        )
+        return jax.core.ShapedArray(found.shape, found.dtype)
+
+    def batched(arguments: Any, axes: Any, **options: Any) -> Any:
+        return jax.vmap(partial(plain, **options), axes)(*arguments), 0
+
+    def derivative(primals: Any, tangents: Any, **options: Any) -> Any:
+        assert differentiated is not None
+        given = [ad.instantiate_zeros(tangent) for tangent in tangents]
+        return jax.jvp(partial(differentiated, **options), tuple(primals), tuple(given))
+
+    lowered = mlir.lower_fun(plain, multiple_results=False)
+    primitive.def_impl(lambda *arguments, **options: compiled(tuple(options), tuple(options.values()))(*arguments))
+    primitive.def_abstract_eval(shape)
+    mlir.register_lowering(primitive, lowered)
+    mlir.register_lowering(primitive, kernel, platform="cpu")
+    batching.primitive_batchers[primitive] = batched
+    if differentiated is not None:
+        ad.primitive_jvps[primitive] = derivative
+    return primitive
+
+
+# --- GELU -------------------------------------------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def gelu(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    """``x * cdf(x)``, with the derivative written out: four passes through memory instead of six."""
+    exact = x.astype(jnp.float32)
+    return (exact * _cdf(exact)).astype(x.dtype)
+
+
+@gelu.defjvp
+def _gelu_derivative(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (tangent,) = primals, tangents
+    exact = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * exact * exact) / sqrt(2 * pi)
+    return gelu(x), tangent * (_cdf(exact) + exact * density).astype(x.dtype)
+
+
+def _cdf(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    """The distribution function of the standard normal distribution."""
+    return 0.5 + 0.5 * jax.lax.erf(x * sqrt(0.5))
+
+
+# --- Products ---------------------------------------------------------------------------------------------------------
+
+
+def _plain_product(a: Array, b: Array, *, turn_a: bool, turn_b: bool, end: str) -> Array:
+    assert end == "plain"
+    return jnp.dot(a.T if turn_a else a, b.T if turn_b else b)
+
+
+product_p = _primitive("beit_product", "product", _plain_product)
+
+
+def product(a: Float[Array, "m k"], b: Float[Array, "k n"], *, turn_a: bool = False, turn_b: bool = False) -> Array:
+    """``a @ b``, of either's transpose if it is to be turned."""
+    return product_p.bind(a, b, turn_a=turn_a, turn_b=turn_b, end="plain")  # type: ignore[no-any-return]
+
+
+def is_product(primitive: Primitive, *_: Any, **options: Any) -> bool:
+    """Whether it is a product of these kernels: a policy of `jax.checkpoint`, as JAX's own are of XLA's products."""
+    return primitive is product_p
+
+
+def _left(upstream: Array, a: Any, b: Array, *, turn_a: bool, turn_b: bool, end: str) -> Array:
+    if turn_a:
+        return product(b, upstream, turn_a=turn_b, turn_b=True)
+    return product(upstream, b, turn_b=not turn_b)
+
+
+def _right(upstream: Array, a: Array, b: Any, *, turn_a: bool, turn_b: bool, end: str) -> Array:
+    if turn_b:
+        return product(upstream, a, turn_a=True, turn_b=turn_a)
+    return product(a, upstream, turn_a=not turn_a)
+
+
+ad.defbilinear(product_p, _left, _right)
+
+
+def _ended(rows: Array, matrix: Array, *more: Array, multiply: Callable[..., Array], end: str, **_: Any) -> Array:
+    bias, *others = more
+    value = multiply(rows, matrix) + bias
+    if end == "gelu":
+        return gelu(value)
+    if end == "residual":
+        scale, residual = others
+        return residual + scale * value
+    assert end == "bias"
+    return value
+
+
+ended_p = _primitive(
+    "beit_ended_product", "product", partial(_ended, multiply=jnp.dot), partial(_ended, multiply=product)
+)
+
+
+def affine(rows: Float[Array, "m k"], matrix: Float[Array, "k n"], bias: Float[Array, "n"]) -> Float[Array, "m n"]:
+    """``rows @ matrix + bias``."""
+    return ended_p.bind(rows, matrix, bias, turn_a=False, turn_b=False, end="bias")  # type: ignore[no-any-return]
+
+
+def affine_gelu(rows: Float[Array, "m k"], matrix: Float[Array, "k n"], bias: Float[Array, "n"]) -> Float[Array, "m n"]:
+    """``gelu(rows @ matrix + bias)``."""
+    return ended_p.bind(rows, matrix, bias, turn_a=False, turn_b=False, end="gelu")  # type: ignore[no-any-return]
+
+
+def affine_residual(
+    rows: Float[Array, "m k"],
+    matrix: Float[Array, "k n"],
+    bias: Float[Array, "n"],
+    scale: Float[Array, "n"],
+    residual: Float[Array, "m n"],
+) -> Float[Array, "m n"]:
+    """``residual + scale * (rows @ matrix + bias)``."""
+    arguments = rows, matrix, bias, scale, residual
+    return ended_p.bind(*arguments, turn_a=False, turn_b=False, end="residual")  # type: ignore[no-any-return]
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------
+
+
+def _plain_attention(qkv: Array, *bias: Array) -> Array:
+    query, key, value = jnp.unstack(jnp.moveaxis(qkv, 3, 1), axis=3)
+    scores = jnp.einsum("bhqe,bhke->bhqk", query * query.shape[-1] ** -0.5, key)
+    weights = jax.nn.softmax(scores + bias[0] if bias else scores)
+    return jnp.einsum("bhqk,bhke->bqhe", weights, value)
+
+
+attention_p = _primitive("beit_attention", "attention", _plain_attention, _plain_attention)
+
+
+def attention(
+    qkv: Float[Array, "b n 3 heads e"], bias: Float[Array, "heads n n"] | None
+) -> Float[Array, "b n heads e"]:
+    """``softmax(query @ key / sqrt(e) + bias) @ value`` of every head."""
+    return attention_p.bind(qkv, *([] if bias is None else [bias]))  # type: ignore[no-any-return]
+
+
+# --- LayerNorm --------------------------------------------------------------------------------------------------------
+
+
+def _plain_norm(x: Array, scale: Array, bias: Array, *, epsilon: float) -> Array:
+    deviation = x - x.mean(axis=-1, keepdims=True)
+    variance = jnp.square(deviation).mean(axis=-1, keepdims=True)
+    return deviation * (jax.lax.rsqrt(variance + epsilon) * scale) + bias
+
+
+norm_p = _primitive("beit_norm", "norm", _plain_norm, _plain_norm)
+
+
+def norm(x: Float[Array, "*dims d"], scale: Float[Array, "d"], bias: Float[Array, "d"], epsilon: float) -> Array:
+    """LayerNorm over the last axis."""
+    return norm_p.bind(x, scale, bias, epsilon=np.float32(epsilon))  # type: ignore[no-any-return]

@@ -1,0 +1,45 @@
+// Work shared out over XLA's threads.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <thread>
+
+#include "vectors.h"
+
+namespace beit {
+
+// Calls task(i) for every i below `count`, on the calling thread and on the pool's. The calling thread takes pieces like
+// the others, and waits for no thread that has not begun: so it ends even where the pool is busy with callers like it.
+template <typename Pool, typename Task>
+void share(Pool& pool, Index count, const Task& task) {
+  struct State {
+    std::atomic<Index> next{0}, done{0};
+    Index count;
+    const Task* task;
+    void work() {
+      for (;;) {
+        Index i = next.fetch_add(1);
+        if (i >= count) return;
+        (*task)(i);
+        done.fetch_add(1, std::memory_order_release);
+      }
+    }
+  };
+  Index helpers = pool.num_threads() - 1;
+  if (helpers > count - 1) helpers = count - 1;
+  if (helpers <= 0) {
+    for (Index i = 0; i < count; i++) task(i);
+    return;
+  }
+  auto state = std::make_shared<State>();  // helpers that come late find it, and nothing left to do
+  state->count = count;
+  state->task = &task;
+  for (Index i = 0; i < helpers; i++) pool.Schedule([state] { state->work(); });
+  state->work();
+  for (int tries = 0; state->done.load(std::memory_order_acquire) < count; tries++)
+    if (tries > 1000) std::this_thread::yield();
+}
+
+}  // namespace beit

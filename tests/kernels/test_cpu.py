@@ -1,0 +1,223 @@
+"""The kernels of one CPU: every form has the values and the gradients of the textbook form, or gives way to it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from numpy.testing import assert_allclose
+
+from beit_jax.errors import BeitJaxError
+from beit_jax.kernels.cpu import calls, library
+from beit_jax.models import one_cpu
+from beit_jax.models.attention import attend
+from beit_jax.models.elementary import expand, project
+from beit_jax.models.one_cpu import traced_for
+
+pytestmark = pytest.mark.skipif(
+    library.compiler() is None or not library.measured(), reason="no compiler, or another processor"
+)
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "SMALLEST", 1)
+    monkeypatch.setenv(library.SWITCH, "on")
+
+
+def draw(*shapes: tuple[int, ...]) -> list[Any]:
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def agree(found: Any, expected: Any, rounding: float = 4e-6) -> None:
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        other = np.asarray(other, np.float64)
+        assert_allclose(np.asarray(one, np.float64), other, rtol=0, atol=rounding * np.abs(other).max())
+
+
+def in_double(function: Callable[..., Any], *arguments: Any) -> Any:
+    """XLA's form in float64."""
+    with jax.enable_x64(True), traced_for("other"):
+        return jax.jit(function)(*(jnp.asarray(np.asarray(one), jnp.float64) for one in arguments))
+
+
+def with_gradients(function: Callable[..., Any], arguments: Any) -> Callable[..., Any]:
+    """The value, and the gradients of a sum of it that weighs every number differently."""
+
+    def both(*given: Any) -> Any:
+        def loss(*given: Any) -> Any:
+            value = function(*given)
+            return (value * jnp.cos(jnp.arange(value.size, dtype=value.dtype)).reshape(value.shape)).sum()
+
+        return function(*given), jax.grad(loss, tuple(range(len(given))))(*given)
+
+    return both
+
+
+PRODUCTS = [
+    (5, 1, 1),
+    (197, 769, 300),
+    *(pytest.param(*sizes, marks=pytest.mark.thorough) for sizes in ((1, 385, 31), (14, 16, 64), (1025, 768, 301))),
+]
+
+
+@pytest.mark.parametrize(("rows", "inner", "outer"), PRODUCTS)
+def test_products_of_any_size(rows: int, inner: int, outer: int) -> None:
+    x, kernel, bias = draw((1, rows, inner), (inner, outer), (outer,))
+    for form in (project, lambda *given: expand(*given, "gelu")):
+        both = with_gradients(form, (x, kernel, bias))
+        with traced_for("cpu"):
+            text = str(jax.make_jaxpr(form)(x, kernel, bias))
+            found = jax.jit(both)(x, kernel, bias)
+        assert "beit_ended_product" in text
+        agree(found, in_double(both, x, kernel, bias))
+
+
+def test_a_product_ends_with_what_is_added() -> None:
+    arguments = draw((7, 20), (20, 33), (33,), (33,), (7, 33))
+
+    def plain(rows: Any, matrix: Any, bias: Any, scale: Any, residual: Any) -> Any:
+        return residual + scale * (rows @ matrix + bias)
+
+    agree(calls.affine_residual(*arguments), in_double(plain, *arguments))
+
+
+ATTENTION = [
+    (2, 5, 2, 20),
+    (1, 1025, 1, 64),
+    *(pytest.param(*sizes, marks=pytest.mark.thorough) for sizes in ((1, 2, 1, 4), (9, 197, 2, 64), (1, 577, 1, 48))),
+]
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("batch", "tokens", "heads", "width"), ATTENTION)
+def test_attention_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, batch: int, tokens: int, heads: int, width: int, biased: bool
+) -> None:
+    monkeypatch.setattr(one_cpu, "CACHE", 2**20)
+    qkv, *bias = draw((batch, tokens, 3, heads, width), *([(1, heads, tokens, tokens)] if biased else []))
+    both = with_gradients(lambda qkv, bias=None: attend(qkv, bias)[0], (qkv, *bias))
+    with traced_for("cpu"):
+        assert "beit_attention" in str(jax.make_jaxpr(lambda *given: attend(*given)[0])(qkv, bias[0] if bias else None))
+        found = both(qkv, *bias)
+    agree(found, in_double(both, qkv, *bias))
+
+
+def test_scores_of_any_magnitude() -> None:
+    """Exponentials neither overflow nor lose the row's largest."""
+    (qkv,) = draw((1, 9, 3, 1, 16))
+    bias = jnp.where(jnp.arange(81).reshape(1, 1, 9, 9) % 3 == 0, 100.0, -300.0)
+    expected = in_double(calls._plain_attention, qkv, bias[0])
+    agree(calls.attention(qkv, bias[0]), expected, 1e-4)  # scores of 100 have an ulp of 8e-6
+
+
+def test_rows_do_not_depend_on_their_neighbours() -> None:
+    """A row's sum has one order, whatever rows are beside it and whatever threads compute it."""
+    x, kernel, bias = draw((300, 500), (500, 600), (600,))
+    whole = np.asarray(calls.affine(x, kernel, bias))
+    for rows in (1, 13, 100):
+        np.testing.assert_array_equal(np.asarray(calls.affine(x[:rows], kernel, bias)), whole[:rows])
+
+
+def test_transformations() -> None:
+    x, kernel, bias = draw((3, 7, 20), (20, 30), (30,))
+    expected = in_double(project, x, kernel, bias)
+
+    def slope(row: Any, kernel: Any, bias: Any) -> Any:
+        return jnp.sin(row @ kernel + bias).sum()
+
+    with traced_for("cpu"):
+        agree(jax.vmap(lambda x: project(x[None], kernel, bias)[0])(x), expected)
+        ones = (jnp.ones_like(x), jnp.zeros_like(kernel), jnp.zeros_like(bias))
+        tangent = jax.jvp(project, (x, kernel, bias), ones)[1]
+        again = jax.hessian(lambda row: jnp.sin(calls.affine(row, kernel, bias)).sum())(x[0, :1])
+        loop = jax.lax.scan(lambda total, one: (total + project(one[None], kernel, bias).sum(), None), 0.0, x)[0]
+    agree(tangent, in_double(lambda kernel: jnp.broadcast_to(kernel.sum(0), (3, 7, 30)), kernel))
+    agree(again, in_double(lambda row, *more: jax.hessian(slope)(row, *more), x[0, :1], kernel, bias), 1e-5)
+    agree(loop, np.asarray(expected).sum(), 1e-4)
+
+
+def test_what_the_kernels_do_not_compute() -> None:
+    x, kernel, bias = draw((1, 7, 20), (20, 30), (30,))
+
+    def computed(*arguments: Any, **options: Any) -> bool:
+        with traced_for("cpu"):
+            return "beit_" in str(jax.make_jaxpr(lambda *given: attend(*given, **options)[0])(*arguments))
+
+    qkv = draw((1, 5, 3, 2, 8))[0]
+    assert computed(qkv, None) and not computed(qkv, None, output_attentions=True)
+    assert not computed(qkv.astype(jnp.bfloat16), None)
+    mesh = jax.sharding.AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert "beit_" not in str(jax.make_jaxpr(project)(x, kernel, bias))
+
+
+def test_exported_programs_contain_none() -> None:
+    """Another machine will run them. The batch may be symbolic."""
+    x, kernel, bias = draw((1, 7, 20), (20, 30), (30,))
+    symbolic = jax.ShapeDtypeStruct(export.symbolic_shape("b, 7, 20"), jnp.float32)
+    for shape in (x, symbolic):
+        exported = export.export(jax.jit(lambda *given: expand(*given, "gelu")), platforms=["cpu"])(shape, kernel, bias)
+        assert library.PREFIX not in exported.mlir_module()
+        agree(exported.call(x, kernel, bias), in_double(lambda *given: expand(*given, "gelu"), x, kernel, bias))
+
+
+def test_the_switch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert library.state() == f"kernels built for this processor ({library.library().reason})"
+    monkeypatch.setenv(library.SWITCH, "off")
+    assert not library.available() and library.state() == f"XLA's products and attention ({library.SWITCH}=off)"
+    monkeypatch.setenv(library.SWITCH, "perhaps")
+    with pytest.raises(BeitJaxError, match="expected auto, on or off, found perhaps"):
+        library.available()
+
+
+@pytest.mark.parametrize("broken", ["no compiler", "a failing compiler", "a cache that cannot be written"])
+def test_without_a_library_xla_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str) -> None:
+    library.library.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if broken == "no compiler":
+        monkeypatch.setattr(library, "compiler", lambda: None)
+        expected = "no C\\+\\+ compiler was found: install g\\+\\+, or set CXX"
+    elif broken == "a failing compiler":
+        monkeypatch.setattr(library, "FLAGS", ("--no-such-flag",))
+        expected = "building the CPU kernels failed: .*no-such-flag"
+    else:
+        (tmp_path / "beit-jax").write_text("")
+        expected = "building the CPU kernels failed: "
+    try:
+        with pytest.raises(BeitJaxError, match=f"{library.SWITCH}=on: {expected}"):
+            library.available()
+        monkeypatch.setenv(library.SWITCH, "auto")
+        assert not library.available()
+        arguments = draw((1, 7, 20), (20, 30), (30,))
+        agree(project(*arguments), in_double(project, *arguments))
+    finally:
+        library.library.cache_clear()
+
+
+@pytest.mark.thorough
+def test_threads_change_no_bit(tmp_path: Path) -> None:
+    """A process on one core computes what one on all does."""
+    code = (
+        "import sys, numpy as np, jax.numpy as jnp; from beit_jax.kernels.cpu import calls\n"
+        "rng = np.random.default_rng(0); draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)\n"
+        "np.savez(sys.argv[1], calls.affine_gelu(draw(577, 770), draw(770, 900), draw(900)),"
+        " calls.attention(draw(2, 577, 3, 3, 64), draw(3, 577, 577)))"
+    )
+    found = []
+    for cores in ({min(os.sched_getaffinity(0))}, os.sched_getaffinity(0)):
+        file = tmp_path / f"{len(cores)}.npz"
+        threads = ",".join(map(str, cores))
+        subprocess.run(["taskset", "-c", threads, sys.executable, "-c", code, file], check=True)
+        with np.load(file) as arrays:
+            found.append(list(arrays.values()))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
