@@ -9,7 +9,6 @@ BEIT_JAX_GPU_ATTENTION is "xla", the textbook form is computed.
 """
 
 import importlib
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,9 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from beit_jax.errors import BeitJaxError, printable
-
-from .mesh import AVERAGES, Split, Target, split_of
+from .mesh import AVERAGES, Split, Target, split_of, wanted
 
 SWITCH = "BEIT_JAX_GPU_ATTENTION"
 OLDEST = 80
@@ -63,13 +60,11 @@ def attend_by_tiles(
 
 
 def _suits(qkv: Array) -> bool:
-    said = os.environ.get(SWITCH, "tiles")
-    if said not in ("tiles", "xla"):
-        raise BeitJaxError(f"{SWITCH}: expected tiles or xla, found {printable(said)}")
+    chosen = wanted(SWITCH, "tiles")
     if GPUS.interpret:
         return True
     short = jnp.dtype(qkv.dtype).itemsize == 2 and qkv.shape[-1] in WIDTHS
-    return said == "tiles" and short and _capability() >= OLDEST
+    return chosen and short and _capability() >= OLDEST
 
 
 def _capability() -> int:
