@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from beit_jax.models.build import Model
     from beit_jax.train.evaluation.segmentation import SegmentationScores
 
+Preset: TypeAlias = Literal["hf", "unilm_eval", "timm"]
 Scoring: TypeAlias = "Callable[..., SegmentationScores]"
 
 
@@ -35,7 +36,7 @@ class ClassificationArguments:
 
     split: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
     """The split of prepared data, or below --data the folder of this name if there is one; by default validation."""
-    preset: Annotated[Literal["hf", "unilm_eval", "timm"] | None, arg(help_behavior_hint="")] = None
+    preset: Annotated[Preset | None, arg(help_behavior_hint="")] = None
     """Prepare images as transformers, the original evaluation or timm do, not as the checkpoint says."""
     real: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """ImageNet's reassessed labels: real.json."""
@@ -256,7 +257,7 @@ def _evaluate_classifier(
     return 0
 
 
-def _prepared_as(name: str | None, model: "Model", processor: "ImageProcessor") -> "ImageProcessor":
+def _prepared_as(name: Preset | None, model: "Model", processor: "ImageProcessor") -> "ImageProcessor":
     """The image processor of a preset for a model, or the checkpoint's own."""
     from beit_jax.images.processor import HALF, preset
 

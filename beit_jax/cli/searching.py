@@ -194,7 +194,7 @@ def _of_images(
         kept = part.kept()
         if kept.values is not None and len(kept):
             names = [row["image"] for row in kept.rows]
-            computed.append(Block(kept.values.reshape(len(kept), -1), lambda names=names: names))
+            computed.append(Block(kept.values.reshape(len(kept), -1), names.copy))
     return Queries(iter(computed), len(listing), unread=unread)
 
 

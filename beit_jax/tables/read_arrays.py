@@ -4,6 +4,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,7 +41,10 @@ class ArrayTable(FeatureTable):
         for start in range(0, len(self.features), rows):
             stop = min(len(self.features), start + rows)
             features = rows_of(self.features[start:stop], self.path)
-            yield Block(features, lambda start=start, stop=stop: [str(name) for name in self.images[start:stop]])
+            yield Block(features, partial(self._names, start, stop))
+
+    def _names(self, start: int, stop: int) -> list[str]:
+        return [str(name) for name in self.images[start:stop]]
 
 
 def open_npz(path: Path) -> FeatureTable:
