@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, Protocol, get_args, runtime_checkable, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +23,6 @@ Pooling = Literal["pooled", "mean", "cls", "tokens"]
 OutputName = Pooling | Literal["logits"]
 
 
-@runtime_checkable
 @runtime_checkable
 class Outputs(Protocol):
     """What a model gives: `beit_jax.models.interface.BeitOutput`."""
