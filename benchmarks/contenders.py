@@ -34,6 +34,7 @@ class Job:
         directory: holds the same weights as ``native``, ``hf`` and ``timm``, and ``inputs.npz``.
         output: file for what was computed.
         accelerator: whether to run on a GPU.
+        cpu_time: whether seconds are those that the processor worked for this process, not those of the clock.
     """
 
     contender: str
@@ -43,6 +44,7 @@ class Job:
     dtype: str = "float32"
     threads: int = 2
     accelerator: bool = False
+    cpu_time: bool = False
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
@@ -53,8 +55,9 @@ class Job:
         return json.dumps(asdict(self))
 
 
-def ours(job: Job) -> Call:
-    """This library, as its documents say to use it."""
+def ours(job: Job, kernels: str = "auto") -> Call:
+    """This library, as its documents say to use it; `kernels` "off": without the kernels of a CPU."""
+    os.environ["BEIT_JAX_CPU_KERNELS"] = kernels
     import beit_jax
 
     beit_jax.keep_freed_memory()
@@ -93,7 +96,17 @@ def _our_forward(job: Job) -> Call:
     model, _ = beit_jax.from_pretrained(Path(job.directory, "native"), dtype=job.dtype)
     pixels = jnp.asarray(job.inputs["pixels"])
     forward = jax.jit(lambda model, pixels: model(pixels).logits)
-    return lambda: jax.block_until_ready(forward(model, pixels))
+    if not job.accelerator:
+        return lambda: jax.block_until_ready(forward(model, pixels))
+    from beit_jax.train.distributed.sharding import make_mesh
+
+    mesh = make_mesh((1, 1, 1), jax.devices()[:1])
+
+    def call() -> Any:
+        with jax.set_mesh(mesh):  # attention by kernels
+            return jax.block_until_ready(forward(model, pixels))
+
+    return call
 
 
 def _our_step(job: Job) -> Call:
@@ -107,8 +120,7 @@ def _our_step(job: Job) -> Call:
     from beit_jax.weights import load
 
     inputs, start = job.inputs, load(Path(job.directory, "native"))
-    pretrains, (depth, image) = job.kind == "pretrain", (start.config.num_hidden_layers, start.config.image_size[0])
-    size = {12: "base", 24: "large"}[depth]
+    pretrains = job.kind == "pretrain"
     data = DataOptions(batch_size=len(inputs["image"]))
     optim = OptimOptions(lr=RATE, weight_decay=DECAY, warmup_epochs=0)
     plain = AugmentOptions(randaugment=None, erasing=0.0, smoothing=SMOOTHING)
@@ -117,14 +129,12 @@ def _our_step(job: Job) -> Call:
         if pretrains
         else ClassificationRecipe(job.kind, data=data, optim=optim, augment=plain)
     )
-    variant = f"beit_{size}_patch16_224" + ("_pt22k" if pretrains else "")
-    model = replace(recipe.model, variant=variant, image_size=image, dtype=job.dtype, drop_path=0.0)
-    program = abstract_program(replace(recipe, model=model), jax.devices(), classes=1000)
-    sources = replace(program.objective.sources, start=start)
+    model = replace(recipe.model, dtype=job.dtype, drop_path=0.0)
+    program = abstract_program(replace(recipe, model=model), jax.devices()[:1], start=start, classes=1000)
     if pretrains:
         stored = StoredTokens(Path(), start.config.vocab_size or 0, 0, 0.0, np.zeros((0, 0)))
-        sources = replace(sources, tokens=stored)
-    program = replace(program, objective=program.objective.replaced(sources=sources))
+        sources = replace(program.objective.sources, tokens=stored)
+        program = replace(program, objective=program.objective.replaced(sources=sources))
     names = program.objective.batch(1)
     state, batch = program.first_state(), {name: jax.device_put(inputs[name]) for name in names}
 
@@ -154,6 +164,14 @@ def timm(job: Job, compiled: bool) -> Call:
 
     model = library.create_model(f"local-dir:{Path(job.directory, 'timm')}", pretrained=True)
     return _torch(job, model, lambda output: output, compiled)
+
+
+def engine(job: Job, name: str) -> Call:
+    """An engine for inference, with transformers' model."""
+    import engines
+
+    found: Call = getattr(engines, name)(Path(job.directory), job.inputs["pixels"], job.threads)
+    return found
 
 
 def products(job: Job) -> Call:
@@ -241,6 +259,9 @@ CONTENDERS: dict[str, Callable[[Job], Call]] = {
     "transformers, sdpa, compiled": lambda job: transformers(job, "sdpa", True),
     "timm": lambda job: timm(job, False),
     "timm, compiled": lambda job: timm(job, True),
+    "ours, XLA": lambda job: ours(job, kernels="off"),
+    "onnxruntime": lambda job: engine(job, "onnxruntime"),
+    "openvino": lambda job: engine(job, "openvino"),
     "torch": products,
 }
 
@@ -260,6 +281,9 @@ def peak_bytes(accelerator: bool) -> int:
 
 def main(job: Job) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if hasattr(os, "sched_setaffinity"):  # some libraries start as many threads as there are cores
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-job.threads :])
+    clock = time.process_time if job.cpu_time else time.perf_counter
     call = CONTENDERS[job.contender](job)
     start = time.perf_counter()
     first = call()
@@ -271,9 +295,9 @@ def main(job: Job) -> None:
     for line in sys.stdin:
         taken = []
         for _ in range(int(line)):
-            start = time.perf_counter()
+            start = clock()
             call()
-            taken.append(time.perf_counter() - start)
+            taken.append(clock() - start)
         print(json.dumps(taken), flush=True)
 
 

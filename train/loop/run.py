@@ -29,6 +29,7 @@ from ..recipe import Resume
 from ..step.state import State, from_saved, to_saved
 from .best import Best
 from .contract import begin
+from .kernel_check import check_kernels
 from .log import Log
 from .plan import Plan
 from .results import write_results
@@ -101,12 +102,13 @@ def train(
 
     Raises:
         BeitJaxError: `out` holds something else, or a run of another recipe or other data; no checkpoint in it is
-            whole; the disk is full; too many unreadable images; hosts that differ.
+            whole; the disk is full; too many unreadable images; hosts that differ; kernels that fail on this device.
         NotFinite: too many steps in a row without finite loss and gradients; the last checkpoint is before them.
     """
     out = Path(out)
     with ExitStack() as stack:
         peers = stack.enter_context(Peers.of_run()) if peers is None else peers
+        check_kernels(plan)
         notes = begin(plan, out, resume, peers)
         run = _Run(plan, out, stack, quiet, peers)
         for note in (*notes, *plan.objective.notes):

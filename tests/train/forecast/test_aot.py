@@ -252,10 +252,17 @@ def test_of_a_checkpoint_the_architecture_counts() -> None:
 
 @pytest.mark.tpu
 @needs_libtpu
-def test_an_architecture_of_ones_own_is_compiled(capsys: pytest.CaptureFixture[str]) -> None:
-    """Drawn at random, of an oblong size."""
+@pytest.mark.parametrize(
+    ("topology", "devices"),
+    [("v4:2x2x1", 4), ("v5e:2x2", 4), ("v5p:2x2x1", 4), ("v6e:2x2", 4), ("tpu7x:2x2x1", 8)],
+)
+def test_an_architecture_of_ones_own_is_compiled_for_every_tpu(
+    topology: str, devices: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Drawn at random, of an oblong size; with attention by kernels, and no instruction that is not known."""
     options = "--model.hidden-size 192 --model.depth 2 --model.heads 3 --model.mlp 768 --model.image-size 64 96"
-    command = ["aot", "beit_base_ft1k", "--topology", "v5e:2x2", "--data.batch-size", "8", "--quick", "--json"]
+    command = ["aot", "beit_base_ft1k", "--topology", topology, "--data.batch-size", "8", "--quick", "--json"]
     assert main([*command, *options.split(), "--run.mesh", "-1", "1", "1"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["recipe"] == "beit_base_ft1k"
+    assert found["devices"] == devices and found["unknown"] == [] and found["opaque"] > 0
