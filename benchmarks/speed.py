@@ -2,12 +2,14 @@
 
     python benchmarks/speed.py                            # every case for a CPU
     python benchmarks/speed.py --only forward --rounds 3
+    python benchmarks/speed.py --threads 1 --cpu-time    # on a machine that others use too
     python benchmarks/speed.py --device gpu --json FILE
 
-Needs transformers, timm and a C++ compiler (for torch.compile); what is not installed is left out and named. Every
-implementation runs in a process of its own (`contenders.py`); a case counts only if all of them compute the same. Then
-they take turns, in another order every round, while the others sleep. "ours is faster by" is the median over rounds of
-the other's time divided by ours; its range stands beside it.
+Needs transformers, timm, ONNX Runtime with onnxscript, OpenVINO, and a C++ compiler; what is not installed is left out
+and named. Every implementation runs in a process of its own (`contenders.py`); a case counts only if all of them
+compute the same. Then they take turns, in another order every round, while the others sleep. "ours is faster by" is the
+median over rounds of the other's time divided by ours; its range stands beside it. "ours, XLA" is ours without the
+kernels of a CPU.
 """
 
 import argparse
@@ -40,9 +42,10 @@ from beit_jax.weights import NativeCheckpoint, save
 
 TURN = 1.5  # seconds that a contender computes before the next one does
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest output
-PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "timm", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "timm", "onnxruntime", "openvino", "numpy")
 PRODUCTS = ("ours", "torch")
-ALL = tuple(name for name in CONTENDERS if name != "torch")  # which has products only
+FORWARD = tuple(name for name in CONTENDERS if name != "torch")  # which has products only
+ALL = tuple(name for name in FORWARD if name not in ("onnxruntime", "openvino"))  # which do not train
 NO_TIMM = tuple(name for name in ALL if not name.startswith("timm"))
 
 
@@ -86,7 +89,8 @@ class Case:
 
 CPU = (
     Case("products", "base", 224, 8, PRODUCTS),
-    *(Case("forward", "base", image, batch) for image in (224, 384) for batch in (1, 8)),
+    *(Case("forward", "base", image, batch, FORWARD) for image in (224, 384) for batch in (1, 8)),
+    Case("forward", "base", 512, 1, FORWARD),
     Case("finetune", "base", 224, 8),
     Case("pretrain", "base", 224, 8, NO_TIMM),
     Case("segment", "base", 640, 1, NO_TIMM),
@@ -190,14 +194,19 @@ class Contender:
         return json.loads(line)
 
 
-def run(case: Case, rounds: int, accelerator: bool, contenders: Sequence[str]) -> dict[str, Any]:
+def run(
+    case: Case, rounds: int, accelerator: bool, contenders: Sequence[str], threads: int = 0, cpu_time: bool = False
+) -> dict[str, Any]:
     """Measures a case."""
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         directory, running = Path(temporary), dict[str, Contender]()
         prepare(case, directory)
         for number, name in enumerate(contenders):
             output = directory / f"{number}.npy"
-            job = Job(name, case.kind, str(directory), str(output), case.dtype, os.cpu_count() or 1, accelerator)
+            job = Job(
+                name, case.kind, str(directory), str(output), case.dtype, threads or os.cpu_count() or 1, accelerator
+            )
+            job = replace(job, cpu_time=cpu_time)
             running[name] = Contender(job, stack)
         difference = check(case, running)
         for turn in range(rounds):
@@ -244,7 +253,7 @@ def check(case: Case, running: dict[str, Contender]) -> float:
 
 def installed() -> list[str]:
     """Contenders whose packages there are."""
-    return [name for name in CONTENDERS if name == "ours" or find_spec(name.split(",")[0])]
+    return [name for name in CONTENDERS if name.startswith("ours") or find_spec(name.split(",")[0])]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -273,6 +282,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name this regular expression finds")
     parser.add_argument("--contenders", default="", help="contenders likewise; ours is always one")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=0, help="of each contender; by default one for every core")
+    parser.add_argument("--cpu-time", action="store_true", help="count the processor's seconds, not the clock's")
     parser.add_argument("--json", type=Path, help="write the results to this file too, after every case")
     options = parser.parse_args()
     there, cases = installed(), CPU if options.device == "cpu" else GPU
@@ -288,7 +299,7 @@ def main() -> None:
             continue
         theirs = [name for name in case.contenders if name in there and re.search(options.contenders, name)]
         chosen = [name for name in case.contenders if name == "ours" or name in theirs]
-        results.append(run(case, options.rounds, options.device == "gpu", chosen))
+        results.append(run(case, options.rounds, options.device == "gpu", chosen, options.threads, options.cpu_time))
         print(table(results[-1]), flush=True)
         if options.json:
             options.json.write_text(json.dumps({"versions": versions, "cases": results}, indent=1) + "\n")
