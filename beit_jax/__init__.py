@@ -101,6 +101,7 @@ __all__ = [
     "Program",
     "build_model",
     "classify",
+    "feature_rows",
     "features",
     "from_pretrained",
     "keep_freed_memory",
@@ -108,9 +109,12 @@ __all__ = [
     "load_program",
     "open_image",
     "preset",
+    "record_batches",
     "save",
     "save_pretrained",
     "segment",
+    "write_classes",
+    "write_features",
 ]
 
 

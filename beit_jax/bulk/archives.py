@@ -161,7 +161,7 @@ def _each(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The members in order. `tarfile` would keep all of them."""
     while (member := archive.next()) is not None:
         yield member
-        archive.members.clear()
+        archive.members.clear()  # type: ignore[attr-defined]
 
 
 def _check_end(archive: tarfile.TarFile, path: str) -> None:

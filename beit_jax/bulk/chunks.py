@@ -134,8 +134,12 @@ class Chunks:
 
     # --- One chunk ---
 
-    def header(self, chunk: int) -> Header | None:
-        """What a finished chunk says; None if it is not there, not whole, or of images that have changed since."""
+    def header(self, chunk: int, *, unchanged: bool = True) -> Header | None:
+        """What a finished chunk says; None if it is not there or not whole.
+
+        Args:
+            unchanged: None too if its images have changed since, each of which is looked at for that.
+        """
         try:
             with self.path(chunk).open("rb") as file:
                 found = _read_header(file)
@@ -145,7 +149,9 @@ class Chunks:
             return None
         if size != start + 4 * int(np.prod(found.shape or (0,))):
             return None
-        return found if found.inputs == self.listing.digest(*self.range(chunk)) else None
+        if unchanged and found.inputs != self.listing.digest(*self.range(chunk)):
+            return None
+        return found
 
     def write(self, chunk: int, part: Part, inputs: str) -> None:
         """Writes a finished chunk.

@@ -123,13 +123,17 @@ def batches(
                 ([image.name for image in group], futures, None if rows is None else rows[first : first + size])
             )
             if len(waiting) > slots - 2:
-                yield _batch(*waiting.popleft(), size)
+                yield _batch(*waiting.popleft(), size, preparing.shape)
         while waiting:
-            yield _batch(*waiting.popleft(), size)
+            yield _batch(*waiting.popleft(), size, preparing.shape)
 
 
 def _batch(
-    names: Sequence[str], futures: Sequence[Future[list[Prepared | None]]], pixels: np.ndarray | None, size: int
+    names: Sequence[str],
+    futures: Sequence[Future[list[Prepared | None]]],
+    pixels: np.ndarray | None,
+    size: int,
+    shape: tuple[int, int, int] | None,
 ) -> Batch:
     try:
         found = [prepared for future in futures for prepared in future.result()]
@@ -143,7 +147,7 @@ def _batch(
         sizes = ", ".join(f"{height}x{width}" for height, width in shapes[:4])
         raise BeitJaxError(f"images: expected all of one size, found {sizes}; resize or crop them")
     if pixels is None:
-        pixels = np.empty((size, *(arrays[0].shape if arrays else (1, 1, 1))), np.float32)
+        pixels = np.empty((size, *(arrays[0].shape if arrays else shape or (1, 1, 1))), np.float32)
     for place, prepared in enumerate(found):
         if prepared is not None:
             pixels[place] = 0 if isinstance(prepared, str) else prepared

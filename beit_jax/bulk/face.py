@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from beit_jax.bulk.chunks import folder_of
 from beit_jax.bulk.devices import computing
 from beit_jax.bulk.inputs import Listing, list_images
-from beit_jax.bulk.table import Host, Outcome, Table
+from beit_jax.bulk.table import Host, Outcome, Table, check_output
 from beit_jax.bulk.tasks import Classes, Features, Task
 from beit_jax.bulk.work import Options, Work
 from beit_jax.errors import BeitJaxError
@@ -167,6 +167,8 @@ def _work(
     if not 0.0 <= options.max_bad <= 1.0:
         raise BeitJaxError(f"max_bad: expected a share from 0 to 1, found {options.max_bad}")
     listing = _listing(images, members, output)
+    if output is not None:
+        check_output(output, listing)
     model = computing(resolve(os.fspath(source)), program_cache.predictor)
     return Work(model, Classes(model.config, task) if isinstance(task, int) else task, listing, options)
 

@@ -1,12 +1,13 @@
 """Makes the chunks of a table that are this process's, and joins all of them where none is missing."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from beit_jax.atomic import check_file
+from beit_jax.atomic import check_file, check_place
 from beit_jax.bulk.chunks import Chunks, Header, explained, folder_of
 from beit_jax.bulk.inputs import Listing
 from beit_jax.errors import BeitJaxError, printable
@@ -43,7 +44,7 @@ class Making(Protocol):
     def contract(self) -> Mapping[str, Any]:
         """What rows depend on besides the schema's metadata and the images, for JSON."""
 
-    def parts(self, ranges: Sequence[tuple[int, int]], bad: BadImages) -> Iterator[Part]:
+    def parts(self, ranges: Sequence[tuple[int, int]], bad: BadImages) -> Generator[Part, None, None]:
         """Makes the rows of these places, and yields a part for every range.
 
         Args:
@@ -90,12 +91,14 @@ class Table:
         making: makes its rows.
         output: the file.
         finish: called before the table gets its name, as what belongs to it should be there first.
+        discard: called where nothing is kept after an error.
     """
 
     making: Making
     output: Path
     host: Host = field(default_factory=Host)
     finish: Callable[[], None] = lambda: None
+    discard: Callable[[], None] = lambda: None
 
     @property
     def listing(self) -> Listing:
@@ -110,10 +113,8 @@ class Table:
                 another process; an image cannot be read, or more than `max_bad` allows.
         """
         output = self.output
+        check_output(output, self.listing)
         format_of(output).checked(printable(output), self.making.schema(self.making.shape))
-        check_file(output, inputs=self.listing.paths() if output.exists() else ())
-        if not len(self.listing):
-            raise BeitJaxError("no images given; name at least one file or folder")
         if self.host.count > 1 and output.exists() and not folder_of(output).exists():
             raise BeitJaxError(
                 f"{printable(output)}: already exists, and other processes may be done with it; remove it or choose "
@@ -156,15 +157,16 @@ class Table:
         if done:
             say(f"{printable(chunks.output)}: going on after {done:,} images that are done")
         inputs = (chunks.listing.digest(*chunks.range(chunk)) for chunk in todo)
-        made = self.making.parts([chunks.range(chunk) for chunk in todo], bad)
-        for chunk, part in zip(todo, made, strict=True):
-            chunks.write(chunk, part, next(inputs))
+        with closing(self.making.parts([chunks.range(chunk) for chunk in todo], bad)) as made:
+            for chunk, part in zip(todo, made, strict=True):
+                chunks.write(chunk, part, next(inputs))
 
     def _explain(self, chunks: Chunks, error: BaseException) -> None:
         """Says after an error what is kept; keeps nothing if nothing is done."""
         kept = len(chunks) - len(chunks.missing())
         if not kept and self.host.count == 1 and not isinstance(error, InUse):
             chunks.remove()
+            self.discard()
         elif kept:
             error.add_note(
                 f"{kept:,} of {len(chunks):,} parts are kept in {printable(chunks.folder)}: the same command goes on"
@@ -194,14 +196,14 @@ class Table:
             return Outcome(images, None)  # another process has joined the table
 
     def _join(self, chunks: Chunks) -> Outcome:
-        headers = (chunks.header(chunk) for chunk in range(len(chunks)))
+        headers = (chunks.header(chunk, unchanged=False) for chunk in range(len(chunks)))
         bad: list[str] = []
         shape, count = self.making.shape, 0
         for chunk, header in enumerate(headers):
             if header is None:
                 chunks.path(chunk).unlink(missing_ok=True)
                 raise BeitJaxError(
-                    f"{printable(chunks.path(chunk))}: damaged, or its images have changed; start again to make it anew"
+                    f"{printable(chunks.path(chunk))}: damaged, and removed; start again to make it anew"
                 )
             shape, count = _shape_of(header, shape, first=not count), count + len(header.rows) - len(header.bad)
             bad += header.bad.values()
@@ -221,6 +223,17 @@ class Table:
             own.unlink(missing_ok=True)
         chunks.remove()
         return Outcome(len(self.listing), None if shape is None else (count, *shape), tuple(bad))
+
+
+def check_output(output: Path, listing: Listing) -> None:
+    """Refuses a table that cannot be written, before a model is read for nothing.
+
+    Raises:
+        BeitJaxError: no format has such a name, the place cannot be written, or the file is one of the images.
+    """
+    format_of(output)
+    check_file(output, inputs=listing.paths() if output.exists() else ())
+    check_place(folder_of(output))
 
 
 def _shape_of(header: Header, shape: tuple[int, ...] | None, *, first: bool) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Protocol, get_args
 
 import numpy as np
+from jaxtyping import Float32
 
 from beit_jax.choices import nearest
 from beit_jax.config import BeitConfig
@@ -59,7 +60,9 @@ class Task(Protocol):
     def shape(self, output: tuple[int, ...]) -> tuple[int, ...] | None:
         """The shape of the values of a row, of an output of that shape; None: rows have no values."""
 
-    def part(self, names: Sequence[str], errors: Sequence[str | None], outputs: np.ndarray) -> Part:
+    def part(
+        self, names: Sequence[str], errors: Sequence[str | None], outputs: Float32[np.ndarray, "images ..."]
+    ) -> Part:
         """The rows of some images.
 
         Args:
@@ -99,7 +102,9 @@ class Features:
     def shape(self, output: tuple[int, ...]) -> tuple[int, ...] | None:
         return output
 
-    def part(self, names: Sequence[str], errors: Sequence[str | None], outputs: np.ndarray) -> Part:
+    def part(
+        self, names: Sequence[str], errors: Sequence[str | None], outputs: Float32[np.ndarray, "images ..."]
+    ) -> Part:
         return Part([_row(name, error) for name, error in zip(names, errors, strict=True)], outputs)
 
     def facts(self) -> dict[str, Any]:
@@ -140,7 +145,9 @@ class Classes:
     def shape(self, output: tuple[int, ...]) -> tuple[int, ...] | None:
         return None
 
-    def part(self, names: Sequence[str], errors: Sequence[str | None], outputs: np.ndarray) -> Part:
+    def part(
+        self, names: Sequence[str], errors: Sequence[str | None], outputs: Float32[np.ndarray, "images ..."]
+    ) -> Part:
         rows = []
         for name, error, logits in zip(names, errors, outputs, strict=True):
             guesses = [] if error is not None else guesses_of(self.config, logits, self.top)

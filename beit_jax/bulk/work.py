@@ -1,7 +1,7 @@
 """Rows for images by the outputs of a model: prepared ahead, computed in batches, in order."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from math import prod
@@ -93,7 +93,7 @@ class Work:
 
     # --- Rows -----------------------------------------------------------------------------------------------------
 
-    def parts(self, ranges: Iterable[tuple[int, int]], bad: BadImages) -> Iterator[Part]:
+    def parts(self, ranges: Iterable[tuple[int, int]], bad: BadImages) -> Generator[Part, None, None]:
         """Computes the rows of these places; yields a part for every range.
 
         Args:
@@ -152,5 +152,18 @@ class Work:
 
 
 def _joined(parts: Sequence[Part]) -> Part:
-    values = [part.values for part in parts if part.values is not None]
-    return Part([row for part in parts for row in part.rows], np.concatenate(values) if values else None)
+    """The rows of several batches.
+
+    Raises:
+        BeitJaxError: their values differ in shape, because the images do.
+    """
+    rows = [row for part in parts for row in part.rows]
+    if parts[0].values is None:
+        return Part(rows)
+    shapes = sorted({part.values.shape[1:] for part in parts if part.values is not None and len(part.kept())})
+    if len(shapes) > 1:
+        found = " and ".join(str(list(shape)) for shape in shapes[:3])
+        raise BeitJaxError(f"images: expected features of one shape, found {found}; resize or crop the images")
+    shape = shapes[0] if shapes else parts[0].values.shape[1:]
+    values = [np.zeros((len(part), *shape), np.float32) if not len(part.kept()) else part.values for part in parts]
+    return Part(rows, np.concatenate([part for part in values if part is not None]))

@@ -11,7 +11,6 @@ from tyro.conf import Positional, arg
 
 from beit_jax.cli.arguments import (
     Hub,
-    ImageFiles,
     Inputs,
     Json,
     ScaleArguments,
@@ -30,7 +29,7 @@ from beit_jax.terminal import image_progress, print_json, print_lines, print_tab
 if TYPE_CHECKING:
     from beit_jax.bulk.inputs import Listing
     from beit_jax.bulk.segmenting import Loaded
-    from beit_jax.bulk.table import Outcome
+    from beit_jax.bulk.table import Host, Making, Outcome
     from beit_jax.bulk.tasks import Computing, Task
     from beit_jax.bulk.work import Work
     from beit_jax.inference.predictor import Guess, Pooling, Predictor
@@ -115,11 +114,11 @@ def _classify_to_table(
     scale: ScaleArguments,
     hub: Hub,
 ) -> int:
-    from beit_jax.tables.writing import format_of
+    from beit_jax.bulk.table import check_output
 
     scale.check()
-    format_of(output)
     listing = _listed(images, scale, output)
+    check_output(output, listing)
     with scale.host() as host:
         work = _classifying(checkpoint, hub, listing, top, batch_size, scale, skip)
         outcome = _table(work, output, host)
@@ -168,12 +167,12 @@ def features(
             tokens, the class token, or all tokens.
         batch_size: Images computed at once.
     """
-    from beit_jax.tables.writing import format_of
+    from beit_jax.bulk.table import check_output
 
     require_counts(batch_size=batch_size)
     scale.check()
-    format_of(output)
     listing = _listed(images, scale, output)
+    check_output(output, listing)
     with scale.host() as host:
         work = _work(
             checkpoint, hub, lambda _: _features(pooling), listing, batch_size, scale, skip, "computing features"
@@ -253,21 +252,24 @@ def segment(
 
 def reconstruct(
     checkpoint: Positional[SourceName],
-    images: Positional[ImageFiles],
+    images: Positional[Inputs],
     *,
     tokenizer: Annotated[str, arg(metavar="TOKENIZER", help="dVAE encoder that the model was trained with.")],
     decoder: Annotated[str, arg(metavar="DECODER", help="dVAE decoder of the same tokens.")],
     output: Annotated[Path, arg(aliases=["-o"])] = Path("reconstruction.png"),
+    table: Annotated[Path | None, arg(metavar="TABLE", help_behavior_hint="")] = None,
     mask_patches: Annotated[int | None, arg(metavar="NUMBER", help_behavior_hint="")] = None,
     seed: int = 0,
     json: Json = False,
+    skip: Annotated[SkipBad, arg(name="")] = SkipBad(),
+    scale: Annotated[ScaleArguments, arg(name="")] = ScaleArguments(),
     hub: Annotated[Hub, arg(name="")] = Hub(),
 ) -> int:
     """Hide patches of images from a pre-trained model and show what it predicts there, decoded to pixels.
 
     The picture has a row of four for every image: the image in the model's size; the same with hidden patches; the
     image's own tokens, decoded; the same with the predicted tokens in the hidden places. `beit-jax convert` writes
-    tokenizer and decoder.
+    tokenizer and decoder. Of many images, --table writes the numbers, and --output may name a new folder of pictures.
 
     Try:
       beit-jax reconstruct ./beit-base-pt22k cat.jpg --tokenizer ./dvae-encoder --decoder ./dvae-decoder
@@ -275,11 +277,21 @@ def reconstruct(
 
     Args:
         output: Picture to write, ending in .png.
+        table: Table to write, ending in .jsonl, .csv, .parquet or .arrow: the hidden tokens of every image, and how
+            many were predicted right. A command that was stopped goes on where it was.
         mask_patches: Number of patches to hide in every image; by default 75 of 196, as in BEiT's training, or the same
             share of another number.
         seed: Seed of the choice of hidden patches.
     """
+    from beit_jax.bulk.chunks import folder_of
+    from beit_jax.bulk.devices import facts_of
+    from beit_jax.bulk.reconstructing import Reconstructing
+    from beit_jax.bulk.segmenting import Folder
+    from beit_jax.bulk.table import Table, check_output
     from beit_jax.cli import sources
+    from beit_jax.images.files import decode_image
+    from beit_jax.inference import predict
+    from beit_jax.inference.reading import read
     from beit_jax.looking import reconstruct as reconstructing
     from beit_jax.looking.written import check_picture
     from beit_jax.tokenizers.checkpoint import load_decoder, load_tokenizer
@@ -289,21 +301,56 @@ def reconstruct(
     require_counts(mask_patches=mask_patches)
     if seed < 0:
         raise BeitJaxError(f"--seed {seed}: expected an integer of at least 0")
-    files = named_images(images)
-    reconstructing.check_output(output)
-    check_picture(output, "reconstruction.png", files)
+    scale.check()
+    if table is None:
+        refuse_given(replace(scale, members=()), "of a table; give --table")
+        refuse_given(skip, "of a table; give --table")
+    refuse_given(ScaleArguments(workers=scale.workers), "reconstructing prepares images itself")
+    drawn = None if table is None or output == Path("reconstruction.png") else output
+    listing = _listed(images, scale, table, drawn)
+    files = [Path(name) for source in listing.sources for name in source.names()] if table is None else []
+    if table is None:
+        reconstructing.check_output(output)
+        check_picture(output, "reconstruction.png", files)
+    else:
+        if json:
+            raise BeitJaxError("--json prints, and --table writes a table; leave one of them out")
+        check_output(table, listing)
     parts = (
         load_tokenizer(sources.tokenizer("tokenizer", tokenizer)),
         load_decoder(sources.tokenizer("decoder", decoder)),
     )
-    model, processor = hub.load(checkpoint)
+    source = hub.resolve(checkpoint)
+    known = read(source)
+    model, processor = predict.build(known), known.processor
     grid = model.config.grid
     patches = grid[0] * grid[1]
     count = round(patches * 75 / 196) if mask_patches is None else mask_patches
     if not 1 <= count <= patches:
         raise BeitJaxError(f"--mask-patches: expected 1 to {patches}, the patches of an image, found {count}")
     mask = BlockMask(grid, MaskOptions(count, min_block=max(1, round(patches * 16 / 196)), exact=True))
-    found = reconstructing.reconstruct_files(model, processor, *parts, files, mask, seed=seed, output=output)
+    if table is not None:
+        folder = None if drawn is None else Folder(drawn, folder_of(table).exists() or scale.process is not None)
+        facts = {**facts_of(source, known), "tokenizer": tokenizer, "decoder": decoder, "mask patches": count}
+        progress = partial(image_progress, description="reconstructing", first="compiling")
+        making = Reconstructing(
+            model, processor, *parts, mask, seed, listing, facts,
+            None if folder is None else folder.save, progress, skip.share(), scale.chunk,
+            None if drawn is None else str(drawn),
+        )  # fmt: skip
+        with scale.host() as host:
+            work = Table(making, table, host)
+            if folder is not None:
+                work = replace(work, finish=folder.finish, discard=folder.discard)
+            print_lines(ending(table, work.make(), "predictions"))
+        return 0
+    held = [
+        decode_image(image.read(), printable(Path(image.name)))
+        for image in (listing.images(0, len(listing)) if not all(map(os.path.isfile, files)) else ())
+    ]
+    found = reconstructing.reconstruct_files(
+        model, processor, *parts, files, mask, seed=seed, output=output, images=held
+    )
     if json:
         print_json(found.as_dict(files) | {"output": str(output)})
         return 0

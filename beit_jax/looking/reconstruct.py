@@ -59,6 +59,15 @@ class Reconstruction:
         """The share of all hidden tokens that were predicted right."""
         return float(self.right.sum() / self.hidden.sum())
 
+    def part(self, number: int) -> "Reconstruction":
+        """The reconstruction of one of several images, which has no axis of images."""
+        return Reconstruction(
+            *(
+                np.asarray(array[number])
+                for array in (self.original, self.masked, self.tokenizer, self.predicted, self.hidden, self.right)
+            )
+        )
+
     def as_dict(self, names: Sequence[Path]) -> dict[str, Any]:
         """The numbers for JSON, with the names of the images."""
         counts = zip(names, self.hidden.tolist(), self.right.tolist(), strict=True)
@@ -124,11 +133,13 @@ def reconstruct_files(
     draw: Callable[[np.random.Generator], Bool[np.ndarray, " patches"]],
     seed: int,
     output: Path,
+    images: Sequence[Image.Image] = (),
 ) -> Reconstruction:
     """Calls `reconstruct` for image files, and writes the picture to a PNG file.
 
     Args:
         draw: draws the mask of an image.
+        images: of these names, where they are no files of their own.
 
     Raises:
         BeitJaxError: as `reconstruct`; there are no images, or one cannot be read; `output` has another ending than
@@ -137,7 +148,7 @@ def reconstruct_files(
     check_output(output)
     if not paths:
         raise BeitJaxError("no images given; name at least one file")
-    images = [open_image(path) for path in paths]
+    images = images or [open_image(path) for path in paths]
     rng = np.random.default_rng(seed)
     masks = np.stack([draw(rng) for _ in images])
     found = reconstruct(model, processor, tokenizer, decoder, images, masks)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from jaxtyping import Float32
 
 from beit_jax.tables.schema import ERROR, IMAGE, VALUES, Parts, Schema, refuse, utf8
 
@@ -28,13 +29,13 @@ def write_jsonl(path: Path, schema: Schema, parts: Parts) -> int:
     return count
 
 
-def _nested(values: np.ndarray) -> str:
+def _nested(values: Float32[np.ndarray, "*shape"]) -> str:
     if values.ndim == 1:
         return f"[{', '.join(numbers(values))}]"
     return f"[{', '.join(map(_nested, values))}]"
 
 
-def numbers(values: np.ndarray) -> list[str]:
+def numbers(values: Float32[np.ndarray, " n"]) -> list[str]:
     """The text of float32 values, from which the same values are read: nine digits, or NaN, Infinity, -Infinity."""
     if np.isfinite(values).all():
         return ("%.9g " * len(values) % tuple(values.tolist())).split()
@@ -77,7 +78,7 @@ def _head(schema: Schema) -> list[str]:
     return names + [ERROR] * schema.errors
 
 
-def _lines(schema: Schema, row: Mapping[str, Any], values: np.ndarray | None) -> Iterator[list[Any]]:
+def _lines(schema: Schema, row: Mapping[str, Any], values: Float32[np.ndarray, "*shape"] | None) -> Iterator[list[Any]]:
     start = [utf8(row[IMAGE])]
     cells = numbers(values.ravel()) if values is not None else [""] * schema.width
     end = [row.get(ERROR) or ""] * schema.errors

@@ -191,3 +191,22 @@ def test_a_digest_sees_names_order_and_changed_files(folder: Path) -> None:
     assert listing.digest(0, 3) != before and listing.names_digest() == all_names
     os.remove(names(listing)[0])
     assert len(listing.digest(0, 3)) == len(before)
+
+
+def test_prepared_data(folder: Path, tmp_path: Path) -> None:
+    from beit_jax.cli.main import main
+
+    kinds = tmp_path / "kinds"
+    for place, name in enumerate(("cat/1.png", "cat/2.png", "dog/3.png")):
+        path = kinds / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(place))
+    assert main(["prepare", "folder", str(kinds), str(tmp_path / "data"), "--held-out", "0"]) == 0
+    listing = list_images([tmp_path / "data", f"{tmp_path}/data#train[:1]"])
+    images = list(listing.images(0, len(listing)))
+    assert len(images) == 4 and {image.read() for image in images[:3]} == {picture(place) for place in range(3)}
+    assert images[3] == images[0] and Path(images[0].name).suffix == ".png"
+    with pytest.raises(BeitJaxError, match="no split test, found train"):
+        list_images([f"{tmp_path}/data#test"])
+    with pytest.raises(BeitJaxError, match="tfds:no_such_set_at_all: TFDS finds no such data set here"):
+        list_images(["tfds:no_such_set_at_all#train"])

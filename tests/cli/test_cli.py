@@ -112,7 +112,7 @@ def test_parity_names_the_first_stage_that_differs(
         (["inspect", "\x1b[31mred"], r"\x1b[31mred: no such file"),
         (["classify", DIGITS, "missing.png"], "missing.png"),
         (["classify", DIGITS, DIGITS / "config.json"], "config.json"),
-        (["features", DIGITS, IMAGES[0], "-o", "features.csv"], "features.csv: expected a name ending in .npz"),
+        (["features", DIGITS, IMAGES[0], "-o", "features.txt"], "features.txt: expected a name ending in .jsonl, .csv"),
         (["inspect", DIGITS, "--revision", "main"], "a revision was given, but this is a local path"),
         (["inspect", DIGITS / "images"], "images holds no weights: expected one of model.safetensors"),
     ],

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from beit_jax.bulk.chunks import Chunks
 from beit_jax.cli.main import main
 from beit_jax.config import BeitConfig
 from beit_jax.images import ImageProcessor, ade20k_processor
@@ -81,6 +83,39 @@ def test_segment(checkpoint: Path, folders: tuple[Path, Path], capsys: pytest.Ca
     assert (found["height"], found["width"]) == (40, 60)
     shares = {area["label"]: area["share"] for area in found["classes"]}
     assert shares == {CONFIG.labels[i]: (expected == i).mean() for i in np.unique(expected)}
+
+
+def test_a_table_of_areas_goes_on_with_its_label_maps(
+    checkpoint: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    images, _ = folders
+    expected = json.loads(output(capsys, "segment", checkpoint, images, "--json", "--mask", tmp_path / "expected"))
+    command = ["segment", checkpoint, images, "--table", images / "t.jsonl", "--mask", images / "m", "--chunk", "1"]
+    write, calls = Chunks.write, iter(range(2))
+
+    def killed(self: Chunks, *arguments: Any) -> None:
+        if next(calls, None) is None:
+            raise SystemExit(9)
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Chunks, "write", killed)
+        main([str(word) for word in command])
+    assert (images / "m.partial" / "val_0.png").exists() and not (images / "m").exists()
+    assert "areas of 3 images" in output(capsys, *command)
+    assert [json.loads(line) for line in (images / "t.jsonl").read_text().splitlines()] == expected
+    assert sorted(path.name for path in images.iterdir()) == ["m", "t.jsonl", "val_0.png", "val_1.png", "val_2.png"]
+    for path in (tmp_path / "expected").iterdir():
+        assert (images / "m" / path.name).read_bytes() == path.read_bytes()
+    assert "m: already exists" in error(capsys, *command)
+    for words, message in (
+        (["--table", "t.npz"], "holds arrays of features alone"),
+        (["--table", "t.csv", "--json"], "--json prints, and --table writes a table"),
+        (["--json", "--process", "0", "--processes", "2"], "--process, --processes: of a table; give --table"),
+        (["--table", "t.csv", "--workers", "2"], "--workers: segmenting prepares images itself"),
+    ):
+        assert message in error(capsys, "segment", checkpoint, images / "val_0.png", *words)
 
 
 @pytest.mark.parametrize(

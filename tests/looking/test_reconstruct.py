@@ -12,9 +12,13 @@ import pytest
 from flax import nnx
 from PIL import Image, ImageFont
 
+from beit_jax.bulk.inputs import list_images
+from beit_jax.bulk.reconstructing import Reconstructing
+from beit_jax.bulk.table import Table
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.images import IMAGENET_MEAN, IMAGENET_STD, ImageProcessor, preset
+from beit_jax.images.bad_images import BadImages
 from beit_jax.looking.reconstruct import (
     BATCH,
     CAPTIONS,
@@ -28,6 +32,7 @@ from beit_jax.looking.reconstruct import (
 from beit_jax.models.classifier import BeitForImageClassification
 from beit_jax.models.interface import BeitOutput
 from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
+from beit_jax.terminal import no_progress
 from beit_jax.tokenizers.dvae import DvaeDecoder, DvaeDecoderConfig, DvaeEncoder, DvaeEncoderConfig
 from beit_jax.tokenizers.vqkd import VqkdConfig, VqkdTokenizer
 
@@ -338,3 +343,31 @@ def test_files(parts: Parts, tmp_path: Path) -> None:
         with pytest.raises(BeitJaxError, match=message):
             run(0, output, names)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "out.png"]
+
+
+def test_a_table_has_the_same_masks_and_numbers(parts: Parts, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i:02d}.png" for i in range(11)]
+    for path, image in zip(paths, pictures(11), strict=True):
+        image.save(path)
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        return rng.random(PATCHES) < 0.4
+
+    found = reconstruct_files(
+        parts.model, SQUASH, parts.tokenizer, parts.decoder, paths, draw, seed=7, output=tmp_path / "out.png"
+    )
+    drawn: dict[str, np.ndarray] = {}
+    making = Reconstructing(
+        parts.model, SQUASH, parts.tokenizer, parts.decoder, draw, 7, list_images([*paths, bad]), {}, drawn.__setitem__,
+        no_progress, max_bad=0.5, chunk=1,
+    )  # fmt: skip
+    assert making.length == BATCH
+    (part,) = making.parts([(8, 12)], BadImages(12, 0.5))  # what is left after the first chunk
+    assert [dict(row) for row in part.rows[:3]] == found.as_dict(paths)["images"][8:]
+    assert "not a readable image" in part.rows[3]["error"]
+    assert list(drawn) == [str(path) for path in paths[8:]]
+    np.testing.assert_array_equal(drawn[str(paths[9])], grid_picture(found.part(9)))
+    outcome = Table(making, tmp_path / "t.csv").make()
+    assert outcome.images == 12 and len(outcome.bad) == 1
