@@ -69,7 +69,8 @@ class PartImage:
 
     def read(self) -> bytes:
         try:
-            data = os.pread(_opened(self.path), self.size, self.offset)
+            file = _opened(self.path)
+            data = os.pread(file.number, self.size, self.offset)
         except OSError as error:
             raise BeitJaxError(f"{printable(Path(self.name))}: cannot be read ({error.strerror})") from None
         if len(data) < self.size:
@@ -77,10 +78,22 @@ class PartImage:
         return data
 
 
+class _Open:
+    """A file that is open as long as somebody holds this."""
+
+    def __init__(self, path: str) -> None:
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
 @lru_cache(maxsize=32)
-def _opened(path: str) -> int:
-    """A descriptor that stays open: a worker reads many images of few archives."""
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _opened(path: str) -> _Open:
+    """A file that stays open until 32 others are: a worker reads many images of few archives."""
+    return _Open(path)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +12,7 @@ from jaxtyping import Float32
 
 from beit_jax.tables.schema import ERROR, IMAGE, VALUES, Parts, Schema, refuse, utf8
 
+_ZERO: Final = re.compile(" -0(?= )")
 WIDEST: Final = 16384
 """Values of a row of CSV: spreadsheets have as many columns."""
 
@@ -38,8 +40,9 @@ def _nested(values: Float32[np.ndarray, "*shape"]) -> str:
 def numbers(values: Float32[np.ndarray, " n"]) -> list[str]:
     """The text of float32 values, from which the same values are read: nine digits, or NaN, Infinity, -Infinity."""
     if np.isfinite(values).all():
-        return ("%.9g " * len(values) % tuple(values.tolist())).split()
-    return [json.dumps(value) if not np.isfinite(value) else f"{value:.9g}" for value in values.tolist()]
+        text = " %.9g" * len(values) % tuple(values.tolist()) + " "
+        return _ZERO.sub(" -0.0", text).split()  # for JSON, -0 would be a whole number, which has no sign
+    return [json.dumps(value) if not np.isfinite(value) or value == 0 else f"{value:.9g}" for value in values.tolist()]
 
 
 def check_csv(name: str, schema: Schema) -> None:

@@ -151,6 +151,13 @@ def test_a_member_longer_than_its_file_is_named(tmp_path: Path) -> None:
         image.read()
 
 
+def test_few_archives_stay_open(tmp_path: Path) -> None:
+    paths = [archive(tmp_path / f"{n}.tar", {"1.png": picture(n)}) for n in range(70)]
+    before = len(os.listdir("/dev/fd"))
+    assert contents(list_images(paths)) == [picture(n) for n in range(70)]
+    assert len(os.listdir("/dev/fd")) <= before + 32
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
