@@ -75,24 +75,30 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 ON_REQUEST = {
     "hub": "needs a network, downloads gigabytes",
     "slow": "takes minutes",
-    "thorough": "one more case of a quicker test",
+    "thorough": "takes longer",
     "exact": "compares the bits of two programs (with XLA_FLAGS= before it)",
     "tpu": "needs libtpu",
     "gpu": "needs XLA's compiler for GPUs",
 }
-# A worker takes whole files, in this order: no worker is left with a long file when the others have ended.
+# A worker takes whole files, in this order: no worker is left with a long file when the others have ended. Longer tests
+# count, which .ci/run runs in the same session.
 LONGEST_FIRST = (
+    "test_documents",
+    "test_loop",
     "test_unsupervised",
     "test_hosts",
-    "test_finetuning",
+    "test_newcomer",
+    "test_notebooks",
     "test_pretraining",
     "test_segmentation_training",
-    "test_loop",
+    "test_vqkd",
+    "test_adapters_cli",
+    "test_best",
     "test_sharded_pretraining",
     "test_sharding",
-    "test_vqkd",
-    "test_step_time",
     "test_step",
+    "test_finetuning",
+    "test_step_time",
 )
 
 

@@ -1,6 +1,6 @@
 """Step one of parity: the same outputs as transformers, on random weights, for every combination of options."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import reference
 import torch
+from cases import pairwise
 from numpy.testing import assert_allclose
 from tolerances import MODEL
 
 from beit_jax.models.build import Model
 from beit_jax.models.interface import BeitOutput
-
-pytestmark = pytest.mark.compiled
 
 Converted = Callable[[torch.nn.Module], Model]
 
@@ -41,15 +40,16 @@ def assert_same(found: BeitOutput, expected: Any, *, pooled: bool = False) -> No
             assert_allclose(found.pooler_output, expected.pooler_output, **close)
 
 
-OPTIONS = [
-    pytest.param(
-        bias, positions, scale, pooling, id=f"{bias}-{'abs' * positions}-{scale}-{'mean' if pooling else 'cls'}"
-    )
-    for bias, positions, scale, pooling in product(reference.BIAS, (False, True), (0.0, 0.1), (True, False))
-]
+def every(*values: Sequence[Any]) -> list[Any]:
+    """All combinations; those in which every two values meet are compiled as users compile too."""
+    met = pairwise(*values)
+    return [pytest.param(*case, marks=pytest.mark.compiled if case in met else ()) for case in product(*values)]
 
 
-@pytest.mark.parametrize(("bias", "positions", "scale", "pooling"), OPTIONS)
+BIAS, POOLING = list(reference.BIAS), (True, False)  # the mean, the class token
+
+
+@pytest.mark.parametrize(("bias", "positions", "scale", "pooling"), every(BIAS, (False, True), (0.0, 0.1), POOLING))
 def test_every_combination_of_options(
     converted: Converted, bias: str, positions: bool, scale: float, pooling: bool
 ) -> None:
@@ -73,8 +73,7 @@ def test_every_combination_of_options(
         assert_allclose(found.last_hidden_state, expected.last_hidden_state, rtol=0.0, atol=MODEL)
 
 
-@pytest.mark.parametrize("pooling", [True, False], ids=["mean", "cls"])
-@pytest.mark.parametrize("bias", reference.BIAS)
+@pytest.mark.parametrize(("bias", "pooling"), every(BIAS, POOLING))
 def test_masked_image_modelling(converted: Converted, bias: str, pooling: bool) -> None:
     options = reference.TINY | reference.BIAS[bias] | {"use_mask_token": True, "use_mean_pooling": pooling}
     theirs = reference.random_model(task="masked_image_modeling", **options)
@@ -84,9 +83,7 @@ def test_masked_image_modelling(converted: Converted, bias: str, pooling: bool) 
     assert_same(found, reference.run(theirs, pixel_values, masked))
 
 
-@pytest.mark.parametrize("task", ["features", "image_classification"])
-@pytest.mark.parametrize("bias", reference.BIAS)
-@pytest.mark.parametrize("pooling", [True, False], ids=["mean", "cls"])
+@pytest.mark.parametrize(("bias", "task", "pooling"), every(BIAS, ("features", "image_classification"), POOLING))
 def test_data2vec(converted: Converted, bias: str, task: str, pooling: bool) -> None:
     options = {k: v for k, v in reference.TINY.items() if k != "vocab_size"} | reference.BIAS[bias]
     theirs = reference.random_model("data2vec-vision", task, use_mean_pooling=pooling, num_labels=3, **options)
@@ -95,7 +92,8 @@ def test_data2vec(converted: Converted, bias: str, task: str, pooling: bool) -> 
     assert_same(found, reference.run(theirs, pixel_values))
 
 
-@pytest.mark.parametrize("pooling", [True, False], ids=["mean", "cls"])
+@pytest.mark.compiled
+@pytest.mark.parametrize("pooling", POOLING)
 def test_bare_encoder(converted: Converted, pooling: bool) -> None:
     theirs = reference.random_model(
         task="features", use_mean_pooling=pooling, **reference.TINY, **reference.BIAS["both"]
@@ -107,8 +105,7 @@ def test_bare_encoder(converted: Converted, pooling: bool) -> None:
     assert np.array_equal(found.last_hidden_state, found.hidden_states[-1]) == pooling
 
 
-@pytest.mark.parametrize("size", [(48, 48), (24, 40), (16, 16)])
-@pytest.mark.parametrize("bias", ["both", "none"])
+@pytest.mark.parametrize(("size", "bias"), every([(48, 48), (24, 40), (16, 16)], ["both", "none"]))
 def test_other_input_sizes(converted: Converted, size: tuple[int, int], bias: str) -> None:
     options = reference.TINY | reference.BIAS[bias] | {"use_absolute_position_embeddings": bias == "none"}
     theirs = reference.random_model(**options)
@@ -117,6 +114,7 @@ def test_other_input_sizes(converted: Converted, size: tuple[int, int], bias: st
     assert_same(found, reference.run(theirs, pixel_values))
 
 
+@pytest.mark.compiled
 def test_non_square_native_size(converted: Converted) -> None:
     """Against transformers with its bias replaced by the definition, pair by pair.
 
@@ -137,6 +135,7 @@ def test_non_square_native_size(converted: Converted) -> None:
     assert_same(found, reference.run(theirs, pixel_values))
 
 
+@pytest.mark.compiled
 def test_greyscale_and_other_activation(converted: Converted) -> None:
     theirs = reference.random_model(num_channels=1, hidden_act="gelu_pytorch_tanh", **reference.TINY)
     pixel_values = reference.pixels(theirs)
@@ -144,6 +143,7 @@ def test_greyscale_and_other_activation(converted: Converted) -> None:
     assert_same(found, reference.run(theirs, pixel_values))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("epsilon", [1e-12, 1e-6, 1e-2])
 def test_layer_norm_epsilon_is_the_sources(converted: Converted, epsilon: float) -> None:
     theirs = reference.random_model(layer_norm_eps=epsilon, **reference.TINY)
@@ -152,6 +152,7 @@ def test_layer_norm_epsilon_is_the_sources(converted: Converted, epsilon: float)
     assert_same(found, reference.run(theirs, pixel_values))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     ("task", "options"),
     [
