@@ -6,9 +6,11 @@
 
 The images are made here. Every contender is a process of its own that begins with the files and ends with a table of
 features; they take turns, in another order every round, each with a tenth of the images and with all of them. What is
-compared is the difference of both, per image: without starting, loading and compiling. "CPU" counts the seconds of all
-of a contender's processes on all cores. "ours is faster by" is the median over rounds of the other's time divided by
-ours; its range stands beside it. The forward passes alone are measured as `speed.py` does, in the same run.
+compared is the difference of both, per image: without starting, loading and compiling. (Below 10,000 images ours reads
+the short run without its faster libraries, which need 1,000 images, so that the difference says less.) "CPU"
+counts the seconds of all of a contender's processes on all cores. "ours is faster by" is the median over rounds of the
+other's time divided by ours; its range stands beside it. The forward passes alone are measured as `speed.py` does,
+in the same run.
 
 Memory is the peak of all of a contender's processes together (shared pages counted once), for all images and for half
 as many more. Needs transformers and a C++ compiler (for torch.compile).
