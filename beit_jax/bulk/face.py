@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from beit_jax.atomic import check_place
 from beit_jax.bulk.chunks import folder_of
 from beit_jax.bulk.devices import computing
 from beit_jax.bulk.inputs import Listing, list_images
@@ -174,6 +175,8 @@ def _work(
 
 
 def _listing(images: Named | Iterable[Named], members: tuple[str, ...], output: Path | None) -> Listing:
+    if output is not None:
+        check_place(output)
     named = [images] if isinstance(images, str | os.PathLike) else images
     return list_images(named, members=members, leave_out=[] if output is None else [folder_of(output)])
 

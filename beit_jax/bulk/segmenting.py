@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from beit_jax.atomic import check_file
 from beit_jax.bulk.chunks import folder_of
 from beit_jax.bulk.inputs import Listing, list_images
 from beit_jax.bulk.table import Host, Outcome, Table, check_output
@@ -239,6 +240,7 @@ class Segmenting:
             hosts: gives the process that this is.
             shared: other processes may have begun.
         """
+        check_file(table)
         places = [path for path in (written.picture, written.mask) if path is not None]
         listing = self._listed(
             images, folder_of(table), *places, *(path.with_name(f"{path.name}.partial") for path in places)
@@ -285,6 +287,10 @@ def _text(path: Path | None) -> str | None:
 def _area_rows(entry: dict[str, Any]) -> list[list[str]]:
     """The rows of an image: its name, once, and the name and the area of every class."""
     return [
-        [printable(entry["image"], 1024) if i == 0 else "", printable(area.label, 1024), f"{100 * area.share:.1f} %"]
+        [
+            printable(entry["image"], 1024) if i == 0 else "",
+            printable(area["label"], 1024),
+            f"{100 * area['share']:.1f} %",
+        ]
         for i, area in enumerate(entry["classes"])
     ]

@@ -1,5 +1,6 @@
 """Makes the chunks of a table that are this process's, and joins all of them where none is missing."""
 
+import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -232,7 +233,7 @@ def check_output(output: Path, listing: Listing) -> None:
         BeitJaxError: no format has such a name, the place cannot be written, or the file is one of the images.
     """
     format_of(output)
-    check_file(output, inputs=listing.paths() if output.exists() else ())
+    check_file(output, inputs=listing.paths() if os.path.exists(output) else ())
     check_place(folder_of(output))
 
 

@@ -382,13 +382,19 @@ def _predictor(checkpoint: str, hub: Hub) -> "Predictor":
 
 
 def _listed(images: tuple[str, ...], scale: ScaleArguments, *outputs: Path | None) -> "Listing":
-    """The images that were named, without those in unfinished outputs."""
+    """The images that were named, without those in unfinished outputs.
+
+    Raises:
+        BeitJaxError: as `list_images`; an output cannot be made.
+    """
+    from beit_jax.atomic import check_place
     from beit_jax.bulk.chunks import folder_of
     from beit_jax.bulk.inputs import list_images
 
-    return list_images(
-        images, members=scale.members, leave_out=[folder_of(output) for output in outputs if output is not None]
-    )
+    named = [output for output in outputs if output is not None]
+    for output in named:
+        check_place(output)
+    return list_images(images, members=scale.members, leave_out=map(folder_of, named))
 
 
 def _work(
