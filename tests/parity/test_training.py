@@ -61,13 +61,12 @@ def loss_and_gradients(model: Model, batch: dict[str, np.ndarray]) -> tuple[jax.
     """Cross entropy over the images, or over the masked patches, and its gradients under torch's names."""
     graph, state = nnx.split(model)
 
-    @jax.jit
     def loss(params: Any) -> jax.Array:
         logits = nnx.merge(graph, params)(batch["pixel_values"], batch.get("mask")).logits
         each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(batch["labels"]))
         return each.mean() if "mask" not in batch else (each * batch["mask"]).sum() / batch["mask"].sum()
 
-    value, gradients = jax.value_and_grad(loss)(nnx.to_pure_dict(state))
+    value, gradients = jax.jit(jax.value_and_grad(loss))(nnx.to_pure_dict(state))
     return value, to_torch(model.config, jax.tree.map(np.asarray, flatten(gradients)))
 
 

@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib.resources import files
 from math import prod
 from pathlib import Path
@@ -119,6 +120,11 @@ def compute(
 ) -> tuple[jax.Array, dict[str, jax.Array], Nested]:
     """Loss, metrics, and the codebook after it."""
     graph, beside = teacher or mean_colour()
+    return computation(recipe, graph)(params, key, beside)
+
+
+@cache
+def computation(recipe: Recipe, graph: Any) -> Callable[..., tuple[jax.Array, dict[str, jax.Array], Nested]]:
     objective = vqkd(recipe, graph)
 
     @jax.jit
@@ -128,7 +134,7 @@ def compute(
         loss, metrics = objective.loss(model, batch, key, beside)
         return loss, metrics, nnx.to_pure_dict(nnx.state(model.codebook))
 
-    return run(params, key, beside)
+    return run
 
 
 # --- The loss ---------------------------------------------------------------------------------------------------------
@@ -389,10 +395,14 @@ def test_encoders_as_teachers(name: str) -> None:
     model: Any = build_model(source.config, unflatten({n: jnp.asarray(v) for n, v in source.params.items()}))
     pixels = jnp.asarray(np.random.default_rng(6).random((2, 16, 24, 3), np.float32))
     inputs = (pixels - jnp.asarray((0.1, 0.2, 0.3))) / jnp.asarray((0.4, 0.5, 0.6))
-    hidden = model(inputs).last_hidden_state[:, 1:]
-    expected = model.norm(hidden) if name == "masked images" else hidden
-    teacher = encoder_teacher(source)
-    found = teacher(pixels)
+
+    @jax.jit
+    def features(model: Any) -> jax.Array:
+        hidden = model(inputs).last_hidden_state[:, 1:]
+        return model.norm(hidden) if name == "masked images" else hidden
+
+    expected, teacher = features(model), encoder_teacher(source)
+    found = jax.jit(lambda teacher: teacher(pixels))(teacher)
     assert found.shape == (2, 2, 3, teacher.target_size) and found.dtype == jnp.float32
     assert_allclose(found.reshape(2, 6, 16), expected, atol=MODEL * np.abs(expected).max())
     assert not [leaf for leaf in flatten(teacher_params(source)) if leaf.startswith(("lm_head", "classifier"))]
@@ -402,7 +412,8 @@ def test_teacher_of_pixels_as_they_are() -> None:
     plain = encoder_teacher(checkpoint(TEACHERS["mean"], ImageProcessor(mean=None, std=None)))
     neutral = encoder_teacher(checkpoint(TEACHERS["mean"], ImageProcessor(mean=(0.0,) * 3, std=(1.0,) * 3)))
     pixels = jnp.full((1, 16, 24, 3), 0.7)
-    assert_array_equal(plain(pixels), neutral(pixels))
+    features = jax.jit(lambda teacher: teacher(pixels))
+    assert_array_equal(features(plain), features(neutral))
 
 
 def test_incomplete_teacher() -> None:
