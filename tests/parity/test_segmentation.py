@@ -117,11 +117,11 @@ def test_backbone(converted: Converted, options: dict[str, Any]) -> None:
         assert_allclose(ours, maps, rtol=0.0, atol=MODEL)
 
 
-@pytest.fixture
-def step(converted: Converted) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def step(converted_at: Callable[..., Model], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One training step of the reference on a batch with ignored pixels, and ours on the same."""
     theirs = reference.random_model(task="semantic_segmentation", **reference.SEGMENTATION | {"auxiliary_num_convs": 2})
-    ours = converted(theirs)
+    ours = converted_at(theirs, tmp_path_factory.mktemp("step"))
     pixel_values = reference.pixels(theirs, batch=3)
     rng = np.random.default_rng(5)
     labels = rng.integers(0, theirs.config.num_labels, (3, 32, 32))
@@ -230,5 +230,6 @@ def test_too_few_patches_are_refused(converted: Converted) -> None:
 def test_head_dropout_needs_a_key(converted: Converted) -> None:
     ours = converted(reference.random_model(task="semantic_segmentation", **reference.SEGMENTATION))
     pixel_values = reference.pixels(reference.random_model(task="semantic_segmentation", **reference.SEGMENTATION))
-    plain, dropped, again = (ours(pixel_values, key=key).logits for key in (None, jax.random.key(0), jax.random.key(0)))
+    drawn = jax.jit(lambda key: ours(pixel_values, key=key).logits)
+    plain, dropped, again = run(ours, pixel_values).logits, drawn(jax.random.key(0)), drawn(jax.random.key(0))
     assert np.array_equal(dropped, again) and not np.allclose(plain, dropped)
