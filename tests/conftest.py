@@ -81,7 +81,7 @@ ON_REQUEST = {
     "gpu": "needs XLA's compiler for GPUs",
 }
 # A worker takes whole files, in this order: no worker is left with a long file when the others have ended. Longer tests
-# count, which .ci/run runs in the same session.
+# count too, which `-m thorough` runs.
 LONGEST_FIRST = (
     "test_documents",
     "test_loop",
