@@ -145,7 +145,7 @@ def test_unreadable_queries_are_left_out(place: Path, capsys: pytest.CaptureFixt
 
 
 def test_mistakes_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = {"weights": "0" * 32, "model": "somebody/s", "pooling": "mean"}
+    said = {"weights": "0" * 32, "model": "gone/away/model", "pooling": "mean"}
     features = np.load("index.npz")["features"]
     names = [f"photos/{i:02}.png" for i in range(COUNT)]
     feature_tables.write(Path("strange.npz"), names, features, said)
@@ -158,7 +158,7 @@ def test_mistakes_are_one_line(place: Path, capsys: pytest.CaptureFixture[str]) 
     feature_tables.write(Path("prepared.npz"), names, features, prepared)
     cases: dict[str, str] = {
         "index.parquet photos/03.png --model other": r"index\.parquet: made by .*native \(weights .*give the model",
-        "strange.npz photos/03.png": r"strange\.npz: made by somebody/s.*give the model with --model",
+        "strange.npz photos/03.png": r"strange\.npz: made by gone/away/model.*give the model with --model",
         "prepared.npz photos/03.png": r"prepared\.npz: its images were prepared with image_mean \[0\.1, 0\.2, 0\.3\]",
         "index.parquet photos/03.png --pooling cls": r"--pooling cls: index\.parquet holds pooled features",
         "index.csv photos/03.png --model native --pooling tokens": r"rows of 16 numbers, found queries of 272",
