@@ -92,7 +92,7 @@ def list_images(
     for name in inputs:
         text = os.fspath(name)
         if text == "-":
-            found.add_list(sys.stdin.buffer.read().splitlines(), "", "standard input")
+            found.add_list(sys.stdin.buffer, "", "standard input")
         elif text.startswith("@") and not os.path.lexists(text):
             found.add_list_file(text[1:])
         elif text.startswith(TFDS):
@@ -153,14 +153,14 @@ class _Lister:
     def add_list_file(self, path: str) -> None:
         """Adds what the lines of a file name, relative to the folder of the file."""
         try:
-            data = Path(path).read_bytes()
+            with open(path, "rb") as file:
+                self.add_list(file, os.path.dirname(path), printable(Path(path)))
         except OSError as error:
             raise BeitJaxError(
                 f"{printable(Path(path))}: cannot be read ({error.strerror}); give a list of paths"
             ) from None
-        self.add_list(data.splitlines(), os.path.dirname(path), printable(Path(path)))
 
-    def add_list(self, lines: Sequence[bytes], folder: str, name: str) -> None:
+    def add_list(self, lines: Iterable[bytes], folder: str, name: str) -> None:
         """Adds what lines name."""
         count = 0
         for line in lines:
@@ -168,7 +168,7 @@ class _Lister:
                 continue
             if b"\0" in line:
                 raise BeitJaxError(f"{name}: expected a path in every line, found a zero byte; is it a text file?")
-            text = os.path.join(folder, os.fsdecode(line.rstrip(b"\r")))
+            text = os.path.join(folder, os.fsdecode(line.rstrip(b"\r\n")))
             if os.path.splitext(text)[1].lower() in SUFFIXES:
                 self._file(str(Path(text)))
             else:

@@ -12,7 +12,7 @@ from beit_jax.tables.schema import ERROR, IMAGE, VALUES, Column, Part, Parts, Sc
 
 METADATA: Final = b"beit_jax"
 GROUP_BYTES: Final = 1 << 25  # values of a group of rows: what a reader takes at a time
-MOST_ROWS: Final = 1 << 14
+MOST_ROWS: Final = 1 << 12
 
 
 def check_arrow(name: str, schema: Schema) -> None:

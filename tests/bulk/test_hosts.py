@@ -142,7 +142,7 @@ def test_memory_is_flat_in_the_number_of_images(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(code)
     peaks = []
-    for count in (2000, 12000):
+    for count in (5000, 15000):
         listed = tmp_path / f"{count}.txt"
         listed.write_text(f"{image}\n" * count)
         output = tmp_path / f"{count}.parquet"
