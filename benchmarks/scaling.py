@@ -18,8 +18,10 @@ from typing import Any
 
 import jax
 from step_time import (
+    RESIDUAL_PASSES,
     SCHEMES,
     SLACK,
+    TEACHER_INTENSITY,
     Bend,
     Layout,
     Scheme,
@@ -58,14 +60,9 @@ KINDS = ("v5e", "v6e")
 SIZES = {8: "{}:2x4", 64: "{}:8x8", 256: "{}:16x16", 1024: "4x{}:16x16"}
 WEAK = 64  # chips whose share of a recipe's batch every chip has in the tables of weak scaling
 CHECKS = (
-    ("beit_base_pt1k", "v5e:4x4", (16, 1, 1), 1),
-    ("beit_base_pt1k", "v5e:16x16", (256, 1, 1), 1),
-    ("beit_large_pt22k", "v5e:8x8", (64, 1, 1), 1),
-    ("beit_large_ft22k_ft1k_384", "v5e:2x4", (1, 4, 2), 1),
     ("beit_large_ft22k_ft1k_384", "v5e:8x8", (1, 64, 1), 1),
-    ("beit_large_ft22k_ft1k_384", "v5e:16x16", (1, 256, 1), 1),
-    ("beit_large_ft22k_ft1k_384", "v5e:16x16", (256, 1, 1), 1),
-    ("beit_large_ft22k_ft1k_512", "v5e:8x8", (64, 1, 1), 1),
+    ("beit_large_ft22k_ft1k_384", "v5e:2x4", (1, 4, 2), 1),
+    ("beit_base_pt1k", "v5e:16x16", (256, 1, 1), 1),
 )
 """Recipe, topology, mesh and parts of programs at sizes and meshes that benchmarks/aot.json does not have."""
 
@@ -283,11 +280,12 @@ def equations() -> str:
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
-def compiled_rows() -> list[dict[str, Any]]:
-    """The programs of both files."""
-    records = json.loads(COMPILED.read_text())
-    rows = [entry["row"] for name, entry in records.items() if not name.endswith(" as it is")]
-    return rows + list(json.loads(RECORDS.read_text()).values())
+def compiled_rows() -> dict[str, dict[str, Any]]:
+    """The programs of both files whose batch is the published one, by name; blocks are computed again in all."""
+    rows = {name: entry["row"] for name, entry in json.loads(COMPILED.read_text()).items()}
+    rows = {name: row for name, row in rows.items() if name.startswith("compared: ") and not name.endswith(", before")}
+    rows = {name: row for name, row in rows.items() if row["topology"].partition(":")[0].endswith(KINDS)}
+    return rows | (json.loads(RECORDS.read_text()) if RECORDS.exists() else {})
 
 
 def laid_out(row: dict[str, Any]) -> Layout:
@@ -299,7 +297,7 @@ def checks() -> str:
     """The terms beside compiled programs."""
 
     def rows() -> Iterator[list[str]]:
-        for row in compiled_rows():
+        for row in compiled_rows().values():
             work, where = described(row["recipe"]), laid_out(row)
             sent = {one["kind"]: one["bytes"] for one in row["collectives"]}
             across = sent.pop(BETWEEN_SLICES, 0.0)
@@ -354,7 +352,7 @@ def page() -> str:
         choices=choices(), bends=bends(), equations=equations(), checks=checks(),
         to_256=gain(64, 256), to_1024=gain(256, 1024), fsdp_8=fsdp_takes(8), fsdp_64=fsdp_takes(64),
         between=between(), faster=faster(),
-        steps="\n\n".join(sections), slack=SLACK,
+        steps="\n\n".join(sections), slack=SLACK, passes=RESIDUAL_PASSES, teacher=TEACHER_INTENSITY,
     )  # fmt: skip
 
 
@@ -376,17 +374,15 @@ The mesh with the lowest sum is shown. In words:
 1. **Data alone** (`--run.mesh -1 1 1`), whatever the number of chips and slices, as long as its state fits: 16 bytes
    a parameter, 1.4 GiB for BEiT-B and 4.6 GiB for BEiT-L, leave room on 16 GB.
 2. **fsdp** (`--run.mesh SLICES -1 1`) where the state does not fit otherwise. On 8 chips a step takes {fsdp_8} times
-   that of data alone: libtpu permutes parameters and gradients around a ring, and what the products add up passes
-   through memory at each of its steps. On 64 chips it takes {fsdp_64} times as long: parameters travel three times a
-   step, and libtpu gathers them there by all-reduces, of twice the bytes.
+   that of data alone, on 64 chips {fsdp_64} times: parameters travel three times a step, on 64 chips by all-reduces, of
+   twice the bytes; the optimizer reads and writes less.
 3. **No tensor axis.** Two chips exchange 20 bytes of every activation of every block over one link, which takes
    longer than the block's products on any number of chips. Its one use is more chips than images, as 1,024 chips for
    a batch of 512.
-4. **Up to 256 chips.** From 64 to 256, four times the chips, steps become {to_256} times as short (more than four where
-   a block's arrays then stay on the chip); from 256 to 1,024 {to_1024} times. More chips pay with more images a step
-   only (weak scaling below), which is another recipe.
+4. **Up to 256 chips.** From 64 to 256, four times the chips, steps become {to_256} times as short; from 256 to 1,024
+   {to_1024} times. More chips pay with more images a step only (weak scaling below), which is another recipe.
 5. **A v6e is {faster} v5e** for these models, not the 4.7 of its products: it has twice the memory bandwidth and
-   links, and memory is what takes longest.
+   links, no more.
 6. **Slices cost little**: between four of them {between} ms on v5e, as each chip sends a 256th of the gradients.
 
 ## Where scaling bends
@@ -420,15 +416,13 @@ that share out images; images: of one such chip. Everything but the optimizer is
     ring of m chips     all-gather, reduce-scatter: bytes x (m - 1) / m; all-reduce: twice that
     products            FLOP x batch / chips / peak
     parameters          all-gather of 3 x 2 P / t over f: bfloat16, forward, again, and backward; f > 16: all-reduce
-    gradients           reduce-scatter of G / t over f (f > 16 or s > 1: all-reduce), then all-reduce of G / t / f over
-                        r / f
+    gradients           all-reduce of G / t over f, then of G / t / f over r / f
                         G: 2 bytes for the kernels of qkv and fc1, 4 for all other parameters
     tensor              all-reduce of images x L x n x d x (2 x 4 + 2 x 4 + 2 x 2) over t, on one link
     between slices      all-reduce of G / t / r over s
-    activations         images x L x 4 x (2 n d + out x ((45 + 7.2 f) n d + 13.4 heads n^2)); 7.2 f where fsdp permutes
-                        (f <= 16, s = 1); out, from 0 to 1: images x 4 x (heads n^2 + 6 n d) / 128 MiB - 1, images of a
-                        part: the share that does not stay on the chip
-    teacher             FLOP of a tokenizer or teacher / 115
+    activations         images x L x 4 x n d x (2 + out x {passes:g}); out, from 0 to 1: images x 4 x 6 n d / 128 MiB
+                        - 1, images of a part: the share that does not stay on the chip
+    teacher             FLOP of a tokenizer or teacher / {teacher}
     lookup of biases    3.7 x 4 x heads x n^2 / t for each table
     parameters' memory  (3 x 4 P + 2 G) / t, and 28 P / (f t) for the optimizer
     interconnect        2 links an axis where it is a ring, 1 where it is a line; tensor groups share one axis's links
@@ -438,18 +432,20 @@ programs below.
 
 ## The formulas beside compiled programs
 
-Programs of libtpu 0.0.42.1, those of [aot.md](aot.md) and of `python benchmarks/scaling.py --compile`; "a of b: q" is
-the formula, the program, and their ratio. tests/benchmarks/test_step_time.py holds products to 1.5 % and bytes
+Programs of [aot.md](aot.md) and of `python benchmarks/scaling.py --compile`; "a of b: q" is the formula, the program,
+and their ratio. tests/benchmarks/test_step_time.py holds products to 1.5 % and bytes
 within a slice to 0.78 to 1.17 (on data alone in one slice to 6 %), and traffic of main memory to 0.8 to 1.35.
 
 {checks}
 
-* Interconnect: on 8 chips fsdp gathers and scatters partly by permuting, which sends 9 parts where 7 would do; of a
-  frozen tokenizer's gathers the formula counts one a step. On 64 and 256 chips it counts three gathers, of which the
-  program saves a part. Gradients that the formula takes for float32 (patches, head) sometimes travel as bfloat16.
+* Interconnect: of a frozen tokenizer's gathers the formula counts one a step. It counts three gathers of parameters, of
+  which the program saves a part. Gradients that the formula takes for float32 (patches, head) sometimes travel as
+  bfloat16.
 * Between slices: the program pads shares, and sends those of qkv and fc1 partly in float32.
-* Traffic: the numbers of passes are fitted to these programs. How much of a block stays on the chip with few images,
-  and what permuting adds, are the roughest of them.
+* Traffic: the numbers of passes are fitted to these programs. How much of a block stays on the chip with few images is
+  the roughest of them.
+* The programs are of 16 chips, without a tensor axis. What the formulas say of more chips and of a tensor axis was seen
+  in programs of before the kernels of attention, and of before parameters were gathered ahead of their products.
 * GiB: `estimate.Memory`, without what the compiler adds. Meshes above are taken to fit with {slack} times as
   much; one program, with a tokenizer and on two slices, took 2.2 times as much.
 
@@ -457,7 +453,7 @@ within a slice to 0.78 to 1.17 (on data alone in one slice to 6 %), and traffic 
 
 Latency: if a hop takes a microsecond, an all-reduce over 16x16 takes 32 of them at least, which adds 1.6 ms to a step
 of BEiT-L with data alone and 3.3 ms with fsdp (49 and 103 of them). Products below peak: norms, softmax, small shapes
-on 128 x 128 units; libtpu's own estimate of all kernels in a row is 1.2 to 1.5 times the sums of [aot.md](aot.md).
+on 128 x 128 units; libtpu's own estimate of all kernels in a row is 1.2 to 1.4 times the sums of [aot.md](aot.md).
 Tokenizers' activations. Input: 1,000 images/s take four cores of a host (RESULTS.md), and 100,000 images/s take four
 hundred. Shared networks.
 

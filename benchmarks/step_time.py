@@ -2,7 +2,7 @@
 
 Every term is a function, of one chip and one optimizer step. Formulas of rings and of what data, fsdp and tensor axes
 exchange: https://jax-ml.github.io/scaling-book/ (sharding, training). Which arrays travel, how often and in which type
-is what libtpu 0.0.42.1 made of the step; benchmarks/scaling.md puts the terms beside the compiled programs.
+is what libtpu made of the step; benchmarks/scaling.md puts the terms beside the compiled programs.
 
 Peaks and bandwidths are the data sheet's, so times are bounds; what is not counted only makes a step longer.
 """
@@ -25,22 +25,18 @@ from beit_jax.train.recipe import Recipe
 from beit_jax.tree import Nested, first_match
 
 BFLOAT16, FLOAT32 = 2, 4  # bytes
-GATHERED_UP_TO, SCATTERED_UP_TO = 16, 16
-"""The largest fsdp axes over which libtpu was seen to gather, and, in one slice, to reduce and scatter. On 64 and 256
-chips it compiled all-reduces in place of both, and over two slices in place of the second; they move twice the bytes.
-"""
+GATHERED_UP_TO = 16
+"""The largest fsdp axis over which libtpu was seen to gather. On 64 and 256 chips it compiled all-reduces in its place,
+which move twice the bytes."""
 
-RESIDUAL_PASSES, SCORE_PASSES, LOOKUP_PASSES = 45, 13.4, 3.7
+RESIDUAL_PASSES, LOOKUP_PASSES = 70.0, 3.7
 """Times that main memory is read or written, forward, forward again and backward, in float32: by a block and image,
-arrays like the residual stream [n, d] and like the attention scores [heads, n, n]; by a position bias, arrays like
-itself [heads, n, n]. From compiled programs of fine-tuning by data alone, with 4 to 64 images a chip."""
-RING_PASSES = 7.2
-"""Of the size of the residual stream, by each step of a ring along which fsdp permutes what products read and add."""
+arrays like the residual stream [n, d]; by a position bias, arrays like itself [heads, n, n]. From compiled programs of
+fine-tuning and of pre-training. Scores [heads, n, n] of images never reach it: they stay with the kernels."""
 ON_CHIP, RESIDUALS_AT_ONCE = 128 * 2**20, 6
-"""Bytes of a chip's own memory (VMEM, https://jax-ml.github.io/scaling-book/tpus/). Where a block's scores and so many
-arrays like its residual stream fit for all images at once, none of them reaches main memory; where they take twice as
-much, all do."""
-TEACHER_INTENSITY = 115
+"""Bytes of a chip's own memory (VMEM, https://jax-ml.github.io/scaling-book/tpus/). Where so many arrays like a block's
+residual stream fit for all images at once, none of them reaches main memory; where they take twice as much, all do."""
+TEACHER_INTENSITY = 200
 """Operations of a tokenizer or teacher for each byte that it reads or writes."""
 WHOLE = 0.37  # share of RESIDUAL_PASSES that every chip of a tensor axis makes over whole arrays: one compiled program
 SLACK = 1.7  # compiled programs took up to so many times `estimate.Memory`; one with a tokenizer, on two slices, 2.2
@@ -128,22 +124,23 @@ def workload(recipe: Recipe) -> Workload:
     """
     program = _program(recipe)
     config, objective, state, remat = program.config, program.objective, program.abstract_state, recipe.model.remat
+    tokens, blocks = 1 + config.grid[0] * config.grid[1], config.num_hidden_layers + config.aggregation_layers
     sizes = {name: prod(shape) for name, shape in param_shapes(config).items()}
     own = flops(config).training()
     again = flops(config).training(remat) - own
     return Workload(
         name=recipe.name,
         batch=recipe.data.batch_size,
-        flops=objective.flops + again,
+        flops=objective.flops + again + blocks * 2 * tokens**2 * config.hidden_size,  # scores again, in the kernels
         model_flops=objective.flops,
         parameters=_elements(state.params),
         narrow=sum(size for name, size in sizes.items() if first_match(_NARROW, name)),
         frozen=_elements(state.average) + _elements(state.frozen),
         teacher_flops=objective.flops - own if state.average or state.frozen else 0.0,
-        tokens=1 + config.grid[0] * config.grid[1],
+        tokens=tokens,
         width=config.hidden_size,
         heads=config.num_attention_heads,
-        blocks=config.num_hidden_layers + config.aggregation_layers,
+        blocks=blocks,
         biases=config.has_layer_bias * config.num_hidden_layers + config.has_shared_bias,
         passes=3 if remat == "block" else 2,
     )
@@ -203,21 +200,14 @@ def parameter_bytes(work: Workload, layout: Layout) -> float:
     return gather(learned + BFLOAT16 * work.frozen, layout.fsdp)
 
 
-def scatters(layout: Layout) -> bool:
-    """Whether libtpu splits gradients as it reduces them over fsdp, and permutes parts of them and of parameters."""
-    return 1 < layout.fsdp <= SCATTERED_UP_TO and layout.slices == 1
-
-
 def gradient_bytes(work: Workload, layout: Layout) -> float:
-    """Gradients of each part: reduced and scattered over fsdp, then what is left of them all-reduced over data.
+    """Gradients of each part: all-reduced over fsdp, which keeps its share, then that share over data.
 
-    ``parts G / tensor ((f - 1) / f + 2 / f (d - 1) / d)`` with d the data axis within a slice; the first term twice
-    where all-reduces scatter (`SCATTERED_UP_TO`, or several slices). G: bfloat16 of qkv's and fc1's kernels, float32 of
-    all else.
+    ``parts 2 G / tensor ((f - 1) / f + 1 / f (d - 1) / d)`` with d the data axis within a slice. G: bfloat16 of qkv's
+    and fc1's kernels, float32 of all else.
     """
     size = layout.parts * work.gradient_bytes / layout.tensor
-    scatter = reduce_scatter if scatters(layout) else all_reduce
-    return scatter(size, layout.fsdp) + all_reduce(size / layout.fsdp, layout.inside)
+    return all_reduce(size, layout.fsdp) + all_reduce(size / layout.fsdp, layout.inside)
 
 
 def tensor_bytes(work: Workload, layout: Layout) -> float:
@@ -247,22 +237,17 @@ def between_slices_bytes(work: Workload, layout: Layout) -> float:
 
 
 def activation_traffic(work: Workload, layout: Layout) -> float:
-    """``images blocks 4 (2 n d + out ((RESIDUAL_PASSES + RING_PASSES f) n d + SCORE_PASSES heads n^2))``.
+    """``images blocks 4 n d (2 + out RESIDUAL_PASSES)``.
 
     Images of a chip; out: the share that does not stay on it (`ON_CHIP`), unlike each block's input, which is stored
-    and read back. RING_PASSES where libtpu permutes instead of gathering first, which is where it scatters
-    (`SCATTERED_UP_TO`). A tensor axis splits the heads and 1 - `WHOLE` of the rest. Where nothing is computed again, a
-    third of the passes is missing.
+    and read back. A tensor axis splits 1 - `WHOLE` of the passes. Where nothing is computed again, a third of the
+    passes is missing.
     """
     residual = FLOAT32 * work.tokens * work.width
-    scores = FLOAT32 * work.heads / layout.tensor * work.tokens**2
     images = work.batch / layout.replicas
-    out = images / layout.parts * (scores + RESIDUALS_AT_ONCE * residual) / ON_CHIP - 1
-    passes = RESIDUAL_PASSES * (WHOLE + (1 - WHOLE) / layout.tensor)
-    if scatters(layout):
-        passes += RING_PASSES * layout.fsdp
-    block = (passes * residual + SCORE_PASSES * scores) * work.passes / 3
-    return images * work.blocks * (2 * residual + min(max(out, 0), 1) * block)
+    out = images / layout.parts * RESIDUALS_AT_ONCE * residual / ON_CHIP - 1
+    passes = RESIDUAL_PASSES * (WHOLE + (1 - WHOLE) / layout.tensor) * work.passes / 3
+    return images * work.blocks * residual * (2 + min(max(out, 0), 1) * passes)
 
 
 def teacher_traffic(work: Workload, layout: Layout) -> float:

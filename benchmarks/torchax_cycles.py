@@ -72,17 +72,11 @@ SIDES = {
     "torchax, sdpa": "bfloat16: residual stream, LayerNorm, softmax, all products",
     "torchax, eager": "bfloat16: residual stream, LayerNorm, all products; float32: softmax",
     "ours, exact": "bfloat16: products; float32: residual stream, LayerNorm, scores and softmax (autocast's)",
-    "ours, equal": "",  # `equal_options`, as it is when the page is written
+    "ours, equal": "as exact, but the residual stream is bfloat16 (`--model.residual bfloat16`)",
 }
 """Every side, and what it computes in which precision. Parameters, moments and the loss are float32 on all."""
-EQUAL = {"residual": "bfloat16", "scores": "bfloat16"}
-"""Options of the model by which ours computes as torchax does; those that there are."""
-
-
-def equal_options() -> dict[str, str]:
-    from beit_jax.train.recipe import ModelOptions
-
-    return {name: value for name, value in EQUAL.items() if name in ModelOptions.__dataclass_fields__}
+EQUAL = {"residual": "bfloat16"}
+"""Options of the model by which ours rounds what torchax rounds, but for LayerNorm and softmax: float32 in any case."""
 
 
 def chip() -> Any:
@@ -104,7 +98,7 @@ def ours(case: Case, *, equal: bool) -> Any:
     from beit_jax.train.recipes import recipe_named
 
     recipe, device = recipe_named(case.recipe), chip()
-    chosen: dict[str, Any] = equal_options() if equal else {}
+    chosen: dict[str, Any] = EQUAL if equal else {}
     model = replace(recipe.model, remat="block" if case.again else "dots", drop_path=0.0, **chosen)
     recipe = replace(
         recipe,
@@ -242,10 +236,7 @@ def kernel_cycles(flops: float, tokens: int) -> float:
 
 def page(records: dict[str, dict[str, Any]]) -> str:
     shown = next(iter(records.values()))["versions"]
-    equal = equal_options()
-    said = ", ".join(f"`--model.{name} {value}`" for name, value in equal.items())
-    precision = SIDES | {"ours, equal": f"as exact, but {said}" if equal else "the same: there is no such option yet"}
-    precisions = "\n".join(f"| {side} | {text} |" for side, text in precision.items())
+    precisions = "\n".join(f"| {side} | {text} |" for side, text in SIDES.items())
     return _TEXT.format(versions=shown, table="\n".join(lines(records)), precisions=precisions)
 
 
@@ -306,7 +297,6 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="compile rows that are there already")
     parser.add_argument("--records", type=Path, default=RECORDS, help="keeps all rows; the page stands beside it")
     options = parser.parse_args()
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     records = read_records(options.records)
     for case in CASES.values():
         for side in SIDES:
@@ -317,10 +307,14 @@ def main() -> None:
             command = [sys.executable, __file__, "--child", case.name, side]
             found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             row = json.loads(found.stdout.splitlines()[-1])
-            records[name] = {"layout": layout, "versions": versions, "row": row}
+            records[name] = {"layout": layout, "versions": versions(), "row": row}
             options.records.write_text(json.dumps(records, indent=1) + "\n")
     if records:
         options.records.with_suffix(".md").write_text(page(records))
+
+
+def versions() -> str:
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
 
 
 def read_records(path: Path) -> dict[str, dict[str, Any]]:
