@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from operator import methodcaller
 from types import EllipsisType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +64,17 @@ def norms(kernel: Float[Array, "*both"], inputs: int) -> Float[Array, "*outputs"
     return jnp.sqrt(jnp.square(kernel).sum(axis=tuple(range(inputs))))
 
 
+class Multiplier(Protocol):
+    """A value that a model has where it has the array of a kernel, and that multiplies itself."""
+
+    def times(self, product: Product, x: Float[Array, "*axes"], bias: Float[Array, "*outputs"]) -> Array:
+        """``x @ kernel + bias``, in the dtype that `product` of arrays returns."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class AdaptedKernel:
+class AdaptedKernel(Multiplier):
     """A kernel with factors.
 
     Attributes:
@@ -157,11 +165,11 @@ def casting(dtype: DTypeLike) -> Callable[[Any], Any]:
 
 
 def adaptable(product: Product) -> Callable[[Array, Any, Array], Array]:
-    """Decorates a product of a layer: its kernel may be an `AdaptedKernel`."""
+    """Decorates a product of a layer: its kernel may be a `Multiplier`."""
 
     @wraps(product)
     def multiplied(x: Array, kernel: Any, bias: Array) -> Array:
-        return kernel.times(product, x, bias) if isinstance(kernel, AdaptedKernel) else product(x, kernel, bias)
+        return product(x, kernel, bias) if isinstance(kernel, jax.Array) else kernel.times(product, x, bias)
 
     return multiplied
 

@@ -84,6 +84,12 @@ def dense(
     return Linear(inputs, outputs, dtype=dtype, preferred_element_type=result, kernel_init=normal, rngs=rngs)
 
 
+def bias_of(linear: nnx.Linear) -> Float[Array, "outputs"]:
+    """The bias of a layer of `dense`, which all have."""
+    assert linear.bias is not None
+    return linear.bias[...]
+
+
 def dropout(x: Array, rate: float | Array, key: Key[Array, ""] | None, *, per_sample: bool = False) -> Array:
     """Zeroes elements, or samples (stochastic depth, arXiv:1603.09382), with probability `rate`; scales the rest up.
 

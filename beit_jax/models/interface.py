@@ -21,6 +21,7 @@ from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError
 from beit_jax.kernels.cpu import calls
 from beit_jax.kernels.mesh import AVERAGES
+from beit_jax.models.one_cpu import scan_blocks
 from beit_jax.models.position import Grid
 from beit_jax.tree import Nested
 
@@ -189,7 +190,7 @@ def scan(
         fixed: numbers of the blocks, from 0, without gradients.
     """
     if not fixed:
-        return jax.lax.scan(step, carry, layers)
+        return scan_blocks(step, carry, layers)
     leaves, structure = jax.tree.flatten(layers)
     loops, outputs = runs(len(leaves[0]), fixed), []
     # The way back of `split` is a concatenation; that of slices would be a sum of arrays as long as all blocks.

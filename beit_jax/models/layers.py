@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 from beit_jax.adapters.kernel import casting
 from beit_jax.config import BeitConfig
 from beit_jax.models.attention import attend
-from beit_jax.models.elementary import dense, dropout, expand, layer_norm, project
+from beit_jax.models.elementary import bias_of, dense, dropout, expand, layer_norm, project
 from beit_jax.models.position import Grid, attention_bias, num_relative_offsets
 
 
@@ -85,11 +85,10 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         cast = casting(self.dtype)
-        kernel, bias = cast(self.fc1.kernel[...]), cast(self.fc1.bias[...])
-        hidden = expand(cast(x), kernel, bias, self.config.hidden_act)
+        hidden = expand(cast(x), cast(self.fc1.kernel[...]), cast(bias_of(self.fc1)), self.config.hidden_act)
         hidden = cast(self.norm(hidden)) if self.config.use_sub_norm else hidden
         # The bias is read in `dtype`, and added in float32.
-        return project(hidden, cast(self.fc2.kernel[...]), cast(self.fc2.bias[...]).astype(jnp.float32))
+        return project(hidden, cast(self.fc2.kernel[...]), cast(bias_of(self.fc2)).astype(jnp.float32))
 
 
 class Block(nnx.Module):

@@ -13,11 +13,12 @@ Without one, both forms are traced, and the compiler is given one of them (`jax.
 ``jax.export(..., platforms=("tpu",))`` on a CPU contains the textbook forms alone.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, wraps
-from math import prod
+from math import isqrt, prod
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array, Float
 
+from beit_jax.adapters.kernel import AdaptedKernel
 from beit_jax.kernels.cpu import calls
 
 P = ParamSpec("P")
@@ -203,11 +205,78 @@ def expand_by_matrices(
     activation: str,
 ) -> Float[Array, "b n wide"]:
     """`elementary.expand`, by a product whose end is GELU: what it is computed of is never written."""
-    if activation == "gelu" and isinstance(kernel, jax.Array):
-        rows = x.reshape(-1, x.shape[-1])
-        if calls.computes(rows, kernel, bias, widths=kernel.shape):
-            return calls.affine_gelu(rows, kernel, bias).reshape(*x.shape[:2], -1)
+    if activation == "gelu" and calls.computes(x, bias, widths=[x.shape[-1], *bias.shape]):
+        if isinstance(kernel, calls.Stacked):
+            return kernel.times(lambda *given: textbook(*given, activation), x, bias, end="gelu")
+        if isinstance(kernel, jax.Array) and calls.computes(kernel):
+            rows = calls.affine(x.reshape(-1, x.shape[-1]), kernel, bias, end="gelu")
+            return rows.reshape(*x.shape[:2], -1)
     return textbook(x, kernel, bias, activation)
+
+
+# --- Blocks (beit_jax.models.interface) -------------------------------------------------------------------------------
+
+Step = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def scan_blocks(step: Step, carry: Any, layers: tuple[Any, ...]) -> tuple[Any, Any]:
+    """`jax.lax.scan`. On one CPU the kernels of the blocks stay where they lie, and products read them there; slices
+    are a copy of all parameters in every forward pass.
+
+    That has no gradient of its own, which would be an array as large as all kernels for every block: its derivative is
+    that of `jax.lax.scan`. And `jax.lax.scan` is what computes steps with random numbers, which are for training, and
+    steps that read arrays which are none of their arguments, whose derivatives would be lost.
+
+    Args:
+        layers: the blocks first.
+    """
+    around = [cell.cell_contents for cell in inspect.unwrap(step).__closure__ or ()]
+    leaves = jax.tree.leaves(layers)
+    if (
+        any(isinstance(one, jax.Array) for one in jax.tree.leaves(around))
+        or any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves)
+        or any(isinstance(one, AdaptedKernel) for one in jax.tree.leaves(layers[0], is_leaf=_is_adapted))
+    ):
+        return jax.lax.scan(step, carry, layers)
+    return _scan_in_place(step, carry, layers)
+
+
+def _is_adapted(value: Any) -> bool:
+    return isinstance(value, AdaptedKernel)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _scan_in_place(step: Step, carry: Any, layers: tuple[Any, ...]) -> tuple[Any, Any]:
+    return _scan(step, carry, layers)
+
+
+@_scan_in_place.defjvp
+def _scan_derivative(step: Step, primals: Any, tangents: Any) -> Any:
+    return jax.jvp(partial(jax.lax.scan, step), primals, tangents)
+
+
+def _scan_numbers(
+    textbook: Callable[..., tuple[Any, Any]], step: Step, carry: Any, layers: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    paths, structure = jax.tree_util.tree_flatten_with_path(layers)
+    leaves = [leaf for _, leaf in paths]
+    kernel = ["kernel" in jax.tree_util.keystr(path) and leaf.ndim > 2 for path, leaf in paths]
+    kernels = [leaf for leaf, is_kernel in zip(leaves, kernel, strict=True) if is_kernel]
+    if not kernels or not calls.computes(*kernels, widths=[isqrt(prod(one.shape[1:])) for one in kernels]):
+        return textbook(step, carry, layers)
+
+    def numbered(carry: Any, layer: tuple[Array, list[Array | None]]) -> tuple[Any, Any]:
+        number, rest = layer
+        found = [calls.Stacked(leaf, number) if own is None else own for leaf, own in zip(leaves, rest, strict=True)]
+        return step(carry, jax.tree.unflatten(structure, found))
+
+    rest = [None if is_kernel else leaf for leaf, is_kernel in zip(leaves, kernel, strict=True)]
+    return jax.lax.scan(numbered, carry, (jnp.arange(len(kernels[0]), dtype=jnp.int32), rest))
+
+
+@for_one_cpu(_scan_numbers)
+def _scan(step: Step, carry: Any, layers: tuple[Any, ...]) -> tuple[Any, Any]:
+    return jax.lax.scan(step, carry, layers)
 
 
 # --- GELU (beit_jax.models.elementary) -------------------------------------------------------------------------------

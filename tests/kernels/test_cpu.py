@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import numpy as np
 import pytest
 from jax import export
 from numpy.testing import assert_allclose
+from tiny_models import TINY
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.kernels.cpu import calls, library
 from beit_jax.models import one_cpu
 from beit_jax.models.attention import attend
+from beit_jax.models.build import build_model, param_shapes
 from beit_jax.models.elementary import expand, project
 from beit_jax.models.one_cpu import traced_for
+from beit_jax.tree import unflatten
 
 pytestmark = pytest.mark.skipif(
     library.compiler() is None or not library.measured(), reason="no compiler, or another processor"
@@ -145,6 +149,32 @@ def test_transformations() -> None:
     agree(loop, np.asarray(expected).sum(), 1e-4)
 
 
+def test_a_model_reads_its_kernels_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No block's kernels are sliced in a forward pass; gradients are those of the plain loop."""
+    config = replace(TINY, position_bias="per_layer", layer_scale_init_value=0.1)
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(rng.standard_normal(shape) * 0.2, jnp.float32) for name, shape in param_shapes(config).items()
+    }
+    pixels = jnp.asarray(rng.standard_normal((2, *config.image_size, 3)), jnp.float32)
+
+    def logits(params: Any, pixels: Any) -> Any:
+        return build_model(config, unflatten(params))(pixels).logits
+
+    numbered = []
+    times = calls.Stacked.times
+    monkeypatch.setattr(
+        calls.Stacked, "times", lambda self, *given, **end: numbered.append(end) or times(self, *given, **end)
+    )
+    monkeypatch.setattr(calls.Stacked, "sliced", None)  # it would fail
+    with traced_for("cpu"):
+        found = jax.jit(with_gradients(logits, (params, pixels)))(params, pixels)
+    assert numbered.count({}) == 3 * numbered.count({"end": "gelu"}) > 0
+    with traced_for("other"):
+        expected = jax.jit(with_gradients(logits, (params, pixels)))(params, pixels)
+    agree(found, expected, 2e-5)
+
+
 def test_what_the_kernels_do_not_compute() -> None:
     x, kernel, bias = draw((1, 7, 20), (20, 30), (30,))
 
@@ -209,7 +239,7 @@ def test_threads_change_no_bit(tmp_path: Path) -> None:
     code = (
         "import sys, numpy as np, jax.numpy as jnp; from beit_jax.kernels.cpu import calls\n"
         "rng = np.random.default_rng(0); draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)\n"
-        "np.savez(sys.argv[1], calls.affine_gelu(draw(577, 770), draw(770, 900), draw(900)),"
+        "np.savez(sys.argv[1], calls.affine(draw(577, 770), draw(770, 900), draw(900), end='gelu'),"
         " calls.attention(draw(2, 577, 3, 3, 64), draw(3, 577, 577)))"
     )
     found = []

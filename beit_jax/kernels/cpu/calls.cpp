@@ -10,19 +10,27 @@ using namespace beit;
 using Array = ffi::Buffer<ffi::F32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
 
-// a: [m, k], or [k, m] if `turn_a`; b: [k, n], or [n, k] if `turn_b`. More arrays, by `end`: "plain" none; "bias" the
-// bias [n]; "gelu" the bias; "residual" the bias, the scale [n] and what is added [m, n].
+// a: [m, k], or [k, m] if `turn_a`; b: [k, n], or [n, k] if `turn_b`. More arrays: the number of the matrix, if b is
+// several [layers, k, n]; then by `end`: "plain" none; "bias" the bias [n]; "gelu" the bias; "residual" the bias, the
+// scale [n] and what is added [m, n].
 static ffi::Error product(ffi::ThreadPool pool, Array a, Array b, ffi::RemainingArgs more, Result c, bool turn_a,
                           bool turn_b, std::string_view end) {
   auto of_a = a.dimensions(), of_b = b.dimensions();
-  Index m = of_a[turn_a], k = of_a[!turn_a], n = of_b[!turn_b];
+  const float* matrix = b.typed_data();
+  size_t first = of_b.size() == 3;
+  if (first) {
+    auto number = more.get<ffi::Buffer<ffi::S32>>(0);
+    if (!number) return number.error();
+    matrix += *number->typed_data() * of_b[1] * of_b[2];
+  }
+  Index m = of_a[turn_a], k = of_a[!turn_a], n = of_b[first + !turn_b];
   Matrix left = turn_a ? Matrix{a.typed_data(), 1, of_a[1]} : Matrix{a.typed_data(), of_a[1], 1};
-  Matrix right = turn_b ? Matrix{b.typed_data(), 1, of_b[1]} : Matrix{b.typed_data(), of_b[1], 1};
+  Matrix right = turn_b ? Matrix{matrix, 1, of_b[first + 1]} : Matrix{matrix, of_b[first + 1], 1};
   const float* extra[3] = {};
-  for (size_t i = 0; i < more.size() && i < 3; i++) {
+  for (size_t i = first; i < more.size() && i < first + 3; i++) {
     auto found = more.get<Array>(i);
     if (!found) return found.error();
-    extra[i] = found->typed_data();
+    extra[i - first] = found->typed_data();
   }
   auto [bias, scale, residual] = extra;
   float* out = c->typed_data();

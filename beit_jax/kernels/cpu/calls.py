@@ -6,9 +6,11 @@ those of the plain form, whose products are the kernels' again; they may be take
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from math import pi, sqrt
-from typing import Any
+from math import pi, prod, sqrt
+from types import EllipsisType
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,10 @@ import numpy as np
 from jax import export
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
+from beit_jax.adapters.kernel import Multiplier, Product
 from beit_jax.kernels.cpu import library
 
 SMALLEST = 192
@@ -116,7 +120,7 @@ product_p = _primitive("beit_product", "product", _plain_product)
 
 def product(a: Float[Array, "m k"], b: Float[Array, "k n"], *, turn_a: bool = False, turn_b: bool = False) -> Array:
     """``a @ b``, of either's transpose if it is to be turned."""
-    return product_p.bind(a, b, turn_a=turn_a, turn_b=turn_b, end="plain")  # type: ignore[no-any-return]
+    return product_p.bind(a, b, turn_a=turn_a, turn_b=turn_b, end="plain")
 
 
 def is_product(primitive: Primitive, *_: Any, **options: Any) -> bool:
@@ -139,7 +143,11 @@ def _right(upstream: Array, a: Array, b: Any, *, turn_a: bool, turn_b: bool, end
 ad.defbilinear(product_p, _left, _right)
 
 
-def _ended(rows: Array, matrix: Array, *more: Array, multiply: Callable[..., Array], end: str, **_: Any) -> Array:
+def _ended(rows: Array, matrix: Array, *arrays: Array, multiply: Callable[..., Array], end: str, **_: Any) -> Array:
+    more = list(arrays)
+    if matrix.ndim == 3:
+        number, *more = more
+        matrix = jax.lax.dynamic_index_in_dim(matrix, number, keepdims=False)
     bias, *others = more
     value = multiply(rows, matrix) + bias
     if end == "gelu":
@@ -156,14 +164,52 @@ ended_p = _primitive(
 )
 
 
-def affine(rows: Float[Array, "m k"], matrix: Float[Array, "k n"], bias: Float[Array, "n"]) -> Float[Array, "m n"]:
-    """``rows @ matrix + bias``."""
-    return ended_p.bind(rows, matrix, bias, turn_a=False, turn_b=False, end="bias")  # type: ignore[no-any-return]
+def affine(
+    rows: Float[Array, "m k"], matrix: Float[Array, "*layers k n"], *more: Array, end: str = "bias"
+) -> Float[Array, "m n"]:
+    """``rows @ matrix + bias``.
+
+    Args:
+        matrix: one, or those of several layers.
+        more: the number of the layer, an int32, where they are several; then the bias, [n].
+        end: "gelu" for GELU of it.
+    """
+    return ended_p.bind(rows, matrix, *more, turn_a=False, turn_b=False, end=end)
 
 
-def affine_gelu(rows: Float[Array, "m k"], matrix: Float[Array, "k n"], bias: Float[Array, "n"]) -> Float[Array, "m n"]:
-    """``gelu(rows @ matrix + bias)``."""
-    return ended_p.bind(rows, matrix, bias, turn_a=False, turn_b=False, end="gelu")  # type: ignore[no-any-return]
+@dataclass(frozen=True)
+class Stacked(Multiplier):
+    """The kernel of one of several layers, which stays where it lies: a slice of them all would be a copy.
+
+    Attributes:
+        kernels: [layers, *inputs, *outputs].
+        number: of the layer.
+    """
+
+    kernels: Float[Array, "layers *both"]
+    number: Int[Array, ""]
+
+    def __getitem__(self, index: EllipsisType) -> Self:
+        """Itself: a variable's value is read by ``variable[...]``."""
+        return self
+
+    def astype(self, dtype: DTypeLike) -> Any:
+        """Itself in its own dtype; an array in another."""
+        return self if jnp.dtype(dtype) == self.kernels.dtype else self.sliced().astype(dtype)
+
+    def sliced(self) -> Float[Array, "*both"]:
+        """The kernel as an array."""
+        return jax.lax.dynamic_index_in_dim(self.kernels, self.number, keepdims=False)
+
+    def times(
+        self, product: Product, x: Float[Array, "b n *inputs"], bias: Float[Array, "*outputs"], end: str = "bias"
+    ) -> Array:
+        """``x @ kernel + bias``, and GELU of it for the `end` "gelu"; `product` of the slice where none computes it."""
+        width = prod(x.shape[2:])
+        rows, matrices = x.reshape(-1, width), self.kernels.reshape(len(self.kernels), width, -1)
+        if not computes(rows, matrices, bias, widths=matrices.shape[1:]):
+            return product(x, self.sliced(), bias)
+        return affine(rows, matrices, self.number, bias.ravel(), end=end).reshape(*x.shape[:2], *bias.shape)
 
 
 def affine_residual(
@@ -175,7 +221,7 @@ def affine_residual(
 ) -> Float[Array, "m n"]:
     """``residual + scale * (rows @ matrix + bias)``."""
     arguments = rows, matrix, bias, scale, residual
-    return ended_p.bind(*arguments, turn_a=False, turn_b=False, end="residual")  # type: ignore[no-any-return]
+    return ended_p.bind(*arguments, turn_a=False, turn_b=False, end="residual")
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------
@@ -195,7 +241,7 @@ def attention(
     qkv: Float[Array, "b n 3 heads e"], bias: Float[Array, "heads n n"] | None
 ) -> Float[Array, "b n heads e"]:
     """``softmax(query @ key / sqrt(e) + bias) @ value`` of every head."""
-    return attention_p.bind(qkv, *([] if bias is None else [bias]))  # type: ignore[no-any-return]
+    return attention_p.bind(qkv, *([] if bias is None else [bias]))
 
 
 # --- LayerNorm --------------------------------------------------------------------------------------------------------
@@ -212,4 +258,4 @@ norm_p = _primitive("beit_norm", "norm", _plain_norm, _plain_norm)
 
 def norm(x: Float[Array, "*dims d"], scale: Float[Array, "d"], bias: Float[Array, "d"], epsilon: float) -> Array:
     """LayerNorm over the last axis."""
-    return norm_p.bind(x, scale, bias, epsilon=np.float32(epsilon))  # type: ignore[no-any-return]
+    return norm_p.bind(x, scale, bias, epsilon=np.float32(epsilon))
