@@ -85,8 +85,8 @@ def _both_ways(
 
 
 def _apart(found: Array, expected: Array) -> float:
-    found, expected = (np.asarray(one, np.float64) for one in (found, expected))
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    mine, textbook = (np.asarray(one, np.float64) for one in (found, expected))
+    return float(np.linalg.norm(mine - textbook) / np.linalg.norm(textbook))
 
 
 def _failed(device: jax.Device, what: str) -> BeitJaxError:
