@@ -29,7 +29,7 @@ def test_two_workers_give_the_table_of_the_command(
         folder = Path("photos", "inner") if number % 3 == 0 else Path("photos")
         Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(folder / f"{number:03}.png")
     (example,) = (block.code for block in blocks((ROOT / "docs" / "ray.md").read_text()) if block.language == "python")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         exec(compile(example, "docs/ray.md", "exec"), {"__name__": "example"})
     finally:
