@@ -140,6 +140,8 @@ def _opened(path: str, *, packed: bool) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(path, "r|*" if packed else "r:", errors="surrogateescape") as archive:
             yield archive
+    except BeitJaxError:
+        raise
     except _DAMAGE as error:
         found = printable(f"{type(error).__name__}: {error}")
         raise BeitJaxError(

@@ -95,7 +95,7 @@ def list_images(
             found.add_list(sys.stdin.buffer, "", "standard input")
         elif text.startswith("@") and not os.path.lexists(text):
             found.add_list_file(text[1:])
-        elif text.startswith(TFDS):
+        elif text.startswith(TFDS) or os.path.isfile(os.path.join(text.partition("#")[0], DATASET)):
             found.add_dataset(text)
         else:
             for each in expanded(text):

@@ -193,7 +193,7 @@ def test_mistakes_in_folders_are_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to write: give --output PICTURE, --mask FILE or --json"),
+        ([], "nothing to write: give --output PICTURE, --mask FILE, --table FILE or --json"),
         (["-o", "p.gif"], "p.gif: expected a name ending in .png, .jpg or .webp"),
         (["--mask", "m.jpg"], "m.jpg: expected a name ending in .png"),
         (["--json", "--opacity", "2"], "opacity 2.0: expected 0 to 1"),
