@@ -121,7 +121,10 @@ class ModelOptions:
     pooling: Literal["mean", "cls"] = "mean"
     """The features that the classifier reads: the mean patch token, or the class token."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """The dtype of matrix products. Parameters, optimizer and residual stream are always float32."""
+    """The dtype of matrix products. Parameters and optimizer are always float32."""
+    residual: Literal["float32", "bfloat16"] = "float32"
+    """The dtype of the residual stream between the encoder's blocks, as PyTorch has it under autocast, or rounded after
+    each branch to bfloat16, which moves fewer bytes. LayerNorm and softmax compute in float32 in any case."""
     remat: Literal["none", "block", "dots"] = "dots"
     """The backward pass computes nothing again, whole blocks, or blocks without the products with parameters. The last
     costs little time if any, because keeping and reading the rest takes time too."""

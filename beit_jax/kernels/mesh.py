@@ -25,6 +25,10 @@ HEAD_AXIS = "tensor"
 """The mesh axis that heads are split over."""
 AVERAGES = "attention averages"
 """The name of what the kernel makes, for `jax.checkpoint`: kept, nothing of the kernel is computed twice."""
+TPU_SWITCH = "BEIT_JAX_TPU_ATTENTION"
+"""The environment variable that leaves attention of TPUs to its kernels ("rows") or not ("xla")."""
+KEPT = "kept on accelerators"
+"""The name of what else the way back needs and "dots" keeps, where products are fast and memory is slow."""
 
 
 class Target:
@@ -32,16 +36,22 @@ class Target:
 
     Args:
         platforms: what JAX calls it.
+        alone: the platform whose forms are computed without a mesh too, where there is one device and no other.
     """
 
-    def __init__(self, *platforms: str) -> None:
-        self._platforms = platforms
+    def __init__(self, *platforms: str, alone: str | None = None) -> None:
+        self._platforms, self._alone = platforms, alone
         self._interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
 
     @property
     def interpret(self) -> bool:
         """Whether kernels are interpreted, see `interpreted`."""
         return self._interpreted.get()
+
+    def alone(self) -> jax.Device | None:
+        """The device of this kind, if it is the only device: no compiler has anything to divide there."""
+        device = jax.devices()[0] if self._alone and jax.device_count() == 1 else None
+        return device if device is not None and device.platform == self._alone else None
 
     @contextmanager
     def interpreted(self) -> Iterator[None]:
@@ -58,6 +68,8 @@ class Target:
     def computes(self, form: Callable[Concatenate[Callable[P, R], P], R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Decorates a textbook form: a function compiled for such devices of a mesh computes `form` instead.
 
+        Without a mesh both are traced where the device is `alone`, and the compiler takes that of its platform.
+
         The form takes the textbook form first, and then its arguments.
         """
 
@@ -66,7 +78,12 @@ class Target:
             def chosen(*arguments: P.args, **options: P.kwargs) -> R:
                 device = jax.sharding.get_abstract_mesh().abstract_device
                 here = self.interpret or (device is not None and device.platform in self._platforms)
-                return form(textbook, *arguments, **options) if here else textbook(*arguments, **options)
+                if here:
+                    return form(textbook, *arguments, **options)
+                if device is None and self._alone and self.alone() is not None:
+                    other = {self._alone: lambda: form(textbook, *arguments, **options)}
+                    return jax.lax.platform_dependent(default=lambda: textbook(*arguments, **options), **other)
+                return textbook(*arguments, **options)
 
             return chosen
 

@@ -1,15 +1,14 @@
 """Attention of TPUs by the kernels of `tpu_rows`: where they are computed, and on a mesh by which device.
 
 The textbook form is decorated by `for_tpus(attend_by_rows)`. What counts is the device that a program is compiled for,
-which a mesh names (`jax.set_mesh`). Without a mesh the textbook form is computed: JAX may then place arrays on several
-devices, which only the compiler learns, and no compiler divides a kernel.
+which a mesh names (`jax.set_mesh`). Without a mesh the textbook form is computed on a host of several devices: JAX may
+then place arrays on some of them, which only the compiler learns, and no compiler divides a kernel.
 
 Pallas takes 0.4 seconds to import, so it is imported only where kernels are traced.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from .mesh import AVERAGES, HEAD_AXIS, Split, Target, split_of, wanted
+from .mesh import AVERAGES, TPU_SWITCH, Split, Target, split_of, wanted
 
 if TYPE_CHECKING:
     from .tpu_rows import Shape
@@ -32,31 +31,9 @@ _VMEM: Sequence[tuple[str, int]] = (
     ("", 16),
 )
 
-SWITCH = "BEIT_JAX_TPU_ATTENTION"
-TPUS = Target("tpu")
+SWITCH = TPU_SWITCH
+TPUS = Target("tpu", alone="tpu")
 for_tpus, interpreted = TPUS.computes, TPUS.interpreted
-
-
-def project_side_by_side(
-    textbook: Callable[..., Array],
-    x: Float[Array, "b n *inputs"],
-    kernel: Float[Array, "*both"],
-    bias: Float[Array, "*outputs"],
-) -> Float[Array, "b n *outputs"]:
-    """`elementary.project` with one axis of inputs and one of outputs: so the heads of a token lie side by side in
-    memory, as the kernels of attention read and write them. For several axes the compiler puts tokens innermost.
-
-    Where a mesh splits heads, queries, keys and values are three axes of parts, which no single axis can be.
-    """
-    inputs = x.ndim - 2
-    if not wanted(SWITCH, "rows"):
-        return textbook(x, kernel, bias)
-    if kernel.ndim > inputs + 1 and jax.sharding.get_abstract_mesh().shape.get(HEAD_AXIS, 1) > 1:
-        return textbook(x, kernel, bias)
-    width = prod(kernel.shape[:inputs])
-    flat, matrix = x.reshape(*x.shape[:2], width), kernel.reshape(width, -1)
-    made = jnp.tensordot(flat, matrix, 1, preferred_element_type=bias.dtype) + bias.ravel()
-    return made.reshape(*x.shape[:2], *bias.shape)
 
 
 def attend_by_rows(
@@ -85,12 +62,14 @@ def attend_by_rows(
         return textbook(qkv, bias, drop, output_attentions=output_attentions)
     if bias is not None and len(bias) < divided.shards:
         bias = jnp.broadcast_to(bias, (divided.shards, *bias.shape[1:]))
-    return checkpoint_name(_rows(divided, qkv, bias), AVERAGES), None
+    averages = _rows(divided, qkv, bias)
+    # Kept as the kernel wrote it, heads side by side: an axis of heads would be padded and moved.
+    return checkpoint_name(averages.reshape(*averages.shape[:2], -1), AVERAGES).reshape(averages.shape), None
 
 
 def _fits(qkv: Array, bias: Array | None, divided: Split) -> bool:
     """Whether the kernels fit into a core, with a tenth to spare for what the compiler adds."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device or TPUS.alone()
     kind = "" if device is None else str(device.device_kind)
     room = next(size for start, size in _VMEM if kind.startswith(start)) * 2**20
     batch, tokens, three, heads, width = qkv.shape

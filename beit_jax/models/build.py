@@ -28,20 +28,26 @@ MODELS: Mapping[Task, type[Model]] = {
 
 
 def abstract_model(
-    config: BeitConfig, *, dtype: DTypeLike = jnp.float32, fixed_blocks: tuple[int, ...] = ()
+    config: BeitConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    residual: DTypeLike = jnp.float32,
+    fixed_blocks: tuple[int, ...] = (),
 ) -> tuple[nnx.GraphDef[Model], Nested]:
     """The model of a configuration without arrays, see `beit_jax.models.interface.abstract_module`.
 
     Running statistics of batch norm stand among the parameters; `statistics` names them.
 
     Args:
+        dtype: of matrix products.
+        residual: dtype of the stream between the encoder's blocks.
         fixed_blocks: numbers of the blocks, from 0, whose parameters have no gradient, see `interface.scan`.
     """
 
     def make() -> Model:
         model = MODELS[config.task](config, dtype=dtype, rngs=nnx.Rngs(0))
         encoder = model if isinstance(model, BeitModel) else model.beit
-        encoder.fixed_blocks = fixed_blocks
+        encoder.fixed_blocks, encoder.residual = fixed_blocks, jnp.dtype(residual)
         return model
 
     return abstract_module(make)

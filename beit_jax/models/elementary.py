@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 
 from beit_jax.adapters.kernel import Linear, adaptable
-from beit_jax.kernels.gpu import for_gpus
-from beit_jax.kernels.tpu import for_tpus, project_side_by_side
+from beit_jax.kernels.elements import for_accelerators, kept, normalized_with_derivative, project_side_by_side
+from beit_jax.kernels.tpu import for_tpus
 from beit_jax.models.one_cpu import expand_by_matrices, for_one_cpu, gelu_with_derivative, project_by_matrices
 
 
 @for_one_cpu(gelu_with_derivative)
-@for_gpus(gelu_with_derivative)
+@for_accelerators(gelu_with_derivative)
 def gelu(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
     """``x * cdf(x)``, with cdf the distribution function of the standard normal distribution (arXiv:1606.08415).
 
@@ -53,7 +53,7 @@ def expand(
     x: Float[Array, "b n d"], kernel: Any, bias: Float[Array, "wide"], activation: str
 ) -> Float[Array, "b n wide"]:
     """``activation(x @ kernel + bias)``; kernel: [d, wide], or an `AdaptedKernel`."""
-    return ACTIVATIONS[activation](project(x, kernel, bias))
+    return ACTIVATIONS[activation](kept(project(x, kernel, bias)))
 
 
 @runtime_checkable
@@ -70,10 +70,23 @@ class Widths(Protocol):
     def initializer_range(self) -> float: ...
 
 
-def layer_norm(config: Widths, rngs: nnx.Rngs, width: int | None = None) -> nnx.LayerNorm:
+class LayerNorm(nnx.LayerNorm):
+    """`nnx.LayerNorm`, which TPUs and GPUs compute in a form of their own."""
+
+    def __call__(
+        self, x: Float[Array, "*dims d"], *, mask: Shaped[Array, "*dims d"] | None = None
+    ) -> Float[Array, "*dims d"]:
+        @for_accelerators(normalized_with_derivative)
+        def normalized(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+            return super(LayerNorm, self).__call__(x, mask=mask)
+
+        return normalized(x, self.scale[...], self.bias[...], self.epsilon)
+
+
+def layer_norm(config: Widths, rngs: nnx.Rngs, width: int | None = None) -> LayerNorm:
     """LayerNorm over the hidden size or `width` in float32; the variance is the mean squared deviation, as in torch."""
     width, epsilon = width or config.hidden_size, config.layer_norm_eps
-    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
+    return LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
 def dense(

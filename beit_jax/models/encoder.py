@@ -25,8 +25,7 @@ class Embeddings(nnx.Module):
     """Pixels to tokens: a class token, then the patches row by row; masked patches are replaced by the mask token."""
 
     def __init__(self, config: BeitConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        normal = nnx.initializers.normal(config.initializer_range)
-        hidden = config.hidden_size
+        normal, hidden = nnx.initializers.normal(config.initializer_range), config.hidden_size
         self.cls_token = nnx.Param(jnp.zeros((1, 1, hidden)))
         if config.use_mask_token:
             self.mask_token = nnx.Param(jnp.zeros((1, 1, hidden)))
@@ -85,7 +84,7 @@ class BeitModel(nnx.Module):
             self.pooler_norm = layer_norm(config, rngs)
         if config.embedding_size:
             self.embedding_head = EmbeddingHead(config, dtype=dtype, rngs=rngs)
-        self.config = config
+        self.config, self.residual = config, jnp.dtype(jnp.float32)  # of the stream between blocks; training may set it
         self.fixed_blocks: tuple[int, ...] = ()  # numbers of the blocks that gradients pass by; training sets them
 
     def __call__(
@@ -116,7 +115,7 @@ class BeitModel(nnx.Module):
         embed_key = block_keys = None
         if key is not None:
             embed_key, *block_keys = jax.random.split(key, 1 + depth)
-        embedded = constrain(self.embeddings(pixel_values, bool_masked_pos, embed_key))
+        embedded = constrain(self.embeddings(pixel_values, bool_masked_pos, embed_key).astype(self.residual))
         shared_bias = self.shared_bias(grid, pixel_values.shape[0])
 
         def run(carry: _Carry, layer: tuple[Block, Array, Array | None, Array | None]) -> tuple[_Carry, _States]:
@@ -130,12 +129,11 @@ class BeitModel(nnx.Module):
         slots, tapped = interface.tap_slots(taps, depth), interface.tap_buffer(taps, embedded)
         step, layers = REMAT[remat](run), (self.blocks, rates, keys, slots)
         (x, tapped), (states, attentions) = interface.scan(step, (embedded, tapped), layers, self.fixed_blocks)
-        hidden_states = None if states is None else jnp.concatenate([embedded[None], states])
-        last = self.norm(x) if self.config.pooling == "cls" else x
+        last = self.norm(x) if self.config.pooling == "cls" else x.astype(jnp.float32)
         return BeitOutput(
             last_hidden_state=last,
             pooler_output=self.pool(last),
-            hidden_states=hidden_states,
+            hidden_states=None if states is None else jnp.concatenate([embedded[None], states]),
             attentions=attentions,
             taps=interface.read_taps(taps, tapped),
         )

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError
 from beit_jax.kernels.cpu import calls
-from beit_jax.kernels.mesh import AVERAGES
+from beit_jax.kernels.mesh import AVERAGES, KEPT
 from beit_jax.models.one_cpu import scan_blocks
 from beit_jax.models.position import Grid
 from beit_jax.tree import Nested
@@ -39,7 +39,7 @@ REMAT: Mapping[Remat, Callable[[Any], Any]] = {
             jax.checkpoint_policies.save_from_both_policies(
                 jax.checkpoint_policies.dots_with_no_batch_dims_saveable, calls.is_product
             ),
-            jax.checkpoint_policies.save_only_these_names(AVERAGES),
+            jax.checkpoint_policies.save_only_these_names(AVERAGES, KEPT),
         ),
     ),
 }
@@ -170,7 +170,7 @@ def write_tap(
 
 def read_taps(taps: tuple[int, ...], buffer: Float[Array, "places b n d"] | None) -> Float[Array, "taps b n d"] | None:
     """The tapped states after the last block; None without taps."""
-    return None if buffer is None else buffer[: len(taps)]
+    return None if buffer is None else buffer[: len(taps)].astype(jnp.float32)
 
 
 def scan(

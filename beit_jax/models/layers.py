@@ -3,7 +3,8 @@
 BEiT-3's block has two norms more ("sub-LayerNorm", arXiv:2210.06423): before the last product of each branch.
 
 Precision. Parameters are float32 (or bfloat16, read as float32). `dtype` (float32 or bfloat16) is what matrix products
-read; they accumulate in float32. LayerNorm, softmax, layer scale and the residual stream are float32 always.
+read; they accumulate in float32. LayerNorm, softmax and layer scale are float32 always. So is the residual stream, but
+for training that asks for another: then sums are rounded to it.
 """
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from beit_jax.adapters.kernel import casting
 from beit_jax.config import BeitConfig
+from beit_jax.kernels.elements import for_accelerators, kept, with_scaled_kernels
 from beit_jax.models.attention import attend
 from beit_jax.models.elementary import bias_of, dense, dropout, expand, layer_norm, project
 from beit_jax.models.position import Grid, attention_bias, num_relative_offsets
@@ -107,6 +109,7 @@ class Block(nnx.Module):
             self.gamma_2 = nnx.Param(jnp.full((config.hidden_size,), config.layer_scale_init_value))
         self.config = config
 
+    @for_accelerators(with_scaled_kernels)
     def __call__(
         self,
         x: Float[Array, "b n d"],
@@ -128,8 +131,8 @@ class Block(nnx.Module):
         attended, probabilities = self.attention(
             self.norm1(x), grid, shared_bias, keys[0], output_attentions=output_attentions
         )
-        x = x + branch(attended, "gamma_1", keys[1], keys[2])
-        x = x + branch(self.mlp(self.norm2(x)), "gamma_2", keys[3], keys[4])
+        x = kept((x + branch(attended, "gamma_1", keys[1], keys[2])).astype(x.dtype))
+        x = (x + branch(self.mlp(self.norm2(x)), "gamma_2", keys[3], keys[4])).astype(x.dtype)
         return x, probabilities
 
 

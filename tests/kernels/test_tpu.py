@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from tracing import computed
 
 from beit_jax.config import BeitConfig
-from beit_jax.kernels import mesh, tpu
+from beit_jax.kernels import elements, mesh, tpu
 from beit_jax.models.attention import attend
 from beit_jax.models.build import abstract_model, build_model
 from beit_jax.models.interface import Remat
@@ -40,7 +40,7 @@ def interpreted(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` by kernels, and new to JAX."""
 
     def run(*arguments: Any) -> Any:
-        with tpu.interpreted():
+        with tpu.interpreted(), elements.interpreted():
             return jax.jit(lambda *given: function(*given))(*arguments)
 
     return run

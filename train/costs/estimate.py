@@ -184,15 +184,21 @@ def memory(learned: int, activations: int, *, others: int = 0, accumulate: int =
     )
 
 
-def activation_bytes(config: BeitConfig, *, dtype: DTypeLike = jnp.bfloat16, remat: Remat = "none") -> int:
+def activation_bytes(
+    config: BeitConfig,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    residual: DTypeLike = jnp.float32,
+    remat: Remat = "none",
+) -> int:
     """Bytes per image that a training step keeps for the backward pass, and those of one block that is recomputed.
 
     The model is traced; nothing is compiled.
     """
-    kept = _residual_bytes(config, dtype, remat)
+    kept = _residual_bytes(config, dtype, residual, remat)
     if remat == "none":
         return kept
-    return with_one_block(kept, _residual_bytes(config, dtype, "none"), config.num_hidden_layers)
+    return with_one_block(kept, _residual_bytes(config, dtype, residual, "none"), config.num_hidden_layers)
 
 
 def with_one_block(kept: int, whole: int, blocks: int) -> int:
@@ -216,13 +222,14 @@ def traced_activations(loss: Callable[[int, Nested], Array], params: Nested) -> 
     return of(3) - of(2)
 
 
-def _residual_bytes(config: BeitConfig, dtype: DTypeLike, remat: Remat) -> int:
+def _residual_bytes(config: BeitConfig, dtype: DTypeLike, residual: DTypeLike, remat: Remat) -> int:
     """Bytes that differentiation stores for one more image: those for three images minus those for two."""
-    return _stored(config, dtype, remat, 3) - _stored(config, dtype, remat, 2)
+    three, two = (_stored(config, dtype, residual, remat, images) for images in (3, 2))
+    return three - two
 
 
-def _stored(config: BeitConfig, dtype: DTypeLike, remat: Remat, images: int) -> int:
-    graph, shapes = abstract_model(config, dtype=dtype)
+def _stored(config: BeitConfig, dtype: DTypeLike, residual: DTypeLike, remat: Remat, images: int) -> int:
+    graph, shapes = abstract_model(config, dtype=dtype, residual=residual)
     options: dict[str, Any] = {"train": True} if statistics(config) else {}
 
     def backward(params: Nested) -> Any:

@@ -37,7 +37,7 @@ from .unlabelled import UnlabelledImages, UnlabelledRecipe
 # A convolutional network has nothing of a transformer's; of `model` it reads the size of images and how to compute.
 _ABSENT = (
     "variant patch_size hidden_size depth heads mlp activation absolute_positions epsilon position_bias "
-    "position_resize initializer_range family dropout attention_dropout layer_scale"
+    "position_resize initializer_range family dropout attention_dropout layer_scale residual"
 ).split()
 
 

@@ -100,7 +100,8 @@ class Probe(LabelledImages[LinearProbeRecipe]):
 
     @property
     def backbone(self) -> nnx.GraphDef[Model]:
-        return abstract_model(self.config, dtype=jnp.dtype(self.recipe.model.dtype))[0]
+        dtype, residual = (jnp.dtype(name) for name in (self.recipe.model.dtype, self.recipe.model.residual))
+        return abstract_model(self.config, dtype=dtype, residual=residual)[0]
 
     @property
     def criterion(self) -> Criterion:

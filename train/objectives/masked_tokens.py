@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Integer, Key, UInt8
 from beit_jax.config import BeitConfig
 from beit_jax.config import Task as Architecture
 from beit_jax.errors import BeitJaxError
+from beit_jax.kernels.elements import in_order
 from beit_jax.looking.reconstruct import grid_picture, reconstruct
 from beit_jax.models.build import build_model
 from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
@@ -323,13 +324,15 @@ def masked_tokens(recipe: MaskedTokensRecipe, tokenizer: nnx.GraphDef[Any] | Non
     def loss(
         model: BeitForMaskedImageModeling, batch: Batch, key: Key[Array, ""] | None, teacher: Nested | None
     ) -> tuple[Float[Array, ""], Metrics]:
+        image = batch["image"]
         if tokenizer is None:
             tokens = batch["tokens"]
         else:
             tokens = visual_tokens(nnx.merge(tokenizer, teacher), batch["token_image"], recipe.data.scale)
+            image, tokens = in_order(image, tokens)
         labels = jnp.take_along_axis(tokens, batch["positions"], axis=1)
         output = model(
-            batch["image"],
+            image,
             batch["mask"],
             predicted=batch["positions"],
             aggregate=aggregates,

@@ -314,8 +314,8 @@ class WholeModel(Objective[RecipeT]):
 
     @property
     def graph(self) -> nnx.GraphDef[Model]:
-        dtype = jnp.dtype(self.recipe.model.dtype)
-        return abstract_model(self.config, dtype=dtype, fixed_blocks=self.division.fixed_blocks)[0]
+        dtype, residual = (jnp.dtype(name) for name in (self.recipe.model.dtype, self.recipe.model.residual))
+        return abstract_model(self.config, dtype=dtype, residual=residual, fixed_blocks=self.division.fixed_blocks)[0]
 
     @property
     def notes(self) -> list[str]:
@@ -366,7 +366,8 @@ class WholeModel(Objective[RecipeT]):
     def activations(self) -> int:
         model, (learned, fixed) = self.recipe.model, self.divided_shapes()
         if not fixed:
-            return activation_bytes(self.config, dtype=jnp.dtype(model.dtype), remat=model.remat)
+            dtype, residual = jnp.dtype(model.dtype), jnp.dtype(model.residual)
+            return activation_bytes(self.config, dtype=dtype, residual=residual, remat=model.remat)
         whole = traced_activations(partial(self._forward, "none"), learned)
         if model.remat == "none":
             return whole

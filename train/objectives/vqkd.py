@@ -36,7 +36,9 @@ from .teachers import Teacher, abstract_teacher, teacher_params
 from .unlabelled import UnlabelledImages, UnlabelledRecipe
 
 # Both transformers are BEiT v2's in everything but their sizes.
-_FIXED = "channels activation absolute_positions epsilon position_bias position_resize initializer_range family".split()
+_FIXED = (
+    "channels activation absolute_positions epsilon position_bias position_resize initializer_range family residual"
+).split()
 _ABSENT = ("drop_path", "dropout", "attention_dropout", "layer_scale")
 
 
