@@ -166,7 +166,8 @@ class Contender:
             )
         )
         stack.callback(self.process.kill)
-        self.job, self.ready = job, self._answer()
+        self.job = job
+        self.ready = self._answer()
         self.calls, self.rounds = 1, list[list[float]]()
         self.calls = max(1, round(TURN / statistics.median(self._turn())))
 
