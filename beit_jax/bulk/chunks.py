@@ -8,6 +8,7 @@ is joined from them is the same whoever made them, and when.
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from beit_jax.tables.schema import ERROR, Part
 MAGIC: Final = b"beit-jax chunk 1\n"
 SUFFIX: Final = ".partial"
 MANIFEST: Final = "manifest.json"
+_CHUNK: Final = re.compile(r"\d{7,}\.chunk")
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -73,8 +75,8 @@ class Chunks:
 
     @property
     def begun(self) -> bool:
-        """False before the work begins, and when the table is joined."""
-        return (self.folder / MANIFEST).exists()
+        """As `is_begun`."""
+        return is_begun(self.output)
 
     def __len__(self) -> int:
         return -(-len(self.listing) // self.length)
@@ -106,11 +108,14 @@ class Chunks:
             self.folder.mkdir(exist_ok=True)
             there = known.exists()
             if not there:
-                if strangers := [name for name in os.listdir(self.folder) if not name.startswith(".")]:
+                names = [name for name in os.listdir(self.folder) if not name.startswith(".")]
+                if strangers := [name for name in names if not _CHUNK.fullmatch(name)]:
                     raise BeitJaxError(
                         f"{printable(self.folder)}: holds {printable(strangers[0])} and no {MANIFEST}, expected what "
                         "an unfinished table left; move it away or choose another name"
                     )
+                for name in names:  # of a finished table, whose parts were being removed when its process was stopped
+                    (self.folder / name).unlink(missing_ok=True)
                 own = self._aside(MANIFEST)
                 own.write_text(json.dumps(facts, indent=1, sort_keys=True))
                 try:
@@ -232,6 +237,11 @@ class Chunks:
 def folder_of(output: Path) -> Path:
     """Where the finished chunks of a table are."""
     return output.with_name(output.name + SUFFIX)
+
+
+def is_begun(output: Path) -> bool:
+    """True if a table is being made: neither before the work begins, nor when the table is joined."""
+    return (folder_of(output) / MANIFEST).exists()
 
 
 def _read_header(file: Any) -> Header:

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from beit_jax.atomic import check_file
-from beit_jax.bulk.chunks import folder_of
+from beit_jax.bulk.chunks import folder_of, is_begun
 from beit_jax.bulk.inputs import Listing, list_images
 from beit_jax.bulk.table import Host, Outcome, Table, check_output
 from beit_jax.errors import BeitJaxError, printable
@@ -247,7 +247,7 @@ class Segmenting:
         )
         files = [Path(name) for source in listing.sources for name in source.names()]
         check_output(table, listing)
-        begun = folder_of(table).exists()
+        begun = is_begun(table)
         if not begun:
             Outputs(written.picture, written.mask, files, folders=True)  # refuses images of one name
         picture, mask = (

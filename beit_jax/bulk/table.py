@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from beit_jax.atomic import check_file, check_place
-from beit_jax.bulk.chunks import Chunks, Header, explained, folder_of
+from beit_jax.bulk.chunks import Chunks, Header, explained, folder_of, is_begun
 from beit_jax.bulk.inputs import Listing
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.images.bad_images import BadImages, check_bad
@@ -116,7 +116,7 @@ class Table:
         output = self.output
         check_output(output, self.listing)
         format_of(output).checked(printable(output), self.making.schema(self.making.shape))
-        if self.host.count > 1 and output.exists() and not folder_of(output).exists():
+        if self.host.count > 1 and output.exists() and not is_begun(output):
             raise BeitJaxError(
                 f"{printable(output)}: already exists, and other processes may be done with it; remove it or choose "
                 "another name"

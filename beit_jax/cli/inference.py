@@ -283,7 +283,7 @@ def reconstruct(
             share of another number.
         seed: Seed of the choice of hidden patches.
     """
-    from beit_jax.bulk.chunks import folder_of
+    from beit_jax.bulk.chunks import is_begun
     from beit_jax.bulk.devices import facts_of
     from beit_jax.bulk.reconstructing import Reconstructing
     from beit_jax.bulk.segmenting import Folder
@@ -330,7 +330,7 @@ def reconstruct(
         raise BeitJaxError(f"--mask-patches: expected 1 to {patches}, the patches of an image, found {count}")
     mask = BlockMask(grid, MaskOptions(count, min_block=max(1, round(patches * 16 / 196)), exact=True))
     if table is not None:
-        folder = None if drawn is None else Folder(drawn, folder_of(table).exists() or scale.process is not None)
+        folder = None if drawn is None else Folder(drawn, is_begun(table) or scale.process is not None)
         facts = {**facts_of(source, known), "tokenizer": tokenizer, "decoder": decoder, "mask patches": count}
         progress = partial(image_progress, description="reconstructing", first="compiling")
         making = Reconstructing(

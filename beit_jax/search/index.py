@@ -14,6 +14,7 @@ from beit_jax.search import exact
 from beit_jax.search.exact import Candidates, Metric, nearest
 from beit_jax.tables.features import Block, FeatureTable
 from beit_jax.tables.reading import open_features
+from beit_jax.tables.schema import utf8
 
 QUERIES = 16384  # for so many the index is read once
 Excluding = Literal["nobody", "row", "name"]
@@ -92,7 +93,8 @@ def search(
                 block.features, owners.candidates(index), top, metric=metric, own=owners.own, advance=advance
             )
         except BeitJaxError as error:
-            raise BeitJaxError(f"{printable(index.path)}: {error}") from None
+            path = printable(index.path)  # what reading the index raises begins with it
+            raise (error if str(error).startswith(path) else BeitJaxError(f"{path}: {error}")) from None
         images = index.names(found.rows[found.rows >= 0].tolist())
         for name, rows, scores in zip(names, found.rows.tolist(), found.scores.tolist(), strict=True):
             kept = [(row, score) for row, score in zip(rows, scores, strict=True) if row >= 0]
@@ -107,6 +109,11 @@ def _grouped(blocks: Iterable[Block], most: int) -> Iterator[Block]:
             yield block.part(start, min(len(block), start + most))
 
 
+def _known(name: str) -> str:
+    """The path by which an image is known: as tables hold names, which are no others than UTF-8 in most formats."""
+    return abspath(utf8(name))
+
+
 class _Owners:
     """Which rows of an index are a query's own."""
 
@@ -116,7 +123,7 @@ class _Owners:
         if excluding == "row":
             self.own = np.arange(before, before + len(queries), dtype=np.int32)
         elif excluding == "name":
-            own = [self._numbers.setdefault(abspath(name), len(self._numbers)) for name in queries.names()]
+            own = [self._numbers.setdefault(_known(name), len(self._numbers)) for name in queries.names()]
             self.own = np.array(own, np.int32)
 
     def candidates(self, index: FeatureTable) -> Iterator[Candidates]:
@@ -130,5 +137,5 @@ class _Owners:
         if self._excluding == "row":
             return np.arange(start, start + len(block), dtype=np.int32)
         if self._excluding == "name":
-            return np.array([self._numbers.get(abspath(name), -1) for name in block.names()], np.int32)
+            return np.array([self._numbers.get(_known(name), -1) for name in block.names()], np.int32)
         return None

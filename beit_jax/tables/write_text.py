@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import numpy as np
 from jaxtyping import Float32
@@ -55,6 +55,16 @@ def check_csv(name: str, schema: Schema) -> None:
         raise refuse(name, f"{schema.width:,} values an image, CSV has at most {WIDEST:,} columns", ".parquet or .npz")
 
 
+class _Lines:
+    """Ends lines by LF alone. Python's writer ends them by CR and LF: only then it quotes a name that holds a CR."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def write(self, line: str) -> None:
+        self._file.write(line.removesuffix("\r\n") + "\n")
+
+
 def write_csv(path: Path, schema: Schema, parts: Parts) -> int:
     """Writes a row for every image, or one for every entry of its list, with the entry's rank from 1.
 
@@ -63,7 +73,7 @@ def write_csv(path: Path, schema: Schema, parts: Parts) -> int:
     """
     count = 0
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(_Lines(file))
         writer.writerow(_head(schema))
         for part in parts():
             for place, row in enumerate(part.rows):

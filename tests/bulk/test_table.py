@@ -253,6 +253,17 @@ def test_a_folder_that_is_no_unfinished_table_is_refused(photos: Path, tmp_path:
     assert (tmp_path / "f.npz.partial" / "mine.txt").exists()
 
 
+def test_parts_of_a_finished_table_that_a_kill_left_are_removed(photos: Path, whole: bytes, tmp_path: Path) -> None:
+    output = tmp_path / "f.npz"
+    folder_of(output).mkdir()
+    (folder_of(output) / "0000001.chunk").write_bytes(b"of another table")
+    output.write_bytes(b"a finished table")
+    with pytest.raises(BeitJaxError, match="already exists, and other processes may be done with it"):
+        made(work(photos), output, Host(0, 2))
+    made(work(photos), output)
+    assert output.read_bytes() == whole and not folder_of(output).exists()
+
+
 def test_a_chunk_is_a_multiple_of_the_batch_and_small_for_tokens(photos: Path) -> None:
     assert work(photos, batch_size=3, chunk=4).length == 6
     assert work(photos, batch_size=8, chunk=None).length == 512

@@ -16,6 +16,8 @@ import beit_jax
 from beit_jax.cli.main import main
 from beit_jax.search import exact, index
 from beit_jax.search.index import neighbours
+from beit_jax.tables.features import Block
+from beit_jax.tables.reading import open_features
 from beit_jax.weights import save
 from beit_jax.weights.digest import weights_digest
 
@@ -94,6 +96,13 @@ def test_the_rows_of_a_table_are_queries(place: Path, ending: str, capsys: pytes
     assert [pairs(row) for row in found] == [expected(place, query, 3, exclude=True) for query in range(COUNT)]
     by_name = run(capsys, f"index.{ending}", "index.npz", "--top", 3, "--exclude-self")
     assert by_name == found
+
+
+def test_a_name_that_is_no_utf8_is_known_by_what_tables_hold(tmp_path: Path) -> None:
+    path = feature_tables.write(tmp_path / "index.parquet", ["\\xff.png", "a.png"], np.eye(2, dtype=np.float32))
+    query = Block(np.eye(2, dtype=np.float32)[:1], lambda: ["\udcff.png"])
+    ((_, found),) = index.search(open_features(path), [query], top=2, excluding="name")
+    assert [near.image for near in found] == ["a.png"]
 
 
 def test_queries_are_taken_in_turns(

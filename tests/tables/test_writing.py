@@ -16,7 +16,7 @@ from beit_jax.errors import BeitJaxError
 from beit_jax.tables.schema import Part, Schema, regrouped
 from beit_jax.tables.writing import FORMATS, format_of
 
-NAMES = ["a.png", 'odd,"name"\n.png', "ö.png", os.fsdecode(b"\xff.png")]
+NAMES = ["a\r.png", 'odd,"name"\n.png', "ö.png", os.fsdecode(b"\xff.png")]
 TEXTS = [*NAMES[:3], "\\xff.png"]
 VALUES = np.float32([[-0.0, -0.0, 1e-30], [np.pi, 3.4e38, 16777217], [np.nan, np.inf, -np.inf], [0.1, 1 / 3, 2e-45]])
 FEATURES = Schema(shape=(3,), metadata={"model": "m", "shape": [3]})
