@@ -109,6 +109,7 @@ class _Lister:
     def __init__(self, members: tuple[str, ...], left_out: frozenset[str]) -> None:
         self.sources: list[Source] = []
         self._members, self._left_out = members, left_out
+        self._open: list[str] = []  # the lists that are read now, each of which names the next one
 
     def add(self, name: str) -> None:
         """Adds what one name names."""
@@ -152,6 +153,10 @@ class _Lister:
 
     def add_list_file(self, path: str) -> None:
         """Adds what the lines of a file name, relative to the folder of the file."""
+        real = os.path.realpath(path)
+        if real in self._open:
+            raise BeitJaxError(f"{printable(Path(path))}: names itself, or a list that names it; remove that line")
+        self._open.append(real)
         try:
             with open(path, "rb") as file:
                 self.add_list(file, os.path.dirname(path), printable(Path(path)))
@@ -159,6 +164,7 @@ class _Lister:
             raise BeitJaxError(
                 f"{printable(Path(path))}: cannot be read ({error.strerror}); give a list of paths"
             ) from None
+        self._open.pop()
 
     def add_list(self, lines: Iterable[bytes], folder: str, name: str) -> None:
         """Adds what lines name."""

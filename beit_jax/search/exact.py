@@ -88,13 +88,16 @@ def nearest(
         advance: called with the number of rows after every block.
 
     Raises:
-        BeitJaxError: a candidate or a query has numbers that are not finite, another width than the others, or there
-            are more candidates than int32 can count.
+        BeitJaxError: a candidate or a query has numbers that are not finite or too large for the metric, another width
+            than the others, or there are more candidates than int32 can count.
     """
     wrong = np.flatnonzero(~np.isfinite(queries).all(axis=1))
     if wrong.size:
         raise BeitJaxError(f"query {wrong[0]}: its features are not finite; leave it out")
     count, width = queries.shape
+    if metric != "cosine" and queries.size and np.abs(queries).max() > _largest(width):
+        most = f"{_largest(width):.2g}"
+        raise BeitJaxError(f"queries: numbers too large for the metric {metric}, expected at most {most}; take cosine")
     size = max(1, min(QUERY_ROWS, count, (4 * _BLOCK_BYTES) // (4 * max(1, width) * (k + _SPARE))))
     center = queries.mean(axis=0, dtype=np.float64).astype(np.float32) if count else np.zeros(width, np.float32)
     numbers = np.full(count, _NOTHING, np.int32) if own is None else own
@@ -122,11 +125,11 @@ def nearest(
         ]
         checks.append((start, block.first_wrong))
         if len(checks) > 1:  # a block later, so that the device does not wait for the next one to be read
-            _check(*checks.pop(0))
+            _check(*checks.pop(0), metric)
         start += len(features)
         advance(len(features))
     for check in checks:
-        _check(*check)
+        _check(*check, metric)
     if not chunks:
         return Nearest(np.empty((0, k), np.int32), np.empty((0, k), np.float32))
     scores = np.concatenate([np.asarray(found[0]) for found in best])[:count]
@@ -141,7 +144,7 @@ class _Prepared(NamedTuple):
     rows: Float[Array, "n d"]
     centered: Float[Array, "n d"]  # as they are multiplied: for distances with the queries' mean as the origin
     halves: Float[Array, " n"]  # half the squares of these lengths
-    first_wrong: Int[Array, ""]  # the first row that is not finite; n if all are
+    first_wrong: Int[Array, ""]  # the first row that is not finite or too large for the metric; -1 if none is
 
 
 def _padded(array: np.ndarray, rows: int) -> np.ndarray:
@@ -149,10 +152,16 @@ def _padded(array: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) if missing else array
 
 
-def _check(start: int, first_wrong: Array) -> None:
+def _check(start: int, first_wrong: Array, metric: Metric) -> None:
     found = int(first_wrong)
     if found >= 0:
-        raise BeitJaxError(f"row {start + found}: its features are not finite; leave it out")
+        large = "" if metric == "cosine" else f", or too large for the metric {metric}"
+        raise BeitJaxError(f"row {start + found}: its features are not finite{large}; leave it out")
+
+
+def _largest(width: int) -> float:
+    """The largest number whose products and squared distances float32 holds for rows of so many."""
+    return float(np.sqrt(np.finfo(np.float32).max / (4 * max(1, width))))
 
 
 def _unit(features: Float[Array, "n d"]) -> Float[Array, "n d"]:
@@ -166,7 +175,8 @@ def _unit(features: Float[Array, "n d"]) -> Float[Array, "n d"]:
 @partial(jax.jit, static_argnames="metric")
 def _prepared(features: Float[Array, "n d"], center: Float[Array, " d"], *, metric: Metric) -> _Prepared:
     features = jnp.asarray(features, jnp.float32)
-    finite = jnp.isfinite(features).all(axis=1)
+    largest = jnp.inf if metric == "cosine" else _largest(features.shape[1])
+    finite = (jnp.isfinite(features) & (jnp.abs(features) <= largest)).all(axis=1)
     rows = _unit(features) if metric == "cosine" else features
     centered = rows - center if metric == "euclidean" else rows
     halves = jnp.square(centered).sum(axis=1) / 2

@@ -95,6 +95,10 @@ def test_lists(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(BeitJaxError, match=r"empty\.txt: expected a path in every line, found none"):
         list_images([tmp_path / "empty.txt"])
+    (tmp_path / "a.txt").write_text("b.txt\n")
+    (tmp_path / "b.txt").write_text(f"{folder}\na.txt\n")
+    with pytest.raises(BeitJaxError, match=r"a\.txt: names itself, or a list that names it; remove that line"):
+        list_images([tmp_path / "a.txt"])
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])

@@ -89,3 +89,9 @@ def test_rows_that_cannot_be_compared_are_named(small_blocks: None) -> None:
     for message, arguments in cases:
         with pytest.raises(BeitJaxError, match=message):
             nearest(*arguments)
+    rows[70, 3] = 1e30  # its square is beyond float32
+    for metric in ("dot", "euclidean"):
+        with pytest.raises(BeitJaxError, match=f"row 70: .*, or too large for the metric {metric}"):
+            nearest(QUERIES, array_blocks(rows), 3, metric=metric)
+        with pytest.raises(BeitJaxError, match=f"queries: numbers too large for the metric {metric}"):
+            nearest(rows, array_blocks(ROWS), 3, metric=metric)
