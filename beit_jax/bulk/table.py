@@ -140,7 +140,6 @@ class Table:
             "names": self.listing.names_digest(),
             **self.making.contract(),
             "chunk": self.making.length,
-            "skip bad": self.making.max_bad > 0,
         }
 
     def _own(self, chunks: Chunks, there: bool) -> None:
@@ -150,7 +149,7 @@ class Table:
         for chunk in range(self.host.index, len(chunks), self.host.count):
             start, stop = chunks.range(chunk)
             header = chunks.header(chunk) if there else None
-            if header is None:
+            if header is None or (header.bad and not self.making.max_bad):
                 todo.append(chunk)
                 continue
             done += stop - start
@@ -208,6 +207,8 @@ class Table:
                 )
             shape, count = _shape_of(header, shape, first=not count), count + len(header.rows) - len(header.bad)
             bad += header.bad.values()
+        if bad and not self.making.max_bad:  # of a process that left them out
+            raise BeitJaxError(bad[0])
         if bad:
             check_bad(len(bad), len(self.listing), self.making.max_bad, bad[-1])
         schema = self.making.schema(shape)

@@ -145,7 +145,6 @@ def test_other_options_or_images_are_refused(photos: Path, tmp_path: Path, monke
     for other, message in (
         (work(photos, batch_size=4), "batch size 2, found 4"),
         (work(photos, chunk=8), "chunk 4, found 8"),
-        (work(photos, max_bad=0.5), "skip bad False, found True"),
         (replace(work(photos), task=Features("cls")), "pooling pooled, found cls"),
         (fewer, "batch size 2, found 1"),
     ):
@@ -199,6 +198,18 @@ def test_the_first_image_that_cannot_be_read_ends_the_run_and_what_is_done_is_ke
     with pytest.raises(BeitJaxError, match=r"03\.png: ") as raised:
         made(work(bad_photos, chunk=2), output)
     assert raised.value.__notes__[0].startswith("1 of 5 parts are kept in ")
+
+
+def test_leaving_images_out_may_begin_and_end_on_the_way(bad_photos: Path, tmp_path: Path) -> None:
+    output, at_once = tmp_path / "f.jsonl", tmp_path / "at once.jsonl"
+    made(work(bad_photos, chunk=2, max_bad=0.4), at_once)
+    with pytest.raises(BeitJaxError, match=r"03\.png: "):
+        made(work(bad_photos, chunk=2), output)
+    made(work(bad_photos, chunk=2, max_bad=0.4), output, Host(1, 2))
+    with pytest.raises(BeitJaxError, match=r"03\.png: "):  # of a finished part; it is looked at again
+        made(work(bad_photos, chunk=2), output)
+    made(work(bad_photos, chunk=2, max_bad=0.4), output)
+    assert output.read_bytes() == at_once.read_bytes()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
