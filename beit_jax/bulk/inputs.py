@@ -91,6 +91,10 @@ def list_images(
     found = _Lister(tuple(members), frozenset(os.path.realpath(path) for path in leave_out))
     for name in inputs:
         text = os.fspath(name)
+        if text in ("", "@"):  # which pathlib takes for the folder of the process
+            raise BeitJaxError(
+                f"images: found the empty name {text!r}, expected a file or a folder; is a variable unset?"
+            )
         if text == "-":
             found.add_list(sys.stdin.buffer, "", "standard input")
         elif text.startswith("@") and not os.path.lexists(text):

@@ -182,7 +182,13 @@ def test_damaged_archives_are_refused(tmp_path: Path, change, message: str) -> N
 
 @pytest.mark.parametrize(
     ("inputs", "message"),
-    [([], "no images given"), (["no.tar"], r"no\.tar: no such file"), (["@no.txt"], r"no\.txt: cannot be read")],
+    [
+        ([], "no images given"),
+        ([""], "found the empty name ''"),
+        (["@"], "found the empty name '@'"),
+        (["no.tar"], r"no\.tar: no such file"),
+        (["@no.txt"], r"no\.txt: cannot be read"),
+    ],
 )
 def test_what_is_not_there_is_named(inputs: Sequence[str], message: str) -> None:
     with pytest.raises(BeitJaxError, match=message):
