@@ -97,8 +97,8 @@ def classify(
 
 
 def _is_plain(name: str) -> bool:
-    """True for an image file, for which nothing else has to be imported; and for a name where there is nothing."""
-    if name == "-" or name.startswith("tfds:") or os.path.isdir(name):
+    """True for an image file, for which nothing else has to be imported; and for a name of nothing that is there."""
+    if name in ("", "-") or name.startswith("tfds:") or os.path.isdir(name):
         return False
     special = name.lower().endswith((".txt", ".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz"))
     return not special and (os.path.exists(name) or not set(name) & set("*?[{@#"))

@@ -14,6 +14,7 @@ from PIL import Image
 from beit_jax.bulk.files import expanded
 from beit_jax.bulk.images import Names
 from beit_jax.bulk.inputs import Listing, list_images
+from beit_jax.cli.main import main
 from beit_jax.errors import BeitJaxError
 from beit_jax.images.listing import named_images
 
@@ -227,3 +228,8 @@ def test_prepared_data(folder: Path, tmp_path: Path) -> None:
         list_images([f"{tmp_path}/data#test"])
     with pytest.raises(BeitJaxError, match="tfds:no_such_set_at_all: TFDS finds no such data set here"):
         list_images(["tfds:no_such_set_at_all#train"])
+
+
+def test_classify_refuses_an_empty_name_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["classify", "native", ""]) == 2
+    assert "found the empty name ''" in capsys.readouterr().err
