@@ -1,5 +1,6 @@
 """The error for a mistake of the user: one line that says what is wrong, where, and what to do."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,19 @@ def needs_extra(name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise BeitJaxError(f"{error.name} is not installed; pip install 'beit-jax[{name}]'") from None
+
+
+def environment_choice(variable: str, *words: str) -> str:
+    """What an environment variable says: one of these words, the first where it is not set.
+
+    Raises:
+        BeitJaxError: it says something else.
+    """
+    said = os.environ.get(variable, words[0])
+    if said not in words:
+        expected = ", ".join(words[:-1]) + f" or {words[-1]}"
+        raise BeitJaxError(f"{variable}: expected {expected}, found {printable(said)}")
+    return said
 
 
 def printable(name: object, limit: int | None = None) -> str:

@@ -6,7 +6,7 @@ An objective's own options stand in its file (`beit_jax.train.objectives`), the 
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_type_hints
 
 from beit_jax.choices import Activation, ModelType, PositionBias, PositionResize
@@ -503,10 +503,12 @@ class Recipe:
         Raises:
             BeitJaxError: one of them is given.
         """
+        defaults = {field.name: field.default for field in fields(self.model)}
         for name in names:
-            value = getattr(self.model, name)
-            absent = value is None or (value == 0 and not isinstance(value, bool))
-            require(absent, f"model.{name}", f"None, {self.objective} has no use for it", value)
+            value, default = getattr(self.model, name), defaults[name]
+            absent = value is None or value == default or (value == 0 and not isinstance(value, bool))
+            wanted = default if isinstance(default, str) else None
+            require(absent, f"model.{name}", f"{wanted}, {self.objective} has no use for it", value)
 
     def check_without_layers(self) -> None:
         """Refuses learning rates by layer, for a model whose layers have no order.

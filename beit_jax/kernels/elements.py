@@ -18,7 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from .mesh import HEAD_AXIS, KEPT, TPU_SWITCH, Target, wanted
+from beit_jax.errors import environment_choice
+
+from .mesh import HEAD_AXIS, KEPT, TPU_SWITCH, Target
 
 ACCELERATORS = Target("tpu", "gpu", "cuda")
 for_accelerators, interpreted = ACCELERATORS.computes, ACCELERATORS.interpreted
@@ -174,7 +176,7 @@ def project_side_by_side(
     Where a mesh splits heads, queries, keys and values are three axes of parts, which no single axis can be.
     """
     inputs = x.ndim - 2
-    if kernel.ndim == 2 or not wanted(TPU_SWITCH, "rows"):
+    if kernel.ndim == 2 or environment_choice(TPU_SWITCH, "rows", "xla") == "xla":
         return textbook(x, kernel, bias)
     if kernel.ndim > inputs + 1 and jax.sharding.get_abstract_mesh().shape.get(HEAD_AXIS, 1) > 1:
         return textbook(x, kernel, bias)

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from .mesh import AVERAGES, Split, Target, split_of, wanted
+from beit_jax.errors import environment_choice
+
+from .mesh import AVERAGES, Split, Target, split_of
 
 SWITCH = "BEIT_JAX_GPU_ATTENTION"
 OLDEST = 80
@@ -60,7 +62,7 @@ def attend_by_tiles(
 
 
 def _suits(qkv: Array) -> bool:
-    chosen = wanted(SWITCH, "tiles")
+    chosen = environment_choice(SWITCH, "tiles", "xla") == "tiles"
     if GPUS.interpret:
         return True
     short = jnp.dtype(qkv.dtype).itemsize == 2 and qkv.shape[-1] in WIDTHS

@@ -1,6 +1,5 @@
 """What kernels are to a mesh: whose devices compute them, and of which part of the arrays; compilers divide none."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,8 +12,6 @@ import jax
 from jax import export
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
-
-from beit_jax.errors import BeitJaxError, printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -88,18 +85,6 @@ class Target:
             return chosen
 
         return decorate
-
-
-def wanted(switch: str, kernels: str) -> bool:
-    """Whether the environment variable `switch` leaves attention to the kernels, which it calls `kernels`; else "xla".
-
-    Raises:
-        BeitJaxError: it says something else.
-    """
-    said = os.environ.get(switch, kernels)
-    if said not in (kernels, "xla"):
-        raise BeitJaxError(f"{switch}: expected {kernels} or xla, found {printable(said)}")
-    return said == kernels
 
 
 @dataclass(frozen=True)

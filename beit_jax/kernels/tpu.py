@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from .mesh import AVERAGES, TPU_SWITCH, Split, Target, split_of, wanted
+from beit_jax.errors import environment_choice
+
+from .mesh import AVERAGES, TPU_SWITCH, Split, Target, split_of
 
 if TYPE_CHECKING:
     from .tpu_rows import Shape
@@ -56,7 +58,7 @@ def attend_by_rows(
     Raises:
         BeitJaxError: the environment variable says neither "rows" nor "xla".
     """
-    suits = drop is None and not output_attentions and wanted(SWITCH, "rows")
+    suits = drop is None and not output_attentions and environment_choice(SWITCH, "rows", "xla") == "rows"
     divided = split_of(qkv, bias, interpret=TPUS.interpret) if suits else None
     if divided is None or not _fits(qkv, bias, divided):
         return textbook(qkv, bias, drop, output_attentions=output_attentions)

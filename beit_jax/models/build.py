@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from beit_jax.config import BeitConfig, Task
+from beit_jax.kernels.cpu import library
 from beit_jax.models.classifier import BeitForImageClassification
 from beit_jax.models.encoder import BeitModel
 from beit_jax.models.interface import abstract_module
@@ -17,6 +18,8 @@ from beit_jax.models.segmenter import BeitBackbone, BeitForSemanticSegmentation,
 from beit_jax.tree import Nested, flatten
 
 Model = BeitModel | BeitForMaskedImageModeling | BeitForImageClassification | BeitForSemanticSegmentation | BeitBackbone
+
+library.offer()
 
 MODELS: Mapping[Task, type[Model]] = {
     "features": BeitModel,

@@ -11,9 +11,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Shaped
 
 from beit_jax.adapters.kernel import Linear, adaptable
+from beit_jax.kernels.cpu.calls import Stacked
 from beit_jax.kernels.elements import for_accelerators, kept, normalized_with_derivative, project_side_by_side
 from beit_jax.kernels.tpu import for_tpus
-from beit_jax.models.one_cpu import expand_by_matrices, for_one_cpu, gelu_with_derivative, project_by_matrices
+from beit_jax.models.one_cpu import for_one_cpu, gelu_with_derivative, of_two_matrices, project_by_matrices
 
 
 @for_one_cpu(gelu_with_derivative)
@@ -37,6 +38,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 
 
 @adaptable
+@of_two_matrices
 @for_one_cpu(project_by_matrices)
 @for_tpus(project_side_by_side)
 def project(
@@ -48,11 +50,13 @@ def project(
     return jnp.tensordot(x, kernel, x.ndim - 2, preferred_element_type=bias.dtype) + bias
 
 
-@for_one_cpu(expand_by_matrices)
 def expand(
     x: Float[Array, "b n d"], kernel: Any, bias: Float[Array, "wide"], activation: str
 ) -> Float[Array, "b n wide"]:
-    """``activation(x @ kernel + bias)``; kernel: [d, wide], or an `AdaptedKernel`."""
+    """``activation(x @ kernel + bias)``; kernel: [d, wide], an `AdaptedKernel`, or one of `Stacked`, whose products may
+    end in GELU."""
+    if activation == "gelu" and isinstance(kernel, Stacked):
+        return kernel.times(lambda *given: expand(*given, activation), x, bias, end="gelu")
     return ACTIVATIONS[activation](kept(project(x, kernel, bias)))
 
 

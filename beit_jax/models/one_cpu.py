@@ -183,6 +183,25 @@ def _repeated_derivative(
 # --- Projections (beit_jax.models.elementary) -------------------------------------------------------------------------
 
 
+def of_two_matrices(project: Callable[..., Array]) -> Callable[..., Array]:
+    """Decorates `elementary.project`: where the kernel is a matrix, no form is chosen by platform.
+
+    The kernels' product chooses by itself when it is compiled, and without it all forms are one. Of two forms that are
+    both traced, the way back would keep two copies of every kernel.
+    """
+
+    @wraps(project)
+    def chosen(x: Array, kernel: Array, bias: Array) -> Array:
+        if kernel.ndim != 2:
+            return project(x, kernel, bias)
+        rows = x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x
+        if on_one_cpu() is not False and calls.computes(rows, kernel, bias, widths=kernel.shape):
+            return calls.affine(rows, kernel, bias).reshape(*x.shape[:-1], *bias.shape)
+        return jnp.tensordot(x, kernel, 1, preferred_element_type=bias.dtype) + bias
+
+    return chosen
+
+
 def project_by_matrices(
     _: Callable[..., Any], x: Float[Array, "b n *inputs"], kernel: Float[Array, "*both"], bias: Float[Array, "*outputs"]
 ) -> Float[Array, "b n *outputs"]:
@@ -195,23 +214,6 @@ def project_by_matrices(
     else:
         made = jnp.dot(rows, matrix, preferred_element_type=bias.dtype) + added
     return made.reshape(*x.shape[:2], *bias.shape)
-
-
-def expand_by_matrices(
-    textbook: Callable[..., Array],
-    x: Float[Array, "b n d"],
-    kernel: Any,
-    bias: Float[Array, "wide"],
-    activation: str,
-) -> Float[Array, "b n wide"]:
-    """`elementary.expand`, by a product whose end is GELU: what it is computed of is never written."""
-    if activation == "gelu" and calls.computes(x, bias, widths=[x.shape[-1], *bias.shape]):
-        if isinstance(kernel, calls.Stacked):
-            return kernel.times(lambda *given: textbook(*given, activation), x, bias, end="gelu")
-        if isinstance(kernel, jax.Array) and calls.computes(kernel):
-            rows = calls.affine(x.reshape(-1, x.shape[-1]), kernel, bias, end="gelu")
-            return rows.reshape(*x.shape[:2], -1)
-    return textbook(x, kernel, bias, activation)
 
 
 # --- Blocks (beit_jax.models.interface) -------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Native checkpoints: a directory of ``config.json``, ``preprocessor_config.json`` and ``flax_model.safetensors``.
 
-`native` reads and writes the checkpoint of a model, `tensors` the file of its tensors with a digest of each, `digest` has
-one of a whole model. `leaves` compares a configuration with the tensors beside it, `sizes` bounds it first. May import: the ground and `images`.
-Imports no model, so that reading a checkpoint needs no Flax.
+`native` reads and writes the checkpoint of a model, `tensors` the file of its tensors with a digest of each, `digest`
+has one of a whole model. `leaves` compares a configuration with the tensors beside it, `sizes` bounds it first. May
+import: the ground and `images`. Imports no model, so that reading a checkpoint needs no Flax.
 """
 
 from beit_jax.hub import CONFIG, PROCESSOR, WEIGHTS

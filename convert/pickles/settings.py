@@ -65,6 +65,7 @@ class _Plain:
 
 
 def kind_of(value: object) -> str:
+    """What a value of a pickle is, for people: a type's name, and how many values it holds."""
     match value:
         case Namespace():
             return "argparse.Namespace"

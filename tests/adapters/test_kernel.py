@@ -26,8 +26,8 @@ from beit_jax.adapters.low_rank import (
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.models.build import abstract_model, param_shapes
-from beit_jax.models.interface import REMAT, Remat
 from beit_jax.models.elementary import project
+from beit_jax.models.interface import REMAT, Remat
 from beit_jax.train.costs.estimate import traced_flops
 from beit_jax.tree import Nested, flatten, unflatten
 

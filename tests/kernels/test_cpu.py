@@ -237,7 +237,7 @@ def test_without_a_library_xla_computes(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_threads_change_no_bit(tmp_path: Path) -> None:
     """A process on one core computes what one on all does."""
     code = (
-        "import sys, numpy as np, jax.numpy as jnp; from beit_jax.kernels.cpu import calls\n"
+        "import sys, numpy as np, jax.numpy as jnp; from beit_jax.kernels.cpu import calls, library; library.offer()\n"
         "rng = np.random.default_rng(0); draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)\n"
         "np.savez(sys.argv[1], calls.affine(draw(577, 770), draw(770, 900), draw(900), end='gelu'),"
         " calls.attention(draw(2, 577, 3, 3, 64), draw(3, 577, 577)))"

@@ -1,9 +1,8 @@
 """How well a model classifies: devices count, the host adds up. The scores are exact for any batches and hosts."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 import jax
@@ -16,19 +15,16 @@ from scipy.sparse import coo_array, csr_array
 
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.build import Model
-from beit_jax.models.partition import BATCH_AXES
 from beit_jax.tree import Nested
 
 from ..augmentation.mixing import normalise
-from ..distributed.sharding import make_mesh, place, put_batch, replicated
+from ..distributed.sharding import make_mesh, replicated
 from ..recipe import Statistics
 from .mean_loss import MeanLoss, RowLosses
 from .shares import json_number, share
+from .stepping import EvalStep, HostBatch, on_every_device, stream
 
 TOP = 5
-HostBatch = Mapping[str, np.ndarray]
-EvalStep = Callable[[Any, Mapping[str, Array]], Any]
-
 # --- Scores -----------------------------------------------------------------------------------------------------------
 
 
@@ -305,35 +301,6 @@ class Tally:
         )
 
 
-def stream(step: EvalStep, params: Any, batches: Iterable[HostBatch], mesh: Mesh) -> Iterator[Any]:
-    """Yields the result of `step` for every batch. Each host gives its part of a batch; missing rows are padded.
-
-    A result is yielded once the next batch was sent, so that hosts prepare images while devices compute. All hosts must
-    give equally many batches of equal size, as `evaluation_batches.eval_batches` does: the others would wait for a host
-    that gave fewer.
-    """
-    share_of_host = prod(mesh.shape[axis] for axis in BATCH_AXES) // jax.process_count()
-    rows, pending = 0, None
-    for batch in batches:
-        needed = -(-len(batch["label"]) // share_of_host) * share_of_host
-        rows = max(rows, needed)
-        sent = put_batch({name: padded(array, rows) for name, array in batch.items()}, mesh)
-        with jax.set_mesh(mesh):
-            result = step(params, sent)
-        if pending is not None:
-            yield pending
-        pending = result
-    if pending is not None:
-        yield pending
-
-
-def padded(array: np.ndarray, rows: int) -> np.ndarray:
-    """The array [b, ...], filled up with zeros (``valid``: False) to [rows, ...]."""
-    if len(array) == rows:
-        return array
-    return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1))
-
-
 def evaluate_classification(
     model: Model | tuple[nnx.GraphDef[Model], Nested],
     batches: Iterable[HostBatch],
@@ -369,13 +336,6 @@ def evaluate_classification(
     for counts in stream(make_eval_step(graph, statistics, mesh, losses), params, sent, mesh):
         advance(tally.add(counts))
     return tally.scores(real=accepted is not None, matched=matched)
-
-
-def on_every_device(model: Model, mesh: Mesh) -> tuple[nnx.GraphDef[Model], Nested]:
-    """A model's graph, and its parameters, copied to every device of the mesh."""
-    graph, state = nnx.split(model)
-    params = jax.tree.map(np.asarray, nnx.to_pure_dict(state))
-    return graph, place(params, jax.tree.map(lambda leaf: replicated(mesh), params))
 
 
 def to_send(batch: HostBatch, classes: int, accepted: np.ndarray | None = None) -> dict[str, np.ndarray]:

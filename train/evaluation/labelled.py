@@ -22,11 +22,12 @@ from beit_jax.terminal import Progress, no_progress
 from ..data.evaluation_batches import eval_batches
 from ..labels.table import TableImages
 from . import accuracy, multilabel, regression
-from .accuracy import HostBatch, Scores, evaluate_classification
+from .accuracy import Scores, evaluate_classification
 from .matching import ClassOrder, class_order, value_order
 from .multilabel import MultiLabelScores, evaluate_multilabel
 from .opening import ImageFolder, Labelled, open_labelled
 from .regression import RegressionScores, evaluate_regression
+from .stepping import HostBatch
 
 VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 

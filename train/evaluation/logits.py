@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from beit_jax.inference.predictor import OutputName, named
-from beit_jax.models.build import Model
 from beit_jax.tree import Nested
 
 from ..distributed.sharding import make_mesh, replicated
-from .accuracy import EvalStep, HostBatch, on_every_device, stream
+from .stepping import EvalStep, HostBatch, on_every_device, stream
 
 Outputs = tuple[np.ndarray, np.ndarray]
 """(float32 [n, outputs], labels [n, ...]) of the images of a batch."""
@@ -23,7 +23,7 @@ Observe = Callable[[np.ndarray, np.ndarray], None]
 
 
 @lru_cache(maxsize=8)
-def make_output_step(graph: nnx.GraphDef[Model], mesh: Mesh, output: OutputName = "logits") -> EvalStep:
+def make_output_step(graph: nnx.GraphDef[Any], mesh: Mesh, output: OutputName = "logits") -> EvalStep:
     """The compiled step: (nested) parameters and a batch -> outputs, labels and which rows are valid, of all hosts."""
 
     def step(params: Nested, batch: Mapping[str, Array]) -> tuple[Array, Array, Array]:
@@ -34,7 +34,7 @@ def make_output_step(graph: nnx.GraphDef[Model], mesh: Mesh, output: OutputName 
 
 
 def outputs(
-    model: Model | tuple[nnx.GraphDef[Model], Nested],
+    model: nnx.Module | tuple[nnx.GraphDef[Any], Nested],
     batches: Iterable[HostBatch],
     *,
     mesh: Mesh | None = None,

@@ -14,9 +14,9 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.build import Model
 from beit_jax.tree import Nested
 
-from .accuracy import HostBatch
 from .logits import Observe, outputs
 from .shares import json_number, share
+from .stepping import HostBatch
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.models.build import Model
 from beit_jax.tree import Nested
 
-from .accuracy import HostBatch
 from .logits import Observe, outputs
 from .shares import json_number
+from .stepping import HostBatch
 
 
 @dataclass(frozen=True)

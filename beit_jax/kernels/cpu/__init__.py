@@ -3,5 +3,5 @@
 XLA calls them through `jax.ffi`. `library` compiles the files beside it for the machine it runs on, once, with the
 compiler that is there; `calls` makes functions of JAX of them. Without a compiler XLA's forms are computed.
 
-May import: the ground, `adapters`, whose `kernel` says what multiplies.
+May import: the ground.
 """

@@ -21,11 +21,34 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from beit_jax.adapters.kernel import Multiplier, Product
-from beit_jax.kernels.cpu import library
-
 SMALLEST = 192
 """The width of products from which the kernels are computed: for less, none is compiled."""
+
+Product = Callable[[Array, Array, Array], Array]
+"""``x @ kernel + bias``, see `beit_jax.adapters.kernel.Product`."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a library of kernels says of itself, see `library`.
+
+    Attributes:
+        available: whether functions are computed by the kernels.
+        may_be_exported: whether a program that is exported may call them.
+        target: what XLA calls a function, by its name.
+    """
+
+    available: Callable[[], bool]
+    may_be_exported: Callable[[], bool]
+    target: Callable[[str], str]
+
+
+_OFFERED: list[Offer] = []
+
+
+def offer(kernels: Offer) -> None:
+    """Computes by these kernels from now on. Programs for accelerators need none, and look for no compiler."""
+    _OFFERED[:] = [kernels]
 
 
 def computes(*arrays: Array, widths: Sequence[Any] = ()) -> bool:
@@ -34,7 +57,7 @@ def computes(*arrays: Array, widths: Sequence[Any] = ()) -> bool:
     if any(export.is_symbolic_dim(size) or size == 0 for size in sizes):
         return False
     fits = all(array.dtype == jnp.float32 for array in arrays) and all(width >= SMALLEST for width in widths)
-    return fits and library.available()
+    return fits and any(kernels.available() for kernels in _OFFERED)
 
 
 def _primitive(
@@ -55,9 +78,11 @@ def _primitive(
     def kernel(context: Any, *operands: Any, **options: Any) -> Any:
         module = context.module_context
         devices = getattr(module.axis_context, "num_devices", 1) or 1
-        if devices > 1 or (module.lowering_parameters.for_export and not library.may_be_exported()):
-            return lowered(context, *operands, **options)
-        return jax.ffi.ffi_lowering(library.target(call))(context, *operands, **options)
+        exported = module.lowering_parameters.for_export
+        for kernels in _OFFERED:
+            if devices == 1 and kernels.available() and (kernels.may_be_exported() or not exported):
+                return jax.ffi.ffi_lowering(kernels.target(call))(context, *operands, **options)
+        return lowered(context, *operands, **options)
 
     def shape(*arguments: Any, **options: Any) -> Any:
         found = jax.eval_shape(
@@ -178,8 +203,10 @@ def affine(
 
 
 @dataclass(frozen=True)
-class Stacked(Multiplier):
+class Stacked:
     """The kernel of one of several layers, which stays where it lies: a slice of them all would be a copy.
+
+    It is a `beit_jax.adapters.kernel.Multiplier`.
 
     Attributes:
         kernels: [layers, *inputs, *outputs].

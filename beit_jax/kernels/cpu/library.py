@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import jax
 
-from beit_jax.errors import BeitJaxError, printable
+from beit_jax.errors import BeitJaxError, environment_choice, printable
+from beit_jax.kernels.cpu import calls
 
 SWITCH = "BEIT_JAX_CPU_KERNELS"
 SOURCES = Path(__file__).parent
@@ -66,9 +67,7 @@ def available() -> bool:
     Raises:
         BeitJaxError: the environment variable has another value than its three, or is "on" and there is no library.
     """
-    said = os.environ.get(SWITCH, "auto")
-    if said not in ("auto", "on", "off"):
-        raise BeitJaxError(f"{SWITCH}: expected auto, on or off, found {printable(said)}")
+    said = environment_choice(SWITCH, "auto", "on", "off")
     if said == "off":
         return False
     if said == "auto" and not measured():
@@ -77,6 +76,11 @@ def available() -> bool:
     if said == "on" and found.digest is None:
         raise BeitJaxError(f"{SWITCH}=on: {found.reason}; set it to auto to compute without these kernels")
     return found.digest is not None
+
+
+def offer() -> None:
+    """Lets `calls` compute by the library, which is looked for when the first product is wide enough."""
+    calls.offer(calls.Offer(available, may_be_exported, target))
 
 
 def state() -> str:
