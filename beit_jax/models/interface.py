@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int
 
 from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError
-from beit_jax.kernels.cpu import calls
 from beit_jax.kernels.mesh import AVERAGES, KEPT
 from beit_jax.models.one_cpu import scan_blocks
 from beit_jax.models.position import Grid
@@ -36,9 +35,7 @@ REMAT: Mapping[Remat, Callable[[Any], Any]] = {
         jax.checkpoint,
         prevent_cse=False,
         policy=jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.save_from_both_policies(
-                jax.checkpoint_policies.dots_with_no_batch_dims_saveable, calls.is_product
-            ),
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             jax.checkpoint_policies.save_only_these_names(AVERAGES, KEPT),
         ),
     ),

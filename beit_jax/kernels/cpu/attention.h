@@ -12,11 +12,10 @@
 namespace beit {
 
 // qkv: [images][tokens][3][heads][width]; bias: [heads][tokens][tokens] or null; averages: [images][tokens][heads][width].
-// logs: [images][heads][tokens] or null; the logarithm of the sum of a row's exponentials, for gradients.
 struct Attention {
   Index images, tokens, heads, width;
   const float *qkv, *bias;
-  float *averages, *logs;
+  float* averages;
 
   Matrix part(Index image, Index head, Index which) const {
     return {qkv + (image * tokens * 3 + which) * heads * width + head * width, 3 * heads * width, 1};
@@ -36,7 +35,7 @@ INLINE Vector only(Vector value, Index count, float filling) {
 }
 
 // Scores of a row, in stretches of DEPTH that lie ROWS * STRIDE apart, become exponentials; returns their sum.
-INLINE float exponentials(float* scores, const float* bias, Index tokens, float& most) {
+INLINE float exponentials(float* scores, const float* bias, Index tokens) {
   Vector highest = all(-std::numeric_limits<float>::infinity());
   for (Index at = 0; at < tokens; at += DEPTH, scores += ROWS * STRIDE)
     for (Index j = 0; j < std::min(DEPTH, tokens - at); j += WIDTH) {
@@ -47,7 +46,7 @@ INLINE float exponentials(float* scores, const float* bias, Index tokens, float&
       store(scores + j, value);
       highest = larger(highest, value);
     }
-  most = largest(highest);
+  float most = largest(highest);
   Vector total{};
   scores -= (tokens + DEPTH - 1) / DEPTH * ROWS * STRIDE;
   for (Index at = 0; at < tokens; at += DEPTH, scores += ROWS * STRIDE)
@@ -93,10 +92,8 @@ void attend(Pool& pool, const Attention& x) {
         table[count](x.width, query, key + j * x.width, scores + j / DEPTH * ROWS * STRIDE + j % DEPTH, STRIDE, false);
       float totals[ROWS];
       for (int r = 0; r < count; r++) {
-        float most;
         const float* bias = x.bias ? x.bias + (head * x.tokens + start + r) * x.tokens : nullptr;
-        totals[r] = exponentials(scores + r * STRIDE, bias, x.tokens, most);
-        if (x.logs) x.logs[(image * x.heads + head) * x.tokens + start + r] = most + std::log(totals[r]);
+        totals[r] = exponentials(scores + r * STRIDE, bias, x.tokens);
       }
       for (Index at = 0; at < x.tokens; at += DEPTH) {
         Index depth = std::min(DEPTH, x.tokens - at);

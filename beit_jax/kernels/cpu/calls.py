@@ -2,7 +2,7 @@
 
 A primitive has a plain form, of XLA's operations. That is computed where the kernels are not: on other devices, for
 several devices, under `jax.vmap`, and in a program that is exported, which another machine will run. Derivatives are
-those of the plain form, whose products are the kernels' again; they may be taken again, forward and backward.
+those of the plain form: kernels of the way back were no faster than XLA's (benchmarks/RESULTS.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import export
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -60,14 +59,11 @@ def computes(*arrays: Array, widths: Sequence[Any] = ()) -> bool:
     return fits and any(kernels.available() for kernels in _OFFERED)
 
 
-def _primitive(
-    name: str, call: str, plain: Callable[..., Array], differentiated: Callable[..., Array] | None = None
-) -> Primitive:
+def _primitive(name: str, call: str, plain: Callable[..., Array]) -> Primitive:
     """A primitive of one result, which has the shape and the dtype of its plain form's.
 
     Args:
         call: the function of the library. What the plain form takes by name are its attributes.
-        differentiated: the function whose derivative it has; None to add derivatives later.
     """
     primitive = Primitive(name)
 
@@ -94,9 +90,8 @@ def _primitive(
         return jax.vmap(partial(plain, **options), axes)(*arguments), 0
 
     def derivative(primals: Any, tangents: Any, **options: Any) -> Any:
-        assert differentiated is not None
         given = [ad.instantiate_zeros(tangent) for tangent in tangents]
-        return jax.jvp(partial(differentiated, **options), tuple(primals), tuple(given))
+        return jax.jvp(partial(plain, **options), tuple(primals), tuple(given))
 
     lowered = mlir.lower_fun(plain, multiple_results=False)
     primitive.def_impl(lambda *arguments, **options: compiled(tuple(options), tuple(options.values()))(*arguments))
@@ -104,8 +99,7 @@ def _primitive(
     mlir.register_lowering(primitive, lowered)
     mlir.register_lowering(primitive, kernel, platform="cpu")
     batching.primitive_batchers[primitive] = batched
-    if differentiated is not None:
-        ad.primitive_jvps[primitive] = derivative
+    ad.primitive_jvps[primitive] = derivative
     return primitive
 
 
@@ -135,58 +129,15 @@ def _cdf(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
 # --- Products ---------------------------------------------------------------------------------------------------------
 
 
-def _plain_product(a: Array, b: Array, *, turn_a: bool, turn_b: bool, end: str) -> Array:
-    assert end == "plain"
-    return jnp.dot(a.T if turn_a else a, b.T if turn_b else b)
+def _plain_affine(rows: Array, matrix: Array, *more: Array, end: str) -> Array:
+    *number, bias = more
+    if number:
+        matrix = jax.lax.dynamic_index_in_dim(matrix, number[0], keepdims=False)
+    value = jnp.dot(rows, matrix) + bias
+    return gelu(value) if end == "gelu" else value
 
 
-product_p = _primitive("beit_product", "product", _plain_product)
-
-
-def product(a: Float[Array, "m k"], b: Float[Array, "k n"], *, turn_a: bool = False, turn_b: bool = False) -> Array:
-    """``a @ b``, of either's transpose if it is to be turned."""
-    return product_p.bind(a, b, turn_a=turn_a, turn_b=turn_b, end="plain")
-
-
-def is_product(primitive: Primitive, *_: Any, **options: Any) -> bool:
-    """Whether it is a product of these kernels: a policy of `jax.checkpoint`, as JAX's own are of XLA's products."""
-    return primitive is product_p
-
-
-def _left(upstream: Array, a: Any, b: Array, *, turn_a: bool, turn_b: bool, end: str) -> Array:
-    if turn_a:
-        return product(b, upstream, turn_a=turn_b, turn_b=True)
-    return product(upstream, b, turn_b=not turn_b)
-
-
-def _right(upstream: Array, a: Array, b: Any, *, turn_a: bool, turn_b: bool, end: str) -> Array:
-    if turn_b:
-        return product(upstream, a, turn_a=True, turn_b=turn_a)
-    return product(a, upstream, turn_a=not turn_a)
-
-
-ad.defbilinear(product_p, _left, _right)
-
-
-def _ended(rows: Array, matrix: Array, *arrays: Array, multiply: Callable[..., Array], end: str, **_: Any) -> Array:
-    more = list(arrays)
-    if matrix.ndim == 3:
-        number, *more = more
-        matrix = jax.lax.dynamic_index_in_dim(matrix, number, keepdims=False)
-    bias, *others = more
-    value = multiply(rows, matrix) + bias
-    if end == "gelu":
-        return gelu(value)
-    if end == "residual":
-        scale, residual = others
-        return residual + scale * value
-    assert end == "bias"
-    return value
-
-
-ended_p = _primitive(
-    "beit_ended_product", "product", partial(_ended, multiply=jnp.dot), partial(_ended, multiply=product)
-)
+affine_p = _primitive("beit_affine", "affine", _plain_affine)
 
 
 def affine(
@@ -199,7 +150,7 @@ def affine(
         more: the number of the layer, an int32, where they are several; then the bias, [n].
         end: "gelu" for GELU of it.
     """
-    return ended_p.bind(rows, matrix, *more, turn_a=False, turn_b=False, end=end)
+    return affine_p.bind(rows, matrix, *more, end=end)
 
 
 @dataclass(frozen=True)
@@ -239,18 +190,6 @@ class Stacked:
         return affine(rows, matrices, self.number, bias.ravel(), end=end).reshape(*x.shape[:2], *bias.shape)
 
 
-def affine_residual(
-    rows: Float[Array, "m k"],
-    matrix: Float[Array, "k n"],
-    bias: Float[Array, "n"],
-    scale: Float[Array, "n"],
-    residual: Float[Array, "m n"],
-) -> Float[Array, "m n"]:
-    """``residual + scale * (rows @ matrix + bias)``."""
-    arguments = rows, matrix, bias, scale, residual
-    return ended_p.bind(*arguments, turn_a=False, turn_b=False, end="residual")
-
-
 # --- Attention --------------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +200,7 @@ def _plain_attention(qkv: Array, *bias: Array) -> Array:
     return jnp.einsum("bhqk,bhke->bqhe", weights, value)
 
 
-attention_p = _primitive("beit_attention", "attention", _plain_attention, _plain_attention)
+attention_p = _primitive("beit_attention", "attention", _plain_attention)
 
 
 def attention(
@@ -269,20 +208,3 @@ def attention(
 ) -> Float[Array, "b n heads e"]:
     """``softmax(query @ key / sqrt(e) + bias) @ value`` of every head."""
     return attention_p.bind(qkv, *([] if bias is None else [bias]))
-
-
-# --- LayerNorm --------------------------------------------------------------------------------------------------------
-
-
-def _plain_norm(x: Array, scale: Array, bias: Array, *, epsilon: float) -> Array:
-    deviation = x - x.mean(axis=-1, keepdims=True)
-    variance = jnp.square(deviation).mean(axis=-1, keepdims=True)
-    return deviation * (jax.lax.rsqrt(variance + epsilon) * scale) + bias
-
-
-norm_p = _primitive("beit_norm", "norm", _plain_norm, _plain_norm)
-
-
-def norm(x: Float[Array, "*dims d"], scale: Float[Array, "d"], bias: Float[Array, "d"], epsilon: float) -> Array:
-    """LayerNorm over the last axis."""
-    return norm_p.bind(x, scale, bias, epsilon=np.float32(epsilon))
