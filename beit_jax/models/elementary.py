@@ -81,7 +81,7 @@ class LayerNorm(nnx.LayerNorm):
         self, x: Float[Array, "*dims d"], *, mask: Shaped[Array, "*dims d"] | None = None
     ) -> Float[Array, "*dims d"]:
         @for_accelerators(normalized_with_derivative)
-        def normalized(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+        def normalized(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
             return super(LayerNorm, self).__call__(x, mask=mask)
 
         return normalized(x, self.scale[...], self.bias[...], self.epsilon)
