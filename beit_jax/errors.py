@@ -16,6 +16,17 @@ class BeitJaxError(ValueError):
     exit_code: ClassVar[int] = 2
 
 
+class Note(str):
+    """A note of an exception (`BaseException.add_note`) that the command prints behind it, unlike notes of others."""
+
+    __slots__ = ()
+
+
+def notes_of(error: BaseException) -> list[Note]:
+    """Our notes of an exception, in the order in which they were added."""
+    return [note for note in getattr(error, "__notes__", ()) if isinstance(note, Note)]
+
+
 @contextmanager
 def needs_extra(name: str) -> Iterator[None]:
     """Encloses imports that need an extra of the installation.

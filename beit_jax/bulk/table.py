@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 from beit_jax.atomic import check_file, check_place
 from beit_jax.bulk.chunks import Chunks, Header, explained, folder_of, is_begun
 from beit_jax.bulk.inputs import Listing
-from beit_jax.errors import BeitJaxError, printable
+from beit_jax.errors import BeitJaxError, Note, printable
 from beit_jax.images.bad_images import BadImages, check_bad
 from beit_jax.lock import InUse, exclusive
 from beit_jax.tables.schema import Part, Schema
@@ -168,9 +168,8 @@ class Table:
             chunks.remove()
             self.discard()
         elif kept:
-            error.add_note(
-                f"{kept:,} of {len(chunks):,} parts are kept in {printable(chunks.folder)}: the same command goes on"
-            )
+            where = printable(chunks.folder)
+            error.add_note(Note(f"{kept:,} of {len(chunks):,} parts are kept in {where}: the same command goes on"))
 
     def _end(self, chunks: Chunks) -> Outcome:
         """Joins the table where all chunks are there, or says which are missing."""

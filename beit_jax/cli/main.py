@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from beit_jax.cli.stopping import Stoppable
-from beit_jax.errors import BeitJaxError, printable
+from beit_jax.errors import BeitJaxError, notes_of, printable
 from beit_jax.memory import keep_freed_memory, leave_objects
 from beit_jax.terminal import print_error, reader_left, standard_output
 from beit_jax.version import __version__
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             return 1
         except BeitJaxError as error:
-            print_error("; ".join([f"error: {error}", *getattr(error, "__notes__", ())]))
+            print_error("; ".join([f"error: {error}", *notes_of(error)]))
             return error.exit_code
         except (RuntimeError, AssertionError):
             reason = _why_no_device()
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_error(f"error: {reason}")
             return BeitJaxError.exit_code
         except KeyboardInterrupt as stopped:
-            print_error("; ".join(["interrupted", *getattr(stopped, "__notes__", ["nothing was kept"])]))
+            print_error("; ".join(["interrupted", *(notes_of(stopped) or ["nothing was kept"])]))
             return getattr(stopped, "exit_code", 130)
         return stoppable.exit_code or code
 

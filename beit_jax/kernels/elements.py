@@ -59,7 +59,7 @@ def in_order(
 # --- Layer scale ------------------------------------------------------------------------------------------------------
 
 
-def with_scaled_kernels(textbook: Callable[..., T], block: Any, *arguments: Any, **options: Any) -> T:
+def with_scaled_kernels(textbook: Callable[..., T], *arguments: Any, **options: Any) -> T:
     """`layers.Block`, whose layer scales are multiplied into the last kernel of each branch.
 
         gamma * (x @ kernel + bias) = x @ (gamma * kernel) + gamma * bias
@@ -67,8 +67,9 @@ def with_scaled_kernels(textbook: Callable[..., T], block: Any, *arguments: Any,
     The kernel's gradient then holds what gamma's is made of: the branch's output, as large as the residual stream, is
     neither kept nor read again. Dropout between commutes with the scale. Kernels with adapters stay as they are.
     """
+    block, *rest = arguments
     if not hasattr(block, "gamma_1"):
-        return textbook(block, *arguments, **options)
+        return textbook(*arguments, **options)
     block = jax.tree.map(lambda leaf: leaf, block)  # another module; the caller's keeps its parameters
     last = (block.attention, "out_kernel", "out_bias", "gamma_1"), (block.mlp.fc2, "kernel", "bias", "gamma_2")
     for layer, kernel, bias, gamma in last:
@@ -78,7 +79,7 @@ def with_scaled_kernels(textbook: Callable[..., T], block: Any, *arguments: Any,
             setattr(layer, kernel, nnx.Param(scale * plain.astype(jnp.float32)))
             setattr(layer, bias, nnx.Param(scale * getattr(layer, bias)[...].astype(jnp.float32)))
             setattr(block, gamma, nnx.Param(jnp.ones_like(scale)))
-    return textbook(block, *arguments, **options)
+    return textbook(block, *rest, **options)
 
 
 # --- LayerNorm --------------------------------------------------------------------------------------------------------

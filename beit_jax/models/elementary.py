@@ -56,7 +56,7 @@ def expand(
     """``activation(x @ kernel + bias)``; kernel: [d, wide], an `AdaptedKernel`, or one of `Stacked`, whose products may
     end in GELU."""
     if activation == "gelu" and isinstance(kernel, Stacked):
-        return kernel.times(lambda *given: expand(*given, activation), x, bias, end="gelu")
+        return kernel.times(lambda x, kernel, bias: expand(x, kernel, bias, activation), x, bias, end="gelu")
     return ACTIVATIONS[activation](kept(project(x, kernel, bias)))
 
 
@@ -81,9 +81,10 @@ class LayerNorm(nnx.LayerNorm):
         self, x: Float[Array, "*dims d"], *, mask: Shaped[Array, "*dims d"] | None = None
     ) -> Float[Array, "*dims d"]:
         @for_accelerators(normalized_with_derivative)
-        def normalized(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
+        def normalized(x: Any, scale: Any, bias: Any, eps: float) -> Any:
             return super(LayerNorm, self).__call__(x, mask=mask)
 
+        assert self.scale is not None and self.bias is not None
         return normalized(x, self.scale[...], self.bias[...], self.epsilon)
 
 

@@ -97,10 +97,10 @@ def test_parity_names_the_first_stage_that_differs(
     """With the tanh form of GELU, the mistake most ports make, the first block already differs."""
     import jax
 
-    from beit_jax.models import layers
+    from beit_jax.models import elementary
 
-    wrong = {**layers.ACTIVATIONS, "gelu": jax.nn.gelu}
-    monkeypatch.setattr(layers, "ACTIVATIONS", wrong)
+    wrong = {**elementary.ACTIVATIONS, "gelu": jax.nn.gelu}
+    monkeypatch.setattr(elementary, "ACTIVATIONS", wrong)
     text = output(capsys, "parity", DIGITS, code=1)
     assert "first difference at block 1" in text and "DIFFERENT" in text
 

@@ -17,7 +17,7 @@ from ..recipe import AugmentOptions, Recipe
 from .objective import Objective, Shapes
 
 if TYPE_CHECKING:
-    from ..evaluation.accuracy import HostBatch
+    from ..evaluation.stepping import HostBatch
     from .objective import Images
 
 

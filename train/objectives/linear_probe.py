@@ -37,9 +37,10 @@ from .objective import Sources
 if TYPE_CHECKING:
     from .objective import Images
 
-from ..evaluation.accuracy import EvalStep, HostBatch, best_classes, stream, to_send
+from ..evaluation.accuracy import best_classes, to_send
 from ..evaluation.mean_loss import VALIDATION_LOSS, MeanLoss
 from ..evaluation.shares import share
+from ..evaluation.stepping import EvalStep, HostBatch, stream
 from ..step.criterion import Batch, Criterion, Metrics
 
 
