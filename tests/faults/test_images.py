@@ -423,8 +423,8 @@ def test_foreign_folders_are_left_out_and_links_are_followed_once(folder: Path, 
 
 
 def test_a_folder_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def scan(place: Path) -> Any:
-        if place.name == "zero":
+    def scan(place: Path | str) -> Any:
+        if Path(place).name == "zero":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return scandir(place)
 
