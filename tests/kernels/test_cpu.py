@@ -242,3 +242,18 @@ def test_threads_change_no_bit(tmp_path: Path) -> None:
             found.append(list(arrays.values()))
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("remat", ["block", "dots"])
+def test_rematerialisation_without_gradients(remat: str) -> None:
+    """Blocks' kernels go through `jax.checkpoint` as other arguments do."""
+    config = replace(TINY, position_bias="per_layer")
+    params = unflatten(dict(zip(param_shapes(config), draw(*param_shapes(config).values()), strict=True)))
+    pixels = draw((2, *config.image_size, 3))[0]
+
+    def run(params: Any, pixels: Any, remat: Any) -> Any:
+        return build_model(config, params)(pixels, remat=remat).logits
+
+    with traced_for("cpu"):
+        found, expected = (jax.jit(run, static_argnums=2)(params, pixels, how) for how in (remat, "none"))
+    np.testing.assert_array_equal(found, expected)

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import pi, prod, sqrt
 from types import EllipsisType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax import export
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+if TYPE_CHECKING:
+    from jax.extend.core import Primitive
 
 SMALLEST = 192
 """The width of products from which the kernels are computed: for less, none is compiled."""
@@ -56,16 +57,32 @@ def computes(*arrays: Array, widths: Sequence[Any] = ()) -> bool:
     if any(export.is_symbolic_dim(size) or size == 0 for size in sizes):
         return False
     fits = all(array.dtype == jnp.float32 for array in arrays) and all(width >= SMALLEST for width in widths)
-    return fits and any(kernels.available() for kernels in _OFFERED)
+    return fits and _parts() is not None and any(kernels.available() for kernels in _OFFERED)
 
 
-def _primitive(name: str, call: str, plain: Callable[..., Array]) -> Primitive:
+@lru_cache
+def _parts() -> Any:
+    """What primitives are made of, of which JAX promises nothing; None where it has them no more: XLA's forms remain.
+
+    JAX's public calls of foreign functions would be in exported programs too, which another machine runs.
+    """
+    try:
+        from jax.extend.core import Primitive
+        from jax.interpreters import ad, batching, mlir
+    except ImportError:
+        return None
+    return Primitive, ad, batching, mlir
+
+
+@lru_cache
+def _primitive(call: str, plain: Callable[..., Array]) -> "Primitive":
     """A primitive of one result, which has the shape and the dtype of its plain form's.
 
     Args:
         call: the function of the library. What the plain form takes by name are its attributes.
     """
-    primitive = Primitive(name)
+    make, ad, batching, mlir = _parts()
+    primitive: Primitive = make(f"beit_{call}")
 
     @lru_cache
     def compiled(names: tuple[str, ...], values: tuple[Any, ...]) -> Callable[..., Array]:
@@ -137,9 +154,6 @@ def _plain_affine(rows: Array, matrix: Array, *more: Array, end: str) -> Array:
     return gelu(value) if end == "gelu" else value
 
 
-affine_p = _primitive("beit_affine", "affine", _plain_affine)
-
-
 def affine(
     rows: Float[Array, "m k"], matrix: Float[Array, "*layers k n"], *more: Array, end: str = "bias"
 ) -> Float[Array, "m n"]:
@@ -150,9 +164,10 @@ def affine(
         more: the number of the layer, an int32, where they are several; then the bias, [n].
         end: "gelu" for GELU of it.
     """
-    return affine_p.bind(rows, matrix, *more, end=end)
+    return _primitive("affine", _plain_affine).bind(rows, matrix, *more, end=end)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Stacked:
     """The kernel of one of several layers, which stays where it lies: a slice of them all would be a copy.
@@ -200,11 +215,8 @@ def _plain_attention(qkv: Array, *bias: Array) -> Array:
     return jnp.einsum("bhqk,bhke->bqhe", weights, value)
 
 
-attention_p = _primitive("beit_attention", "attention", _plain_attention)
-
-
 def attention(
     qkv: Float[Array, "b n 3 heads e"], bias: Float[Array, "heads n n"] | None
 ) -> Float[Array, "b n heads e"]:
     """``softmax(query @ key / sqrt(e) + bias) @ value`` of every head."""
-    return attention_p.bind(qkv, *([] if bias is None else [bias]))
+    return _primitive("attention", _plain_attention).bind(qkv, *([] if bias is None else [bias]))

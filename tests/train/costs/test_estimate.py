@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from beit_jax.config import BeitConfig
+from beit_jax.kernels.cpu import library
 from beit_jax.models.build import abstract_model, num_params, param_shapes
 from beit_jax.models.interface import Remat
 from beit_jax.models.partition import traced_for_several_devices
@@ -62,6 +63,12 @@ CONFIGS = {
     ),
 }
 IMAGES = 2
+
+
+@pytest.fixture(autouse=True)
+def products_of_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are what can be counted; kernels of one CPU compute the same."""
+    monkeypatch.setenv(library.SWITCH, "off")
 
 
 def scalar(config: BeitConfig, remat: Remat = "none") -> Callable[[Any, jax.Array], jax.Array]:
