@@ -22,7 +22,7 @@ class Note(str):
     __slots__ = ()
 
 
-def notes_of(error: BaseException) -> list[Note]:
+def notes_of(error: BaseException) -> list[str]:
     """Our notes of an exception, in the order in which they were added."""
     return [note for note in getattr(error, "__notes__", ()) if isinstance(note, Note)]
 
