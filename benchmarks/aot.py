@@ -280,9 +280,9 @@ are bounds by the data sheets. Each row says which compiler made it, and of whic
 ## Before the kernels of attention, and now
 
 The step of an earlier checkout ({commits}) and this one's, by the same compiler, counted in the same way
-(`--other DIR`). Before : now, and the ratio. The rows of db3b71f were counted from the compiled text of that build, which
-did not name its commit, and their memory is known to two decimals. Later forms of a block's elements move fewer bytes
-still (`beit_jax/kernels/elements.py`); no row has them yet.
+(`--other DIR`). Before : now, and the ratio. The rows of db3b71f were counted from the compiled text of that build,
+which did not name its commit, and their memory is known to two decimals. Later forms of a block's elements move fewer
+bytes still (`beit_jax/kernels/elements.py`); no row has them yet.
 
 {compared}
 
