@@ -90,7 +90,9 @@ def test_a_stopped_run_says_how_to_go_on(shards: list[str], whole: bytes, tmp_pa
     text, _ = run.communicate(timeout=60)
     if run.returncode != 0:  # it may have been faster
         assert run.returncode == 143 and "parts are kept in" in text and "the same command goes on" in text, text
-    assert started(command).wait(120) == 0
+    again = started(command)
+    text, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, text
     assert output.read_bytes() == whole
 
 
