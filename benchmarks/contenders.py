@@ -122,7 +122,7 @@ def _our_step(job: Job) -> Call:
     inputs, start = job.inputs, load(Path(job.directory, "native"))
     pretrains = job.kind == "pretrain"
     data = DataOptions(batch_size=len(inputs["image"]))
-    optim = OptimOptions(lr=RATE, weight_decay=DECAY, warmup_epochs=0)
+    optim = OptimOptions(lr=RATE, weight_decay=DECAY, warmup_epochs=0, epochs=1)
     plain = AugmentOptions(randaugment=None, erasing=0.0, smoothing=SMOOTHING)
     recipe = (
         MaskedTokensRecipe(job.kind, data=data, optim=optim)
