@@ -1,7 +1,7 @@
 """Writes and reads back shards with the package `webdataset`, for tests/bulk/test_reference_shards.py.
 
-    python -m venv /tmp/webdataset && /tmp/webdataset/bin/pip install webdataset==1.0.2 pillow numpy
-    /tmp/webdataset/bin/python tests/reference/make_webdataset.py tests/reference/webdataset
+    pip install webdataset==1.0.2 pillow numpy  # in an environment of its own
+    python tests/reference/make_webdataset.py tests/reference/webdataset
 
 The images are of what shards hold in practice: JPEG and PNG, a folder in the key, a dot in an ending ("left.png"), and
 beside some images a class or JSON. `samples.json` holds what webdataset itself reads from the shards, in its order.

@@ -27,11 +27,11 @@ static ffi::Error affine(ffi::ThreadPool pool, Array a, Array b, ffi::RemainingA
   Matrix left{a.typed_data(), k, 1}, right{matrix, n, 1};
   float* out = c->typed_data();
   if (end == "bias")
-    multiply(pool, m, n, k, left, right, out, n,
-             [bias](Index, Index j, Vector value, Index count) { return value + load(bias + j, count); });
+    multiply(pool, m, n, k, left, right, out,
+             [bias](Index j, Vector value, Index count) { return value + load(bias + j, count); });
   else if (end == "gelu")
-    multiply(pool, m, n, k, left, right, out, n,
-             [bias](Index, Index j, Vector value, Index count) { return gelu(value + load(bias + j, count)); });
+    multiply(pool, m, n, k, left, right, out,
+             [bias](Index j, Vector value, Index count) { return gelu(value + load(bias + j, count)); });
   else
     return ffi::Error::InvalidArgument("beit_jax: unknown end of a product");
   return ffi::Error::Success();

@@ -67,15 +67,23 @@ def available() -> bool:
     Raises:
         BeitJaxError: the environment variable has another value than its three, or is "on" and there is no library.
     """
-    said = environment_choice(SWITCH, "auto", "on", "off")
-    if said == "off":
-        return False
-    if said == "auto" and not measured():
+    if unwanted() is not None:
         return False
     found = library()
-    if said == "on" and found.digest is None:
+    if _said() == "on" and found.digest is None:
         raise BeitJaxError(f"{SWITCH}=on: {found.reason}; set it to auto to compute without these kernels")
     return found.digest is not None
+
+
+def unwanted() -> str | None:
+    """Why the kernels are not even looked for; None if they are."""
+    if _said() == "off":
+        return f"{SWITCH}=off"
+    return None if _said() == "on" or measured() else "not for this processor"
+
+
+def _said() -> str:
+    return environment_choice(SWITCH, "auto", "on", "off")
 
 
 def offer() -> None:
@@ -86,9 +94,7 @@ def offer() -> None:
 def state() -> str:
     """One line for people: whether the kernels are used, or why not."""
     if not available():
-        said = os.environ.get(SWITCH, "auto")
-        reason = f"{SWITCH}=off" if said == "off" else library().reason if measured() else "not for this processor"
-        return f"XLA's products and attention ({reason})"
+        return f"XLA's products and attention ({unwanted() or library().reason})"
     return f"kernels built for this processor ({library().reason})"
 
 
@@ -155,8 +161,7 @@ def targets() -> list[str]:
 def identity() -> str:
     """The digest of the library that would be used, whether it is built yet or not; "none" for none."""
     program = compiler()
-    said = os.environ.get(SWITCH, "auto")
-    return "none" if program is None or said == "off" or (said == "auto" and not measured()) else _digest(program)
+    return "none" if program is None or unwanted() is not None else _digest(program)
 
 
 def directory() -> Path:

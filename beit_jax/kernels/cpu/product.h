@@ -39,21 +39,14 @@ struct Scratch {
   ~Scratch() { std::free(data); }
 };
 
-// Rows of A as [ROWS][STRIDE].
+// Rows of A, whose columns are neighbours, as [ROWS][STRIDE].
 INLINE void copy_rows(const Matrix& a, Index row, int rows, Index k, Index depth, float* to) {
-  if (a.column == 1) {
-    for (int r = 0; r < rows; r++) {
-      const float* from = a.at(row + r, k);
-      float* line = to + r * STRIDE;
-      Index i = 0;
-      for (; i + WIDTH <= depth; i += WIDTH) store(line + i, load(from + i));
-      for (; i < depth; i++) line[i] = from[i];
-    }
-  } else {
-    for (Index i = 0; i < depth; i++) {
-      const float* from = a.at(row, k + i);
-      for (int r = 0; r < rows; r++) to[r * STRIDE + i] = from[r * a.row];
-    }
+  for (int r = 0; r < rows; r++) {
+    const float* from = a.at(row + r, k);
+    float* line = to + r * STRIDE;
+    Index i = 0;
+    for (; i + WIDTH <= depth; i += WIDTH) store(line + i, load(from + i));
+    for (; i < depth; i++) line[i] = from[i];
   }
 }
 
@@ -85,8 +78,8 @@ INLINE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Ind
 
 // C[R][COLUMNS] = or += A[R][depth] B[depth][COLUMNS]
 template <int R>
-__attribute__((noinline)) void tile(Index depth, const float* __restrict a, const float* __restrict b, float* __restrict c, Index row,
-                                    bool add) {
+__attribute__((noinline)) void tile(Index depth, const float* __restrict a, const float* __restrict b,
+                                    float* __restrict c, Index row, bool add) {
   Vector sums[R][VECTORS];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < VECTORS; v++) sums[r][v] = Vector{};
@@ -142,9 +135,9 @@ struct Division {
   Index start(Index i) const { return i * size + std::min(i, larger); }
 };
 
-// finish(row, column, value, count): what is stored of `count` neighbours in a row of the product.
+// finish(column, value, count): what is stored of `count` neighbours in a row of the product, which has n numbers.
 template <typename Pool, typename Finish>
-void multiply(Pool& pool, Index m, Index n, Index k, Matrix a, Matrix b, float* c, Index row, const Finish& finish) {
+void multiply(Pool& pool, Index m, Index n, Index k, Matrix a, Matrix b, float* c, const Finish& finish) {
   const Tile* table = tiles();
   Index threads = std::max<Index>(1, pool.num_threads());
   Index panels = (n + COLUMNS - 1) / COLUMNS;
@@ -174,22 +167,22 @@ void multiply(Pool& pool, Index m, Index n, Index k, Matrix a, Matrix b, float* 
         copy_rows(a, start, count, at, depth, left);
         for (Index j = first; j < last; j += COLUMNS) {
           const float* panel = right + (j - first) * depth;
-          float* to = c + start * row + j;
+          float* to = c + start * n + j;
           Index there = std::min<Index>(COLUMNS, last - j);
           alignas(64) float edge[ROWS * COLUMNS];
           if (there == COLUMNS) {
-            table[count](depth, left, panel, to, row, at > 0);
+            table[count](depth, left, panel, to, n, at > 0);
           } else {
             if (at > 0)
-              for (int r = 0; r < count; r++) std::memcpy(edge + r * COLUMNS, to + r * row, there * sizeof(float));
+              for (int r = 0; r < count; r++) std::memcpy(edge + r * COLUMNS, to + r * n, there * sizeof(float));
             table[count](depth, left, panel, edge, COLUMNS, at > 0);
-            for (int r = 0; r < count; r++) std::memcpy(to + r * row, edge + r * COLUMNS, there * sizeof(float));
+            for (int r = 0; r < count; r++) std::memcpy(to + r * n, edge + r * COLUMNS, there * sizeof(float));
           }
           if (ends)
             for (int r = 0; r < count; r++)
               for (Index v = 0; v < there; v += WIDTH) {
-                float* place = to + r * row + v;
-                store(place, finish(start + r, j + v, load(place, there - v), there - v), there - v);
+                float* place = to + r * n + v;
+                store(place, finish(j + v, load(place, there - v), there - v), there - v);
               }
         }
       }
