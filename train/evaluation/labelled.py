@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
@@ -19,7 +18,6 @@ from beit_jax.json_file import read_json_array
 from beit_jax.models.build import Model
 from beit_jax.terminal import Progress, no_progress
 
-from ..data.evaluation_batches import eval_batches
 from ..labels.table import TableImages
 from . import accuracy, multilabel, regression
 from .accuracy import Scores, evaluate_classification
@@ -27,7 +25,7 @@ from .matching import ClassOrder, class_order, value_order
 from .multilabel import MultiLabelScores, evaluate_multilabel
 from .opening import ImageFolder, Labelled, open_labelled
 from .regression import RegressionScores, evaluate_regression
-from .stepping import HostBatch
+from .stepping import HostBatch, host_batches
 
 VALIDATION_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})\.")
 
@@ -130,15 +128,7 @@ def evaluate_images(
         if not (accepted >= 0).any():
             raise BeitJaxError(f"{printable(real)}: no label for any of {len(data)} images, so there is no score")
     bad = BadImages(len(data), max_bad)
-    batches = eval_batches(
-        data,
-        processor,
-        batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        workers=workers,
-        bad=bad,
-    )
+    batches = host_batches(data, processor, batch_size, workers=workers, bad=bad)
     scores: AnyScores
     with progress(len(data)) as advance:
         if problem == "single_label_classification":

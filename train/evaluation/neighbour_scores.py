@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
@@ -18,13 +17,13 @@ from beit_jax.models.build import Model
 from beit_jax.search.exact import Nearest
 from beit_jax.terminal import Progress, no_progress
 
-from ..data.evaluation_batches import eval_batches
 from ..labels.meaning import TableOptions
 from ..labels.table import TableImages
 from .logits import outputs
 from .neighbours import TOP, nearest_train, votes
 from .opening import ImageFolder, Labelled, open_labelled
 from .shares import json_number, share
+from .stepping import host_batches
 
 PREFERRED: Final = 20
 """Neighbours that vote; of DINO's 10, 20, 100 and 200 the best on ImageNet (arXiv 2104.14294, appendix F)."""
@@ -176,15 +175,7 @@ def evaluate_neighbours(
     left_out, computed = list[str](), list[tuple[np.ndarray, np.ndarray]]()
     for data in (tests,) if train is None else (train, tests):
         bad = BadImages(len(data), max_bad)
-        batches = eval_batches(
-            data,
-            processor,
-            batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=workers,
-            bad=bad,
-        )
+        batches = host_batches(data, processor, batch_size, workers=workers, bad=bad)
         with progress(len(data)) as advance:
             computed.append(_joined(list(outputs(model, batches, mesh=mesh, output=pooling, advance=advance))))
         left_out += bad.reasons.values()

@@ -10,13 +10,36 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from beit_jax.images.bad_images import BadImages
+from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.partition import BATCH_AXES
 from beit_jax.tree import Nested
 
+from ..data.evaluation_batches import Images, eval_batches
 from ..distributed.sharding import place, put_batch, replicated
 
 HostBatch = Mapping[str, np.ndarray]
 EvalStep = Callable[[Any, Mapping[str, Array]], Any]
+
+
+def host_batches(
+    images: Images,
+    processor: ImageProcessor,
+    batch_size: int,
+    *,
+    workers: int | None = None,
+    bad: BadImages | None = None,
+) -> Iterator[HostBatch]:
+    """This host's part of `evaluation_batches.eval_batches`, which takes, yields and raises the same."""
+    return eval_batches(
+        images,
+        processor,
+        batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=workers,
+        bad=bad,
+    )
 
 
 def stream(step: EvalStep, params: Any, batches: Iterable[HostBatch], mesh: Mesh) -> Iterator[Any]:

@@ -12,12 +12,11 @@ from beit_jax.images.processor import ImageProcessor
 
 from ..augmentation.classification import randaugment_policy, train_transform
 from ..data.datasets import Dataset, open_dataset
-from ..data.evaluation_batches import eval_batches
+from ..evaluation.stepping import HostBatch, host_batches
 from ..recipe import AugmentOptions, Recipe
 from .objective import Objective, Shapes
 
 if TYPE_CHECKING:
-    from ..evaluation.stepping import HostBatch
     from .objective import Images
 
 
@@ -57,11 +56,4 @@ class LabelledImages(Objective[LabelledT]):
     def evaluation_batches(self, images: "Images", processor: ImageProcessor) -> "Iterator[HostBatch]":
         """This host's share of the images to evaluate."""
         assert isinstance(images, Dataset)
-        return eval_batches(
-            images,
-            processor,
-            self.recipe.eval_batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=self.recipe.data.workers,
-        )
+        return host_batches(images, processor, self.recipe.eval_batch_size, workers=self.recipe.data.workers)
