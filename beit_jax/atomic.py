@@ -95,7 +95,7 @@ def new_directory(
     check_place(destination)
     partial, lock = _sibling(destination, "partial"), _sibling(destination, "lock")
     interrupted = os.path.lexists(lock)  # a process that ends by itself removes its lock last
-    with _explained(destination), exclusive(lock, destination, remove=True):
+    with explained(destination), exclusive(lock, destination, remove=True):
         if not interrupted:
             _refuse_strangers(destination)
         _restore(destination, contents)
@@ -186,7 +186,7 @@ def new_file(destination: Path, *, inputs: Iterable[Path] = ()) -> Iterator[Path
     """
     check_file(destination, inputs=inputs)
     partial = _sibling(destination, f"partial-{os.getpid()}")
-    with _explained(destination):
+    with explained(destination):
         try:
             yield partial
             os.replace(partial, destination)
@@ -256,29 +256,40 @@ def _check_space(directory: Path, need_bytes: int) -> None:
 
 
 _REASONS = {
-    errno.ENOSPC: "the disk is full; nothing was kept, free space and run again",
-    errno.EDQUOT: "the disk is full for you (quota); nothing was kept, free space and run again",
-    errno.EFBIG: "a file may not become that large here; nothing was kept, see ulimit -f and the file system's limit",
+    errno.ENOSPC: ("the disk is full", "free space and run again"),
+    errno.EDQUOT: ("the disk is full for you (quota)", "free space and run again"),
+    errno.EFBIG: ("a file may not become that large here", "see ulimit -f and the file system's limit"),
 }
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENAMETOOLONG, errno.EIO)
 
 
 @contextmanager
-def _explained(destination: Path) -> Iterator[None]:
-    """Makes one line of what the system says about writing. Errors of reading anything else pass."""
+def explained(destination: Path, *, place: Path | None = None, left: str = "nothing was kept, ") -> Iterator[None]:
+    """Makes one line of what the system says about writing. Errors of reading anything else pass.
+
+    Args:
+        destination: what is being written, for messages.
+        place: the folder in which it is written; by default that of `destination`.
+        left: what a full disk leaves, as the line says it.
+
+    Raises:
+        BeitJaxError: something in `place` cannot be written, or the disk is full.
+    """
     try:
         yield
     except OSError as error:
         name = printable(destination)
         if error.errno in _REASONS:
-            raise BeitJaxError(f"{name}: {_REASONS[error.errno]}") from error
-        if error.errno in _REFUSED and error.filename is not None and _is_beside(error.filename, destination):
+            reason, way = _REASONS[error.errno]
+            raise BeitJaxError(f"{name}: {reason}; {left}{way}") from error
+        beside = error.filename is not None and _is_below(error.filename, place or destination.parent)
+        if error.errno in _REFUSED and beside:
             raise BeitJaxError(f"{name}: cannot be written ({error.strerror}); choose another place") from error
         raise
 
 
-def _is_beside(name: str | bytes | int, destination: Path) -> bool:
-    return not isinstance(name, int) and _is_in(Path(os.fsdecode(name)), destination.parent)
+def _is_below(name: str | bytes | int, directory: Path) -> bool:
+    return not isinstance(name, int) and _is_in(Path(os.fsdecode(name)), directory)
 
 
 _LONGEST_STEM = 100  # bytes, so that a sibling's name fits wherever its destination's does

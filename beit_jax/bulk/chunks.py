@@ -5,14 +5,13 @@ complete. So a task that was stopped goes on after its finished chunks, several 
 is joined from them is the same whoever made them, and when.
 """
 
-import errno
 import json
 import os
 import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 import xxhash
 
+from beit_jax import atomic
 from beit_jax.atomic import check_place
 from beit_jax.bulk.inputs import Listing
 from beit_jax.errors import BeitJaxError, printable
@@ -30,7 +30,6 @@ MAGIC: Final = b"beit-jax chunk 1\n"
 SUFFIX: Final = ".partial"
 MANIFEST: Final = "manifest.json"
 _CHUNK: Final = re.compile(r"\d{7,}\.chunk")
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -255,17 +254,6 @@ def _read_header(file: Any) -> Header:
     return Header(found["inputs"], tuple(found["rows"]), shape, found["digest"])
 
 
-@contextmanager
-def explained(output: Path) -> Iterator[None]:
-    """Makes one line of what the system says about writing. Errors of anything else pass."""
-    try:
-        yield
-    except OSError as error:
-        name = printable(output)
-        if error.errno in _FULL:
-            raise BeitJaxError(
-                f"{name}: the disk is full; free space and start again, finished rows are kept"
-            ) from error
-        if isinstance(error.filename, str) and error.filename.startswith(str(folder_of(output))):
-            raise BeitJaxError(f"{name}: cannot be written ({error.strerror}); choose another place") from error
-        raise
+def explained(output: Path) -> AbstractContextManager[None]:
+    """`beit_jax.atomic.explained` of what is written for a table; `Table` says what a full disk leaves."""
+    return atomic.explained(output, place=folder_of(output), left="")

@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def list_images(
         leave_out: files and folders of outputs, which are no images even if they lie in a folder that is named.
 
     Raises:
-        BeitJaxError: nothing is there; names the input.
+        BeitJaxError: nothing is there, or it is an address; names the input.
     """
     found = _Lister(tuple(members), frozenset(os.path.realpath(path) for path in leave_out))
     for name in inputs:
@@ -102,10 +103,16 @@ def list_images(
         elif text.startswith(TFDS) or os.path.isfile(os.path.join(text.partition("#")[0], DATASET)):
             found.add_dataset(text)
         else:
+            _refuse_address(text)
             for each in expanded(text):
                 found.add(each)
     if not found.sources:
         raise BeitJaxError("no images given; name at least one file or folder")
+    if members and not any(isinstance(source, Archive) for source in found.sources):
+        raise BeitJaxError(
+            f"members {printable(', '.join(members))}: say which images of an archive are meant, and none of the "
+            "images is in an archive; leave them out"
+        )
     return Listing(tuple(found.sources))
 
 
@@ -179,6 +186,8 @@ class _Lister:
             if b"\0" in line:
                 raise BeitJaxError(f"{name}: expected a path in every line, found a zero byte; is it a text file?")
             text = os.path.join(folder, os.fsdecode(line.rstrip(b"\r\n")))
+            if b"://" in line:
+                _refuse_address(os.fsdecode(line.strip()))
             if os.path.splitext(text)[1].lower() in SUFFIXES:
                 self._file(str(Path(text)))
             else:
@@ -192,3 +201,9 @@ class _Lister:
         from beit_jax.bulk.records import open_records
 
         self.sources.append(open_records(name))
+
+
+def _refuse_address(name: str) -> None:
+    """Refuses what lies elsewhere: nothing is fetched."""
+    if re.match(r"[a-z][a-z0-9+.-]*://", name, re.IGNORECASE) and not os.path.lexists(name):
+        raise BeitJaxError(f"{printable(name)}: expected a file or a folder, found an address; download it first")

@@ -189,11 +189,24 @@ def test_damaged_archives_are_refused(tmp_path: Path, change, message: str) -> N
         (["@"], "found the empty name '@'"),
         (["no.tar"], r"no\.tar: no such file"),
         (["@no.txt"], r"no\.txt: cannot be read"),
+        (["https://a.org/cat.jpg"], r"^https://a\.org/cat\.jpg: .* found an address; download it"),
+        (["gs://bucket/*.tar?x=1"], r"^gs://bucket/\*\.tar\?x=1: .* found an address"),
     ],
 )
 def test_what_is_not_there_is_named(inputs: Sequence[str], message: str) -> None:
     with pytest.raises(BeitJaxError, match=message):
         list_images(inputs)
+
+
+def test_an_address_in_a_list_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("HTTP://a.org/cat.jpg\n")
+    with pytest.raises(BeitJaxError, match=r"^HTTP://a\.org/cat\.jpg: .* found an address"):
+        list_images([tmp_path / "list.txt"])
+
+
+def test_members_of_no_archive_are_refused(folder: Path) -> None:
+    with pytest.raises(BeitJaxError, match=r"members jpg, left\.png: .* none of the images is in an archive"):
+        list_images([folder], members=["jpg", "left.png"])
 
 
 def test_names_take_little_memory_and_come_back() -> None:

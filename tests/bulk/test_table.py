@@ -242,7 +242,7 @@ def test_a_full_disk_is_one_line_and_what_is_done_is_kept(
 
     with monkeypatch.context() as patched:
         patched.setattr(chunks.os, "fsync", full)
-        with pytest.raises(BeitJaxError, match=r"f\.npz: the disk is full; free space and start again"):
+        with pytest.raises(BeitJaxError, match=r"f\.npz: the disk is full; free space and run again"):
             made(work(photos), output)
     made(work(photos), output)
     assert output.read_bytes() == whole
