@@ -12,14 +12,13 @@ import pytest
 import reference
 import transformers
 from cases import thorough
+from forward import logits_of
 from tolerances import MODEL
 
 from beit_jax import train as python
 from beit_jax.adapters.file import load_adapter
 from beit_jax.cli.main import main
-from beit_jax.models.build import build_model
 from beit_jax.train.data.prepare import prepare_digits
-from beit_jax.tree import unflatten
 from beit_jax.weights import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -66,7 +65,7 @@ def train(place: Path, out: Path, *options: str, init: str | None = "base") -> i
 
 def logits(directory: Path, pixels: np.ndarray) -> np.ndarray:
     checkpoint = load(directory)
-    return np.asarray(build_model(checkpoint.config, unflatten(dict(checkpoint.params)))(pixels).logits)
+    return logits_of(checkpoint.config, checkpoint.params, pixels)
 
 
 def peft_logits(base: Path, adapter: Path, pixels: np.ndarray) -> np.ndarray:

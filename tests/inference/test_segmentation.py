@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from forward import logits as logits_by
 from PIL import Image
 
 from beit_jax.config import BeitConfig
@@ -72,7 +73,7 @@ def accumulated(model: Any, pixels: np.ndarray, size: tuple[int, int], stride: t
         top, left = max(bottom - 32, 0), max(right - 32, 0)
         window = np.zeros((32, 32, 3), np.float32)
         window[: bottom - top, : right - left] = pixels[top:bottom, left:right]
-        logits = resized(np.asarray(model(window[None]).logits[0]), (32, 32))
+        logits = resized(logits_by(model, window[None])[0], (32, 32))
         total[top:bottom, left:right] += logits[: bottom - top, : right - left]
         count[top:bottom, left:right] += 1
     return resized((total / count).astype(np.float32), size)
@@ -110,11 +111,11 @@ def test_strides(model: Any, stride: tuple[int, int]) -> None:
 def test_whole_image_at_the_native_size_and_at_others(model: Any) -> None:
     squash = ImageProcessor(resize=(32, 32))
     image = picture(70, 45)
-    expected = resized(resized(np.asarray(model(squash(image)).logits[0]), (32, 32)), (70, 45))
+    expected = resized(resized(logits_by(model, squash(image))[0], (32, 32)), (70, 45))
     assert np.abs(class_logits(model, squash, image) - expected).max() <= 1e-5 * np.abs(expected).max()
     pixels = np.zeros((64, 64, 3), np.float32)  # whole, 40 x 60: padded to multiples of four patches
     pixels[:40, :60] = AS_IS(picture(40, 60))[0]
-    expected = resized(np.asarray(model(pixels[None]).logits[0]), (64, 64))[:40, :60]
+    expected = resized(logits_by(model, pixels[None])[0], (64, 64))[:40, :60]
     found = class_logits(model, AS_IS, picture(40, 60), Inference("whole"))
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 

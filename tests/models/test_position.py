@@ -44,9 +44,10 @@ def test_index_by_hand() -> None:
 
 
 grids = st.tuples(st.integers(2, 6), st.integers(2, 6))
-bias_of = jax.jit(
-    position_bias_by_slices, static_argnums=1
-)  # compiled once for a grid, not once for each of its operations
+# Compiled once for a grid, not once for each of its operations.
+bias_of = jax.jit(position_bias_by_slices, static_argnums=1)
+resized_table = jax.jit(resize_bias_table, static_argnums=(1, 2, 3))
+resized_embeddings = jax.jit(resize_position_embeddings, static_argnums=(1, 2))
 gradient_of = jax.jit(
     lambda upstream, table, grid: jax.vjp(lambda table: position_bias_by_slices(table, grid), table)[1](upstream)[0],
     static_argnums=2,
@@ -92,7 +93,7 @@ def test_bilinear_resize_is_torchs(source: tuple[int, int], target: tuple[int, i
     shape, size = ([2 * side - 1 for side in grid] for grid in (source, target))
     patches = torch.from_numpy(table[:-3]).reshape(1, *shape, 3).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(patches, size, mode="bilinear")[0].permute(1, 2, 0).reshape(-1, 3)
-    found = resize_bias_table(jnp.asarray(table), source, target, "bilinear")
+    found = np.asarray(resized_table(table, source, target, "bilinear"))
     assert_allclose(found[:-3], expected, rtol=0.0, atol=RESIZE)
     assert np.array_equal(found[-3:], table[-3:])
 
@@ -109,6 +110,6 @@ def test_absolute_positions_resize_as_torchs_bicubic(source: tuple[int, int], ta
     embeddings = np.random.default_rng(0).standard_normal((1, 1 + source[0] * source[1], 3)).astype(np.float32)
     patches = torch.from_numpy(embeddings[:, 1:]).reshape(1, *source, 3).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(patches, target, mode="bicubic")[0].permute(1, 2, 0).reshape(-1, 3)
-    found = resize_position_embeddings(jnp.asarray(embeddings), source, target)
+    found = np.asarray(resized_embeddings(embeddings, source, target))
     assert_allclose(found[0, 1:], expected, rtol=0.0, atol=RESIZE)
     assert np.array_equal(found[0, 0], embeddings[0, 0])

@@ -17,6 +17,7 @@ import reference
 import torch
 import transformers
 from cases import thorough
+from forward import logits_of
 from safetensors.numpy import load_file, save_file
 from tolerances import GRADIENT, MODEL, TRAINING
 
@@ -26,7 +27,7 @@ from beit_jax.adapters.low_rank import PROJECTIONS, Adapter
 from beit_jax.convert import Options
 from beit_jax.convert.adapters.written import peft_config, peft_tensors, write_peft
 from beit_jax.errors import BeitJaxError
-from beit_jax.models.build import Model, abstract_model, build_model
+from beit_jax.models.build import Model, abstract_model
 from beit_jax.train.augmentation.labels import soft_cross_entropy
 from beit_jax.train.recipe import OptimOptions
 from beit_jax.train.step.adapting import Adapted
@@ -190,7 +191,7 @@ def test_an_adapter_loads_in_peft_with_nothing_missing(pair: Pair, tmp_path: Pat
     assert all(np.array_equal(leaf, loaded[name].numpy()) for name, leaf in written.items())
     logits = pair.peft(reference.to_torch(pair.pixels)).logits.detach().numpy()
     params = pair.division.join(pair.learned, pair.fixed)
-    assert np.abs(build_model(pair.checkpoint.config, params)(pair.pixels).logits - logits).max() <= MODEL
+    assert np.abs(logits_of(pair.checkpoint.config, flatten(params), pair.pixels) - logits).max() <= MODEL
 
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "base", attn_implementation="eager")
     info = model.load_adapter(str(directory))
@@ -341,7 +342,7 @@ def test_a_bias_of_keys_is_left_out_because_it_changes_nothing(tmp_path: Path) -
     found = convert.load(tmp_path / "adapter", Options(base=str(tmp_path / "base")))
     pixels = reference.pixels(adapted)
     logits = adapted(reference.to_torch(pixels)).logits.detach().numpy()
-    assert np.abs(build_model(found.config, unflatten(dict(found.params)))(pixels).logits - logits).max() <= MODEL
+    assert np.abs(logits_of(found.config, found.params, pixels) - logits).max() <= MODEL
 
 
 def test_adapters_in_directories_by_name_are_told(tmp_path: Path) -> None:
@@ -388,7 +389,7 @@ def test_a_new_head_on_an_encoder_of_another_task(tmp_path: Path) -> None:
     assert found.config.labels == ("cat", "dog", "newt")
     pixels = reference.pixels(pretrained)
     logits = adapted.eval()(reference.to_torch(pixels)).logits.detach().numpy()
-    assert np.abs(build_model(found.config, unflatten(dict(found.params)))(pixels).logits - logits).max() <= MODEL
+    assert np.abs(logits_of(found.config, found.params, pixels) - logits).max() <= MODEL
 
 
 REFUSED: Mapping[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], None], str]] = {

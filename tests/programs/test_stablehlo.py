@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from forward import logits_of
 from safetensors.numpy import load_file
 from tiny_models import KINDS, TINY, checkpoint, differences
 
@@ -88,7 +89,7 @@ def test_every_model_is_served_for_any_batch(kind: str, tmp_path: Path) -> None:
     assert loaded.manifest.platforms == ("cpu", "cuda", "tpu")
     if kind == "masked":  # without masks nothing is masked
         found = loaded(pixels(3))["logits"]
-        np.testing.assert_allclose(found, build_model(made.config, unflatten(made.params))(pixels(3)).logits, atol=1e-5)
+        np.testing.assert_allclose(found, logits_of(made.config, made.params, pixels(3)), atol=1e-5)
 
 
 def test_the_program_is_the_model(served: Path) -> None:
@@ -150,7 +151,7 @@ def test_products_in_bfloat16_are_stated(tmp_path: Path) -> None:
     assert loaded.manifest.dtype == "bfloat16"
     found = loaded(pixels(3))["logits"]
     assert found.dtype == np.float32
-    assert 1e-5 < float(np.abs(found - build_model(TINY, unflatten(made.params))(pixels(3)).logits).max()) < 0.1
+    assert 1e-5 < float(np.abs(found - logits_of(TINY, made.params, pixels(3))).max()) < 0.1
 
 
 # --- What is in it ----------------------------------------------------------------------------------------------------

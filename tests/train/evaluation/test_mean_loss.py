@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from forward import logits
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
@@ -33,6 +35,7 @@ CONFIG = BeitConfig(
 WEIGHTS = np.array([0.5, 2.0, 1.0, 0.25, 3.0], np.float32)
 
 
+@cache
 def model(config: BeitConfig = CONFIG) -> Model:
     made: Any = MODELS[config.task](config, rngs=nnx.Rngs(0))
     if config.task == "image_classification":
@@ -60,7 +63,7 @@ def outputs(problem: Any, feature: str, **more: Any) -> Outputs:
 
 
 def torch_logits() -> torch.Tensor:
-    return torch.from_numpy(np.array(model()(data("class")["image"]).logits))
+    return torch.from_numpy(np.array(logits(model(), data("class")["image"])))
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
