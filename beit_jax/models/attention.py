@@ -14,11 +14,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from beit_jax.kernels import gpu, tpu
+from beit_jax.kernels.cpu.calls import PositionBias, of_written_bias
 from beit_jax.models.one_cpu import attend_in_pieces, for_one_cpu, repeated_with_looped_sum, separated_by_a_split
 from beit_jax.models.position import Grid, num_relative_offsets
 
 
 @for_one_cpu(attend_in_pieces)
+@of_written_bias
 @tpu.for_tpus(tpu.attend_by_rows)
 @gpu.for_gpus(gpu.attend_by_tiles)
 def attend(
@@ -33,7 +35,8 @@ def attend(
     Scores and weights are float32. Products read the dtype of `qkv` and accumulate in float32.
 
     Args:
-        bias: the position bias of `position_bias`, once for every shard of the batch (`partition.each_shard`).
+        bias: the position bias of `position_bias`, once for every shard of the batch (`partition.each_shard`): written
+            out, or with its tables (`PositionBias`).
         drop: dropout of the weights.
         output_attentions: True to return the weights too.
 

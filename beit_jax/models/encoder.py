@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Shaped
 
 from beit_jax.config import BeitConfig
+from beit_jax.kernels.cpu.calls import PositionBias
 from beit_jax.models import interface
 from beit_jax.models.elementary import EmbeddingHead, dropout, layer_norm
 from beit_jax.models.interface import REMAT, ArrayLike, BeitOutput, Remat, patch_grid
@@ -116,11 +117,12 @@ class BeitModel(nnx.Module):
         if key is not None:
             embed_key, *block_keys = jax.random.split(key, 1 + depth)
         embedded = constrain(self.embeddings(pixel_values, bool_masked_pos, embed_key).astype(self.residual))
-        shared_bias = self.shared_bias(grid, pixel_values.shape[0])
 
-        def run(carry: _Carry, layer: tuple[Block, Array, Array | None, Array | None]) -> tuple[_Carry, _States]:
+        def run(
+            carry: _Carry, layer: tuple[Block, Array, Array | None, Array | None], bias: PositionBias | None
+        ) -> tuple[_Carry, _States]:
             (x, tapped), (block, drop_rate, block_key, slot) = carry, layer
-            x, probabilities = block(x, grid, shared_bias, drop_rate, block_key, output_attentions=output_attentions)
+            x, probabilities = block(x, grid, bias, drop_rate, block_key, output_attentions=output_attentions)
             x = constrain(x)
             return (x, interface.write_tap(tapped, x, slot)), (x if output_hidden_states else None, probabilities)
 
@@ -128,7 +130,9 @@ class BeitModel(nnx.Module):
         keys = None if block_keys is None else jnp.stack(block_keys)
         slots, tapped = interface.tap_slots(taps, depth), interface.tap_buffer(taps, embedded)
         step, layers = REMAT[remat](run), (self.blocks, rates, keys, slots)
-        (x, tapped), (states, attentions) = interface.scan(step, (embedded, tapped), layers, self.fixed_blocks)
+        (x, tapped), (states, attentions) = interface.scan(
+            step, (embedded, tapped), layers, self.shared_bias(grid, pixel_values.shape[0]), fixed=self.fixed_blocks
+        )
         last = self.norm(x) if self.config.pooling == "cls" else x.astype(jnp.float32)
         return BeitOutput(
             last_hidden_state=last,
@@ -138,7 +142,7 @@ class BeitModel(nnx.Module):
             taps=interface.read_taps(taps, tapped),
         )
 
-    def shared_bias(self, grid: Grid, batch: int) -> Float[Array, "shards heads n n"] | None:
+    def shared_bias(self, grid: Grid, batch: int) -> PositionBias | None:
         """The position bias that all layers share, at the given patch grid; None if the model has none."""
         if not self.config.has_shared_bias:
             return None

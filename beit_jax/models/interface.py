@@ -171,10 +171,12 @@ def read_taps(taps: tuple[int, ...], buffer: Float[Array, "places b n d"] | None
 
 
 def scan(
-    step: Callable[[Any, Any], tuple[Any, Any]],
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
     carry: Any,
     layers: tuple[Any, ...],
-    fixed: Collection[int],
+    shared: Any = None,
+    *,
+    fixed: Collection[int] = (),
 ) -> tuple[Any, Any]:
     """`jax.lax.scan` over stacked blocks, and what belongs to each, without gradients of some blocks' parameters.
 
@@ -183,18 +185,21 @@ def scan(
     nothing is kept for the backward pass either.
 
     Args:
+        step: takes the carry, a layer, and `shared`.
         layers: the blocks first; every leaf has an axis of length depth in front.
+        shared: what all blocks read.
         fixed: numbers of the blocks, from 0, without gradients.
     """
     if not fixed:
-        return scan_blocks(step, carry, layers)
+        return scan_blocks(step, carry, layers, shared)
     leaves, structure = jax.tree.flatten(layers)
     loops, outputs = runs(len(leaves[0]), fixed), []
     # The way back of `split` is a concatenation; that of slices would be a sum of arrays as long as all blocks.
     parts = zip(*(jax.lax.split(leaf, [len(numbers) for numbers, _ in loops]) for leaf in leaves), strict=True)
     for part, (_, is_fixed) in zip(parts, loops, strict=True):
         blocks, *others = jax.tree.unflatten(structure, part)
-        carry, output = jax.lax.scan(step, carry, (jax.lax.stop_gradient(blocks) if is_fixed else blocks, *others))
+        numbered = (jax.lax.stop_gradient(blocks) if is_fixed else blocks, *others)
+        carry, output = jax.lax.scan(lambda carry, layer: step(carry, layer, shared), carry, numbered)
         outputs.append(output)
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from beit_jax.adapters.kernel import casting
 from beit_jax.config import BeitConfig
+from beit_jax.kernels.cpu.calls import PositionBias
 from beit_jax.kernels.elements import for_accelerators, kept, with_scaled_kernels
 from beit_jax.models.attention import attend
 from beit_jax.models.elementary import bias_of, dense, dropout, expand, layer_norm, project
@@ -48,7 +49,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         grid: Grid,
-        shared_bias: Float[Array, "shards heads n n"] | None,
+        shared_bias: PositionBias | None,
         key: Key[Array, ""] | None,
         *,
         output_attentions: bool = False,
@@ -68,7 +69,7 @@ class Attention(nnx.Module):
             attended = cast(self.norm(attended.reshape(x.shape)).reshape(attended.shape))
         return project(attended, cast(self.out_kernel[...]), self.out_bias[...].astype(jnp.float32)), probabilities
 
-    def layer_bias(self, grid: Grid, batch: int) -> Float[Array, "shards heads n n"] | None:
+    def layer_bias(self, grid: Grid, batch: int) -> PositionBias | None:
         """This layer's own position bias at the given patch grid; None if the model has none per layer."""
         if not self.config.has_layer_bias:
             return None
@@ -114,7 +115,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         grid: Grid,
-        shared_bias: Float[Array, "shards heads n n"] | None = None,
+        shared_bias: PositionBias | None = None,
         drop_path_rate: Float[Array, ""] | float = 0.0,
         key: Key[Array, ""] | None = None,
         *,

@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
+from beit_jax.kernels.cpu.calls import PositionBias
+from beit_jax.models import interface
 from beit_jax.models.elementary import dense, layer_norm
 from beit_jax.models.encoder import BeitModel
 from beit_jax.models.interface import REMAT, ArrayLike, BeitOutput, Remat, check_task, patch_grid
@@ -41,7 +43,7 @@ class Aggregation(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         grid: Grid,
-        shared_bias: Float[Array, "shards heads n n"] | None,
+        shared_bias: PositionBias | None,
         key: Key[Array, ""] | None,
         remat: Remat,
     ) -> Float[Array, "b n d"]:
@@ -50,11 +52,11 @@ class Aggregation(nnx.Module):
         rates = jnp.linspace(0.0, self.config.drop_path_rate, total)[first : first + count]
         keys = None if key is None else jax.random.split(key, count)
 
-        def run(x: Array, layer: tuple[Block, Array, Array | None]) -> tuple[Array, None]:
+        def run(x: Array, layer: tuple[Block, Array, Array | None], bias: PositionBias | None) -> tuple[Array, None]:
             block, drop_path_rate, block_key = layer
-            return constrain(block(x, grid, shared_bias, drop_path_rate, block_key)[0]), None
+            return constrain(block(x, grid, bias, drop_path_rate, block_key)[0]), None
 
-        return jax.lax.scan(REMAT[remat](run), x, (self.blocks, rates, keys))[0]
+        return interface.scan(REMAT[remat](run), x, (self.blocks, rates, keys), shared_bias)[0]
 
 
 class BeitForMaskedImageModeling(nnx.Module):

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial, wraps
 from math import isqrt, prod
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 
 from beit_jax.adapters.kernel import AdaptedKernel
 from beit_jax.kernels.cpu import calls
+from beit_jax.kernels.cpu.calls import PositionBias
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -94,41 +95,54 @@ def for_one_cpu(form: Callable[Concatenate[Callable[P, R], P], R]) -> Callable[[
 def attend_in_pieces(
     textbook: Callable[..., tuple[Array, Array | None]],
     qkv: Float[Array, "b n 3 heads e"],
-    bias: Float[Array, "shards heads n n"] | None,
+    bias: PositionBias | Float[Array, "shards heads n n"] | None,
     drop: Callable[[Array], Array] | None = None,
     *,
     output_attentions: bool = False,
 ) -> tuple[Float[Array, "b n heads e"], Float[Array, "b heads n n"] | None]:
-    """`attention.attend` of the largest pieces whose scores fit into the cache: all samples, one sample, or one head.
+    """`attention.attend` by the kernel, which reads the tables of the bias; else of the largest pieces whose scores fit
+    into the cache: all samples, one sample, or one head.
 
     The scores are written and read several times, which is slow in main memory. Dropout draws for all samples at once,
     so attention with dropout is computed in one piece, and so are weights that are returned, and scores of a size that
     is symbolic (`jax.export`).
     """
-    batch, tokens, _, heads, width = qkv.shape
+    batch, tokens, _, heads, _ = qkv.shape
     whole = drop is not None or output_attentions
-    shared = [] if bias is None else [bias]
-    if not whole and all(len(one) == 1 for one in shared) and calls.computes(qkv, *shared, widths=[heads * width]):
+    if not whole and _has_kernel(bias, qkv):
         return _attend_by_kernel(textbook, qkv, bias), None
+    written = bias.written if isinstance(bias, PositionBias) else bias
     scores = jnp.dtype(jnp.float32).itemsize * heads * tokens**2  # of one sample
     if whole or export.is_symbolic_dim(batch * scores) or batch * scores <= CACHE:
-        return textbook(qkv, bias, drop, output_attentions=output_attentions)
-    return _attend_by_pieces(textbook, qkv, bias), None
+        return textbook(qkv, written, drop, output_attentions=output_attentions)
+    return _attend_by_pieces(textbook, qkv, written), None
+
+
+def _has_kernel(bias: PositionBias | Array | None, qkv: Array) -> TypeGuard[PositionBias | None]:
+    """Whether the kernel computes it: a bias is that of one shard, with its table."""
+    tables = []
+    if bias is not None:
+        if not isinstance(bias, PositionBias) or len(bias.tables) != 1:
+            return False
+        tables.append(bias.tables)
+    heads, width = qkv.shape[3:]
+    return calls.computes(qkv, *tables, widths=[heads * width])
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend_by_kernel(textbook: Callable[..., Any], qkv: Array, bias: Array | None) -> Array:
-    return calls.attention(qkv, None if bias is None else bias[0])
+def _attend_by_kernel(textbook: Callable[..., Any], qkv: Array, bias: PositionBias | None) -> Array:
+    return calls.attention(qkv, bias)
 
 
 @_attend_by_kernel.defjvp
 def _attend_derivative(textbook: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """The derivative is that of XLA's forms."""
-    qkv, _ = primals
+    """The derivative is that of XLA's forms, by the bias that is written out."""
+    given, changes = ((qkv, None if bias is None else bias.written) for qkv, bias in (primals, tangents))
+    qkv = primals[0]
     scores = jnp.dtype(jnp.float32).itemsize * qkv.shape[0] * qkv.shape[3] * qkv.shape[1] ** 2
     if scores <= CACHE:
-        return jax.jvp(lambda *given: textbook(*given)[0], primals, tangents)
-    return jax.jvp(partial(_attend_by_pieces, textbook), primals, tangents)
+        return jax.jvp(lambda *given: textbook(*given)[0], given, changes)
+    return jax.jvp(partial(_attend_by_pieces, textbook), given, changes)
 
 
 def _attend_by_pieces(
@@ -218,10 +232,10 @@ def project_by_matrices(
 
 # --- Blocks (beit_jax.models.interface) -------------------------------------------------------------------------------
 
-Step = Callable[[Any, Any], tuple[Any, Any]]
+Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
-def scan_blocks(step: Step, carry: Any, layers: tuple[Any, ...]) -> tuple[Any, Any]:
+def scan_blocks(step: Step, carry: Any, layers: tuple[Any, ...], shared: Any) -> tuple[Any, Any]:
     """`jax.lax.scan`. On one CPU the kernels of the blocks stay where they lie, and products read them there; slices
     are a copy of all parameters in every forward pass.
 
@@ -231,6 +245,7 @@ def scan_blocks(step: Step, carry: Any, layers: tuple[Any, ...]) -> tuple[Any, A
 
     Args:
         layers: the blocks first.
+        shared: what every step reads.
     """
     around = [cell.cell_contents for cell in inspect.unwrap(step).__closure__ or ()]
     leaves = jax.tree.leaves(layers)
@@ -239,46 +254,48 @@ def scan_blocks(step: Step, carry: Any, layers: tuple[Any, ...]) -> tuple[Any, A
         or any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves)
         or any(isinstance(one, AdaptedKernel) for one in jax.tree.leaves(layers[0], is_leaf=_is_adapted))
     ):
-        return jax.lax.scan(step, carry, layers)
-    return _scan_in_place(step, carry, layers)
+        return _scan_slices(step, carry, layers, shared)
+    return _scan_in_place(step, carry, layers, shared)
 
 
 def _is_adapted(value: Any) -> bool:
     return isinstance(value, AdaptedKernel)
 
 
+def _scan_slices(step: Step, carry: Any, layers: tuple[Any, ...], shared: Any) -> tuple[Any, Any]:
+    return jax.lax.scan(lambda carry, layer: step(carry, layer, shared), carry, layers)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _scan_in_place(step: Step, carry: Any, layers: tuple[Any, ...]) -> tuple[Any, Any]:
-    return _scan(step, carry, layers)
+def _scan_in_place(step: Step, carry: Any, layers: tuple[Any, ...], shared: Any) -> tuple[Any, Any]:
+    return _scan(step, carry, layers, shared)
 
 
 @_scan_in_place.defjvp
 def _scan_derivative(step: Step, primals: Any, tangents: Any) -> Any:
-    return jax.jvp(partial(jax.lax.scan, step), primals, tangents)
+    return jax.jvp(partial(_scan_slices, step), primals, tangents)
 
 
 def _scan_numbers(
-    textbook: Callable[..., tuple[Any, Any]], step: Step, carry: Any, layers: tuple[Any, ...]
+    textbook: Callable[..., tuple[Any, Any]], step: Step, carry: Any, layers: tuple[Any, ...], shared: Any
 ) -> tuple[Any, Any]:
     paths, structure = jax.tree_util.tree_flatten_with_path(layers)
     leaves = [leaf for _, leaf in paths]
     kernel = ["kernel" in jax.tree_util.keystr(path) and leaf.ndim > 2 for path, leaf in paths]
     kernels = [leaf for leaf, is_kernel in zip(leaves, kernel, strict=True) if is_kernel]
     if not kernels or not calls.computes(*kernels, widths=[isqrt(prod(one.shape[1:])) for one in kernels]):
-        return textbook(step, carry, layers)
+        return textbook(step, carry, layers, shared)
 
     def numbered(carry: Any, layer: tuple[Array, list[Array | None]]) -> tuple[Any, Any]:
         number, rest = layer
         found = [calls.Stacked(leaf, number) if own is None else own for leaf, own in zip(leaves, rest, strict=True)]
-        return step(carry, jax.tree.unflatten(structure, found))
+        return step(carry, jax.tree.unflatten(structure, found), shared)
 
     rest = [None if is_kernel else leaf for leaf, is_kernel in zip(leaves, kernel, strict=True)]
     return jax.lax.scan(numbered, carry, (jnp.arange(len(kernels[0]), dtype=jnp.int32), rest))
 
 
-@for_one_cpu(_scan_numbers)
-def _scan(step: Step, carry: Any, layers: tuple[Any, ...]) -> tuple[Any, Any]:
-    return jax.lax.scan(step, carry, layers)
+_scan = for_one_cpu(_scan_numbers)(_scan_slices)
 
 
 # --- GELU (beit_jax.models.elementary) -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from jax import export
 from jaxtyping import Array, Float
 
 from beit_jax.errors import BeitJaxError
+from beit_jax.kernels.cpu.calls import PositionBias
 from beit_jax.models.partition import each_shard
 from beit_jax.resize import bias_matrix, bicubic_matrix
 
@@ -31,9 +32,7 @@ def num_relative_offsets(grid: Grid) -> int:
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
 
 
-def attention_bias(
-    table: Float[Array, "m heads"], source: Grid, target: Grid, method: str, batch: int
-) -> Float[Array, "shards heads n n"]:
+def attention_bias(table: Float[Array, "m heads"], source: Grid, target: Grid, method: str, batch: int) -> PositionBias:
     """`attention.position_bias` for the grid `target`, once for every shard of a batch of this size.
 
     Args:
@@ -45,7 +44,7 @@ def attention_bias(
     """
     check_known(target, "tables of relative position bias")
     copies = each_shard(resize_bias_table(table.astype(jnp.float32), source, target, method), batch)
-    return jax.vmap(lambda table: position_bias_by_slices(table, target))(copies)
+    return PositionBias(jax.vmap(lambda table: position_bias_by_slices(table, target))(copies), copies, target)
 
 
 def position_bias_by_slices(table: Float[Array, "m heads"], grid: Grid) -> Float[Array, "heads n n"]:

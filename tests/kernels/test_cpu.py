@@ -18,11 +18,13 @@ from tiny_models import TINY
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.kernels.cpu import calls, library
+from beit_jax.kernels.cpu.calls import PositionBias
 from beit_jax.models import one_cpu
 from beit_jax.models.attention import attend
 from beit_jax.models.build import build_model, param_shapes
 from beit_jax.models.elementary import expand, project
 from beit_jax.models.one_cpu import traced_for
+from beit_jax.models.position import num_relative_offsets, position_bias_by_slices
 from beit_jax.tree import unflatten
 
 pytestmark = pytest.mark.skipif(
@@ -86,32 +88,63 @@ def test_products_of_any_size(rows: int, inner: int, outer: int) -> None:
 
 
 ATTENTION = [
-    (2, 5, 2, 20),
-    (1, 1025, 1, 64),
-    *(pytest.param(*sizes, marks=pytest.mark.thorough) for sizes in ((1, 2, 1, 4), (9, 197, 2, 64), (1, 577, 1, 48))),
+    (2, (2, 2), 2, 20),
+    (1, (5, 3), 3, 16),
+    (1, (32, 32), 1, 64),
+    *(
+        pytest.param(*sizes, marks=pytest.mark.thorough)
+        for sizes in (
+            (1, (1, 1), 1, 4),
+            (9, (14, 14), 2, 64),
+            (1, (24, 24), 1, 48),
+            (2, (1, 40), 1, 8),
+            (1, (40, 1), 5, 8),
+        )
+    ),
 ]
 
 
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize(("batch", "tokens", "heads", "width"), ATTENTION)
+@pytest.mark.parametrize(("batch", "grid", "heads", "width"), ATTENTION)
 def test_attention_of_any_size(
-    monkeypatch: pytest.MonkeyPatch, batch: int, tokens: int, heads: int, width: int, biased: bool
+    monkeypatch: pytest.MonkeyPatch, batch: int, grid: tuple[int, int], heads: int, width: int, biased: bool
 ) -> None:
     monkeypatch.setattr(one_cpu, "CACHE", 2**20)
-    qkv, *bias = draw((batch, tokens, 3, heads, width), *([(1, heads, tokens, tokens)] if biased else []))
-    both = with_gradients(lambda qkv, bias=None: attend(qkv, bias)[0], (qkv, *bias))
+    tables = [(num_relative_offsets(grid), heads)] if biased else []
+    qkv, *table = draw((batch, 1 + grid[0] * grid[1], 3, heads, width), *tables)
+
+    def attended(qkv: jax.Array, *table: jax.Array) -> jax.Array:
+        return attend(qkv, positions(*table, grid) if table else None)[0]
+
+    both = with_gradients(attended, (qkv, *table))
     with traced_for("cpu"):
-        assert "beit_attention" in str(jax.make_jaxpr(lambda *given: attend(*given)[0])(qkv, bias[0] if bias else None))
-        found = both(qkv, *bias)
-    agree(found, in_double(both, qkv, *bias))
+        program = jax.jit(lambda *given: attended(*given)).lower(qkv, *table).compile().as_text()
+        found = jax.jit(both)(qkv, *table)
+    assert library.target("attention") in program
+    whole = f"f32[{heads},{qkv.shape[1]},{qkv.shape[1]}]"
+    assert whole not in program, "the bias is not written out"
+    agree(found, in_double(lambda *given: with_gradients(attended, given)(*given), qkv, *table))
+
+
+def positions(table: jax.Array, grid: tuple[int, int]) -> PositionBias:
+    """`position.attention_bias` of one shard, in the dtype of the table."""
+    return PositionBias(position_bias_by_slices(table, grid)[None], table[None], grid)
+
+
+def test_a_bias_without_a_table_has_xlas_form() -> None:
+    qkv, bias = draw((1, 5, 3, 2, 8), (1, 2, 5, 5))
+    with traced_for("cpu"):
+        assert "beit_" not in str(jax.make_jaxpr(lambda *given: attend(*given)[0])(qkv, bias))
 
 
 def test_scores_of_any_magnitude() -> None:
     """Exponentials neither overflow nor lose the row's largest."""
+    grid = (2, 4)
     (qkv,) = draw((1, 9, 3, 1, 16))
-    bias = jnp.where(jnp.arange(81).reshape(1, 1, 9, 9) % 3 == 0, 100.0, -300.0)
-    expected = in_double(calls._plain_attention, qkv, bias[0])
-    agree(calls.attention(qkv, bias[0]), expected, 1e-4)  # scores of 100 have an ulp of 8e-6
+    table = jnp.where(jnp.arange(num_relative_offsets(grid)) % 3 == 0, 100.0, -300.0)[:, None]
+    bias = positions(table, grid)
+    expected = in_double(calls._plain_attention, qkv, bias.written[0])
+    agree(calls.attention(qkv, bias), expected, 1e-4)  # scores of 100 have an ulp of 8e-6
 
 
 def test_rows_do_not_depend_on_their_neighbours() -> None:

@@ -62,7 +62,7 @@ def test_in_bfloat16_it_is_about_as_near_to_the_exact_values_as_the_textbook_for
 
 def test_biases_of_several_shards_have_gradients_of_their_own() -> None:
     qkv, table, upstream = (jnp.asarray(array, jnp.float32) for array in drawn((2, 2), 2, 16, 4))
-    bias = jnp.stack([attention_bias(table, (2, 2), (2, 2), "bicubic", 1)[0] * part for part in (1, 2)])
+    bias = jnp.stack([attention_bias(table, (2, 2), (2, 2), "bicubic", 1).written[0] * part for part in (1, 2)])
 
     def of_bias(qkv: Any, bias: Any) -> Any:
         return jax.vjp(lambda bias: attend(qkv, bias)[0], bias)[1](upstream)[0]

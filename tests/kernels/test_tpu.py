@@ -84,7 +84,7 @@ def values_gradient_of_a_tpu(grid: tuple[int, int], qkv: Any, table: Any, upstre
     CPU does not."""
     query, key, _ = jnp.unstack(qkv, axis=2)
     scores = jnp.einsum("bqhe,bkhe->bhqk", query / 8, key, preferred_element_type=jnp.float32)
-    scores += attention_bias(table, grid, grid, "bicubic", len(qkv))
+    scores += attention_bias(table, grid, grid, "bicubic", len(qkv)).written
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     given = jnp.moveaxis(upstream.astype(jnp.float32), 1, 2) / weights.sum(axis=-1, keepdims=True)
     rounded = weights.astype(jnp.bfloat16), given.astype(jnp.bfloat16)

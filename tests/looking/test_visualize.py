@@ -272,7 +272,7 @@ def test_position_bias_of_a_grid_that_is_not_square(kind: str) -> None:
     found = interpret.position_bias(model, 2)
     figure = visualize.position_bias(found)
     for head, panel in enumerate(figure.axes[:-1]):
-        assert_picture_of(panel, sum(np.asarray(part[0, head]) for part in parts if part is not None), GRID)
+        assert_picture_of(panel, sum(np.asarray(part.written[0, head]) for part in parts if part is not None), GRID)
     assert found.table == {"shared": "shared", "per_layer": "block 2", "both": "block 2 + shared"}[kind]
     assert found.table in figure._suptitle.get_text()
 

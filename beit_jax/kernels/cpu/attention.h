@@ -1,7 +1,7 @@
 // Attention of float32, whose scores stay in a core's caches: softmax(query key^T / sqrt(e) + bias) value.
 //
 // A piece of work is some rows of one head of one image. It copies the head's keys and values into panels, as products
-// do, and then takes ROWS queries at a time: scores, softmax, averages.
+// do, and then takes ROWS queries at a time: scores, softmax, averages. The bias is read from the head's table.
 #pragma once
 
 #include <cmath>
@@ -11,10 +11,59 @@
 
 namespace beit {
 
-// qkv: [images][tokens][3][heads][width]; bias: [heads][tokens][tokens] or null; averages: [images][tokens][heads][width].
+// The position bias of a class token and a grid of patches behind it, as a table of offsets from query to key:
+// offsets: [2 rows - 1][2 columns - 1][heads]; classes: [3][heads], from the class token, to it, and its own. Null: none.
+struct Positions {
+  Index rows = 0, columns = 0, heads = 0;
+  const float *offsets = nullptr, *classes = nullptr;
+
+  float of_class(Index which, Index head) const { return classes[which * heads + head]; }
+};
+
+// The bias of one head, as rows that neighbours in memory share. All queries in one column of the patches read the same
+// strip, from the keys' rows that lie the most above them to those the most below; a query one row of patches down reads
+// from one row earlier on.
+struct Strips {
+  Scratch memory;
+  Index head = -1, call = 0;
+  const Positions* bias = nullptr;
+  float *classes = nullptr, *first = nullptr;
+
+  Index length() const { return (2 * bias->rows - 1) * bias->columns + 1 + WIDTH; }
+
+  void make(const Positions& of, Index number, Index number_of_call) {
+    bool made = head == number && call == number_of_call;
+    bias = &of, head = number, call = number_of_call;
+    if (made) return;
+    Index rows = of.rows, columns = of.columns, tokens = 1 + rows * columns;
+    Index down = 2 * rows - 1, across = 2 * columns - 1;
+    classes = memory.of(tokens + WIDTH + columns * length() + down * across);
+    first = classes + tokens + WIDTH;
+    float* table = first + columns * length();  // of this head, from the last offset to the first one
+    for (Index i = 0; i < down * across; i++) table[i] = of.offsets[(down * across - 1 - i) * of.heads + head];
+    for (Index j = 0; j < tokens; j++) classes[j] = of.of_class(0, head);
+    for (Index x = 0; x < columns; x++) {
+      float* to = first + x * length();
+      *to++ = 0;  // where a query in the last row of patches has the class token
+      for (Index y = 0; y < down; y++, to += columns)
+        std::memcpy(to, table + y * across + columns - 1 - x, columns * sizeof(float));
+    }
+  }
+
+  // The bias of a token's scores; that of the first key is `of_first` instead.
+  const float* row(Index token) const {
+    if (token == 0) return classes;
+    Index y = (token - 1) / bias->columns, x = (token - 1) % bias->columns;
+    return first + x * length() + (bias->rows - 1 - y) * bias->columns;
+  }
+  float of_first(Index token) const { return bias->of_class(token ? 1 : 2, head); }
+};
+
+// qkv: [images][tokens][3][heads][width]; averages: [images][tokens][heads][width].
 struct Attention {
   Index images, tokens, heads, width;
-  const float *qkv, *bias;
+  const float* qkv;
+  Positions bias;
   float* averages;
 
   Matrix part(Index image, Index head, Index which) const {
@@ -35,13 +84,17 @@ INLINE Vector only(Vector value, Index count, float filling) {
 }
 
 // Scores of a row, in stretches of DEPTH that lie ROWS * STRIDE apart, become exponentials; returns their sum.
-INLINE float exponentials(float* scores, const float* bias, Index tokens) {
+INLINE float exponentials(float* scores, const float* bias, float of_first, Index tokens) {
   Vector highest = all(-std::numeric_limits<float>::infinity());
   for (Index at = 0; at < tokens; at += DEPTH, scores += ROWS * STRIDE)
     for (Index j = 0; j < std::min(DEPTH, tokens - at); j += WIDTH) {
       Index count = tokens - at - j;
       Vector value = load(scores + j);
-      if (bias) value += load(bias + at + j, count);
+      if (bias) {
+        Vector added = load(bias + at + j, count);
+        if (at + j == 0) added[0] = of_first;
+        value += added;
+      }
       value = only(value, count, -std::numeric_limits<float>::infinity());
       store(scores + j, value);
       highest = larger(highest, value);
@@ -67,10 +120,14 @@ void attend(Pool& pool, const Attention& x) {
   Index parts = threads == 1 || heads >= 4 * threads || heads % threads == 0 ? 1 : 2 * threads;
   Division rows(x.tokens, (x.tokens + parts - 1) / parts);
   float scale = 1.0f / std::sqrt(static_cast<float>(x.width));
+  static std::atomic<Index> calls{0};
+  Index call = ++calls;
   Index keys = padded(x.tokens), values = padded(x.width), stretches = (x.tokens + DEPTH - 1) / DEPTH;
   share(pool, heads * rows.pieces, [&](Index piece) {
     static thread_local Scratch memory;
+    static thread_local Strips strips;
     Index head = piece / rows.pieces / x.images, image = piece / rows.pieces % x.images;
+    if (x.bias.offsets) strips.make(x.bias, head, call);
     Index top = rows.start(piece % rows.pieces), bottom = rows.start(piece % rows.pieces + 1);
     float* query = memory.of((1 + stretches) * ROWS * STRIDE + x.width * keys + x.tokens * values + ROWS * values);
     float* scores = query + ROWS * STRIDE;
@@ -92,8 +149,9 @@ void attend(Pool& pool, const Attention& x) {
         table[count](x.width, query, key + j * x.width, scores + j / DEPTH * ROWS * STRIDE + j % DEPTH, STRIDE, false);
       float totals[ROWS];
       for (int r = 0; r < count; r++) {
-        const float* bias = x.bias ? x.bias + (head * x.tokens + start + r) * x.tokens : nullptr;
-        totals[r] = exponentials(scores + r * STRIDE, bias, x.tokens);
+        bool biased = x.bias.offsets;
+        totals[r] = exponentials(scores + r * STRIDE, biased ? strips.row(start + r) : nullptr,
+                                 biased ? strips.of_first(start + r) : 0, x.tokens);
       }
       for (Index at = 0; at < x.tokens; at += DEPTH) {
         Index depth = std::min(DEPTH, x.tokens - at);

@@ -46,14 +46,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_affine, affine,
                                   .Ret<Array>()
                                   .Attr<std::string_view>("end"));
 
-// qkv: [b, n, 3, heads, e]; then the bias [heads, n, n], if there is one.
+// qkv: [b, n, 3, heads, e]; then the tables of the position bias, see Positions, if there is one.
 static ffi::Error attention(ffi::ThreadPool pool, Array qkv, ffi::RemainingArgs more, Result averages) {
   auto size = qkv.dimensions();
-  const float* bias = nullptr;
+  Positions bias;
   if (more.size()) {
-    auto found = more.get<Array>(0);
-    if (!found) return found.error();
-    bias = found->typed_data();
+    auto offsets = more.get<Array>(0), classes = more.get<Array>(1);
+    if (!offsets) return offsets.error();
+    if (!classes) return classes.error();
+    auto sides = offsets->dimensions();
+    bias = {(sides[0] + 1) / 2, (sides[1] + 1) / 2, sides[2], offsets->typed_data(), classes->typed_data()};
+    if (size[1] != 1 + bias.rows * bias.columns || size[3] != bias.heads)
+      return ffi::Error::InvalidArgument("beit_jax: a position bias of another size");
   }
   attend(pool, Attention{size[0], size[1], size[3], size[4], qkv.typed_data(), bias, averages->typed_data()});
   return ffi::Error::Success();

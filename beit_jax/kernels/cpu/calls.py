@@ -6,8 +6,8 @@ those of the plain form: kernels of the way back were no faster than XLA's (benc
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import lru_cache, partial, wraps
 from math import pi, prod, sqrt
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self
@@ -75,11 +75,14 @@ def _parts() -> Any:
 
 
 @lru_cache
-def _primitive(call: str, plain: Callable[..., Array]) -> "Primitive":
+def _primitive(
+    call: str, plain: Callable[..., Array], read: Callable[[Sequence[Any]], Sequence[Any]] = tuple
+) -> "Primitive":
     """A primitive of one result, which has the shape and the dtype of its plain form's.
 
     Args:
         call: the function of the library. What the plain form takes by name are its attributes.
+        read: which of the arguments the function reads.
     """
     make, ad, batching, mlir = _parts()
     primitive: Primitive = make(f"beit_{call}")
@@ -94,7 +97,8 @@ def _primitive(call: str, plain: Callable[..., Array]) -> "Primitive":
         exported = module.lowering_parameters.for_export
         for kernels in _OFFERED:
             if devices == 1 and kernels.available() and (kernels.may_be_exported() or not exported):
-                return jax.ffi.ffi_lowering(kernels.target(call))(context, *operands, **options)
+                narrowed = context.replace(avals_in=read(context.avals_in))
+                return jax.ffi.ffi_lowering(kernels.target(call))(narrowed, *read(operands), **options)
         return lowered(context, *operands, **options)
 
     def shape(*arguments: Any, **options: Any) -> Any:
@@ -208,15 +212,60 @@ class Stacked:
 # --- Attention --------------------------------------------------------------------------------------------------------
 
 
-def _plain_attention(qkv: Array, *bias: Array) -> Array:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PositionBias:
+    """The bias that positions add to the scores of attention, once for every shard of the batch.
+
+    Programs compute what they read: forms of attention that read the tables have the bias never written.
+
+    Attributes:
+        written: for every query and key.
+        tables: what it was made of.
+        grid: of the tables.
+    """
+
+    written: Float[Array, "shards heads n n"]
+    tables: Float[Array, "shards m heads"]
+    grid: tuple[int, int] = field(metadata={"static": True})
+
+    def __add__(self, other: "PositionBias") -> "PositionBias":
+        """The sum of two, of the same grid."""
+        return PositionBias(self.written + other.written, self.tables + other.tables, self.grid)
+
+
+def of_written_bias(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates forms of `beit_jax.models.attention.attend` that read a bias which is written out, and no tables."""
+
+    @wraps(attend)
+    def chosen(qkv: Array, bias: PositionBias | Array | None, *rest: Any, **options: Any) -> Any:
+        return attend(qkv, bias.written if isinstance(bias, PositionBias) else bias, *rest, **options)
+
+    return chosen
+
+
+def _plain_attention(qkv: Array, bias: Array | None = None, *_tables: Array) -> Array:
     query, key, value = jnp.unstack(jnp.moveaxis(qkv, 3, 1), axis=3)
     scores = jnp.einsum("bhqe,bhke->bhqk", query * query.shape[-1] ** -0.5, key)
-    weights = jax.nn.softmax(scores + bias[0] if bias else scores)
+    weights = jax.nn.softmax(scores if bias is None else scores + bias)
     return jnp.einsum("bhqk,bhke->bqhe", weights, value)
 
 
-def attention(
-    qkv: Float[Array, "b n 3 heads e"], bias: Float[Array, "heads n n"] | None
-) -> Float[Array, "b n heads e"]:
-    """``softmax(query @ key / sqrt(e) + bias) @ value`` of every head."""
-    return _primitive("attention", _plain_attention).bind(qkv, *([] if bias is None else [bias]))
+def attention(qkv: Float[Array, "b n 3 heads e"], bias: PositionBias | None = None) -> Float[Array, "b n heads e"]:
+    """``softmax(query @ key / sqrt(e) + bias) @ value`` of every head.
+
+    The kernel reads the table of a bias, and the bias is not written out; derivatives are those of the written one.
+
+    Args:
+        bias: of one shard, for a class token and a grid of patches, see `beit_jax.models.attention.position_bias`.
+    """
+    primitive = _primitive("attention", _plain_attention, _without_written_bias)
+    if bias is None:
+        return primitive.bind(qkv)
+    (rows, columns), table = bias.grid, bias.tables[0]
+    offsets = table[:-3].reshape(2 * rows - 1, 2 * columns - 1, -1)
+    return primitive.bind(qkv, bias.written[0], offsets, table[-3:])
+
+
+def _without_written_bias(operands: Sequence[Any]) -> tuple[Any, ...]:
+    return (operands[0], *operands[2:])
