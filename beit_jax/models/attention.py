@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from beit_jax.kernels import gpu, tpu
-from beit_jax.kernels.cpu.calls import PositionBias, of_written_bias
+from beit_jax.kernels.cpu.calls import of_written_bias
 from beit_jax.models.one_cpu import attend_in_pieces, for_one_cpu, repeated_with_looped_sum, separated_by_a_split
 from beit_jax.models.position import Grid, num_relative_offsets
 
