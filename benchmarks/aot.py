@@ -210,9 +210,9 @@ def side_by_side(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         was, is_ = of(old), of(new)
         digits = 0 if was >= 100 else 1 if was >= 20 else 2
         cells += [f"{was:,.{digits}f} : {is_:,.{digits}f}", f"{is_ / was:.2f}"]
-    assert before["versions"] == now["versions"], "one compiler for both"
+    assert compiler(before) == compiler(now), "one compiler for both"
     assert before["layout"] == now["layout"], "the same step"
-    return [*cells, compiler(now)]
+    return [*cells, made_by(now)]
 
 
 def _traffic(row: dict[str, Any]) -> float:
@@ -231,8 +231,12 @@ def compiler(record: dict[str, Any]) -> str:
     """Which compiled a row, as the page says it: libtpu's version, or for cards that of JAX and its plugin."""
     versions = dict(one.split(" ") for one in record["versions"].split(", "))
     card = record["row"]["topology"].partition(":")[0].lstrip("0123456789x")[:1] in ("h", "a", "b", "l")
-    name = f"jax {versions['jax']}" if card else f"libtpu {versions.get('libtpu', '?')}"
-    return f"{name}, {record['checkout']}" if record["checkout"] else name
+    return f"jax {versions['jax']}" if card else f"libtpu {versions.get('libtpu', '?')}"
+
+
+def made_by(record: dict[str, Any]) -> str:
+    """The compiler of a row, and the checkout."""
+    return f"{compiler(record)}, {record['checkout']}" if record["checkout"] else compiler(record)
 
 
 def mesh_of(row: dict[str, Any]) -> str:
@@ -250,7 +254,7 @@ def cells(record: dict[str, Any]) -> list[str]:
     memory = f"{row['memory'] / GIB:.2f} of {row['hbm'] / GIB:.2f}" + ("" if row["fits"] else " **too much**")
     first = [row["recipe"], row["topology"], mesh_of(row), row["remat"]]
     first += [f"{row['batch']:,}", str(row["accumulate"]), memory]
-    last = ["" if row["largest_batch"] is None else f"{row['largest_batch']:,}", compiler(record)]
+    last = ["" if row["largest_batch"] is None else f"{row['largest_batch']:,}", made_by(record)]
     if not row["fits"]:
         return [*first, *[""] * 7, *last]
     collectives = ", ".join(f"{one['kind']} {one['count']:,}: {one['bytes'] / 1e6:,.0f}" for one in row["collectives"])
@@ -280,9 +284,7 @@ are bounds by the data sheets. Each row says which compiler made it, and of whic
 ## Before the kernels of attention, and now
 
 The step of an earlier checkout ({commits}) and this one's, by the same compiler, counted in the same way
-(`--other DIR`). Before : now, and the ratio. The rows of db3b71f were counted from the compiled text of that build,
-which did not name its commit, and their memory is known to two decimals. Later forms of a block's elements move fewer
-bytes still (`beit_jax/kernels/elements.py`); no row has them yet.
+(`--other DIR`). Before : now, and the ratio.
 
 {compared}
 

@@ -26,7 +26,7 @@ def constrain(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
 
     The constraint is set only inside `jax.set_mesh`, with both axes in Auto mode and a batch that they divide.
     """
-    return x if _shards(x.shape[0]) is None else jax.lax.with_sharding_constraint(x, spec(BATCH_AXES))
+    return x if shards_of(x.shape[0]) is None else jax.lax.with_sharding_constraint(x, spec(BATCH_AXES))
 
 
 def each_shard(x: Float[Array, "*dims"], batch: int) -> Float[Array, "shards *dims"]:
@@ -36,7 +36,7 @@ def each_shard(x: Float[Array, "*dims"], batch: int) -> Float[Array, "shards *di
     sums these gradients at once, however large the array is. An array that is computed from these copies keeps its
     gradients apart; only the gradient of the small parameter is summed.
     """
-    shards = _shards(batch)
+    shards = shards_of(batch)
     copies = jnp.broadcast_to(x, (shards or 1, *x.shape))
     if shards is None:
         return copies
@@ -51,7 +51,7 @@ def traced_for_several_devices() -> Iterator[None]:
         yield
 
 
-def _shards(batch: int) -> int | None:
+def shards_of(batch: int) -> int | None:
     """The number of parts that `constrain` splits a batch into; None if it sets no constraint."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))

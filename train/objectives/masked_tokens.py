@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int, Integer, Key, UInt8
 from beit_jax.config import BeitConfig
 from beit_jax.config import Task as Architecture
 from beit_jax.errors import BeitJaxError
-from beit_jax.kernels.elements import in_order
+from beit_jax.kernels.elements import for_accelerators, in_order
 from beit_jax.looking.reconstruct import grid_picture, reconstruct
 from beit_jax.models.build import build_model
 from beit_jax.models.masked_image_modeling import BeitForMaskedImageModeling
+from beit_jax.models.partition import shards_of
 from beit_jax.terminal import Progress, no_progress
 from beit_jax.tokenizers.build import abstract_tokenizer, build_tokenizer
 from beit_jax.tokenizers.checkpoint import TokenizerCheckpoint
@@ -354,6 +355,19 @@ def masked_tokens(recipe: MaskedTokensRecipe, tokenizer: nnx.GraphDef[Any] | Non
     return Criterion(prepare, loss)
 
 
+def _of_few_images(
+    textbook: Callable[..., Array], tokenizer: Any, images: Array, scale: float | None = None
+) -> Int[Array, "b patches"]:
+    """`visual_tokens` of a quarter of every device's images at a time. Its arrays, of which nothing is kept, would
+    be the largest of the whole step."""
+    pieces = gcd(len(images) // (shards_of(len(images)) or 1), 4)
+    # A device's images lie together, and each piece takes one of every few neighbours: nothing moves between devices.
+    apart = jnp.moveaxis(images.reshape(len(images) // pieces, pieces, *images.shape[1:]), 1, 0)
+    tokens = jax.lax.map(lambda piece: textbook(tokenizer, piece, scale), apart)
+    return jnp.moveaxis(tokens, 0, 1).reshape(len(images), -1)
+
+
+@for_accelerators(_of_few_images)
 def visual_tokens(tokenizer: Any, images: Array, scale: float | None = None) -> Int[Array, "b patches"]:
     """The tokens of images [b, h, w, c], which `mixing.scaled` brings to [0, 1], row by row."""
     low, high = tokenizer.value_range

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tolerances import GRADIENT
 
 from beit_jax.config import BeitConfig
+from beit_jax.kernels.elements import ACCELERATORS
 from beit_jax.models.build import abstract_model
 from beit_jax.models.interface import Remat
 from beit_jax.tokenizers.build import abstract_tokenizer, build_tokenizer
@@ -366,6 +367,19 @@ def test_tokens_are_those_of_pixels_in_the_tokenizers_range() -> None:
     assert found.shape == (2, 6) and np.abs(found - expected.reshape(2, 6)).max() <= 1
     found = visual_tokens(tokenizer(), jnp.asarray(squares() * 255, jnp.uint8))
     assert found.shape == (16, PATCHES) and len(np.unique(found)) > 5
+
+
+@pytest.mark.parametrize("count", [16, 6, 5, 1])
+def test_tokens_of_an_accelerator_are_computed_in_pieces(count: int) -> None:
+    """The same tokens, in the order of the images, of a quarter of them at a time, a half, or all."""
+    images = jnp.asarray(squares(count) * 255, jnp.uint8)
+    made = tokenizer()
+    with ACCELERATORS.interpreted():
+        program = jax.make_jaxpr(lambda images: visual_tokens(made, images))(images)
+        found = jax.jit(lambda images: visual_tokens(made, images))(images)
+    (loop,) = (equation for equation in program.eqns if equation.primitive.name == "scan")
+    assert loop.params["length"] == {16: 4, 6: 2, 5: 1, 1: 1}[count]
+    np.testing.assert_array_equal(found, jax.jit(lambda images: visual_tokens(made, images))(images))
 
 
 def token_views() -> dict[str, jax.Array]:
