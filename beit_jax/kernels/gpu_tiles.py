@@ -107,7 +107,7 @@ def backward(
         _backward,
         shape,
         interpret,
-        7,
+        8,
         grid=(shape.tiles, shape.heads, shape.batch),
         inputs=[_qkv(shape), _tokens(shape), _rows(shape), _rows(shape), *(_bias(shape) for _ in biases)],
         outputs=[_qkv(shape)],
@@ -222,7 +222,11 @@ def _backward(qkv: Any, upstream: Any, logs: Any, means: Any, *refs: Any, shape:
         query, given = _scaled(_part(qkv, above, 0, shape), shape), _rows_of(upstream, above, shape)
         weight = weights(query, key, above, at)
         moved = change(weight, given, value, above).astype(query.dtype)
-        return keys + triton.dot(moved.T, query), values + triton.dot(weight.astype(given.dtype).T, given)
+        # Weights as two numbers: the textbook form rounds exponentials, of which a row's largest is 1, and so exact.
+        short = weight.astype(given.dtype)
+        rest = (weight - short.astype(jnp.float32)).astype(given.dtype)
+        values = values + triton.dot(short.T, given) + triton.dot(rest.T, given)
+        return keys + triton.dot(moved.T, query), values
 
     keys, values = jax.lax.fori_loop(0, shape.tiles, of_keys, (empty, empty))
     query, given = _scaled(_part(qkv, at, 0, shape), shape), _rows_of(upstream, at, shape)

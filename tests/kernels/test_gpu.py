@@ -47,8 +47,9 @@ def test_it_is_the_textbook_form(grid: tuple[int, int], heads: int, width: int, 
         assert float(jnp.abs(mine - textbook).max()) <= 1e-5 * float(jnp.abs(textbook).max())
 
 
-def test_in_bfloat16_it_is_about_as_near_to_the_exact_values_as_the_textbook_form() -> None:
-    grid, arrays = (4, 4), drawn((4, 4), 2, 16, 2)
+@pytest.mark.parametrize(("grid", "width"), [((4, 4), 16), ((9, 9), 32)])
+def test_in_bfloat16_it_is_as_near_to_the_exact_values_as_the_textbook_form(grid: tuple[int, int], width: int) -> None:
+    arrays = drawn(grid, 2, width, 2)
     given = jnp.asarray(arrays[0], jnp.bfloat16), jnp.asarray(arrays[1], jnp.float32), jnp.asarray(arrays[2])
     function = partial(both_ways, grid, True)
     found, textbook = interpreted(function)(*given), computed(function, *given, several=True)
@@ -56,8 +57,7 @@ def test_in_bfloat16_it_is_about_as_near_to_the_exact_values_as_the_textbook_for
         exact = computed(function, *(jnp.asarray(np.asarray(array, np.float64)) for array in given), several=True)
     for mine, theirs, true in zip(found, textbook, exact, strict=True):
         mine, theirs, true = (np.asarray(array, np.float64) for array in (mine, theirs, true))
-        # A product of two roundings to bfloat16, where the textbook form on a CPU has one.
-        assert 0 < np.linalg.norm(mine - true) <= 1.5 * np.linalg.norm(theirs - true)
+        assert 0 < np.linalg.norm(mine - true) <= 1.01 * np.linalg.norm(theirs - true)
 
 
 def test_biases_of_several_shards_have_gradients_of_their_own() -> None:
