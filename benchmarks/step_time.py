@@ -29,14 +29,14 @@ GATHERED_UP_TO = 16
 """The largest fsdp axis over which libtpu was seen to gather. On 64 and 256 chips it compiled all-reduces in its place,
 which move twice the bytes."""
 
-RESIDUAL_PASSES, LOOKUP_PASSES = 70.0, 3.7
+RESIDUAL_PASSES, LOOKUP_PASSES = 48.0, 3.7
 """Times that main memory is read or written, forward, forward again and backward, in float32: by a block and image,
 arrays like the residual stream [n, d]; by a position bias, arrays like itself [heads, n, n]. From compiled programs of
 fine-tuning and of pre-training. Scores [heads, n, n] of images never reach it: they stay with the kernels."""
 ON_CHIP, RESIDUALS_AT_ONCE = 128 * 2**20, 6
 """Bytes of a chip's own memory (VMEM, https://jax-ml.github.io/scaling-book/tpus/). Where so many arrays like a block's
 residual stream fit for all images at once, none of them reaches main memory; where they take twice as much, all do."""
-TEACHER_INTENSITY = 200
+TEACHER_INTENSITY = 250
 """Operations of a tokenizer or teacher for each byte that it reads or writes."""
 WHOLE = 0.37  # share of RESIDUAL_PASSES that every chip of a tensor axis makes over whole arrays: one compiled program
 SLACK = 1.7  # compiled programs took up to so many times `estimate.Memory`; one with a tokenizer, on two slices, 2.2
@@ -128,6 +128,8 @@ def workload(recipe: Recipe) -> Workload:
     sizes = {name: prod(shape) for name, shape in param_shapes(config).items()}
     own = flops(config).training()
     again = flops(config).training(remat) - own
+    if remat == "block":  # but for a block's last product, which the way back does not read: the kernel holds its scale
+        again -= blocks * 2 * tokens * config.hidden_size * config.intermediate_size
     return Workload(
         name=recipe.name,
         batch=recipe.data.batch_size,
