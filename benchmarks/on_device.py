@@ -171,7 +171,7 @@ def both_ways(form: Callable[..., Any], side: int, qkv: Any, table: Any, upstrea
     from beit_jax.models.position import attention_bias
 
     def averages(qkv: Any, table: Any) -> Any:
-        return form(qkv, attention_bias(table, (side, side), (side, side), "bicubic", len(qkv)))[0]
+        return form(qkv, attention_bias(table, (side, side), (side, side), "bicubic", len(qkv)).written)[0]
 
     found, back = jax.vjp(averages, qkv, table)
     of_qkv, of_table = back(upstream)

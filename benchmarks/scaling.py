@@ -410,12 +410,13 @@ the better rule: with fewer than that the network, on data alone, takes longer t
 
 ## Formulas
 
-P parameters, n tokens, d width, L blocks, t, f, s: tensor axis, fsdp axis, slices; r = data x f / s chips of a slice
+P parameters, R those of 3 P that three passes read (all but each block's last kernel in the pass that computes blocks
+again), n tokens, d width, L blocks, t, f, s: tensor axis, fsdp axis, slices; r = data x f / s chips of a slice
 that share out images; images: of one such chip. Everything but the optimizer is once for each part of a batch.
 
     ring of m chips     all-gather, reduce-scatter: bytes x (m - 1) / m; all-reduce: twice that
     products            FLOP x batch / chips / peak
-    parameters          all-gather of 3 x 2 P / t over f: bfloat16, forward, again, and backward; f > 16: all-reduce
+    parameters          all-gather of 2 R / t over f: bfloat16, forward, again, and backward; f > 16: all-reduce
     gradients           all-reduce of G / t over f, then of G / t / f over r / f
                         G: 2 bytes for the kernels of qkv and fc1, 4 for all other parameters
     tensor              all-reduce of images x L x n x d x (2 x 4 + 2 x 4 + 2 x 2) over t, on one link
@@ -424,7 +425,7 @@ that share out images; images: of one such chip. Everything but the optimizer is
                         - 1, images of a part: the share that does not stay on the chip
     teacher             FLOP of a tokenizer or teacher / {teacher}
     lookup of biases    3.7 x 4 x heads x n^2 / t for each table
-    parameters' memory  (3 x 4 P + 2 G) / t, and 28 P / (f t) for the optimizer
+    parameters' memory  (4 R + 2 G) / t, and 28 P / (f t) for the optimizer
     interconnect        2 links an axis where it is a ring, 1 where it is a line; tensor groups share one axis's links
 
 Rings and axes: https://jax-ml.github.io/scaling-book/. What travels, in which type and how often: the compiled

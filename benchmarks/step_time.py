@@ -61,6 +61,8 @@ class Workload:
         tokens, width, heads, blocks: of the encoder; blocks of BEiT v2's aggregation are counted too.
         biases: matrices [heads, tokens, tokens] that are looked up: one per block, one for all, or none.
         passes: over the parameters: forward, backward, and between them again where blocks are recomputed.
+        unread: parameters that the pass between does not read: each block's last kernel, whose product nothing reads on
+            the way back, as the kernel holds the layer's scale.
     """
 
     name: str
@@ -77,6 +79,12 @@ class Workload:
     blocks: int
     biases: int
     passes: int
+    unread: int = 0
+
+    @property
+    def reads(self) -> int:
+        """Parameters that all passes read."""
+        return self.passes * self.parameters - self.unread
 
     @property
     def gradient_bytes(self) -> int:
@@ -127,9 +135,8 @@ def workload(recipe: Recipe) -> Workload:
     tokens, blocks = 1 + config.grid[0] * config.grid[1], config.num_hidden_layers + config.aggregation_layers
     sizes = {name: prod(shape) for name, shape in param_shapes(config).items()}
     own = flops(config).training()
-    again = flops(config).training(remat) - own
-    if remat == "block":  # but for a block's last product, which the way back does not read: the kernel holds its scale
-        again -= blocks * 2 * tokens * config.hidden_size * config.intermediate_size
+    unread = blocks * config.hidden_size * config.intermediate_size if remat == "block" else 0
+    again = flops(config).training(remat) - own - 2 * tokens * unread
     return Workload(
         name=recipe.name,
         batch=recipe.data.batch_size,
@@ -145,6 +152,7 @@ def workload(recipe: Recipe) -> Workload:
         blocks=blocks,
         biases=config.has_layer_bias * config.num_hidden_layers + config.has_shared_bias,
         passes=3 if remat == "block" else 2,
+        unread=unread,
     )
 
 
@@ -195,10 +203,10 @@ def all_reduce(size: float, group: float) -> float:
 def parameter_bytes(work: Workload, layout: Layout) -> float:
     """The parameters that fsdp splits, gathered in bfloat16 once for each pass and part; frozen ones once a step.
 
-    ``(parts passes 2 P / tensor + 2 frozen) (f - 1) / f``, twice as much where all-reduces gather (`GATHERED_UP_TO`).
+    ``(parts 2 reads / tensor + 2 frozen) (f - 1) / f``, twice as much where all-reduces gather (`GATHERED_UP_TO`).
     """
     gather = all_gather if layout.fsdp <= GATHERED_UP_TO else all_reduce
-    learned = layout.parts * work.passes * BFLOAT16 * work.parameters / layout.tensor
+    learned = layout.parts * BFLOAT16 * work.reads / layout.tensor
     return gather(learned + BFLOAT16 * work.frozen, layout.fsdp)
 
 
@@ -264,8 +272,8 @@ def position_bias_traffic(work: Workload, layout: Layout) -> float:
 
 
 def parameter_traffic(work: Workload, layout: Layout) -> float:
-    """``parts (passes 4 P + 2 G) / tensor``: bfloat16 copies and gradients, each written once and read once."""
-    copies = work.passes * 2 * BFLOAT16 * work.parameters
+    """``parts (4 reads + 2 G) / tensor``: bfloat16 copies and gradients, each written once and read once."""
+    copies = 2 * BFLOAT16 * work.reads
     return layout.parts * (copies + 2 * work.gradient_bytes) / layout.tensor
 
 

@@ -291,7 +291,8 @@ a learning rate for every layer.
 
 L/16 at 384 pixels with four images is the narrowest: 305 million parameters for four images. Both sides hold about 4.6
 GiB of parameters, moments and gradients, and AdamW reads and writes 8.4 GB of them in every step; ours reads 1.2 GB
-more for the norm of the gradient, and 1.1 for kernels as bfloat16. These do not shrink with the precision of activations.
+more for the norm of the gradient, and 1.1 for kernels as bfloat16. These do not shrink with the precision of
+activations.
 """
 
 
