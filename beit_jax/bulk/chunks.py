@@ -20,7 +20,6 @@ import numpy as np
 import xxhash
 
 from beit_jax import atomic
-from beit_jax.atomic import check_place
 from beit_jax.bulk.inputs import Listing
 from beit_jax.errors import BeitJaxError, printable
 from beit_jax.json_file import changes, read_json
@@ -101,7 +100,7 @@ class Chunks:
         Raises:
             BeitJaxError: what is there was made with other facts, or is no such folder; says what differs.
         """
-        check_place(self.folder)
+        atomic.check_place(self.folder)
         known = self.folder / MANIFEST
         with explained(self.output):
             self.folder.mkdir(exist_ok=True)

@@ -3,7 +3,6 @@
 import bisect
 import itertools
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from beit_jax.bulk.archives import Archive, is_archive
 from beit_jax.bulk.files import Files, expanded
 from beit_jax.bulk.images import Source, Stamp, Stored
 from beit_jax.errors import BeitJaxError, printable
+from beit_jax.images.files import is_address
 from beit_jax.images.listing import SUFFIXES, walk
 
 DATASET: Final = "dataset_info.json"
@@ -186,7 +186,7 @@ class _Lister:
             if b"\0" in line:
                 raise BeitJaxError(f"{name}: expected a path in every line, found a zero byte; is it a text file?")
             text = os.path.join(folder, os.fsdecode(line.rstrip(b"\r\n")))
-            if b"://" in line:
+            if b"://" in line:  # lists may have millions of lines
                 _refuse_address(os.fsdecode(line.strip()))
             if os.path.splitext(text)[1].lower() in SUFFIXES:
                 self._file(str(Path(text)))
@@ -205,5 +205,5 @@ class _Lister:
 
 def _refuse_address(name: str) -> None:
     """Refuses what lies elsewhere: nothing is fetched."""
-    if re.match(r"[a-z][a-z0-9+.-]*://", name, re.IGNORECASE) and not os.path.lexists(name):
+    if is_address(name):
         raise BeitJaxError(f"{printable(name)}: expected a file or a folder, found an address; download it first")

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ def read_image_file(path: str | os.PathLike[str], kind: str = "an image file") -
     name, file = printable(os.fspath(path)), Path(path)
     if not file.is_file():
         found = "a directory" if file.is_dir() else "no regular file" if file.exists() else "no such file"
+        found = "an address, and nothing is fetched" if is_address(name) else found
         raise BeitJaxError(f"{name}: {found}; give the path of {kind}")
     try:
         size = file.stat().st_size
@@ -71,6 +73,11 @@ def read_image_file(path: str | os.PathLike[str], kind: str = "an image file") -
         return file.read_bytes()
     except OSError as error:
         raise BeitJaxError(f"{name}: cannot be read ({error.strerror}); check its permissions and the disk") from error
+
+
+def is_address(name: str) -> bool:
+    """True for what lies elsewhere, as https://... or gs://..., also where a path has lost one of both slashes."""
+    return re.match(r"[a-z][a-z0-9+.-]+:/", name, re.IGNORECASE) is not None and not os.path.lexists(name)
 
 
 def decode_image(

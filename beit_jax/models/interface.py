@@ -198,8 +198,8 @@ def scan(
     parts = zip(*(jax.lax.split(leaf, [len(numbers) for numbers, _ in loops]) for leaf in leaves), strict=True)
     for part, (_, is_fixed) in zip(parts, loops, strict=True):
         blocks, *others = jax.tree.unflatten(structure, part)
-        numbered = (jax.lax.stop_gradient(blocks) if is_fixed else blocks, *others)
-        carry, output = jax.lax.scan(lambda carry, layer: step(carry, layer, shared), carry, numbered)
+        own = (jax.lax.stop_gradient(blocks) if is_fixed else blocks, *others)
+        carry, output = jax.lax.scan(lambda carry, layer: step(carry, layer, shared), carry, own)
         outputs.append(output)
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 

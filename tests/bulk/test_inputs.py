@@ -16,6 +16,7 @@ from beit_jax.bulk.images import Names
 from beit_jax.bulk.inputs import Listing, list_images
 from beit_jax.cli.main import main
 from beit_jax.errors import BeitJaxError
+from beit_jax.images.files import open_image
 from beit_jax.images.listing import named_images
 
 
@@ -202,6 +203,11 @@ def test_an_address_in_a_list_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("HTTP://a.org/cat.jpg\n")
     with pytest.raises(BeitJaxError, match=r"^HTTP://a\.org/cat\.jpg: .* found an address"):
         list_images([tmp_path / "list.txt"])
+
+
+def test_an_address_is_named_where_one_image_is_read() -> None:
+    with pytest.raises(BeitJaxError, match=r"an address, and nothing is fetched; give the path of an image file"):
+        open_image(Path("https://a.org/cat.jpg"))
 
 
 def test_members_of_no_archive_are_refused(folder: Path) -> None:
