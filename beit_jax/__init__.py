@@ -14,7 +14,7 @@ Tables     write_features, write_classes, feature_rows, record_batches: of any n
 Serving    load_program, Program: what `beit-jax export --to stablehlo` writes, without Flax
 Looking    interpret: attention, rollout, position bias as arrays; visualize: pictures of them, by matplotlib
 Errors     BeitJaxError
-Speed      keep_freed_memory
+Speed      keep_freed_memory, pack
 
 `beit_jax.convert` is the converter and the parity check, `beit_jax.train` trains. A name is imported when it is first
 used, because importing JAX takes longer than ``beit-jax --help`` may. No other module imports this one's names.
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from beit_jax.config import BeitConfig
     from beit_jax.errors import BeitJaxError
     from beit_jax.images.processor import ImageProcessor, open_image, preset
+    from beit_jax.inference.packing import pack
     from beit_jax.inference.predict import classify, features, from_pretrained
     from beit_jax.inference.reading import load_any as load
     from beit_jax.inference.saving import save_checkpoint as save
@@ -78,6 +79,7 @@ _HOME: dict[str, str | tuple[str, str]] = {
     "Program": "programs.program",
     "load": ("inference.reading", "load_any"),
     "load_program": "programs.program",
+    "pack": "inference.packing",
     "save": ("inference.saving", "save_checkpoint"),
     "save_pretrained": "inference.saving",
     "segment": "inference.segmentation",
@@ -108,6 +110,7 @@ __all__ = [
     "load",
     "load_program",
     "open_image",
+    "pack",
     "preset",
     "record_batches",
     "save",

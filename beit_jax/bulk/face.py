@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -170,7 +171,7 @@ def _work(
     listing = _listing(images, members, output)
     if output is not None:
         check_output(output, listing)
-    model = computing(resolve(os.fspath(source)), program_cache.predictor)
+    model = computing(resolve(os.fspath(source)), partial(program_cache.predictor, many=True))
     return Work(model, Classes(model.config, task) if isinstance(task, int) else task, listing, options)
 
 

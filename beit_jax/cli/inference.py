@@ -412,7 +412,7 @@ def _work(
         from beit_jax.bulk.work import Options, Work
         from beit_jax.inference import program_cache
 
-    found = computing(hub.resolve(checkpoint), program_cache.predictor)
+    found = computing(hub.resolve(checkpoint), partial(program_cache.predictor, many=True))
     options = Options(batch_size, scale.chunk, scale.workers, skip.share())
     progress = partial(image_progress, description=description, first="compiling")
     return Work(found, task(found), listing, options, progress)

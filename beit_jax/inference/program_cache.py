@@ -24,15 +24,17 @@ from jaxtyping import Array
 from beit_jax.atomic import new_file
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
+from beit_jax.inference.packing import pack, packed
 from beit_jax.inference.predictor import OutputName, Predictor, params_of
 from beit_jax.kernels.cpu import library
+from beit_jax.kernels.cpu.calls import Packed
 from beit_jax.tree import unflatten
 from beit_jax.version import source_digest
 from beit_jax.weights.native import NativeCheckpoint
 
 SUFFIX = ".stablehlo"
 
-Params = Mapping[str, Array]
+Params = Mapping[str, Array | Packed]
 Program = Callable[[Params, ArrayLike], Array]
 
 
@@ -44,17 +46,23 @@ class _Traced:
     stablehlo: bytes
 
 
-def predictor(checkpoint: NativeCheckpoint) -> Predictor:
-    """The predictor of a checkpoint; it uses the cache where `cache_directory` names one."""
+def predictor(checkpoint: NativeCheckpoint, *, many: bool = False) -> Predictor:
+    """The predictor of a checkpoint; it uses the cache where `cache_directory` names one.
+
+    Args:
+        many: for so many images that kernels are laid out for the processor first, see `packing.pack`.
+    """
     directory = cache_directory()
     if directory is None:
         from beit_jax.inference import predict  # not at the top: it imports Flax
 
-        return predict.predictor(predict.build(checkpoint), checkpoint.processor)
+        model = predict.build(checkpoint)
+        return predict.predictor(pack(model) if many else model, checkpoint.processor)
     # By default JAX stores only what takes more than a second to compile, which no small model's forward pass does.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compute = forward(checkpoint.config, params_of(checkpoint), directory)
+    params = params_of(checkpoint)
+    compute = forward(checkpoint.config, packed(params) if many else params, directory)
     return Predictor(checkpoint.config, checkpoint.processor, compute)
 
 
@@ -79,12 +87,12 @@ def forward(config: BeitConfig, params: Params, directory: Path) -> Callable[[Ar
     warning, and the result is computed all the same.
 
     Args:
-        params: flat, float32.
+        params: flat, float32; kernels may be packed.
     """
 
     @lru_cache
     def program(shape: tuple[int, ...], output: OutputName) -> Program:
-        path = directory / (_key(config, shape, output) + SUFFIX)
+        path = directory / (_key(config, params, shape, output) + SUFFIX)
         try:
             traced = _load(path)
             if traced is None:
@@ -98,11 +106,12 @@ def forward(config: BeitConfig, params: Params, directory: Path) -> Callable[[Ar
     return lambda pixel_values, output: program(np.shape(pixel_values), output)(params, pixel_values)
 
 
-def _key(config: BeitConfig, shape: tuple[int, ...], output: OutputName) -> str:
+def _key(config: BeitConfig, params: Params, shape: tuple[int, ...], output: OutputName) -> str:
     """A digest of all that a traced program depends on: the model, the shapes, JAX's settings, versions, our code."""
+    laid_out = sorted(name for name, leaf in params.items() if isinstance(leaf, Packed))
     versions = [version(name) for name in ("jax", "jaxlib", "flax")]
     settings = [(name, value) for name, value in sorted(jax.config.values.items()) if "_cache_" not in name]
-    digest = xxhash.xxh3_128(repr((config, shape, output, versions, settings)).encode())
+    digest = xxhash.xxh3_128(repr((config, laid_out, shape, output, versions, settings)).encode())
     digest.update(source_digest().encode() + library.identity().encode())
     return digest.hexdigest()
 

@@ -14,6 +14,7 @@ from beit_jax.atomic import check_destination, new_directory
 from beit_jax.errors import BeitJaxError
 from beit_jax.hub import ADAPTER_WEIGHTS
 from beit_jax.images.processor import ImageProcessor
+from beit_jax.inference.packing import unpacked
 from beit_jax.models.build import Model, param_shapes
 from beit_jax.tree import flatten
 from beit_jax.weights.native import NATIVE, NativeCheckpoint, load, save
@@ -46,7 +47,7 @@ def save_pretrained(
     """
     destination = Path(directory)
     check_destination(destination, overwrite=overwrite, contents=NATIVE)
-    params = flatten(nnx.to_pure_dict(nnx.state(model)))
+    params = unpacked(flatten(nnx.to_pure_dict(nnx.state(model))))
     shapes = param_shapes(model.config)
     if params.keys() != shapes.keys():
         odd = ", ".join(sorted(params.keys() ^ shapes.keys()))

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Shaped
 
 from beit_jax.adapters.kernel import Linear, adaptable
-from beit_jax.kernels.cpu.calls import Stacked
+from beit_jax.kernels.cpu.calls import Packed, Stacked
 from beit_jax.kernels.elements import for_accelerators, kept, normalized_with_derivative, project_side_by_side
 from beit_jax.kernels.tpu import for_tpus
 from beit_jax.models.one_cpu import for_one_cpu, gelu_with_derivative, of_two_matrices, project_by_matrices
@@ -53,9 +53,9 @@ def project(
 def expand(
     x: Float[Array, "b n d"], kernel: Any, bias: Float[Array, "wide"], activation: str
 ) -> Float[Array, "b n wide"]:
-    """``activation(x @ kernel + bias)``; kernel: [d, wide], an `AdaptedKernel`, or one of `Stacked`, whose products may
-    end in GELU."""
-    if activation == "gelu" and isinstance(kernel, Stacked):
+    """``activation(x @ kernel + bias)``; kernel: [d, wide], an `AdaptedKernel`, or one that stays where it lies,
+    whose products may end in GELU."""
+    if activation == "gelu" and isinstance(kernel, (Stacked, Packed)):
         return kernel.times(lambda x, kernel, bias: expand(x, kernel, bias, activation), x, bias, end="gelu")
     return ACTIVATIONS[activation](kept(project(x, kernel, bias)))
 

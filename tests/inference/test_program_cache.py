@@ -99,7 +99,7 @@ def test_another_question_has_another_program(
     digits: NativeCheckpoint, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(*, epsilon: float = 1e-12, shape: tuple[int, ...] = pixels.shape, output: str = "logits") -> str:
-        return program_cache._key(replace(digits.config, layer_norm_eps=epsilon), shape, output)
+        return program_cache._key(replace(digits.config, layer_norm_eps=epsilon), digits.params, shape, output)
 
     keys = [key(), key(epsilon=1e-6), key(shape=(2, *pixels.shape[1:])), key(output="pooled")]
     with setting("jax_default_matmul_precision", "bfloat16"):
@@ -113,12 +113,12 @@ def test_another_question_has_another_program(
 
 
 def test_where_programs_lie_changes_nothing(digits: NativeCheckpoint, pixels: np.ndarray) -> None:
-    before = program_cache._key(digits.config, pixels.shape, "logits")
+    before = program_cache._key(digits.config, digits.params, pixels.shape, "logits")
     with (
         setting("jax_compilation_cache_dir", "/elsewhere"),
         setting("jax_persistent_cache_min_compile_time_secs", 5.0),
     ):
-        assert program_cache._key(digits.config, pixels.shape, "logits") == before
+        assert program_cache._key(digits.config, digits.params, pixels.shape, "logits") == before
 
 
 def flipped(content: bytes) -> bytes:

@@ -87,6 +87,59 @@ def test_products_of_any_size(rows: int, inner: int, outer: int) -> None:
         agree(found, in_double(both, x, kernel, bias))
 
 
+@pytest.mark.parametrize(("rows", "inner", "outer"), [*PRODUCTS, (230, 1540, 40)])
+def test_products_by_packed_kernels(rows: int, inner: int, outer: int) -> None:
+    """Each of several layers, in a loop over them and as a slice; packed and unpacked again, no number is lost."""
+    x, several, bias = draw((1, rows, inner), (3, inner, outer), (outer,))
+    packed = calls.Packed.of(several, inputs=1)
+    assert isinstance(packed, calls.Packed)
+    np.testing.assert_array_equal(packed.unpacked(), several)
+    for form in (project, lambda *given: expand(*given, "gelu")):
+        for number in (0, 2):
+            loop = replace(packed, panels=calls.Stacked(packed.panels, jnp.int32(number)))
+            alone = replace(packed, panels=packed.panels[number])
+            expected = in_double(form, x, several[number], bias)
+            for kernel in (loop, alone):
+                np.testing.assert_array_equal(kernel.unpacked(), several[number])
+                with traced_for("cpu"):
+                    assert "beit_affine" in str(jax.make_jaxpr(form)(x, kernel, bias))
+                    agree(jax.jit(form)(x, kernel, bias), expected)
+
+
+def test_packed_kernels_of_several_axes() -> None:
+    for inputs, both in ((1, (24, 3, 4, 8)), (2, (4, 8, 24))):
+        kernels, x, bias = draw((2, *both), (2, 5, *both[:inputs]), both[inputs:])
+        packed = calls.Packed.of(kernels, inputs)
+        np.testing.assert_array_equal(packed.unpacked(), kernels)
+        expected = in_double(project, x, kernels[1], bias)
+        with traced_for("cpu"):
+            agree(project(x, replace(packed, panels=packed.panels[1]), bias), expected)
+
+
+def test_packed_kernels_where_no_product_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other devices, in bfloat16, and where the kernels were switched off afterwards."""
+    x, several, bias = draw((1, 7, 20), (2, 20, 30), (30,))
+    packed = calls.Packed.of(several, inputs=1)
+    one = replace(packed, panels=packed.panels[1])
+    np.testing.assert_array_equal(one.astype(jnp.bfloat16), several[1].astype(jnp.bfloat16))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sin(project(x, one, bias)).sum()))(x)
+    agree(gradient, in_double(jax.grad(lambda x: jnp.sin(project(x, several[1], bias)).sum()), x))
+    vectorised = jax.vmap(lambda x: project(x, one, bias))(x[None])[0]
+    agree(vectorised, in_double(project, x, several[1], bias))
+    monkeypatch.setenv(library.SWITCH, "off")
+    assert calls.Packed.of(several, inputs=1) is several
+    assert "beit_affine" not in str(jax.make_jaxpr(project)(x, one, bias))
+    agree(project(x, one, bias), in_double(project, x, several[1], bias))
+
+
+def test_panels_of_another_processor_are_refused() -> None:
+    x, several, bias = draw((7, 20), (2, 20, 30), (30,))
+    panels = calls.Packed.of(several, inputs=1).panels
+    for wrong in (panels[:, :, :, :-1], jnp.pad(panels, [(0, 0), (0, 1), (0, 0), (0, 0)])):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="packed for another processor"):
+            calls.affine(x, wrong, jnp.int32(0), bias).block_until_ready()
+
+
 ATTENTION = [
     (2, (2, 2), 2, 20),
     (1, (5, 3), 3, 16),
@@ -153,6 +206,12 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
     whole = np.asarray(calls.affine(x, kernel, bias))
     for rows in (1, 13, 100):
         np.testing.assert_array_equal(np.asarray(calls.affine(x[:rows], kernel, bias)), whole[:rows])
+    panels = calls.Packed.of(draw((1, 1600, 60))[0], inputs=1).panels
+    x = draw((300, 1600))[0]
+    whole = np.asarray(calls.affine(x, panels, jnp.int32(0), bias[:60]))
+    for rows in (1, 13, 100):
+        found = calls.affine(x[:rows], panels, jnp.int32(0), bias[:60])
+        np.testing.assert_array_equal(np.asarray(found), whole[:rows])
 
 
 def test_transformations() -> None:
@@ -264,7 +323,9 @@ def test_threads_change_no_bit(tmp_path: Path) -> None:
         "import sys, numpy as np, jax.numpy as jnp; from beit_jax.kernels.cpu import calls, library; library.offer()\n"
         "rng = np.random.default_rng(0); draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)\n"
         "np.savez(sys.argv[1], calls.affine(draw(577, 770), draw(770, 900), draw(900), end='gelu'),"
-        " calls.attention(draw(2, 577, 3, 3, 64), draw(3, 577, 577)))"
+        " calls.affine(draw(577, 1600), calls.Packed.of(draw(2, 1600, 900), 1).panels, jnp.int32(1), draw(900)),"
+        " calls.attention(draw(2, 577, 3, 3, 64),"
+        " calls.PositionBias(jnp.zeros((1, 3, 577, 577)), draw(1, 47 * 47 + 3, 3), (24, 24))))"
     )
     found = []
     for cores in ({min(os.sched_getaffinity(0))}, os.sched_getaffinity(0)):

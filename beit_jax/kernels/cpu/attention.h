@@ -146,7 +146,7 @@ void attend(Pool& pool, const Attention& x) {
       for (int r = 0; r < count; r++)
         for (Index i = 0; i < x.width; i += WIDTH) store(query + r * STRIDE + i, load(query + r * STRIDE + i) * scale);
       for (Index j = 0; j < keys; j += COLUMNS)
-        table[count](x.width, query, key + j * x.width, scores + j / DEPTH * ROWS * STRIDE + j % DEPTH, STRIDE, false);
+        table[count](x.width, query, key + j * x.width, scores + j / DEPTH * ROWS * STRIDE + j % DEPTH, STRIDE, false, {});
       float totals[ROWS];
       for (int r = 0; r < count; r++) {
         bool biased = x.bias.offsets;
@@ -157,7 +157,7 @@ void attend(Pool& pool, const Attention& x) {
         Index depth = std::min(DEPTH, x.tokens - at);
         for (Index j = 0; j < values; j += COLUMNS)
           table[count](depth, scores + at / DEPTH * ROWS * STRIDE, value + at * values + j * depth, out + j, values,
-                       at > 0);
+                       at > 0, {});
       }
       for (int r = 0; r < count; r++) {
         float* to = x.averages + ((image * x.tokens + start + r) * x.heads + head) * x.width;

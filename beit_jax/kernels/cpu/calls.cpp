@@ -1,6 +1,6 @@
 // What XLA calls: shapes come from the arrays, the rest from attributes.
 #include "attention.h"
-#include "product.h"
+#include "packed.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -9,32 +9,37 @@ using namespace beit;
 using Array = ffi::Buffer<ffi::F32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
 
-// a: [m, k]; b: [k, n], or several [layers, k, n]. Then the number of the matrix, if b is several, and the bias [n].
+// a: [m, k]; b: [k, n], several [layers, k, n], or several packed ones [layers, panels, k, COLUMNS]. Then the number of
+// the matrix, if b is several, and the bias [n].
 static ffi::Error affine(ffi::ThreadPool pool, Array a, Array b, ffi::RemainingArgs more, Result c,
                          std::string_view end) {
   auto of_a = a.dimensions(), of_b = b.dimensions();
   const float* matrix = b.typed_data();
-  size_t several = of_b.size() == 3;
-  Index m = of_a[0], k = of_a[1], n = of_b[several + 1];
+  bool several = of_b.size() > 2, packed = of_b.size() == 4;
+  Index m = of_a[0], k = of_a[1], n = c->dimensions()[1];
+  if (packed && (of_b[1] != panels_of(n) || of_b[2] != k || of_b[3] != COLUMNS))
+    return ffi::Error::InvalidArgument("beit_jax: a kernel that was packed for another processor");
   if (several) {
     auto number = more.get<ffi::Buffer<ffi::S32>>(0);
     if (!number) return number.error();
-    matrix += *number->typed_data() * k * n;
+    matrix += *number->typed_data() * (packed ? of_b[1] * COLUMNS : n) * k;
   }
   auto found = more.get<Array>(several);
   if (!found) return found.error();
   const float* bias = found->typed_data();
-  Matrix left{a.typed_data(), k, 1}, right{matrix, n, 1};
+  Matrix left{a.typed_data(), k, 1};
   float* out = c->typed_data();
-  if (end == "bias")
-    multiply(pool, m, n, k, left, right, out,
-             [bias](Index j, Vector value, Index count) { return value + load(bias + j, count); });
-  else if (end == "gelu")
-    multiply(pool, m, n, k, left, right, out,
-             [bias](Index j, Vector value, Index count) { return gelu(value + load(bias + j, count)); });
-  else
-    return ffi::Error::InvalidArgument("beit_jax: unknown end of a product");
-  return ffi::Error::Success();
+  auto product = [&](const auto& finish) {
+    if (packed)
+      multiply_packed(pool, m, n, k, left, matrix, out, finish);
+    else
+      multiply(pool, m, n, k, left, Matrix{matrix, n, 1}, out, finish);
+    return ffi::Error::Success();
+  };
+  if (end == "bias") return product([bias](Index j, Vector value, Index count) { return value + load(bias + j, count); });
+  if (end == "gelu")
+    return product([bias](Index j, Vector value, Index count) { return gelu(value + load(bias + j, count)); });
+  return ffi::Error::InvalidArgument("beit_jax: unknown end of a product");
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_affine, affine,
@@ -66,3 +71,16 @@ static ffi::Error attention(ffi::ThreadPool pool, Array qkv, ffi::RemainingArgs 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     beit_attention, attention,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().RemainingArgs().Ret<Array>());
+
+// matrices: [layers, k, n]; panels: [layers, panels, k, COLUMNS].
+static ffi::Error packing(ffi::ThreadPool pool, Array matrices, Result panels, std::int64_t columns) {
+  auto size = matrices.dimensions();
+  if (columns != COLUMNS) return ffi::Error::InvalidArgument("beit_jax: panels of another processor");
+  pack(pool, size[0], size[2], size[1], matrices.typed_data(), panels->typed_data());
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_packing, packing,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Ret<Array>().Attr<std::int64_t>("columns"));
+
+extern "C" int beit_columns() { return COLUMNS; }

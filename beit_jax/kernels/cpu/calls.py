@@ -36,11 +36,13 @@ class Offer:
         available: whether functions are computed by the kernels.
         may_be_exported: whether a program that is exported may call them.
         target: what XLA calls a function, by its name.
+        columns: how many columns a panel of a packed kernel has.
     """
 
     available: Callable[[], bool]
     may_be_exported: Callable[[], bool]
     target: Callable[[str], str]
+    columns: Callable[[], int]
 
 
 _OFFERED: list[Offer] = []
@@ -154,17 +156,19 @@ def _plain_affine(rows: Array, matrix: Array, *more: Array, end: str) -> Array:
     *number, bias = more
     if number:
         matrix = jax.lax.dynamic_index_in_dim(matrix, number[0], keepdims=False)
+    if matrix.ndim == 3:
+        matrix = _unpacked(matrix, len(bias))
     value = jnp.dot(rows, matrix) + bias
     return gelu(value) if end == "gelu" else value
 
 
 def affine(
-    rows: Float[Array, "m k"], matrix: Float[Array, "*layers k n"], *more: Array, end: str = "bias"
+    rows: Float[Array, "m k"], matrix: Float[Array, "*axes"], *more: Array, end: str = "bias"
 ) -> Float[Array, "m n"]:
     """``rows @ matrix + bias``.
 
     Args:
-        matrix: one, or those of several layers.
+        matrix: one [k, n]; those of several layers [layers, k, n]; or these packed, [layers, panels, k, columns].
         more: the number of the layer, an int32, where they are several; then the bias, [n].
         end: "gelu" for GELU of it.
     """
@@ -207,6 +211,70 @@ class Stacked:
         if not computes(rows, matrices, bias, widths=matrices.shape[1:]):
             return product(x, self.sliced(), bias)
         return affine(rows, matrices, self.number, bias.ravel(), end=end).reshape(*x.shape[:2], *bias.shape)
+
+
+def _plain_packing(matrices: Array, columns: int) -> Array:
+    layers, k, n = matrices.shape
+    padded = jnp.pad(matrices, [(0, 0), (0, 0), (0, -n % columns)])
+    return jnp.swapaxes(padded.reshape(layers, k, -1, columns), 1, 2)
+
+
+def _unpacked(panels: Float[Array, "*layers panels k columns"], n: int) -> Float[Array, "*layers k n"]:
+    rows = jnp.swapaxes(panels, -3, -2)
+    return rows.reshape(*rows.shape[:-2], -1)[..., :n]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Packed:
+    """The kernels of several layers as products of this processor read them: panels of columns, one behind the other.
+
+    It is a `beit_jax.adapters.kernel.Multiplier`.
+
+    Attributes:
+        panels: [layers, panels, k, columns], the last ones filled up with zeros; of one layer within a loop over them.
+        inputs, outputs: the axes of one kernel, whose sizes multiply to k and to the number of columns.
+    """
+
+    panels: Float[Array, "*layers panels k columns"] | Stacked
+    inputs: tuple[int, ...] = field(metadata={"static": True})
+    outputs: tuple[int, ...] = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, kernels: Float[Array, "layers *both"], inputs: int) -> "Packed | Array":
+        """The kernels, packed; themselves where products of this processor have no kernels to read them.
+
+        Args:
+            inputs: how many of their axes are inputs.
+        """
+        ins, outs = kernels.shape[1 : 1 + inputs], kernels.shape[1 + inputs :]
+        if not computes(kernels, widths=(prod(ins), prod(outs))):
+            return kernels
+        matrices = kernels.reshape(len(kernels), prod(ins), prod(outs))
+        return cls(_primitive("packing", _plain_packing).bind(matrices, columns=_OFFERED[0].columns()), ins, outs)
+
+    def __getitem__(self, index: EllipsisType) -> Self:
+        """Itself: a variable's value is read by ``variable[...]``."""
+        return self
+
+    def astype(self, dtype: DTypeLike) -> Any:
+        """Itself in float32; an array in another dtype."""
+        return self if jnp.dtype(dtype) == jnp.float32 else self.unpacked().astype(dtype)
+
+    def unpacked(self) -> Float[Array, "*layers_and_both"]:
+        """The kernels as an array."""
+        panels = self.panels.sliced() if isinstance(self.panels, Stacked) else self.panels
+        return _unpacked(panels, prod(self.outputs)).reshape(*panels.shape[:-3], *self.inputs, *self.outputs)
+
+    def times(
+        self, product: Product, x: Float[Array, "b n *inputs"], bias: Float[Array, "*outputs"], end: str = "bias"
+    ) -> Array:
+        """``x @ kernel + bias`` of one layer, as `Stacked.times`."""
+        rows, panels = x.reshape(-1, prod(self.inputs)), self.panels
+        several = panels if isinstance(panels, Stacked) else Stacked(panels[None], jnp.int32(0))
+        if not computes(rows, several.kernels, bias, widths=(prod(self.inputs), prod(self.outputs))):
+            return product(x, self.unpacked(), bias)
+        return affine(rows, several.kernels, several.number, bias.ravel(), end=end).reshape(*x.shape[:2], *bias.shape)
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ SWITCH = "BEIT_JAX_CPU_KERNELS"
 SOURCES = Path(__file__).parent
 PREFIX = "beit_jax_cpu_"
 """How the names begin by which XLA calls the functions."""
-CALLS = ("affine", "attention")
+CALLS = ("affine", "packing", "attention")
 """The functions of the library, of calls.cpp."""
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-w")
 NEEDED = frozenset({"avx2", "fma"})
@@ -88,7 +88,7 @@ def _said() -> str:
 
 def offer() -> None:
     """Lets `calls` compute by the library, which is looked for when the first product is wide enough."""
-    calls.offer(calls.Offer(available, may_be_exported, target))
+    calls.offer(calls.Offer(available, may_be_exported, target, columns))
 
 
 def state() -> str:
@@ -151,6 +151,11 @@ def library() -> Found:
 def target(name: str, digest: str | None = None) -> str:
     """What XLA calls a function. Programs that were compiled with other sources call another name."""
     return f"{PREFIX}{name}_{digest or library().digest}"
+
+
+def columns() -> int:
+    """How many columns a panel of a packed kernel has, which the width of registers decides."""
+    return int(ctypes.CDLL(library().reason).beit_columns())
 
 
 def targets() -> list[str]:

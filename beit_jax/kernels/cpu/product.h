@@ -13,7 +13,8 @@
 
 namespace beit {
 
-constexpr Index DEPTH = 384, STRIDE = DEPTH + WIDTH;  // no power of two: rows take different places in a cache
+constexpr Index DEPTH = 384, LONGEST = 768;  // of B that is copied, of B that was laid out before
+constexpr Index STRIDE = LONGEST + WIDTH;    // no power of two: rows take different places in a cache
 constexpr Index BLOCK_COLUMNS = 256, BLOCK_ROWS = 1024, LINE = 16;  // numbers of a line of the caches
 
 // Element (i, j) is data[i * row + j * column]; one of both steps is 1.
@@ -76,24 +77,40 @@ INLINE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Ind
   }
 }
 
+// Lines of the caches that a tile asks for while it is summed: `lines` from `at` on, two in every SLOT steps.
+struct Ahead {
+  const float* at = nullptr;
+  Index lines = 0;
+};
+constexpr Index SLOT = 8;
+
 // C[R][COLUMNS] = or += A[R][depth] B[depth][COLUMNS]
 template <int R>
 __attribute__((noinline)) void tile(Index depth, const float* __restrict a, const float* __restrict b,
-                                    float* __restrict c, Index row, bool add) {
+                                    float* __restrict c, Index row, bool add, Ahead ahead) {
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < COLUMNS; v += LINE) __builtin_prefetch(c + r * row + v, 1);
   Vector sums[R][VECTORS];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < VECTORS; v++) sums[r][v] = Vector{};
-  for (Index k = 0; k < depth; k++, b += COLUMNS) {
+  auto step = [&](Index k) __attribute__((always_inline)) {
     Vector right[VECTORS];
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++) right[v] = load(b + v * WIDTH);
+    for (int v = 0; v < VECTORS; v++) right[v] = load(b + k * COLUMNS + v * WIDTH);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       Vector left = all(a[r * STRIDE + k]);
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; v++) sums[r][v] += left * right[v];
     }
+  };
+  Index k = 0;
+  while (k + SLOT <= depth) {
+    for (int i = 0; i < 2 && ahead.lines > 0; i++, ahead.lines--, ahead.at += LINE) __builtin_prefetch(ahead.at, 0, 2);
+#pragma GCC unroll 8
+    for (Index end = k + SLOT; k < end; k++) step(k);
   }
+  for (; k < depth; k++) step(k);
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
@@ -103,7 +120,7 @@ __attribute__((noinline)) void tile(Index depth, const float* __restrict a, cons
     }
 }
 
-using Tile = void (*)(Index, const float*, const float*, float*, Index, bool);
+using Tile = void (*)(Index, const float*, const float*, float*, Index, bool, Ahead);
 
 template <int R>
 struct Tiles {
@@ -134,6 +151,26 @@ struct Division {
   }
   Index start(Index i) const { return i * size + std::min(i, larger); }
 };
+
+// A tile of C, `count` rows of `there` numbers that lie `row` apart: fewer than COLUMNS at the edge.
+INLINE void tile_of(Tile run, Index depth, const float* a, const float* b, float* c, Index row, int count, Index there,
+                    bool add, Ahead ahead) {
+  if (there == COLUMNS) return run(depth, a, b, c, row, add, ahead);
+  alignas(64) float edge[ROWS * COLUMNS];
+  if (add)
+    for (int r = 0; r < count; r++) std::memcpy(edge + r * COLUMNS, c + r * row, there * sizeof(float));
+  run(depth, a, b, edge, COLUMNS, add, ahead);
+  for (int r = 0; r < count; r++) std::memcpy(c + r * row, edge + r * COLUMNS, there * sizeof(float));
+}
+
+template <typename Finish>
+INLINE void finish_tile(float* c, Index row, int count, Index column, Index there, const Finish& finish) {
+  for (int r = 0; r < count; r++)
+    for (Index v = 0; v < there; v += WIDTH) {
+      float* place = c + r * row + v;
+      store(place, finish(column + v, load(place, there - v), there - v), there - v);
+    }
+}
 
 // finish(column, value, count): what is stored of `count` neighbours in a row of the product, which has n numbers.
 template <typename Pool, typename Finish>
@@ -169,21 +206,8 @@ void multiply(Pool& pool, Index m, Index n, Index k, Matrix a, Matrix b, float* 
           const float* panel = right + (j - first) * depth;
           float* to = c + start * n + j;
           Index there = std::min<Index>(COLUMNS, last - j);
-          alignas(64) float edge[ROWS * COLUMNS];
-          if (there == COLUMNS) {
-            table[count](depth, left, panel, to, n, at > 0);
-          } else {
-            if (at > 0)
-              for (int r = 0; r < count; r++) std::memcpy(edge + r * COLUMNS, to + r * n, there * sizeof(float));
-            table[count](depth, left, panel, edge, COLUMNS, at > 0);
-            for (int r = 0; r < count; r++) std::memcpy(to + r * n, edge + r * COLUMNS, there * sizeof(float));
-          }
-          if (ends)
-            for (int r = 0; r < count; r++)
-              for (Index v = 0; v < there; v += WIDTH) {
-                float* place = to + r * n + v;
-                store(place, finish(j + v, load(place, there - v), there - v), there - v);
-              }
+          tile_of(table[count], depth, left, panel, to, n, count, there, at > 0, {});
+          if (ends) finish_tile(to, n, count, j, there, finish);
         }
       }
     }

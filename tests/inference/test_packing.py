@@ -1,0 +1,134 @@
+"""A packed model computes what it did, is written as it was, and stays as it is where nothing would be faster."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_models import TINY
+
+import beit_jax
+from beit_jax.config import BeitConfig
+from beit_jax.inference import packing, predict, program_cache
+from beit_jax.inference.reading import read
+from beit_jax.kernels.cpu import calls, library
+from beit_jax.models.build import build_model, param_shapes
+from beit_jax.tree import flatten, unflatten
+from beit_jax.weights import NativeCheckpoint
+
+pytestmark = pytest.mark.skipif(
+    library.compiler() is None or not library.measured(), reason="no compiler, or another processor"
+)
+PER_LAYER = replace(TINY, position_bias="per_layer", layer_scale_init_value=0.1)
+KINDS = {
+    "a table per layer": PER_LAYER,
+    "a shared table": replace(TINY, position_bias="shared"),
+    "a key bias and norms within": replace(PER_LAYER, use_key_bias=True, use_sub_norm=True),
+    "no classifier": replace(PER_LAYER, task="features", labels=()),
+}
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "SMALLEST", 1)
+    monkeypatch.setenv(library.SWITCH, "on")
+
+
+def drawn(config: BeitConfig, **options: Any) -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+    shapes = param_shapes(config)
+    params = {name: jnp.asarray(rng.standard_normal(shape) * 0.2, jnp.float32) for name, shape in shapes.items()}
+    pixels = jnp.asarray(rng.standard_normal((2, *config.image_size, 3)), jnp.float32)
+    return build_model(config, unflatten(params), **options), pixels
+
+
+def leaves(model: Any) -> dict[str, Any]:
+    return flatten(nnx.to_pure_dict(nnx.state(model)))
+
+
+@jax.jit
+def everything(model: Any, pixels: Any) -> Any:
+    outputs = model(pixels, taps=(0, 1, 2), output_attentions=True)
+    return jax.tree.leaves(outputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_model_computes_what_it_did(kind: str) -> None:
+    model, pixels = drawn(KINDS[kind])
+    expected = everything(model, pixels)
+    assert beit_jax.pack(model) is model
+    names = {name for name, leaf in leaves(model).items() if isinstance(leaf, calls.Packed)}
+    assert len(names) == 4 and all("blocks/" in name and name.endswith("kernel") for name in names)
+    found = everything(model, pixels)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(other).max())))
+    beit_jax.pack(model)  # once more
+    assert all(np.array_equal(*pair) for pair in zip(everything(model, pixels), found, strict=True))
+
+
+def test_gradients_are_those_of_the_model() -> None:
+    model, pixels = drawn(PER_LAYER)
+
+    def slopes(model: Any) -> dict[str, Any]:
+        return packing.unpacked(leaves(jax.jit(jax.grad(lambda model: jnp.sin(model(pixels).logits).sum()))(model)))
+
+    expected = slopes(model)
+    found = slopes(beit_jax.pack(model))
+    for name, slope in expected.items():
+        np.testing.assert_allclose(found[name], slope, rtol=0, atol=2e-5 * max(1.0, float(jnp.abs(slope).max())))
+
+
+def test_it_is_written_as_it_was(tmp_path: Path) -> None:
+    model, _ = drawn(PER_LAYER)
+    expected = leaves(model)
+    processor = beit_jax.preset("hf", size=PER_LAYER.image_size[0])
+    beit_jax.save_pretrained(tmp_path / "native", beit_jax.pack(model), processor)
+    written = beit_jax.load(tmp_path / "native").params
+    assert written.keys() == expected.keys()
+    assert all(np.array_equal(leaf, expected[name]) for name, leaf in written.items())
+
+
+def test_nothing_is_packed_where_nothing_would_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_packed(model: Any) -> bool:
+        return any(isinstance(leaf, calls.Packed) for leaf in leaves(beit_jax.pack(model)).values())
+
+    assert not is_packed(drawn(PER_LAYER, dtype=jnp.bfloat16)[0])
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), drawn(PER_LAYER)[0])
+    assert not is_packed(rounded)
+    model, pixels = drawn(PER_LAYER)
+    traced = jax.jit(lambda model, pixels: beit_jax.pack(model)(pixels).logits)(model, pixels)  # kernels have no value
+    np.testing.assert_allclose(traced, model(pixels).logits, rtol=0, atol=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(calls, "SMALLEST", 1000)
+        assert not is_packed(model)
+    monkeypatch.setenv(library.SWITCH, "off")
+    assert not is_packed(model)
+
+
+@pytest.fixture(scope="module")
+def digits() -> NativeCheckpoint:
+    from importlib.resources import files
+
+    return read(beit_jax.hub.resolve(str(files("beit_jax") / "digits")))
+
+
+def test_the_predictor_of_many_images(digits: NativeCheckpoint, tmp_path: Path) -> None:
+    """With stored programs and without them; a program for packed kernels is another than one for arrays."""
+    pixels = np.random.default_rng(0).standard_normal((2, *digits.config.image_size, 3)).astype(np.float32)
+    expected = np.asarray(predict.forward(predict.build(digits), pixels, "logits"))
+    before = jax.config.values["jax_compilation_cache_dir"]
+    found = [program_cache.predictor(digits, many=True).compute(pixels, "logits")]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        for many in (False, True, True):
+            found.append(program_cache.predictor(digits, many=many).compute(pixels, "logits"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert len(list(tmp_path.glob("beit-jax/*.stablehlo"))) == 2
+    for one in found:
+        np.testing.assert_allclose(one, expected, rtol=0, atol=1e-5)
+    assert np.array_equal(found[2], found[3])
