@@ -48,17 +48,22 @@ def pack(model: "Model") -> "Model":
     encoder = model if isinstance(model, BeitModel) else model.beit
     if jnp.dtype(encoder.embeddings.dtype) != jnp.float32:
         return model
-    names = list(flatten(nnx.to_pure_dict(nnx.state(model))))
-    for name in names:  # one after the other: memory for one kernel more is enough
+    sizes = {
+        name: leaf.nbytes
+        for name, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items()
+        if _is_kernel(name, leaf)
+    }
+    # One after the other, the largest first: each takes the memory of the one before it.
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
         variable = attrgetter(name.replace("/", "."))(model)
-        variable.set_value(_packed(name, variable[...]))
+        variable.set_value(jax.block_until_ready(_packed(name, variable[...])))
     return model
 
 
 def packed(params: Mapping[str, Array]) -> dict[str, Any]:
     """Flat parameters of a model, with the kernels of its blocks as `pack` lays them out."""
     library.offer()
-    return {name: _packed(name, leaf) for name, leaf in params.items()}
+    return {name: _packed(name, leaf) if _is_kernel(name, leaf) else leaf for name, leaf in params.items()}
 
 
 def unpacked(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,12 +71,12 @@ def unpacked(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: leaf.unpacked() if isinstance(leaf, Packed) else leaf for name, leaf in params.items()}
 
 
-def _packed(name: str, leaf: Any) -> Any:
-    array = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    if not array or not _KERNEL.fullmatch(name) or not _on_one_cpu(leaf):
-        return leaf
+def _is_kernel(name: str, leaf: Any) -> bool:
+    """Whether it is the kernels of blocks, as an array on one CPU; within `jax.jit` they have no values to lay out."""
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or not _KERNEL.fullmatch(name):
+        return False
+    return [device.platform for device in leaf.devices()] == ["cpu"]
+
+
+def _packed(name: str, leaf: Array) -> Packed | Array:
     return Packed.of(leaf, inputs=2 if name.endswith("/out_kernel") else 1)  # heads and their width
-
-
-def _on_one_cpu(leaf: Array) -> bool:
-    return {device.platform for device in leaf.devices()} == {"cpu"} and len(leaf.devices()) == 1

@@ -219,6 +219,12 @@ def _plain_packing(matrices: Array, columns: int) -> Array:
     return jnp.swapaxes(padded.reshape(layers, k, -1, columns), 1, 2)
 
 
+@partial(jax.jit, static_argnums=(1, 2))
+def _packing(kernels: Float[Array, "layers *both"], k: int, columns: int) -> Float[Array, "layers panels k columns"]:
+    matrices = kernels.reshape(len(kernels), k, -1)  # compiled, it is no copy
+    return _primitive("packing", _plain_packing).bind(matrices, columns=columns)
+
+
 def _unpacked(panels: Float[Array, "*layers panels k columns"], n: int) -> Float[Array, "*layers k n"]:
     rows = jnp.swapaxes(panels, -3, -2)
     return rows.reshape(*rows.shape[:-2], -1)[..., :n]
@@ -250,8 +256,7 @@ class Packed:
         ins, outs = kernels.shape[1 : 1 + inputs], kernels.shape[1 + inputs :]
         if not computes(kernels, widths=(prod(ins), prod(outs))):
             return kernels
-        matrices = kernels.reshape(len(kernels), prod(ins), prod(outs))
-        return cls(_primitive("packing", _plain_packing).bind(matrices, columns=_OFFERED[0].columns()), ins, outs)
+        return cls(_packing(kernels, prod(ins), _OFFERED[0].columns()), ins, outs)
 
     def __getitem__(self, index: EllipsisType) -> Self:
         """Itself: a variable's value is read by ``variable[...]``."""
