@@ -75,39 +75,37 @@ INLINE Index padded(Index n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
 // Numbers from `count` on become `filling`.
 INLINE Vector only(Vector value, Index count, float filling) {
-  if (count >= WIDTH) return value;
-  float parts[WIDTH];
-  std::memcpy(parts, &value, sizeof(value));
-  for (Index i = count; i < WIDTH; i++) parts[i] = filling;
-  std::memcpy(&value, parts, sizeof(value));
-  return value;
+  Vector places{};
+  for (int i = 0; i < WIDTH; i++) places[i] = static_cast<float>(i);
+  return places < all(static_cast<float>(count)) ? value : all(filling);
 }
 
-// Scores of a row, in stretches of DEPTH that lie ROWS * STRIDE apart, become exponentials; returns their sum.
-INLINE float exponentials(float* scores, const float* bias, float of_first, Index tokens) {
+// Adds the bias, that of the first key apart, to `count` scores; what fills up the last vector has no weight. Returns
+// the largest score.
+INLINE float add_bias(float* scores, const float* bias, const float* of_first, Index count) {
   Vector highest = all(-std::numeric_limits<float>::infinity());
-  for (Index at = 0; at < tokens; at += DEPTH, scores += ROWS * STRIDE)
-    for (Index j = 0; j < std::min(DEPTH, tokens - at); j += WIDTH) {
-      Index count = tokens - at - j;
-      Vector value = load(scores + j);
-      if (bias) {
-        Vector added = load(bias + at + j, count);
-        if (at + j == 0) added[0] = of_first;
-        value += added;
-      }
-      value = only(value, count, -std::numeric_limits<float>::infinity());
-      store(scores + j, value);
-      highest = larger(highest, value);
+  for (Index j = 0; j < count; j += WIDTH) {
+    Vector value = load(scores + j);
+    if (bias) {
+      Vector added = load(bias + j);
+      if (j == 0 && of_first) added[0] = *of_first;
+      value += added;
     }
-  float most = largest(highest);
+    if (count - j < WIDTH) value = only(value, count - j, -std::numeric_limits<float>::infinity());
+    store(scores + j, value);
+    highest = larger(highest, value);
+  }
+  return largest(highest);
+}
+
+// Scores become e to the power of what they are more than the highest one; returns their sum.
+INLINE float powers(float* scores, float highest, Index count) {
   Vector total{};
-  scores -= (tokens + DEPTH - 1) / DEPTH * ROWS * STRIDE;
-  for (Index at = 0; at < tokens; at += DEPTH, scores += ROWS * STRIDE)
-    for (Index j = 0; j < std::min(DEPTH, tokens - at); j += WIDTH) {
-      Vector value = exponential(load(scores + j) - most);
-      store(scores + j, value);
-      total += value;
-    }
+  for (Index j = 0; j < count; j += WIDTH) {
+    Vector value = exponential(load(scores + j) - highest);
+    store(scores + j, value);
+    total += value;
+  }
   return sum(total);
 }
 
@@ -122,7 +120,7 @@ void attend(Pool& pool, const Attention& x) {
   float scale = 1.0f / std::sqrt(static_cast<float>(x.width));
   static std::atomic<Index> calls{0};
   Index call = ++calls;
-  Index keys = padded(x.tokens), values = padded(x.width), stretches = (x.tokens + DEPTH - 1) / DEPTH;
+  Index keys = padded(x.tokens), values = padded(x.width), stretches = (x.tokens + LONGEST - 1) / LONGEST;
   share(pool, heads * rows.pieces, [&](Index piece) {
     static thread_local Scratch memory;
     static thread_local Strips strips;
@@ -136,8 +134,8 @@ void attend(Pool& pool, const Attention& x) {
     float* out = value + x.tokens * values;
     Matrix k = x.part(image, head, 1);
     copy_panels({k.data, 1, k.row}, 0, x.width, 0, x.tokens, key);
-    for (Index at = 0; at < x.tokens; at += DEPTH)
-      copy_panels(x.part(image, head, 2), at, std::min(DEPTH, x.tokens - at), 0, x.width, value + at * values);
+    for (Index at = 0; at < x.tokens; at += LONGEST)
+      copy_panels(x.part(image, head, 2), at, std::min(LONGEST, x.tokens - at), 0, x.width, value + at * values);
     Division tiled(bottom - top, ROWS);
     for (Index t = 0; t < tiled.pieces; t++) {
       Index start = top + tiled.start(t);
@@ -146,17 +144,25 @@ void attend(Pool& pool, const Attention& x) {
       for (int r = 0; r < count; r++)
         for (Index i = 0; i < x.width; i += WIDTH) store(query + r * STRIDE + i, load(query + r * STRIDE + i) * scale);
       for (Index j = 0; j < keys; j += COLUMNS)
-        table[count](x.width, query, key + j * x.width, scores + j / DEPTH * ROWS * STRIDE + j % DEPTH, STRIDE, false, {});
+        table[count](x.width, query, key + j * x.width, scores + j / LONGEST * ROWS * STRIDE + j % LONGEST, STRIDE,
+                     false, {});
       float totals[ROWS];
       for (int r = 0; r < count; r++) {
-        bool biased = x.bias.offsets;
-        totals[r] = exponentials(scores + r * STRIDE, biased ? strips.row(start + r) : nullptr,
-                                 biased ? strips.of_first(start + r) : 0, x.tokens);
+        const float* bias = x.bias.offsets ? strips.row(start + r) : nullptr;
+        float of_first = bias ? strips.of_first(start + r) : 0;
+        float highest = -std::numeric_limits<float>::infinity();
+        auto stretch = [&](Index at) { return scores + (at / LONGEST * ROWS + r) * STRIDE; };
+        for (Index at = 0; at < x.tokens; at += LONGEST)
+          highest = std::max(highest, add_bias(stretch(at), bias ? bias + at : nullptr, at ? nullptr : &of_first,
+                                               std::min(LONGEST, x.tokens - at)));
+        totals[r] = 0;
+        for (Index at = 0; at < x.tokens; at += LONGEST)
+          totals[r] += powers(stretch(at), highest, std::min(LONGEST, x.tokens - at));
       }
-      for (Index at = 0; at < x.tokens; at += DEPTH) {
-        Index depth = std::min(DEPTH, x.tokens - at);
+      for (Index at = 0; at < x.tokens; at += LONGEST) {
+        Index depth = std::min(LONGEST, x.tokens - at);
         for (Index j = 0; j < values; j += COLUMNS)
-          table[count](depth, scores + at / DEPTH * ROWS * STRIDE, value + at * values + j * depth, out + j, values,
+          table[count](depth, scores + at / LONGEST * ROWS * STRIDE, value + at * values + j * depth, out + j, values,
                        at > 0, {});
       }
       for (int r = 0; r < count; r++) {

@@ -66,15 +66,15 @@ INLINE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Ind
     }
     return;
   }
-  for (Index j = 0; j < columns; j += COLUMNS, to += depth * COLUMNS) {
-    Index count = std::min<Index>(COLUMNS, columns - j);
-    if (count < COLUMNS) std::memset(to, 0, depth * COLUMNS * sizeof(float));
-    for (Index i = 0; i < depth; i += LINE)
-      for (Index c = 0; c < count; c++) {
-        const float* from = b.at(k + i, column + j + c);
-        for (Index s = 0; s < std::min(LINE, depth - i); s++) to[(i + s) * COLUMNS + c] = from[s];
+  for (Index j = 0; j < columns; j += COLUMNS, to += depth * COLUMNS)
+    for (Index v = 0; v < COLUMNS; v += WIDTH)
+      for (Index i = 0; i < depth; i += WIDTH) {
+        Vector square[WIDTH];
+        for (int c = 0; c < WIDTH; c++)
+          square[c] = j + v + c < columns ? load(b.at(k + i, column + j + v + c), depth - i) : Vector{};
+        turn_over(square);
+        for (Index s = 0; s < std::min<Index>(WIDTH, depth - i); s++) store(to + (i + s) * COLUMNS + v, square[s]);
       }
-  }
 }
 
 // Lines of the caches that a tile asks for while it is summed: `lines` from `at` on, two in every SLOT steps.
@@ -82,14 +82,15 @@ struct Ahead {
   const float* at = nullptr;
   Index lines = 0;
 };
-constexpr Index SLOT = 8;
+constexpr Index SLOT = 8, FEW = 128;  // steps; after few of them what was asked for is not there yet
 
 // C[R][COLUMNS] = or += A[R][depth] B[depth][COLUMNS]
 template <int R>
 __attribute__((noinline)) void tile(Index depth, const float* __restrict a, const float* __restrict b,
                                     float* __restrict c, Index row, bool add, Ahead ahead) {
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < COLUMNS; v += LINE) __builtin_prefetch(c + r * row + v, 1);
+  if (depth > FEW)
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < COLUMNS; v += LINE) __builtin_prefetch(c + r * row + v, 1);
   Vector sums[R][VECTORS];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < VECTORS; v++) sums[r][v] = Vector{};

@@ -63,11 +63,37 @@ INLINE float largest(Vector value) {
   return parts[0];
 }
 
-// e to the power of x, within 1 unit of the last place or so; 0 below -87. NaN stays NaN.
+// Row i becomes column i: in every round, blocks that lie across the diagonal from each other change places.
+INLINE void turn_over(Vector (&square)[WIDTH]) {
+#if defined(__clang__)  // whose shuffles take constants alone
+  float rows[WIDTH][WIDTH], columns[WIDTH][WIDTH];
+  std::memcpy(rows, square, sizeof(rows));
+  for (int i = 0; i < WIDTH; i++)
+    for (int j = 0; j < WIDTH; j++) columns[j][i] = rows[i][j];
+  std::memcpy(square, columns, sizeof(columns));
+#else
+#pragma GCC unroll 4
+  for (int half = WIDTH / 2; half > 0; half /= 2) {
+    Integers low{}, high{};  // places in two rows behind each other
+    for (int i = 0; i < WIDTH; i++) {
+      low[i] = i & half ? i - half + WIDTH : i;
+      high[i] = i & half ? i + WIDTH : i + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++)
+      if (!(i & half)) {
+        Vector upper = square[i], lower = square[i + half];
+        square[i] = __builtin_shuffle(upper, lower, low);
+        square[i + half] = __builtin_shuffle(upper, lower, high);
+      }
+  }
+#endif
+}
+
+// e to the power of x, which is 0 or less, within 1 unit of the last place or so; 0 below -87. NaN stays NaN.
 // 2^n * e^r with |r| <= log(2) / 2, and e^r by its series of Taylor, economized (coefficients: Cephes, expf).
 INLINE Vector exponential(Vector x) {
-  x = x < -87.3f ? all(-87.3f) : x;
-  x = x > 88.3f ? all(88.3f) : x;
+  x = all(-87.3f) > x ? all(-87.3f) : x;
   const Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   Vector shifted = x * 1.44269504088896341f + magic;
   Vector n = shifted - magic;
