@@ -135,6 +135,16 @@ def image_progress(total: int, description: str = "segmenting", first: str | Non
     )
 
 
+def turn_progress(total: int, description: str = "measuring", first: str | None = "starting") -> Bar:
+    """Progress in turns of processes, as `image_progress` has it of images."""
+    from rich.progress import MofNCompleteColumn
+
+    silence = SILENCE if first is None else UNKNOWN_SILENCE
+    return _bar(
+        description, total, "turns", MofNCompleteColumn(), lambda speed: f"{speed:,.2f} turns/s", silence, first
+    )
+
+
 @contextmanager
 def _bar(
     description: str,

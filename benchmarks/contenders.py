@@ -2,72 +2,38 @@
 
     python benchmarks/contenders.py '{"contender": "ours", "kind": "forward", ...}'
 
-It answers with a line of JSON once it is ready, and then, for every number that it reads, with the seconds of so many
-calls. Between them it sleeps: contenders take turns on an idle machine. What they compute (logits, or the losses of the
-first steps) goes to a file, by which `speed.py` sees that they compute the same.
+`beit_jax.peers.process` says what a process is told and answers; forward passes are those of `beit_jax.peers.forward`.
+Here are the other kinds: "finetune" (classification) and "pretrain" (masked tokens), whose outputs are the losses of
+the first two steps, and "products": those of all blocks with their parameters, and nothing else.
 """
 
 import json
-import os
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-Call = Callable[[], Any]
-"""Does it once and returns the result, complete."""
+from beit_jax.peers import by_torch, forward
+from beit_jax.peers.by_torch import finished, torch_device
+from beit_jax.peers.forward import begin_ours
+from beit_jax.peers.job import Call, Job
+from beit_jax.peers.needs import KINDS
+from beit_jax.peers.process import serve
+
 RATE, DECAY, SMOOTHING, HIDDEN = 1e-4, 0.05, 0.1, 75
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to do.
-
-    Attributes:
-        contender: a name in `CONTENDERS`.
-        kind: "forward", "finetune" (classification), "pretrain" (masked tokens), "segment" (a forward pass), or
-            "products": those of all blocks with their parameters, and nothing else.
-        directory: holds the same weights as ``native``, ``hf`` and ``timm``, and ``inputs.npz``.
-        output: file for what was computed.
-        accelerator: whether to run on a GPU.
-        cpu_time: whether seconds are those that the processor worked for this process, not those of the clock.
-    """
-
-    contender: str
-    kind: str
-    directory: str
-    output: str
-    dtype: str = "float32"
-    threads: int = 2
-    accelerator: bool = False
-    cpu_time: bool = False
-
-    @property
-    def inputs(self) -> dict[str, np.ndarray]:
-        with np.load(Path(self.directory, "inputs.npz")) as file:
-            return dict(file)
-
-    def encoded(self) -> str:
-        return json.dumps(asdict(self))
+TRAINING = ("finetune", "pretrain")
 
 
 def ours(job: Job, kernels: str = "auto") -> Call:
     """This library, as its documents say to use it; `kernels` "off": without the kernels of a CPU."""
-    os.environ["BEIT_JAX_CPU_KERNELS"] = kernels
-    import beit_jax
-
-    beit_jax.keep_freed_memory()
-    import jax
-
-    if not job.accelerator:
-        jax.config.update("jax_platforms", "cpu")
-    if job.kind == "products":
-        return _our_products(job)
-    return _our_step(job) if job.kind in ("finetune", "pretrain") else _our_forward(job)
+    if job.kind in KINDS:
+        return forward.ours(job, kernels)
+    begin_ours(job, kernels)
+    return _our_products(job) if job.kind == "products" else _our_step(job)
 
 
 def _our_products(job: Job) -> Call:
@@ -85,28 +51,6 @@ def _our_products(job: Job) -> Call:
         return jax.lax.scan(block, x, kernels)[0]
 
     return lambda: jax.block_until_ready(run(x, kernels))
-
-
-def _our_forward(job: Job) -> Call:
-    import jax
-    import jax.numpy as jnp
-
-    import beit_jax
-
-    model, _ = beit_jax.from_pretrained(Path(job.directory, "native"), dtype=job.dtype)
-    pixels = jnp.asarray(job.inputs["pixels"])
-    forward = jax.jit(lambda model, pixels: model(pixels).logits)
-    if not job.accelerator:
-        return lambda: jax.block_until_ready(forward(model, pixels))
-    from beit_jax.train.distributed.sharding import make_mesh
-
-    mesh = make_mesh((1, 1, 1), jax.devices()[:1])
-
-    def call() -> Any:
-        with jax.set_mesh(mesh):  # attention by kernels
-            return jax.block_until_ready(forward(model, pixels))
-
-    return call
 
 
 def _our_step(job: Job) -> Call:
@@ -149,36 +93,23 @@ def _our_step(job: Job) -> Call:
 
 def transformers(job: Job, attention: str, compiled: bool) -> Call:
     """Transformers' model of the kind, with one of its implementations of attention."""
-    import transformers as library
-
-    library.logging.set_verbosity_error()
-    library.logging.disable_progress_bar()
-    name = {"pretrain": "MaskedImageModeling", "segment": "SemanticSegmentation"}.get(job.kind, "ImageClassification")
-    model = getattr(library, f"BeitFor{name}").from_pretrained(Path(job.directory, "hf"), attn_implementation=attention)
-    return _torch(job, model, lambda output: output.logits, compiled)
+    if job.kind in KINDS:
+        return by_torch.transformers(job, attention, compiled)
+    return _torch_step(job, by_torch.transformers_model(job.directory, attention), lambda found: found.logits, compiled)
 
 
 def timm(job: Job, compiled: bool) -> Call:
     """timm's model; it has none for pre-training or segmentation."""
-    import timm as library
-
-    model = library.create_model(f"local-dir:{Path(job.directory, 'timm')}", pretrained=True)
-    return _torch(job, model, lambda output: output, compiled)
-
-
-def engine(job: Job, name: str) -> Call:
-    """An engine for inference, with transformers' model."""
-    import engines
-
-    found: Call = getattr(engines, name)(Path(job.directory), job.inputs["pixels"], job.threads)
-    return found
+    if job.kind in KINDS:
+        return by_torch.timm(job, compiled)
+    return _torch_step(job, by_torch.timm_model(job.directory), lambda found: found, compiled)
 
 
 def products(job: Job) -> Call:
     """torch's matrix products alone."""
     import torch
 
-    device, dtype = _torch_device(job)
+    device, dtype = torch_device(job)
     x, *kernels = (torch.from_numpy(value).to(device, dtype) for value in job.inputs.values())
     blocks = list(zip(*(kernel.mT.contiguous() for kernel in kernels), strict=True))
 
@@ -189,28 +120,18 @@ def products(job: Job) -> Call:
                 y = torch.nn.functional.linear(y, qkv)[:, : x.shape[1]]
                 for weight in (out, up, down):
                     y = torch.nn.functional.linear(y, weight)
-        return _finished(job, y)
+        return finished(job, y)
 
     return run
 
 
-def _torch(job: Job, model: Any, logits: Callable[[Any], Any], compiled: bool) -> Call:
+def _torch_step(job: Job, model: Any, logits: Callable[[Any], Any], compiled: bool) -> Call:
     import torch
 
-    device, dtype = _torch_device(job)
+    device, dtype = torch_device(job)
     inputs = {name: torch.from_numpy(value).to(device) for name, value in job.inputs.items()}
     pixels = inputs["pixels"].permute(0, 3, 1, 2).contiguous()
     model = model.to(device)
-    if job.kind in ("forward", "segment"):
-        model, pixels = model.eval().to(dtype), pixels.to(dtype)
-        model = torch.compile(model) if compiled else model
-
-        def forward() -> Any:
-            with torch.inference_mode():
-                return _finished(job, logits(model(pixels)))
-
-        return forward
-
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
@@ -230,81 +151,23 @@ def _torch(job: Job, model: Any, logits: Callable[[Any], Any], compiled: bool) -
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        return _finished(job, loss.detach())
+        return finished(job, loss.detach())
 
     return step
 
 
-def _torch_device(job: Job) -> tuple[Any, Any]:
-    """Where torch computes, and in what; on so many threads."""
-    import torch
-
-    torch.set_num_threads(job.threads)
-    return torch.device("cuda" if job.accelerator else "cpu"), getattr(torch, job.dtype)
-
-
-def _finished(job: Job, result: Any) -> Any:
-    """`result`, once a GPU has made it."""
-    import torch
-
-    if job.accelerator:
-        torch.cuda.synchronize()
-    return result
-
-
 CONTENDERS: dict[str, Callable[[Job], Call]] = {
+    **forward.FORWARD,
     "ours": ours,
-    "transformers, sdpa": lambda job: transformers(job, "sdpa", False),
-    "transformers, eager": lambda job: transformers(job, "eager", False),
-    "transformers, sdpa, compiled": lambda job: transformers(job, "sdpa", True),
-    "timm": lambda job: timm(job, False),
-    "timm, compiled": lambda job: timm(job, True),
-    "ours, XLA": lambda job: ours(job, kernels="off"),
-    "onnxruntime": lambda job: engine(job, "onnxruntime"),
-    "openvino": lambda job: engine(job, "openvino"),
+    "transformers, sdpa": partial(transformers, attention="sdpa", compiled=False),
+    "transformers, eager": partial(transformers, attention="eager", compiled=False),
+    "transformers, sdpa, compiled": partial(transformers, attention="sdpa", compiled=True),
+    "timm": partial(timm, compiled=False),
+    "timm, compiled": partial(timm, compiled=True),
+    "ours, XLA": partial(ours, kernels="off"),
     "torch": products,
 }
 
 
-def peak_bytes(accelerator: bool) -> int:
-    """The most memory of the GPU, or else of the process, so far."""
-    if not accelerator:
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    if "torch" in sys.modules:
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    import jax
-
-    return int((jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"])
-
-
-def main(job: Job) -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if hasattr(os, "sched_setaffinity"):  # some libraries start as many threads as there are cores
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-job.threads :])
-    clock = time.process_time if job.cpu_time else time.perf_counter
-    call = CONTENDERS[job.contender](job)
-    start = time.perf_counter()
-    first = call()
-    seconds = time.perf_counter() - start
-    outputs = [first, call()] if job.kind in ("finetune", "pretrain") else [first]
-    np.save(job.output, np.stack([_host(output) for output in outputs]))
-    call()
-    print(json.dumps({"first_call_seconds": seconds, "peak_bytes": peak_bytes(job.accelerator)}), flush=True)
-    for line in sys.stdin:
-        taken = []
-        for _ in range(int(line)):
-            start = clock()
-            call()
-            taken.append(clock() - start)
-        print(json.dumps(taken), flush=True)
-
-
-def _host(output: Any) -> np.ndarray:
-    """float32, whatever device and dtype it has."""
-    return np.asarray(output.detach().float().cpu() if hasattr(output, "detach") else output, np.float32)
-
-
 if __name__ == "__main__":
-    main(Job(**json.loads(sys.argv[1])))
+    serve(Job(**json.loads(sys.argv[1])), CONTENDERS)

@@ -13,11 +13,8 @@ What would not end in time is left out, and said. The exit code is 1 if a kernel
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import time
@@ -25,7 +22,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from inspect import unwrap
 from pathlib import Path
 from typing import Any
@@ -35,6 +31,7 @@ import speed
 from speed import Case
 
 from beit_jax.config import BeitConfig
+from beit_jax.peers.bench import versions
 from beit_jax.train.costs.estimate import peak_flops
 
 MINUTES = 6.0
@@ -326,10 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="the longest that it may take")
     options = parser.parse_args(arguments)
     start = time.monotonic()
-    versions = {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in PACKAGES if find_spec(re.sub("-", "_", name))
-    }
-    found: dict[str, Any] = {"versions": versions, "driver": driver(), "attention": [], "models": []}
+    found: dict[str, Any] = {"versions": versions(PACKAGES), "driver": driver(), "attention": [], "models": []}
 
     def keep(lines: Iterator[str]) -> None:
         for line in lines:

@@ -39,10 +39,10 @@ import speed
 from PIL import Image, ImageFilter
 
 from beit_jax.convert import convert, export
-from beit_jax.images import preset
-from beit_jax.models.build import param_shapes
+from beit_jax.peers.race import ratio_of
+from beit_jax.peers.same_model import drawn, write
 from beit_jax.variants import VARIANTS
-from beit_jax.weights import NativeCheckpoint, load, save
+from beit_jax.weights import load
 
 PARTS = 20  # folders of the images: two of them are the short run
 SHORT, MORE = 2, 10  # parts of the short run, and parts beyond all images for the second measurement of memory
@@ -100,16 +100,7 @@ def write_models(case: Case, directory: Path) -> None:
     if case.name != "B/16":
         small = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
         config = replace(config, num_hidden_layers=2, **small)
-    rng, params = np.random.default_rng(0), {}
-    for name, shape in param_shapes(config).items():
-        draw = rng.standard_normal(shape, np.float32)
-        params[name] = draw * speed.fan_in(name, shape) ** -0.5 if name.endswith("kernel") else 0.1 * draw
-        if name.endswith("scale"):
-            params[name] = 1 + np.abs(params[name])
-    checkpoint = NativeCheckpoint(config, preset("hf", config.image_size), params)
-    (directory / "native").mkdir()
-    save(directory / "native", checkpoint)
-    export(checkpoint, directory / "hf", "hf")
+    write(drawn(config, np.random.default_rng(0), "hf"), directory, ["hf"])
 
 
 @dataclass(frozen=True)
@@ -213,8 +204,8 @@ def measure(case: Case, parts: Sequence[Path], options: argparse.Namespace) -> d
             contenders[name] = {
                 clock: {
                     "images_per_second": images / statistics.median(each[clock]),
-                    "ours_is_faster_by": speed.ratio_of(each[clock], mine[clock]),
-                    "ours_is_faster_by_whole_runs": speed.ratio_of(*whole_runs(rounds, name, clock)),
+                    "ours_is_faster_by": ratio_of(each[clock], mine[clock]),
+                    "ours_is_faster_by_whole_runs": ratio_of(*whole_runs(rounds, name, clock)),
                     "whole_run_seconds": [getattr(whole, clock) for _, whole in rounds[name]],
                     "short_run_seconds": [getattr(short, clock) for short, _ in rounds[name]],
                 }

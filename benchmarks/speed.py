@@ -13,13 +13,8 @@ kernels of a CPU.
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import re
-import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,19 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contenders import CONTENDERS, HIDDEN, Job
+from contenders import CONTENDERS, HIDDEN, TRAINING
 
 from beit_jax.config import BeitConfig
-from beit_jax.convert import export
-from beit_jax.images import preset
-from beit_jax.models.build import param_shapes
+from beit_jax.errors import BeitJaxError
+from beit_jax.peers.bench import versions
+from beit_jax.peers.job import INPUTS, Job, cores
+from beit_jax.peers.needs import NEEDS, missing
+from beit_jax.peers.race import Contender, ContenderFailed, require_same, summary, take_turns
+from beit_jax.peers.same_model import drawn, inputs, write
 from beit_jax.train.costs.estimate import flops
 from beit_jax.variants import VARIANTS
-from beit_jax.weights import NativeCheckpoint, save
 
-TURN = 1.5  # seconds that a contender computes before the next one does
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # of the largest output
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "timm", "onnxruntime", "openvino", "numpy")
+PROCESS = (sys.executable, str(Path(__file__).with_name("contenders.py")))
 PRODUCTS = ("ours", "torch")
 FORWARD = tuple(name for name in CONTENDERS if name != "torch")  # which has products only
 ALL = tuple(name for name in FORWARD if name not in ("onnxruntime", "openvino"))  # which do not train
@@ -84,7 +80,7 @@ class Case:
         found = flops(self.config)
         if self.kind == "products":
             return self.batch * found.dense / 1e9
-        return self.batch * (found.training() if self.kind in ("finetune", "pretrain") else found.forward) / 1e9
+        return self.batch * (found.training() if self.kind in TRAINING else found.forward) / 1e9
 
 
 CPU = (
@@ -122,77 +118,16 @@ def prepare(case: Case, directory: Path) -> None:
         }
         np.savez(directory / "inputs.npz", x=rng.standard_normal((case.batch * tokens, hidden), np.float32), **kernels)
         return
-    params = {}
-    for name, shape in param_shapes(config).items():
-        draw = rng.standard_normal(shape, np.float32)
-        params[name] = draw * fan_in(name, shape) ** -0.5 if name.endswith("kernel") else 0.1 * draw
-        if name.endswith(("scale", "var")):
-            params[name] = 1 + np.abs(params[name])
-    checkpoint = NativeCheckpoint(config, preset("timm", config.image_size), params)
-    (directory / "native").mkdir()
-    save(directory / "native", checkpoint)
-    export(checkpoint, directory / "hf", "hf")
-    if any(name.startswith("timm") for name in case.contenders):
-        export(checkpoint, directory / "timm", "timm")
-    image = rng.integers(0, 256, (case.batch, case.image, case.image, 3), np.uint8)
+    layouts = ("hf", "timm") if any(name.startswith("timm") for name in case.contenders) else ("hf",)
+    for refused in write(drawn(config, rng), directory, layouts).values():
+        sys.exit(refused)
     np.savez(
-        directory / "inputs.npz",
-        image=image,
-        pixels=(image / np.float32(255) - np.float32(0.5)) / np.float32(0.5),
+        directory / INPUTS,
+        **inputs(config, case.batch, rng),
         label=rng.integers(0, 1000, case.batch, np.int32),
         mask=rng.permuted(np.tile(np.arange(tokens - 1) < HIDDEN, (case.batch, 1)), axis=1),
         tokens=rng.integers(0, 8192, (case.batch, tokens - 1), np.int32),
     )
-
-
-def fan_in(name: str, shape: Sequence[int]) -> int:
-    """Inputs that one output of a kernel sums over."""
-    stacked = "blocks/" in name
-    if name.endswith("qkv_kernel"):
-        return shape[1]
-    return int(np.prod(shape[stacked:-1]))
-
-
-class Contender:
-    """A process that computes when it is told to."""
-
-    def __init__(self, job: Job, stack: ExitStack):
-        command = [sys.executable, str(Path(__file__).with_name("contenders.py")), job.encoded()]
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": str(job.threads)}
-        self.errors = stack.enter_context(Path(job.output).with_suffix(".errors").open("w+"))
-        self.process = stack.enter_context(
-            subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
-            )
-        )
-        stack.callback(self.process.kill)
-        self.job = job
-        self.ready = self._answer()
-        self.calls, self.rounds = 1, list[list[float]]()
-        self.calls = max(1, round(TURN / statistics.median(self._turn())))
-
-    def measure(self) -> None:
-        """One turn."""
-        self.rounds.append(self._turn())
-
-    @property
-    def medians(self) -> list[float]:
-        """Seconds of a call, in every round."""
-        return [statistics.median(taken) for taken in self.rounds]
-
-    def _turn(self) -> list[float]:
-        assert self.process.stdin
-        self.process.stdin.write(f"{self.calls}\n")
-        self.process.stdin.flush()
-        return list(self._answer())
-
-    def _answer(self) -> Any:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            self.errors.seek(0)
-            sys.exit(f"{self.job.contender} failed at {self.job.kind}:\n{self.errors.read()}")
-        return json.loads(line)
 
 
 def run(
@@ -202,59 +137,37 @@ def run(
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         directory, running = Path(temporary), dict[str, Contender]()
         prepare(case, directory)
-        for number, name in enumerate(contenders):
-            output = directory / f"{number}.npy"
-            job = Job(
-                name, case.kind, str(directory), str(output), case.dtype, threads or os.cpu_count() or 1, accelerator
-            )
-            job = replace(job, cpu_time=cpu_time)
-            running[name] = Contender(job, stack)
-        difference = check(case, running)
-        for turn in range(rounds):
-            order = list(running.values())
-            for contender in order[turn % len(order) :] + order[: turn % len(order)]:
-                contender.measure()
-    mine = running["ours"].medians
+        try:
+            for number, name in enumerate(contenders):
+                job = Job(
+                    name,
+                    case.kind,
+                    temporary,
+                    str(directory / f"{number}.npy"),
+                    case.dtype,
+                    threads or cores(),
+                    accelerator,
+                    cpu_time,
+                    outputs=2 if case.kind in TRAINING else 1,
+                )
+                running[name] = Contender(job, stack, PROCESS)
+            difference = require_same(running, case.name)
+            take_turns(list(running.values()), rounds)
+        except ContenderFailed as error:
+            sys.exit(f"{error}\n{error.errors}")
+        except BeitJaxError as error:
+            sys.exit(str(error))
     return {
         "case": case.name,
         "gigaflops": case.gigaflops,
         "largest_relative_difference": difference,
-        "contenders": {
-            name: {
-                "seconds": statistics.median(contender.medians),
-                "rounds": contender.medians,
-                "ours_is_faster_by": ratio_of(contender.medians, mine),
-                **contender.ready,
-            }
-            for name, contender in running.items()
-        },
+        "contenders": summary(running),
     }
-
-
-def ratio_of(theirs: Sequence[float], mine: Sequence[float]) -> list[float]:
-    """Least, median and largest ratio of the same round."""
-    ratios = [one / other for one, other in zip(theirs, mine, strict=True)]
-    return [min(ratios), statistics.median(ratios), max(ratios)]
-
-
-def check(case: Case, running: dict[str, Contender]) -> float:
-    """The largest difference of any outputs from ours, as a share of ours; ends the program if it is too large."""
-    mine = np.load(running["ours"].job.output)
-    worst = 0.0
-    for name, contender in running.items():
-        found = np.load(contender.job.output)
-        if case.kind == "segment" and found.shape != mine.shape:
-            found = np.moveaxis(found, -3, -1)
-        share = float(np.abs(found - mine).max() / np.abs(mine).max())
-        if not share <= TOLERANCE[case.dtype]:
-            sys.exit(f"{case.name}: {name} computes something else than ours: {share:.1e} of the largest output")
-        worst = max(worst, share)
-    return worst
 
 
 def installed() -> list[str]:
     """Contenders whose packages there are."""
-    return [name for name in CONTENDERS if name.startswith("ours") or find_spec(name.split(",")[0])]
+    return [name for name in CONTENDERS if not (missing(name) if name in NEEDS else find_spec(name) is None)]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -290,10 +203,8 @@ def main() -> None:
     there, cases = installed(), CPU if options.device == "cpu" else GPU
     for name in sorted(set(CONTENDERS) - set(there)):
         print(f"{name}: not installed, left out", file=sys.stderr)
-    versions = {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in PACKAGES if find_spec(name)
-    }
-    print(", ".join(f"{name} {version}" for name, version in versions.items()), end="\n\n")
+    found = versions(PACKAGES)
+    print(", ".join(f"{name} {version}" for name, version in found.items()), end="\n\n")
     results = []
     for case in cases:
         if not re.search(options.only, case.name):
@@ -303,7 +214,7 @@ def main() -> None:
         results.append(run(case, options.rounds, options.device == "gpu", chosen, options.threads, options.cpu_time))
         print(table(results[-1]), flush=True)
         if options.json:
-            options.json.write_text(json.dumps({"versions": versions, "cases": results}, indent=1) + "\n")
+            options.json.write_text(json.dumps({"versions": found, "cases": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

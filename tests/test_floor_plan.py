@@ -53,6 +53,7 @@ ORDER = [
     "beit_jax.train.loop",
     "beit_jax.train.forecast",
     "beit_jax.bulk",
+    "beit_jax.peers",
     "beit_jax.cli",
 ]
 MOST_MODULES = 15

@@ -1,4 +1,7 @@
-"""The command `evaluate`: a classifier or a segmentation model on labelled images. Imports wait until it runs."""
+"""The commands `evaluate` (a classifier or a segmentation model on labelled images) and `bench` (its speed).
+
+Imports wait until a command runs.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,17 +17,19 @@ from beit_jax.cli.arguments import (
     SegmentationArguments,
     SkipBad,
     SourceName,
+    Switch,
     TableArguments,
     refuse_given,
     require_counts,
 )
 from beit_jax.errors import BeitJaxError, needs_extra, printable
-from beit_jax.terminal import image_progress, print_json, print_lines, print_table
+from beit_jax.terminal import image_progress, print_json, print_lines, print_table, turn_progress
 
 if TYPE_CHECKING:
     from beit_jax.images.processor import ImageProcessor
     from beit_jax.models.build import Model
     from beit_jax.train.evaluation.segmentation import SegmentationScores
+    from beit_jax.weights.native import NativeCheckpoint
 
 Preset: TypeAlias = Literal["hf", "unilm_eval", "timm"]
 Scoring: TypeAlias = "Callable[..., SegmentationScores]"
@@ -365,3 +370,88 @@ def _evaluate_segmentation(
     print_table(["class", "IoU %", "accuracy %", "Dice %"], rows)
     print_lines(scored.describe(scores))
     return 0
+
+
+def bench(
+    checkpoint: Positional[Annotated[str | None, arg(metavar="[SOURCE]", help_behavior_hint="")]] = None,
+    *,
+    size: Annotated[Literal["base", "large"] | None, arg(metavar="{base,large}", help_behavior_hint="")] = None,
+    image_size: Annotated[int | None, arg(metavar="NUMBER", help_behavior_hint="")] = None,
+    batch_size: Annotated[int, arg(metavar="NUMBER")] = 1,
+    threads: Annotated[int | None, arg(metavar="NUMBER", help_behavior_hint="")] = None,
+    rounds: Annotated[int, arg(metavar="NUMBER")] = 7,
+    cpu_time: Switch = False,
+    json: Json = False,
+    hub: Annotated[Hub, arg(name="")] = Hub(),
+) -> int:
+    """Say how fast a forward pass is on this machine, beside the PyTorch libraries and engines that are installed.
+
+    transformers (sdpa, torch.compile), timm (also compiled), ONNX Runtime and OpenVINO compute the same images by the
+    same weights, in float32 on the CPU; what is not installed is left out and named. Each is a process of its own; they
+    take turns of a second or two, in another order every round, while the others sleep. All of them hold the model at
+    once.
+
+    Try:
+      beit-jax bench
+      beit-jax bench ./beit-base --batch-size 8 --rounds 11 --json
+
+    Args:
+        checkpoint: A classifier: a directory in Hugging Face format, a native checkpoint, or a hub name; by default a
+            model of --size with random numbers, which needs no network.
+        size: Of the model with random numbers, by default base.
+        image_size: Pixels of a side, by default the checkpoint's, or 224; position tables are resized.
+        batch_size: Images of a call.
+        threads: Cores that each may use, by default all of this process.
+        rounds: Turns of each.
+        cpu_time: Count the processor's seconds, not the clock's: on a machine that others use too.
+    """
+    from beit_jax.peers.bench import bench as measure
+    from beit_jax.peers.job import cores
+
+    require_counts(image_size=image_size, batch_size=batch_size, rounds=rounds, most=4096)
+    require_counts(threads=threads, most=cores())
+    if checkpoint is not None and size is not None:
+        raise BeitJaxError(f"--size {size}: of a model with random numbers, and a checkpoint was given; give one")
+    measured = measure(
+        _benched(checkpoint, size or "base", image_size, hub),
+        batch_size=batch_size,
+        threads=threads,
+        rounds=rounds,
+        cpu_time=cpu_time,
+        progress=turn_progress,
+    )
+    if json:
+        print_json(measured.as_dict())
+        return 0
+    print_lines([measured.head, ""])
+    print_table(*measured.rows())
+    print_lines(["", *measured.lines()])
+    return 0
+
+
+def _benched(checkpoint: str | None, size: str, image_size: int | None, hub: Hub) -> "NativeCheckpoint":
+    """The classifier that `bench` measures.
+
+    Raises:
+        BeitJaxError: the checkpoint does not classify, or has no such image size.
+    """
+    from beit_jax.peers.same_model import at_size, drawn
+
+    if checkpoint is not None:
+        from beit_jax.inference.reading import read
+
+        found = read(hub.resolve(checkpoint))
+        if found.config.task != "image_classification":
+            raise BeitJaxError(
+                f"{printable(checkpoint)}: expected a classifier, found a model of the task {found.config.task}; leave "
+                "it out to measure a model with random numbers"
+            )
+        return at_size(found, image_size)
+    import numpy as np
+
+    from beit_jax.variants import VARIANTS
+
+    refuse_given(hub, "for a checkpoint, which was not given")
+    base, side = VARIANTS[f"beit_{size}_patch16_224"], image_size or 224
+    config = replace(base, image_size=(side, side), layer_norm_eps=1e-6, drop_path_rate=0.0)  # timm's epsilon
+    return drawn(config, np.random.default_rng(0))

@@ -85,6 +85,11 @@ COMMANDS: Mapping[str, Command] = {
         "Score a checkpoint on labelled images: top-1 and top-5 of a classifier, or mIoU, mAcc and aAcc of "
         "segmentation.",
     ),
+    "bench": Command(
+        "evaluating",
+        "bench",
+        "Say how fast a forward pass is on this machine, beside the PyTorch libraries and engines that are installed.",
+    ),
     "export": Command(
         "conversion",
         "export",

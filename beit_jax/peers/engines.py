@@ -1,28 +1,37 @@
-"""ONNX Runtime and OpenVINO as contenders: transformers' model with eager attention, exported by torch.onnx, float32.
+"""ONNX Runtime and OpenVINO: transformers' model with eager attention, exported by torch.onnx, in float32.
 
-    python benchmarks/engines.py DIRECTORY    # writes DIRECTORY/model.onnx for the weights and inputs that lie there
+    python -m beit_jax.peers.engines DIRECTORY    # writes DIRECTORY/model.onnx for what lies there
 
 The export runs in a process of its own, so that its memory is not counted as the engine's.
 """
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from beit_jax.peers.job import INPUTS, Call
+
 
 def exported(directory: Path) -> Path:
-    """The model's file, written once."""
+    """The model's file, written once.
+
+    Raises:
+        RuntimeError: the export failed; its last line says why.
+    """
     path = directory / "model.onnx"
     if not path.exists():
-        subprocess.run([sys.executable, __file__, str(directory)], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-P", "-m", "beit_jax.peers.engines", str(directory)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(done.stderr, file=sys.stderr)
+            raise RuntimeError(f"torch.onnx.export: {(done.stderr.strip().splitlines() or ['ended'])[-1]}")
     return path
 
 
-def onnxruntime(directory: Path, pixels: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
+def onnxruntime(directory: Path, pixels: np.ndarray, threads: int) -> Call:
     """A forward pass by ONNX Runtime; pixels: [b, height, width, c]."""
     import onnxruntime as library
 
@@ -33,7 +42,7 @@ def onnxruntime(directory: Path, pixels: np.ndarray, threads: int) -> Callable[[
     return lambda: session.run(None, given)[0]
 
 
-def openvino(directory: Path, pixels: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
+def openvino(directory: Path, pixels: np.ndarray, threads: int) -> Call:
     """A forward pass by OpenVINO; pixels: [b, height, width, c]."""
     import openvino as library
 
@@ -45,14 +54,16 @@ def openvino(directory: Path, pixels: np.ndarray, threads: int) -> Callable[[], 
 
 
 def main(directory: Path) -> None:
+    """Writes the model's file."""
     import torch
-    import transformers
 
-    model = transformers.BeitForImageClassification.from_pretrained(directory / "hf", attn_implementation="eager")
-    with np.load(directory / "inputs.npz") as inputs:
+    from beit_jax.peers.by_torch import transformers_model
+
+    model = transformers_model(directory, "eager")
+    with np.load(directory / INPUTS) as inputs:
         pixels = torch.from_numpy(inputs["pixels"]).permute(0, 3, 1, 2).contiguous()
 
-    class Logits(torch.nn.Module):
+    class Logits(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.model = model.eval()
