@@ -14,7 +14,13 @@ from beit_jax.adapters.kernel import Linear, adaptable
 from beit_jax.kernels.cpu.calls import Packed, Stacked
 from beit_jax.kernels.elements import for_accelerators, kept, normalized_with_derivative, project_side_by_side
 from beit_jax.kernels.tpu import for_tpus
-from beit_jax.models.one_cpu import for_one_cpu, gelu_with_derivative, of_two_matrices, project_by_matrices
+from beit_jax.models.one_cpu import (
+    for_one_cpu,
+    gelu_with_derivative,
+    in_one_pass,
+    of_two_matrices,
+    project_by_matrices,
+)
 
 
 @for_one_cpu(gelu_with_derivative)
@@ -75,11 +81,12 @@ class Widths(Protocol):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """`nnx.LayerNorm`, which TPUs and GPUs compute in a form of their own."""
+    """`nnx.LayerNorm`, which TPUs and GPUs compute in a form of their own, and a CPU in another."""
 
     def __call__(
         self, x: Float[Array, "*dims d"], *, mask: Shaped[Array, "*dims d"] | None = None
     ) -> Float[Array, "*dims d"]:
+        @in_one_pass
         @for_accelerators(normalized_with_derivative)
         def normalized(x: Any, scale: Any, bias: Any, eps: float) -> Any:
             return super(LayerNorm, self).__call__(x, mask=mask)

@@ -298,6 +298,25 @@ def _scan_numbers(
 _scan = for_one_cpu(_scan_numbers)(_scan_slices)
 
 
+# --- LayerNorm (beit_jax.models.elementary) --------------------------------------------------------------------------
+
+
+def in_one_pass(textbook: Callable[..., Array]) -> Callable[..., Array]:
+    """Decorates LayerNorm: the kernel reads every number once, XLA goes through memory four times.
+
+    It is computed where the platform is said, as loops over blocks do for their forward passes (`scan_blocks`). Of two
+    forms that are both traced, the way back would keep what each of them needs.
+    """
+
+    @wraps(textbook)
+    def chosen(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+        if not on_one_cpu() or not calls.computes(x, scale, bias, widths=scale.shape):
+            return textbook(x, scale, bias, eps)
+        return calls.normalized(x.reshape(-1, x.shape[-1]), scale, bias, eps).reshape(x.shape)
+
+    return chosen
+
+
 # --- GELU (beit_jax.models.elementary) -------------------------------------------------------------------------------
 
 

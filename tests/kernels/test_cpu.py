@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import export
 from numpy.testing import assert_allclose
 from tiny_models import TINY
@@ -22,7 +23,7 @@ from beit_jax.kernels.cpu.calls import PositionBias
 from beit_jax.models import one_cpu
 from beit_jax.models.attention import attend
 from beit_jax.models.build import build_model, param_shapes
-from beit_jax.models.elementary import expand, project
+from beit_jax.models.elementary import LayerNorm, expand, project
 from beit_jax.models.one_cpu import traced_for
 from beit_jax.models.position import num_relative_offsets, position_bias_by_slices
 from beit_jax.tree import unflatten
@@ -138,6 +139,24 @@ def test_panels_of_another_processor_are_refused() -> None:
     for wrong in (panels[:, :, :, :-1], jnp.pad(panels, [(0, 0), (0, 1), (0, 0), (0, 0)])):
         with pytest.raises(jax.errors.JaxRuntimeError, match="packed for another processor"):
             calls.affine(x, wrong, jnp.int32(0), bias).block_until_ready()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 15), (35, 200), (197, 768), (2, 1025)])
+def test_layer_norm_of_any_size(rows: int, width: int) -> None:
+    x, scale, bias = draw((1, rows, width), (width,), (width,))
+    x = 3 * x + 10 * (jnp.arange(rows) % 3)[:, None]
+
+    def normalized(x: Any, scale: Any, bias: Any) -> Any:
+        norm = LayerNorm(width, epsilon=1e-6, use_fast_variance=False, dtype=x.dtype, rngs=nnx.Rngs(0))
+        norm.scale.set_value(scale)
+        norm.bias.set_value(bias)
+        return norm(x)
+
+    both = with_gradients(normalized, (x, scale, bias))
+    with traced_for("cpu"):
+        assert "beit_normalized" in str(jax.make_jaxpr(normalized)(x, scale, bias))
+        found = jax.jit(both)(x, scale, bias)
+    agree(found, in_double(both, x, scale, bias))
 
 
 ATTENTION = [

@@ -73,13 +73,6 @@ struct Attention {
 
 INLINE Index padded(Index n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
-// Numbers from `count` on become `filling`.
-INLINE Vector only(Vector value, Index count, float filling) {
-  Vector places{};
-  for (int i = 0; i < WIDTH; i++) places[i] = static_cast<float>(i);
-  return places < all(static_cast<float>(count)) ? value : all(filling);
-}
-
 // Adds the bias, that of the first key apart, to `count` scores; what fills up the last vector has no weight. Returns
 // the largest score.
 INLINE float add_bias(float* scores, const float* bias, const float* of_first, Index count) {

@@ -1,5 +1,6 @@
 // What XLA calls: shapes come from the arrays, the rest from attributes.
 #include "attention.h"
+#include "norm.h"
 #include "packed.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -50,6 +51,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_affine, affine,
                                   .RemainingArgs()
                                   .Ret<Array>()
                                   .Attr<std::string_view>("end"));
+
+// x: [rows, width]; scale, bias: [width].
+static ffi::Error normalized(ffi::ThreadPool pool, Array x, Array scale, Array bias, Result out, double epsilon) {
+  auto size = x.dimensions();
+  normalize(pool, size[0], size[1], x.typed_data(), scale.typed_data(), bias.typed_data(), static_cast<float>(epsilon),
+            out->typed_data());
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    beit_normalized, normalized,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>().Attr<double>("epsilon"));
 
 // qkv: [b, n, 3, heads, e]; then the tables of the position bias, see Positions, if there is one.
 static ffi::Error attention(ffi::ThreadPool pool, Array qkv, ffi::RemainingArgs more, Result averages) {

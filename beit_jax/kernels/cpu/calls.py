@@ -282,6 +282,22 @@ class Packed:
         return affine(rows, several.kernels, several.number, bias.ravel(), end=end).reshape(*x.shape[:2], *bias.shape)
 
 
+# --- LayerNorm --------------------------------------------------------------------------------------------------------
+
+
+def _plain_normalized(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    deviation = x - x.mean(axis=-1, keepdims=True)
+    variance = jnp.square(deviation).mean(axis=-1, keepdims=True)
+    return deviation * (jax.lax.rsqrt(variance + epsilon) * scale) + bias
+
+
+def normalized(
+    x: Float[Array, "rows d"], scale: Float[Array, "d"], bias: Float[Array, "d"], epsilon: float
+) -> Float[Array, "rows d"]:
+    """LayerNorm of every row, by the mean squared deviation."""
+    return _primitive("normalized", _plain_normalized).bind(x, scale, bias, epsilon=float(epsilon))
+
+
 # --- Attention --------------------------------------------------------------------------------------------------------
 
 

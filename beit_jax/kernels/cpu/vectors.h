@@ -46,6 +46,13 @@ INLINE void store(float* to, Vector value, Index count) {
 INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 INLINE Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
 
+// Numbers from `count` on become `filling`.
+INLINE Vector only(Vector value, Index count, float filling) {
+  Vector places{};
+  for (int i = 0; i < WIDTH; i++) places[i] = static_cast<float>(i);
+  return places < all(static_cast<float>(count)) ? value : all(filling);
+}
+
 // Sums of halves: the order of additions is the same for every row.
 INLINE float sum(Vector value) {
   float parts[WIDTH];
