@@ -44,8 +44,9 @@ void multiply_packed(Pool& pool, Index m, Index n, Index k, Matrix a, const floa
   Index threads = std::max<Index>(1, pool.num_threads()), panels = panels_of(n);
   Division down(m, resident_rows());
   Index across = 1;
+  // Several pieces for every thread: one whose core is slower takes fewer.
   if (threads > 1)
-    while (across < panels && (down.pieces * across < 2 * threads || down.pieces * across % threads)) across++;
+    while (across < panels && (down.pieces * across < 4 * threads || down.pieces * across % threads)) across++;
   Division columns(panels, (panels + across - 1) / across);
   share(pool, down.pieces * columns.pieces, [&](Index piece) {
     static thread_local Scratch memory;
