@@ -1,7 +1,7 @@
 """Kernels of a model's blocks in the layout that products of a CPU read, for forward passes alone.
 
 A product reads a kernel as panels of some columns. Laid out like that once, kernels are read straight from memory, one
-panel after the other, and are not copied in every forward pass (benchmarks/RESULTS.md, "With kernels of our own").
+panel after the other, and are not copied in every forward pass (benchmarks/RESULTS.md, "Kernels packed once").
 """
 
 import re
@@ -62,7 +62,7 @@ def pack(model: "Model") -> "Model":
 
 def packed(params: Mapping[str, Array]) -> dict[str, Any]:
     """Flat parameters of a model, with the kernels of its blocks as `pack` lays them out."""
-    library.offer()
+    library.offer()  # where no model was imported, nobody has
     return {name: _packed(name, leaf) if _is_kernel(name, leaf) else leaf for name, leaf in params.items()}
 
 

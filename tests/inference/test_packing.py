@@ -1,6 +1,7 @@
 """A packed model computes what it did, is written as it was, and stays as it is where nothing would be faster."""
 
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny_models import TINY
 
 import beit_jax
 from beit_jax.config import BeitConfig
+from beit_jax.hub import resolve
 from beit_jax.inference import packing, predict, program_cache
 from beit_jax.inference.reading import read
 from beit_jax.kernels.cpu import calls, library
@@ -111,9 +113,7 @@ def test_nothing_is_packed_where_nothing_would_be_faster(monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def digits() -> NativeCheckpoint:
-    from importlib.resources import files
-
-    return read(beit_jax.hub.resolve(str(files("beit_jax") / "digits")))
+    return read(resolve(str(files("beit_jax") / "digits")))
 
 
 def test_the_predictor_of_many_images(digits: NativeCheckpoint, tmp_path: Path) -> None:

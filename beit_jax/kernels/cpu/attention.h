@@ -71,8 +71,6 @@ struct Attention {
   }
 };
 
-INLINE Index padded(Index n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
-
 // Adds the bias, that of the first key apart, to `count` scores; what fills up the last vector has no weight. Returns
 // the largest score.
 INLINE float add_bias(float* scores, const float* bias, const float* of_first, Index count) {
@@ -113,7 +111,8 @@ void attend(Pool& pool, const Attention& x) {
   float scale = 1.0f / std::sqrt(static_cast<float>(x.width));
   static std::atomic<Index> calls{0};
   Index call = ++calls;
-  Index keys = padded(x.tokens), values = padded(x.width), stretches = (x.tokens + LONGEST - 1) / LONGEST;
+  Index keys = panels_of(x.tokens) * COLUMNS, values = panels_of(x.width) * COLUMNS;
+  Index stretches = (x.tokens + LONGEST - 1) / LONGEST;
   share(pool, heads * rows.pieces, [&](Index piece) {
     static thread_local Scratch memory;
     static thread_local Strips strips;

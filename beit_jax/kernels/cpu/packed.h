@@ -10,8 +10,6 @@
 
 namespace beit {
 
-INLINE Index panels_of(Index n) { return (n + COLUMNS - 1) / COLUMNS; }
-
 // Lays out matrices [k][n], `layers` of them behind each other, as [layers][panels][k][COLUMNS].
 template <typename Pool>
 void pack(Pool& pool, Index layers, Index n, Index k, const float* matrices, float* to) {

@@ -40,6 +40,9 @@ struct Scratch {
   ~Scratch() { std::free(data); }
 };
 
+// Panels that hold so many columns.
+INLINE Index panels_of(Index n) { return (n + COLUMNS - 1) / COLUMNS; }
+
 // Rows of A, whose columns are neighbours, as [ROWS][STRIDE].
 INLINE void copy_rows(const Matrix& a, Index row, int rows, Index k, Index depth, float* to) {
   for (int r = 0; r < rows; r++) {
@@ -178,7 +181,7 @@ template <typename Pool, typename Finish>
 void multiply(Pool& pool, Index m, Index n, Index k, Matrix a, Matrix b, float* c, const Finish& finish) {
   const Tile* table = tiles();
   Index threads = std::max<Index>(1, pool.num_threads());
-  Index panels = (n + COLUMNS - 1) / COLUMNS;
+  Index panels = panels_of(n);
   Division down(m, BLOCK_ROWS);
   Index most = BLOCK_COLUMNS / COLUMNS;
   // Few blocks are made smaller, so that every thread has as many.
@@ -191,7 +194,7 @@ void multiply(Pool& pool, Index m, Index n, Index k, Matrix a, Matrix b, float* 
     Index first = columns.start(piece / down.pieces) * COLUMNS;
     Index last = std::min(n, columns.start(piece / down.pieces + 1) * COLUMNS);
     Index top = down.start(piece % down.pieces), bottom = down.start(piece % down.pieces + 1);
-    Index width = (last - first + COLUMNS - 1) / COLUMNS * COLUMNS;
+    Index width = panels_of(last - first) * COLUMNS;
     float* left = memory.of(ROWS * STRIDE + DEPTH * width + 64);
     float* right = left + ROWS * STRIDE;
     Division rows(bottom - top, ROWS);
