@@ -6,7 +6,7 @@ arrays, what gradients compute again, and which blocks have none.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import groupby
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError
+from beit_jax.kernels.cpu import calls
 from beit_jax.kernels.mesh import AVERAGES, KEPT
 from beit_jax.models.one_cpu import scan_blocks
 from beit_jax.models.position import Grid
@@ -28,15 +29,22 @@ ArrayLike = Array | np.ndarray
 Remat = Literal["none", "block", "dots"]
 M = TypeVar("M", bound=nnx.Module)
 
+
+def _any_of(*policies: Callable[..., Any]) -> Callable[..., Any]:
+    """The policy of `jax.checkpoint` that keeps what one of these keeps."""
+    return reduce(jax.checkpoint_policies.save_from_both_policies, policies)
+
+
 REMAT: Mapping[Remat, Callable[[Any], Any]] = {
     "none": lambda step: step,
     "block": partial(jax.checkpoint, prevent_cse=False),
     "dots": partial(
         jax.checkpoint,
         prevent_cse=False,
-        policy=jax.checkpoint_policies.save_from_both_policies(
+        policy=_any_of(
             jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             jax.checkpoint_policies.save_only_these_names(AVERAGES, KEPT),
+            calls.is_kernel,
         ),
     ),
 }

@@ -110,7 +110,7 @@ def attend_in_pieces(
     batch, tokens, _, heads, _ = qkv.shape
     whole = drop is not None or output_attentions
     if not whole and _has_kernel(bias, qkv):
-        return _attend_by_kernel(textbook, qkv, bias), None
+        return calls.attention(qkv, bias), None
     written = bias.written if isinstance(bias, PositionBias) else bias
     scores = jnp.dtype(jnp.float32).itemsize * heads * tokens**2  # of one sample
     if whole or export.is_symbolic_dim(batch * scores) or batch * scores <= CACHE:
@@ -127,22 +127,6 @@ def _has_kernel(bias: PositionBias | Array | None, qkv: Array) -> TypeGuard[Posi
         tables.append(bias.tables)
     heads, width = qkv.shape[3:]
     return calls.computes(qkv, *tables, widths=[heads * width])
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend_by_kernel(textbook: Callable[..., Any], qkv: Array, bias: PositionBias | None) -> Array:
-    return calls.attention(qkv, bias)
-
-
-@_attend_by_kernel.defjvp
-def _attend_derivative(textbook: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """The derivative is that of XLA's forms, by the bias that is written out."""
-    given, changes = ((qkv, None if bias is None else bias.written) for qkv, bias in (primals, tangents))
-    qkv = primals[0]
-    scores = jnp.dtype(jnp.float32).itemsize * qkv.shape[0] * qkv.shape[3] * qkv.shape[1] ** 2
-    if scores <= CACHE:
-        return jax.jvp(lambda *given: textbook(*given)[0], given, changes)
-    return jax.jvp(partial(_attend_by_pieces, textbook), given, changes)
 
 
 def _attend_by_pieces(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,23 @@ def test_products_of_any_size(rows: int, inner: int, outer: int) -> None:
             found = jax.jit(both)(x, kernel, bias)
         assert "beit_affine" in text
         agree(found, in_double(both, x, kernel, bias))
+
+
+@pytest.mark.parametrize("turn_b", [False, True])
+@pytest.mark.parametrize("turn_a", [False, True])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(5, 1, 1), (20, 777, 33), (610, 40, 50), pytest.param(500, 1600, 300, marks=pytest.mark.thorough)]
+)
+def test_products_of_turned_matrices(m: int, k: int, n: int, turn_a: bool, turn_b: bool) -> None:
+    a, b = draw((k, m) if turn_a else (m, k), (n, k) if turn_b else (k, n))
+    expected = in_double(lambda a, b: (a.T if turn_a else a) @ (b.T if turn_b else b), a, b)
+    both = with_gradients(partial(calls.product, turn_a=turn_a, turn_b=turn_b), (a, b))
+    agree(jax.jit(both)(a, b), in_double(partial(with_gradients_of_plain, turn_a, turn_b), a, b))
+    agree(calls.product(a, b, turn_a, turn_b), expected)
+
+
+def with_gradients_of_plain(turn_a: bool, turn_b: bool, a: Any, b: Any) -> Any:
+    return with_gradients(lambda a, b: calls._plain_product(a, b, turn_a, turn_b), (a, b))(a, b)
 
 
 @pytest.mark.parametrize(("rows", "inner", "outer"), [*PRODUCTS, (230, 1540, 40)])
@@ -198,6 +216,37 @@ def test_attention_of_any_size(
     agree(found, in_double(lambda *given: with_gradients(attended, given)(*given), qkv, *table))
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_derivatives_of_attention(biased: bool) -> None:
+    """Forwards, twice, and of some arguments alone; the way back calls the kernel."""
+    qkv, change = draw((2, 5, 3, 2, 8), (2, 5, 3, 2, 8))
+    grid, table = (2, 2), draw((num_relative_offsets((2, 2)), 2))[0]
+
+    def averages(qkv: Any, table: Any) -> Any:
+        return calls.attention(qkv, positions(table, grid) if biased else None)
+
+    def plain(qkv: Any, table: Any) -> Any:
+        return calls._plain_attention(qkv, *(positions(table, grid).written if biased else ()))
+
+    def derivatives(function: Any) -> Any:
+        def all_of(qkv: Any, table: Any, change: Any) -> Any:
+            def loss(*given: Any) -> Any:
+                return jnp.sin(function(*given)).sum()
+
+            along = jax.jvp(lambda qkv: function(qkv, table), (qkv,), (change,))
+            of_table = jax.jvp(lambda table: function(qkv, table), (table,), (jnp.cos(table),))
+            twice = jax.grad(lambda *given: (jax.grad(loss)(*given) * change).sum(), (0, 1))(qkv, table)
+            return along, of_table, twice, jax.grad(loss, 1)(qkv, table), jax.grad(loss, 0)(qkv, table)
+
+        return all_of
+
+    back = jax.jit(jax.grad(lambda qkv: jnp.sin(averages(qkv, table)).sum())).lower(qkv).as_text()
+    assert library.target("attention_back") in back
+    agree(jax.jit(derivatives(averages))(qkv, table, change), in_double(derivatives(plain), qkv, table, change), 1e-5)
+    mapped = jax.vmap(jax.grad(lambda qkv: jnp.sin(averages(qkv, table)).sum()))(jnp.stack([qkv, change]))
+    agree(mapped[1], in_double(jax.grad(lambda qkv, table: jnp.sin(plain(qkv, table)).sum()), change, table), 1e-5)
+
+
 def positions(table: jax.Array, grid: tuple[int, int]) -> PositionBias:
     """`position.attention_bias` of one shard, in the dtype of the table."""
     return PositionBias(position_bias_by_slices(table, grid)[None], table[None], grid)
@@ -225,12 +274,14 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
     whole = np.asarray(calls.affine(x, kernel, bias))
     for rows in (1, 13, 100):
         np.testing.assert_array_equal(np.asarray(calls.affine(x[:rows], kernel, bias)), whole[:rows])
-    panels = calls.Packed.of(draw((1, 1600, 60))[0], inputs=1).panels
-    x = draw((300, 1600))[0]
+    kernel = draw((1, 1600, 60))[0]
+    panels = calls.Packed.of(kernel, inputs=1).panels
+    x = draw((700, 1600))[0]
     whole = np.asarray(calls.affine(x, panels, jnp.int32(0), bias[:60]))
-    for rows in (1, 13, 100):
-        found = calls.affine(x[:rows], panels, jnp.int32(0), bias[:60])
-        np.testing.assert_array_equal(np.asarray(found), whole[:rows])
+    for rows in (1, 13, 100, 700):
+        for right in ((panels, jnp.int32(0)), (kernel[0],)):
+            found = calls.affine(x[:rows], *right, bias[:60])
+            np.testing.assert_array_equal(np.asarray(found), whole[:rows])
 
 
 def test_transformations() -> None:
@@ -339,10 +390,14 @@ def test_without_a_library_xla_computes(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_threads_change_no_bit(tmp_path: Path) -> None:
     """A process on one core computes what one on all does."""
     code = (
-        "import sys, numpy as np, jax.numpy as jnp; from beit_jax.kernels.cpu import calls, library; library.offer()\n"
+        "import sys, numpy as np, jax, jax.numpy as jnp\n"
+        "from beit_jax.kernels.cpu import calls, library; library.offer()\n"
         "rng = np.random.default_rng(0); draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)\n"
         "np.savez(sys.argv[1], calls.affine(draw(577, 770), draw(770, 900), draw(900), end='gelu'),"
         " calls.affine(draw(577, 1600), calls.Packed.of(draw(2, 1600, 900), 1).panels, jnp.int32(1), draw(900)),"
+        " calls.product(draw(700, 577), draw(700, 300), turn_a=True),"
+        " calls.product(draw(500, 900), draw(300, 900), turn_b=True),"
+        " jax.grad(lambda x: (calls.attention(x) ** 2).sum())(draw(6, 197, 3, 3, 64)),"
         " calls.attention(draw(2, 577, 3, 3, 64),"
         " calls.PositionBias(jnp.zeros((1, 3, 577, 577)), draw(1, 47 * 47 + 3, 3), (24, 24))))"
     )

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <limits>
 
-#include "product.h"
+#include "tiles.h"
 
 namespace beit {
 
@@ -59,12 +59,11 @@ struct Strips {
   float of_first(Index token) const { return bias->of_class(token ? 1 : 2, head); }
 };
 
-// qkv: [images][tokens][3][heads][width]; averages: [images][tokens][heads][width].
+// qkv: [images][tokens][3][heads][width].
 struct Attention {
   Index images, tokens, heads, width;
   const float* qkv;
   Positions bias;
-  float* averages;
 
   Matrix part(Index image, Index head, Index which) const {
     return {qkv + (image * tokens * 3 + which) * heads * width + head * width, 3 * heads * width, 1};
@@ -100,8 +99,9 @@ INLINE float powers(float* scores, float highest, Index count) {
   return sum(total);
 }
 
+// averages: [images][tokens][heads][width].
 template <typename Pool>
-void attend(Pool& pool, const Attention& x) {
+void attend(Pool& pool, const Attention& x, float* averages) {
   const Tile* table = tiles();
   Index threads = std::max<Index>(1, pool.num_threads());
   Index heads = x.images * x.heads;
@@ -158,7 +158,7 @@ void attend(Pool& pool, const Attention& x) {
                        at > 0, {});
       }
       for (int r = 0; r < count; r++) {
-        float* to = x.averages + ((image * x.tokens + start + r) * x.heads + head) * x.width;
+        float* to = averages + ((image * x.tokens + start + r) * x.heads + head) * x.width;
         for (Index i = 0; i < x.width; i += WIDTH) store(to + i, load(out + r * values + i) / totals[r], x.width - i);
       }
     }

@@ -1,7 +1,7 @@
 // What XLA calls: shapes come from the arrays, the rest from attributes.
-#include "attention.h"
+#include "attention_back.h"
 #include "norm.h"
-#include "packed.h"
+#include "product.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -30,16 +30,13 @@ static ffi::Error affine(ffi::ThreadPool pool, Array a, Array b, ffi::RemainingA
   const float* bias = found->typed_data();
   Matrix left{a.typed_data(), k, 1};
   float* out = c->typed_data();
-  auto product = [&](const auto& finish) {
-    if (packed)
-      multiply_packed(pool, m, n, k, left, matrix, out, finish);
-    else
-      multiply(pool, m, n, k, left, Matrix{matrix, n, 1}, out, finish);
+  auto ending = [&](const auto& finish) {
+    product(pool, m, n, k, left, Right{packed ? matrix : nullptr, {matrix, n, 1}}, out, finish);
     return ffi::Error::Success();
   };
-  if (end == "bias") return product([bias](Index j, Vector value, Index count) { return value + load(bias + j, count); });
+  if (end == "bias") return ending([bias](Index j, Vector value, Index count) { return value + load(bias + j, count); });
   if (end == "gelu")
-    return product([bias](Index j, Vector value, Index count) { return gelu(value + load(bias + j, count)); });
+    return ending([bias](Index j, Vector value, Index count) { return gelu(value + load(bias + j, count)); });
   return ffi::Error::InvalidArgument("beit_jax: unknown end of a product");
 }
 
@@ -51,6 +48,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_affine, affine,
                                   .RemainingArgs()
                                   .Ret<Array>()
                                   .Attr<std::string_view>("end"));
+
+// a: [m, k], or [k, m] if it is turned; b: [k, n], or [n, k] if it is turned; c: [m, n].
+static ffi::Error product_of_both(ffi::ThreadPool pool, Array a, Array b, Result c, bool turn_a, bool turn_b) {
+  Index m = c->dimensions()[0], n = c->dimensions()[1], k = a.dimensions()[turn_a ? 0 : 1];
+  Matrix left{a.typed_data(), turn_a ? 1 : k, turn_a ? m : 1}, right{b.typed_data(), turn_b ? 1 : n, turn_b ? k : 1};
+  product(pool, m, n, k, left, Right{nullptr, right}, c->typed_data(), [](Index, Vector value, Index) { return value; });
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    beit_product, product_of_both,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Ret<Array>().Attr<bool>("turn_a").Attr<bool>("turn_b"));
 
 // x: [rows, width]; scale, bias: [width].
 static ffi::Error normalized(ffi::ThreadPool pool, Array x, Array scale, Array bias, Result out, double epsilon) {
@@ -64,20 +73,26 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     beit_normalized, normalized,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>().Attr<double>("epsilon"));
 
-// qkv: [b, n, 3, heads, e]; then the tables of the position bias, see Positions, if there is one.
-static ffi::Error attention(ffi::ThreadPool pool, Array qkv, ffi::RemainingArgs more, Result averages) {
+// qkv: [b, n, 3, heads, e]; in the other arguments the tables of the position bias, see Positions, if `biased`.
+static ffi::ErrorOr<Attention> attention_of(Array qkv, const ffi::RemainingArgs& more, bool biased) {
   auto size = qkv.dimensions();
   Positions bias;
-  if (more.size()) {
+  if (biased) {
     auto offsets = more.get<Array>(0), classes = more.get<Array>(1);
-    if (!offsets) return offsets.error();
-    if (!classes) return classes.error();
+    if (!offsets) return ffi::Unexpected(offsets.error());
+    if (!classes) return ffi::Unexpected(classes.error());
     auto sides = offsets->dimensions();
     bias = {(sides[0] + 1) / 2, (sides[1] + 1) / 2, sides[2], offsets->typed_data(), classes->typed_data()};
     if (size[1] != 1 + bias.rows * bias.columns || size[3] != bias.heads)
-      return ffi::Error::InvalidArgument("beit_jax: a position bias of another size");
+      return ffi::Unexpected(ffi::Error::InvalidArgument("beit_jax: a position bias of another size"));
   }
-  attend(pool, Attention{size[0], size[1], size[3], size[4], qkv.typed_data(), bias, averages->typed_data()});
+  return Attention{size[0], size[1], size[3], size[4], qkv.typed_data(), bias};
+}
+
+static ffi::Error attention(ffi::ThreadPool pool, Array qkv, ffi::RemainingArgs more, Result averages) {
+  auto found = attention_of(qkv, more, more.size() > 0);
+  if (!found) return found.error();
+  attend(pool, *found, averages->typed_data());
   return ffi::Error::Success();
 }
 
@@ -85,11 +100,32 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     beit_attention, attention,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().RemainingArgs().Ret<Array>());
 
+// The last of the other arguments: the gradient of the averages. Results: those of qkv and, if there is a bias, of it.
+static ffi::Error attention_back(ffi::ThreadPool pool, Array qkv, ffi::RemainingArgs more, Result of_qkv,
+                                 ffi::RemainingRets of_bias) {
+  auto found = attention_of(qkv, more, more.size() > 1);
+  if (!found) return found.error();
+  auto of_averages = more.get<Array>(more.size() - 1);
+  if (!of_averages) return of_averages.error();
+  Gradients gradients{of_averages->typed_data(), of_qkv->typed_data(), nullptr};
+  if (of_bias.size()) {
+    auto result = of_bias.get<Array>(0);
+    if (!result) return result.error();
+    gradients.of_bias = (*result)->typed_data();
+  }
+  attend_back(pool, *found, gradients);
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    beit_attention_back, attention_back,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().RemainingArgs().Ret<Array>().RemainingRets());
+
 // matrices: [layers, k, n]; panels: [layers, panels, k, COLUMNS].
 static ffi::Error packing(ffi::ThreadPool pool, Array matrices, Result panels, std::int64_t columns) {
   auto size = matrices.dimensions();
   if (columns != COLUMNS) return ffi::Error::InvalidArgument("beit_jax: panels of another processor");
-  pack(pool, size[0], size[2], size[1], matrices.typed_data(), panels->typed_data());
+  pack(pool, size[0], size[2], size[1], {matrices.typed_data(), size[2], 1}, panels->typed_data());
   return ffi::Error::Success();
 }
 

@@ -1,8 +1,8 @@
 """Functions of JAX that one CPU computes by the kernels: primitives, with all that JAX asks of one.
 
 A primitive has a plain form, of XLA's operations. That is computed where the kernels are not: on other devices, for
-several devices, under `jax.vmap`, and in a program that is exported, which another machine will run. Derivatives are
-those of the plain form: kernels of the way back were no faster than XLA's (benchmarks/RESULTS.md).
+several devices, under `jax.vmap`, and in a program that is exported, which another machine will run. Derivatives of
+products are products, those of attention another primitive; all others are those of the plain form.
 """
 
 from collections.abc import Callable, Sequence
@@ -78,22 +78,28 @@ def _parts() -> Any:
 
 @lru_cache
 def _primitive(
-    call: str, plain: Callable[..., Array], read: Callable[[Sequence[Any]], Sequence[Any]] = tuple
+    call: str,
+    plain: Callable[..., Any],
+    read: Callable[[Sequence[Any]], Sequence[Any]] | None = tuple,
+    several: bool = False,
 ) -> "Primitive":
-    """A primitive of one result, which has the shape and the dtype of its plain form's.
+    """A primitive whose results have the shapes and the dtypes of its plain form's.
 
     Args:
         call: the function of the library. What the plain form takes by name are its attributes.
-        read: which of the arguments the function reads.
+        read: which of the arguments the function reads; None: the library has none.
+        several: whether it has several results, in a tuple.
     """
     make, ad, batching, mlir = _parts()
     primitive: Primitive = make(f"beit_{call}")
+    primitive.multiple_results = several
 
     @lru_cache
     def compiled(names: tuple[str, ...], values: tuple[Any, ...]) -> Callable[..., Array]:
         return jax.jit(partial(primitive.bind, **dict(zip(names, values, strict=True))))
 
     def kernel(context: Any, *operands: Any, **options: Any) -> Any:
+        assert read is not None
         module = context.module_context
         devices = getattr(module.axis_context, "num_devices", 1) or 1
         exported = module.lowering_parameters.for_export
@@ -107,20 +113,22 @@ def _primitive(
         found = jax.eval_shape(
             partial(plain, **options), *(jax.ShapeDtypeStruct(one.shape, one.dtype) for one in arguments)
         )
-        return jax.core.ShapedArray(found.shape, found.dtype)
+        return jax.tree.map(lambda one: jax.core.ShapedArray(one.shape, one.dtype), found)
 
     def batched(arguments: Any, axes: Any, **options: Any) -> Any:
-        return jax.vmap(partial(plain, **options), axes)(*arguments), 0
+        found = jax.vmap(partial(plain, **options), axes)(*arguments)
+        return found, jax.tree.map(lambda _: 0, found)
 
     def derivative(primals: Any, tangents: Any, **options: Any) -> Any:
         given = [ad.instantiate_zeros(tangent) for tangent in tangents]
         return jax.jvp(partial(plain, **options), tuple(primals), tuple(given))
 
-    lowered = mlir.lower_fun(plain, multiple_results=False)
+    lowered = mlir.lower_fun(plain, multiple_results=several)
     primitive.def_impl(lambda *arguments, **options: compiled(tuple(options), tuple(options.values()))(*arguments))
     primitive.def_abstract_eval(shape)
     mlir.register_lowering(primitive, lowered)
-    mlir.register_lowering(primitive, kernel, platform="cpu")
+    if read is not None:
+        mlir.register_lowering(primitive, kernel, platform="cpu")
     batching.primitive_batchers[primitive] = batched
     ad.primitive_jvps[primitive] = derivative
     return primitive
@@ -172,7 +180,61 @@ def affine(
         more: the number of the layer, an int32, where they are several; then the bias, [n].
         end: "gelu" for GELU of it.
     """
-    return _primitive("affine", _plain_affine).bind(rows, matrix, *more, end=end)
+    return _affine().bind(rows, matrix, *more, end=end)
+
+
+@lru_cache
+def _affine() -> "Primitive":
+    _, ad, _, _ = _parts()
+    primitive = _primitive("affine", _plain_affine)
+    of_plain_form = ad.primitive_jvps[primitive]
+
+    def derivative(primals: Any, tangents: Any, *, end: str) -> Any:
+        if len(primals) > 3 or primals[1].ndim > 2:
+            return of_plain_form(primals, tangents, end=end)
+        value = affine(*primals)
+        terms = (
+            lambda rows: product(rows, primals[1]),
+            lambda matrix: product(primals[0], matrix),
+            lambda bias: jnp.broadcast_to(bias, value.shape),
+        )
+        changes = [term(one) for term, one in zip(terms, tangents, strict=True) if not isinstance(one, ad.Zero)]
+        change = sum(changes[1:], changes[0])
+        return jax.jvp(gelu, (value,), (change,)) if end == "gelu" else (value, change)
+
+    ad.primitive_jvps[primitive] = derivative
+    return primitive
+
+
+def _plain_product(a: Array, b: Array, turn_a: bool, turn_b: bool) -> Array:
+    return jnp.dot(a.T if turn_a else a, b.T if turn_b else b)
+
+
+def product(
+    a: Float[Array, "*a"], b: Float[Array, "*b"], turn_a: bool = False, turn_b: bool = False
+) -> Float[Array, "m n"]:
+    """``a @ b``; of a matrix that is turned, the transpose. Its derivatives are products too.
+
+    Args:
+        a: [m, k], or [k, m] to be turned.
+        b: [k, n], or [n, k] to be turned.
+    """
+    return _product().bind(a, b, turn_a=turn_a, turn_b=turn_b)
+
+
+@lru_cache
+def _product() -> "Primitive":
+    _, ad, _, _ = _parts()
+    primitive = _primitive("product", _plain_product)
+
+    def of_a(cotangent: Array, a: Any, b: Array, *, turn_a: bool, turn_b: bool) -> Array:
+        return product(b, cotangent, turn_b, True) if turn_a else product(cotangent, b, False, not turn_b)
+
+    def of_b(cotangent: Array, a: Array, b: Any, *, turn_a: bool, turn_b: bool) -> Array:
+        return product(cotangent, a, True, turn_a) if turn_b else product(a, cotangent, not turn_a, False)
+
+    ad.defbilinear(primitive, of_a, of_b)
+    return primitive
 
 
 @jax.tree_util.register_dataclass
@@ -348,13 +410,63 @@ def attention(qkv: Float[Array, "b n 3 heads e"], bias: PositionBias | None = No
     Args:
         bias: of one shard, for a class token and a grid of patches, see `beit_jax.models.attention.position_bias`.
     """
-    primitive = _primitive("attention", _plain_attention, _without_written_bias)
     if bias is None:
-        return primitive.bind(qkv)
+        return _attention().bind(qkv)
     (rows, columns), table = bias.grid, bias.tables[0]
     offsets = table[:-3].reshape(2 * rows - 1, 2 * columns - 1, -1)
-    return primitive.bind(qkv, bias.written[0], offsets, table[-3:])
+    return _attention().bind(qkv, bias.written[0], offsets, table[-3:])
+
+
+@lru_cache
+def _attention() -> "Primitive":
+    _, ad, _, _ = _parts()
+    primitive = _primitive("attention", _plain_attention, _without_written_bias)
+    change = _primitive("attention_change", _plain_change, None)
+    back = _primitive("attention_back", _plain_back, _without_written_bias, several=True)
+
+    def derivative(primals: Any, tangents: Any) -> Any:
+        changes = {i: one for i, one in enumerate(tangents[:2]) if not isinstance(one, ad.Zero)}
+        averages = primitive.bind(*primals)
+        if not changes:  # of the tables alone
+            return averages, jnp.zeros_like(averages)
+        return averages, change.bind(*primals, *changes.values(), of=tuple(changes))
+
+    def transposed(cotangent: Any, *arguments: Any, of: tuple[int, ...]) -> Any:
+        primals = arguments[: -len(of)]
+        if isinstance(cotangent, ad.Zero):
+            return [None] * len(arguments)
+        found = back.bind(*primals, cotangent)
+        return [*(None for _ in primals), *(found[i] for i in of)]
+
+    ad.primitive_jvps[primitive] = derivative
+    ad.primitive_transposes[change] = transposed
+    return primitive
+
+
+def _plain_change(*arguments: Array, of: tuple[int, ...]) -> Array:
+    """How the averages change with arguments of these numbers, whose changes come last."""
+    primals, changes = arguments[: -len(of)], arguments[-len(of) :]
+
+    def averages(*changed: Array) -> Array:
+        given = dict(zip(of, changed, strict=True))
+        return _plain_attention(*(given.get(i, one) for i, one in enumerate(primals)))
+
+    return jax.jvp(averages, [primals[i] for i in of], list(changes))[1]
+
+
+def _plain_back(*arguments: Array) -> tuple[Array, ...]:
+    """The gradients of `qkv` and of the bias, if there is one; the last argument is the averages' gradient."""
+    *primals, cotangent = arguments
+    return jax.vjp(_plain_attention, *primals[:2])[1](cotangent)
 
 
 def _without_written_bias(operands: Sequence[Any]) -> tuple[Any, ...]:
-    return (operands[0], *operands[2:])
+    return (operands[0], *operands[2:]) if len(operands) > 2 else tuple(operands)
+
+
+# --- What a way back keeps --------------------------------------------------------------------------------------------
+
+
+def is_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether what this primitive computes is kept for the way back: a policy of `jax.checkpoint`."""
+    return primitive.name in ("beit_affine", "beit_attention")

@@ -1,221 +1,138 @@
 // Products of float32 matrices: C = finish(A B). Every sum has the same order, whatever the threads and the other rows.
 //
-// A piece of work is a block of C. For every stretch of DEPTH of the sums it copies a block of B into panels of COLUMNS
-// columns, which stay in the second cache, and ROWS rows of A at a time, which stay in the first; a tile of C is summed
-// in registers.
+// Tiles read the columns of B as panels [k][COLUMNS]. A piece of work is a block of C. It copies its rows of A, which
+// stay in the second cache, and then takes one panel after the other, with all tiles of rows. While they are summed, the
+// next panel is on its way from memory.
 #pragma once
 
-#include <algorithm>
-#include <cstdlib>
-#include <new>
+#include <unistd.h>
 
-#include "threads.h"
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "tiles.h"
 
 namespace beit {
 
-constexpr Index DEPTH = 384, LONGEST = 768;  // of B that is copied, of B that was laid out before
-constexpr Index STRIDE = LONGEST + WIDTH;    // no power of two: rows take different places in a cache
-constexpr Index BLOCK_COLUMNS = 256, BLOCK_ROWS = 1024, LINE = 16;  // numbers of a line of the caches
-
-// Element (i, j) is data[i * row + j * column]; one of both steps is 1.
-struct Matrix {
-  const float* data;
-  Index row, column;
-  const float* at(Index i, Index j) const { return data + i * row + j * column; }
-};
-
-// Memory that a thread keeps for its copies.
-struct Scratch {
-  float* data = nullptr;
-  std::size_t size = 0;
-  float* of(std::size_t wanted) {
-    if (wanted > size) {
-      std::free(data);
-      data = static_cast<float*>(std::aligned_alloc(64, (wanted * sizeof(float) + 63) / 64 * 64));
-      if (!data) throw std::bad_alloc();
-      size = wanted;
-    }
-    return data;
-  }
-  ~Scratch() { std::free(data); }
-};
-
-// Panels that hold so many columns.
-INLINE Index panels_of(Index n) { return (n + COLUMNS - 1) / COLUMNS; }
-
-// Rows of A, whose columns are neighbours, as [ROWS][STRIDE].
-INLINE void copy_rows(const Matrix& a, Index row, int rows, Index k, Index depth, float* to) {
-  for (int r = 0; r < rows; r++) {
-    const float* from = a.at(row + r, k);
-    float* line = to + r * STRIDE;
-    Index i = 0;
-    for (; i + WIDTH <= depth; i += WIDTH) store(line + i, load(from + i));
-    for (; i < depth; i++) line[i] = from[i];
-  }
+// Lays out the columns of `layers` matrices, k n numbers apart, as [layers][panels][k][COLUMNS].
+template <typename Pool>
+void pack(Pool& pool, Index layers, Index n, Index k, Matrix first, float* to) {
+  constexpr Index SIDE = 256 / COLUMNS;  // panels that are laid out together, by rows of B
+  Index panels = panels_of(n), blocks = (panels + SIDE - 1) / SIDE;
+  share(pool, layers * blocks, [&](Index piece) {
+    Index layer = piece / blocks, panel = piece % blocks * SIDE, column = panel * COLUMNS;
+    copy_panels({first.data + layer * k * n, first.row, first.column}, 0, k, column,
+                std::min(SIDE * COLUMNS, n - column), to + (layer * panels + panel) * k * COLUMNS);
+  });
 }
 
-// Columns of B as panels [depth][COLUMNS], the last one filled up with zeros.
-INLINE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Index columns, float* to) {
-  constexpr Index AHEAD = 8;  // rows that are asked for before they are read
-  if (b.column == 1) {
-    // Row by row: neighbours in memory are read together, and few pages at a time.
-    for (Index i = 0; i < depth; i++) {
-      const float* from = b.at(k + i, column);
-      if (i + AHEAD < depth)
-        for (Index j = 0; j < columns; j += LINE) __builtin_prefetch(b.at(k + i + AHEAD, column) + j);
-      float* line = to + i * COLUMNS;
-      for (Index j = 0; j < columns; j += COLUMNS, line += depth * COLUMNS)
-        for (int v = 0; v < VECTORS; v++) store(line + v * WIDTH, load(from + j + v * WIDTH, columns - j - v * WIDTH));
-    }
-    return;
-  }
-  for (Index j = 0; j < columns; j += COLUMNS, to += depth * COLUMNS)
-    for (Index v = 0; v < COLUMNS; v += WIDTH)
-      for (Index i = 0; i < depth; i += WIDTH) {
-        Vector square[WIDTH];
-        for (int c = 0; c < WIDTH; c++)
-          square[c] = j + v + c < columns ? load(b.at(k + i, column + j + v + c), depth - i) : Vector{};
-        turn_over(square);
-        for (Index s = 0; s < std::min<Index>(WIDTH, depth - i); s++) store(to + (i + s) * COLUMNS + v, square[s]);
-      }
+// Rows of A that leave most of the second cache to a panel, to the one that is on its way, and to others.
+inline Index resident_rows() {
+  static const Index rows = [] {
+    Index cache = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    if (cache <= 0) cache = 1 << 20;  // the system does not say
+    return std::max<Index>(cache * 3 / 10 / (LONGEST * sizeof(float)) / ROWS, 2) * ROWS;
+  }();
+  return rows;
 }
 
-// Lines of the caches that a tile asks for while it is summed: `lines` from `at` on, two in every SLOT steps.
-struct Ahead {
-  const float* at = nullptr;
-  Index lines = 0;
+// The right factor of a product: panels [panels][k][COLUMNS] or, where there are none, the matrix, of which a piece of
+// work copies some panels at a time.
+struct Right {
+  const float* panels;
+  Matrix matrix;
 };
-constexpr Index SLOT = 8, FEW = 128;  // steps; after few of them what was asked for is not there yet
-
-// C[R][COLUMNS] = or += A[R][depth] B[depth][COLUMNS]
-template <int R>
-__attribute__((noinline)) void tile(Index depth, const float* __restrict a, const float* __restrict b,
-                                    float* __restrict c, Index row, bool add, Ahead ahead) {
-  if (depth > FEW)
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < COLUMNS; v += LINE) __builtin_prefetch(c + r * row + v, 1);
-  Vector sums[R][VECTORS];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < VECTORS; v++) sums[r][v] = Vector{};
-  auto step = [&](Index k) __attribute__((always_inline)) {
-    Vector right[VECTORS];
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++) right[v] = load(b + k * COLUMNS + v * WIDTH);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      Vector left = all(a[r * STRIDE + k]);
-#pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; v++) sums[r][v] += left * right[v];
-    }
-  };
-  Index k = 0;
-  while (k + SLOT <= depth) {
-    for (int i = 0; i < 2 && ahead.lines > 0; i++, ahead.lines--, ahead.at += LINE) __builtin_prefetch(ahead.at, 0, 2);
-#pragma GCC unroll 8
-    for (Index end = k + SLOT; k < end; k++) step(k);
-  }
-  for (; k < depth; k++) step(k);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++) {
-      float* to = c + r * row + v * WIDTH;
-      store(to, add ? load(to) + sums[r][v] : sums[r][v]);
-    }
-}
-
-using Tile = void (*)(Index, const float*, const float*, float*, Index, bool, Ahead);
-
-template <int R>
-struct Tiles {
-  static void fill(Tile* table) {
-    table[R] = tile<R>;
-    Tiles<R - 1>::fill(table);
-  }
-};
-template <>
-struct Tiles<0> {
-  static void fill(Tile*) {}
-};
-
-inline const Tile* tiles() {
-  static const struct Table {
-    Tile table[ROWS + 1];
-    Table() { Tiles<ROWS>::fill(table); }
-  } made;
-  return made.table;
-}
-
-// Rows are divided as evenly as tiles allow: 15 rows are 8 and 7, not 14 and 1.
-struct Division {
-  Index pieces, size, larger;
-  Division(Index total, Index most) : pieces((total + most - 1) / most) {
-    size = pieces ? total / pieces : 0;
-    larger = pieces ? total % pieces : 0;
-  }
-  Index start(Index i) const { return i * size + std::min(i, larger); }
-};
-
-// A tile of C, `count` rows of `there` numbers that lie `row` apart: fewer than COLUMNS at the edge.
-INLINE void tile_of(Tile run, Index depth, const float* a, const float* b, float* c, Index row, int count, Index there,
-                    bool add, Ahead ahead) {
-  if (there == COLUMNS) return run(depth, a, b, c, row, add, ahead);
-  alignas(64) float edge[ROWS * COLUMNS];
-  if (add)
-    for (int r = 0; r < count; r++) std::memcpy(edge + r * COLUMNS, c + r * row, there * sizeof(float));
-  run(depth, a, b, edge, COLUMNS, add, ahead);
-  for (int r = 0; r < count; r++) std::memcpy(c + r * row, edge + r * COLUMNS, there * sizeof(float));
-}
-
-template <typename Finish>
-INLINE void finish_tile(float* c, Index row, int count, Index column, Index there, const Finish& finish) {
-  for (int r = 0; r < count; r++)
-    for (Index v = 0; v < there; v += WIDTH) {
-      float* place = c + r * row + v;
-      store(place, finish(column + v, load(place, there - v), there - v), there - v);
-    }
-}
 
 // finish(column, value, count): what is stored of `count` neighbours in a row of the product, which has n numbers.
 template <typename Pool, typename Finish>
-void multiply(Pool& pool, Index m, Index n, Index k, Matrix a, Matrix b, float* c, const Finish& finish) {
+void multiply(Pool& pool, Index m, Index n, Index k, Matrix a, Right b, float* c, const Finish& finish) {
+  constexpr Index SIDE = 128 / COLUMNS;  // panels that are copied at a time
   const Tile* table = tiles();
-  Index threads = std::max<Index>(1, pool.num_threads());
-  Index panels = panels_of(n);
-  Division down(m, BLOCK_ROWS);
-  Index most = BLOCK_COLUMNS / COLUMNS;
-  // Few blocks are made smaller, so that every thread has as many.
-  Index across = (panels + most - 1) / most;
-  if (threads > 1 && down.pieces * across < 4 * threads)
-    while (across < panels && (down.pieces * across) % threads) across++;
+  Index threads = std::max<Index>(1, pool.num_threads()), panels = panels_of(n);
+  Division down(m, b.panels ? resident_rows() : m), stretches(k, LONGEST);
+  Index across = 1, least = (b.panels ? 4 : 1) * threads;
+  // Several pieces for every thread: one whose core is slower takes fewer. But each of them copies its rows of A, which
+  // takes long where they are few.
+  if (threads > 1)
+    while (across < panels && (down.pieces * across < least || down.pieces * across % threads)) across++;
   Division columns(panels, (panels + across - 1) / across);
   share(pool, down.pieces * columns.pieces, [&](Index piece) {
     static thread_local Scratch memory;
-    Index first = columns.start(piece / down.pieces) * COLUMNS;
-    Index last = std::min(n, columns.start(piece / down.pieces + 1) * COLUMNS);
-    Index top = down.start(piece % down.pieces), bottom = down.start(piece % down.pieces + 1);
-    Index width = panels_of(last - first) * COLUMNS;
-    float* left = memory.of(ROWS * STRIDE + DEPTH * width + 64);
-    float* right = left + ROWS * STRIDE;
-    Division rows(bottom - top, ROWS);
-    for (Index at = 0; at < k; at += DEPTH) {
-      Index depth = std::min(DEPTH, k - at);
+    Index first = columns.start(piece / down.pieces), last = columns.start(piece / down.pieces + 1);
+    Index top = down.start(piece % down.pieces);
+    Division rows(down.start(piece % down.pieces + 1) - top, ROWS);
+    float* left = memory.of(rows.pieces * ROWS * STRIDE + (b.panels ? 0 : SIDE * COLUMNS * LONGEST));
+    float* copied = left + rows.pieces * ROWS * STRIDE;
+    for (Index s = 0; s < stretches.pieces; s++) {
+      Index at = stretches.start(s), depth = stretches.start(s + 1) - at;
       bool ends = at + depth == k;
-      copy_panels(b, at, depth, first, last - first, right);
-      for (Index t = 0; t < rows.pieces; t++) {
-        Index start = top + rows.start(t);
-        int count = static_cast<int>(top + rows.start(t + 1) - start);
-        copy_rows(a, start, count, at, depth, left);
-        for (Index j = first; j < last; j += COLUMNS) {
-          const float* panel = right + (j - first) * depth;
-          float* to = c + start * n + j;
-          Index there = std::min<Index>(COLUMNS, last - j);
-          tile_of(table[count], depth, left, panel, to, n, count, there, at > 0, {});
-          if (ends) finish_tile(to, n, count, j, there, finish);
+      copy_tiles(a, top, rows, at, depth, left);
+      for (Index p = first; p < last; p++) {
+        Index number = (p - first) % SIDE, there = std::min<Index>(COLUMNS, n - p * COLUMNS);
+        const float *panel = copied + number * depth * COLUMNS, *next = nullptr;
+        Index lines = 0;  // of the next panel
+        if (b.panels) {
+          panel = b.panels + (p * k + at) * COLUMNS;
+          next = p + 1 < last ? panel + k * COLUMNS : b.panels + (first * k + at + depth) * COLUMNS;
+          lines = (p + 1 < last ? depth : ends ? 0 : stretches.start(s + 2) - at - depth) * COLUMNS / LINE;
+        } else if (number == 0) {
+          Index column = p * COLUMNS;
+          copy_panels(b.matrix, at, depth, column, std::min(std::min(SIDE, last - p) * COLUMNS, n - column), copied);
+        }
+        Division shares(lines, std::max<Index>(1, (lines - 1) / rows.pieces + 1));
+        for (Index t = 0; t < rows.pieces; t++) {
+          Index start = top + rows.start(t);
+          int count = static_cast<int>(top + rows.start(t + 1) - start);
+          Ahead ahead;
+          if (t < shares.pieces) ahead = {next + shares.start(t) * LINE, shares.start(t + 1) - shares.start(t)};
+          tile_of(table[count], depth, left + t * ROWS * STRIDE, panel, c + start * n + p * COLUMNS, n, count, there,
+                  at > 0, ahead);
+          if (ends) finish_tile(c + start * n + p * COLUMNS, n, count, p * COLUMNS, there, finish);
         }
       }
     }
   });
+}
+
+// Memory that one call after the other borrows, and that is kept: more than one only where calls overlap.
+class Borrowed {
+ public:
+  Borrowed() {
+    std::lock_guard<std::mutex> lock(kept().mutex);
+    if (kept().free.empty()) return;
+    memory = std::move(kept().free.back());
+    kept().free.pop_back();
+  }
+  ~Borrowed() {
+    std::lock_guard<std::mutex> lock(kept().mutex);
+    kept().free.push_back(std::move(memory));
+  }
+  float* of(std::size_t wanted) { return memory->of(wanted); }
+
+ private:
+  struct Kept {
+    std::mutex mutex;
+    std::vector<std::unique_ptr<Scratch>> free;
+  };
+  static Kept& kept() {
+    static Kept* all = new Kept;  // never destroyed: threads may outlive what is
+    return *all;
+  }
+  std::unique_ptr<Scratch> memory = std::make_unique<Scratch>();
+};
+
+// As `multiply`. Where rows of A are in several pieces of work, a matrix is laid out first, once for all of them.
+template <typename Pool, typename Finish>
+void product(Pool& pool, Index m, Index n, Index k, Matrix a, Right b, float* c, const Finish& finish) {
+  if (b.panels || m <= resident_rows() * 5 / 4) return multiply(pool, m, n, k, a, b, c, finish);
+  Borrowed memory;
+  float* panels = memory.of(panels_of(n) * COLUMNS * k);
+  pack(pool, 1, n, k, b.matrix, panels);
+  multiply(pool, m, n, k, a, Right{panels, {}}, c, finish);
 }
 
 }  // namespace beit
