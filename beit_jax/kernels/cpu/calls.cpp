@@ -1,5 +1,6 @@
 // What XLA calls: shapes come from the arrays, the rest from attributes.
 #include "attention_back.h"
+#include "elements.h"
 #include "norm.h"
 #include "product.h"
 #include "xla/ffi/api/ffi.h"
@@ -72,6 +73,48 @@ static ffi::Error normalized(ffi::ThreadPool pool, Array x, Array scale, Array b
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     beit_normalized, normalized,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Arg<Array>().Ret<Array>().Attr<double>("epsilon"));
+
+// x, of: [rows, width]; scale: [width].
+static ffi::Error normalized_back(ffi::ThreadPool pool, Array x, Array scale, Array of, Result of_x, Result of_scale,
+                                  Result of_bias, double epsilon) {
+  auto size = x.dimensions();
+  normalize_back(pool, size[0], size[1], x.typed_data(), scale.typed_data(), of.typed_data(),
+                 static_cast<float>(epsilon), of_x->typed_data(), of_scale->typed_data(), of_bias->typed_data());
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_normalized_back, normalized_back,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .Attr<double>("epsilon"));
+
+static ffi::Error gelu_of(ffi::ThreadPool pool, Array x, Result out) {
+  const float* from = x.typed_data();
+  float* to = out->typed_data();
+  of_vectors(pool, x.element_count(), [&](Index i, Index count) { store(to + i, gelu(load(from + i, count)), count); });
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_gelu, gelu_of, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Ret<Array>());
+
+static ffi::Error gelu_back(ffi::ThreadPool pool, Array x, Array of, Result of_x) {
+  const float *from = x.typed_data(), *change = of.typed_data();
+  float* to = of_x->typed_data();
+  of_vectors(pool, x.element_count(), [&](Index i, Index count) {
+    store(to + i, load(change + i, count) * gelu_slope(load(from + i, count)), count);
+  });
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    beit_gelu_back, gelu_back,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Ret<Array>());
 
 // qkv: [b, n, 3, heads, e]; in the other arguments the tables of the position bias, see Positions, if `biased`.
 static ffi::ErrorOr<Attention> attention_of(Array qkv, const ffi::RemainingArgs& more, bool biased) {

@@ -2,7 +2,7 @@
 
 A primitive has a plain form, of XLA's operations. That is computed where the kernels are not: on other devices, for
 several devices, under `jax.vmap`, and in a program that is exported, which another machine will run. Derivatives of
-products are products, those of attention another primitive; all others are those of the plain form.
+products are products; all others have a primitive for the way back.
 """
 
 from collections.abc import Callable, Sequence
@@ -134,6 +134,60 @@ def _primitive(
     return primitive
 
 
+@lru_cache
+def _with_way_back(
+    call: str,
+    plain: Callable[..., Array],
+    read: Callable[[Sequence[Any]], Sequence[Any]] = tuple,
+    read_back: Callable[[Sequence[Any]], Sequence[Any]] = tuple,
+    inputs: int = 1,
+) -> "Primitive":
+    """A primitive whose gradients the library computes, by the function of the same name and ``_back``.
+
+    That takes the arguments, and then the gradient of the result. It returns gradients of the first arguments, so many
+    as `inputs` at most; the others have none.
+
+    Args:
+        read_back: which of the arguments of the way back the function reads.
+    """
+    _, ad, _, _ = _parts()
+
+    def plain_change(*arguments: Array, of: tuple[int, ...], **options: Any) -> Array:
+        primals, changes = arguments[: -len(of)], arguments[-len(of) :]
+
+        def result(*changed: Array) -> Array:
+            given = dict(zip(of, changed, strict=True))
+            return plain(*(given.get(i, one) for i, one in enumerate(primals)), **options)
+
+        return jax.jvp(result, [primals[i] for i in of], list(changes))[1]
+
+    def plain_back(*arguments: Array, **options: Any) -> tuple[Array, ...]:
+        *primals, gradient = arguments
+        return jax.vjp(lambda *given: plain(*given, *primals[inputs:], **options), *primals[:inputs])[1](gradient)
+
+    primitive = _primitive(call, plain, read)
+    change = _primitive(f"{call}_change", plain_change, None)
+    back = _primitive(f"{call}_back", plain_back, read_back, several=True)
+
+    def derivative(primals: Any, tangents: Any, **options: Any) -> Any:
+        value = primitive.bind(*primals, **options)
+        changes = {i: one for i, one in enumerate(tangents[:inputs]) if not isinstance(one, ad.Zero)}
+        if not changes:  # of arguments that have no gradients
+            return value, jnp.zeros_like(value)
+        return value, change.bind(*primals, *changes.values(), of=tuple(changes), **options)
+
+    def transposed(cotangent: Any, *arguments: Any, of: tuple[int, ...], **options: Any) -> Any:
+        if isinstance(cotangent, ad.Zero):
+            return [None] * len(arguments)
+        primals = arguments[: -len(of)]
+        found = back.bind(*primals, cotangent, **options)
+        return [*(None for _ in primals), *(found[i] for i in of)]
+
+    ad.primitive_jvps[primitive] = derivative
+    ad.primitive_transposes[change] = transposed
+    return primitive
+
+
 # --- GELU -------------------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +209,11 @@ def _gelu_derivative(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arr
 def _cdf(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
     """The distribution function of the standard normal distribution."""
     return 0.5 + 0.5 * jax.lax.erf(x * sqrt(0.5))
+
+
+def gelu_by_kernel(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    """`gelu` in one pass through memory, and its gradient in another."""
+    return _with_way_back("gelu", gelu).bind(x)
 
 
 # --- Products ---------------------------------------------------------------------------------------------------------
@@ -357,7 +416,13 @@ def normalized(
     x: Float[Array, "rows d"], scale: Float[Array, "d"], bias: Float[Array, "d"], epsilon: float
 ) -> Float[Array, "rows d"]:
     """LayerNorm of every row, by the mean squared deviation."""
-    return _primitive("normalized", _plain_normalized).bind(x, scale, bias, epsilon=float(epsilon))
+    primitive = _with_way_back("normalized", _plain_normalized, tuple, _without_bias, inputs=3)
+    return primitive.bind(x, scale, bias, epsilon=float(epsilon))
+
+
+def _without_bias(operands: Sequence[Any]) -> tuple[Any, ...]:
+    x, scale, _, gradient = operands
+    return x, scale, gradient
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------
@@ -417,47 +482,8 @@ def attention(qkv: Float[Array, "b n 3 heads e"], bias: PositionBias | None = No
     return _attention().bind(qkv, bias.written[0], offsets, table[-3:])
 
 
-@lru_cache
 def _attention() -> "Primitive":
-    _, ad, _, _ = _parts()
-    primitive = _primitive("attention", _plain_attention, _without_written_bias)
-    change = _primitive("attention_change", _plain_change, None)
-    back = _primitive("attention_back", _plain_back, _without_written_bias, several=True)
-
-    def derivative(primals: Any, tangents: Any) -> Any:
-        changes = {i: one for i, one in enumerate(tangents[:2]) if not isinstance(one, ad.Zero)}
-        averages = primitive.bind(*primals)
-        if not changes:  # of the tables alone
-            return averages, jnp.zeros_like(averages)
-        return averages, change.bind(*primals, *changes.values(), of=tuple(changes))
-
-    def transposed(cotangent: Any, *arguments: Any, of: tuple[int, ...]) -> Any:
-        primals = arguments[: -len(of)]
-        if isinstance(cotangent, ad.Zero):
-            return [None] * len(arguments)
-        found = back.bind(*primals, cotangent)
-        return [*(None for _ in primals), *(found[i] for i in of)]
-
-    ad.primitive_jvps[primitive] = derivative
-    ad.primitive_transposes[change] = transposed
-    return primitive
-
-
-def _plain_change(*arguments: Array, of: tuple[int, ...]) -> Array:
-    """How the averages change with arguments of these numbers, whose changes come last."""
-    primals, changes = arguments[: -len(of)], arguments[-len(of) :]
-
-    def averages(*changed: Array) -> Array:
-        given = dict(zip(of, changed, strict=True))
-        return _plain_attention(*(given.get(i, one) for i, one in enumerate(primals)))
-
-    return jax.jvp(averages, [primals[i] for i in of], list(changes))[1]
-
-
-def _plain_back(*arguments: Array) -> tuple[Array, ...]:
-    """The gradients of `qkv` and of the bias, if there is one; the last argument is the averages' gradient."""
-    *primals, cotangent = arguments
-    return jax.vjp(_plain_attention, *primals[:2])[1](cotangent)
+    return _with_way_back("attention", _plain_attention, _without_written_bias, _without_written_bias, inputs=2)
 
 
 def _without_written_bias(operands: Sequence[Any]) -> tuple[Any, ...]:

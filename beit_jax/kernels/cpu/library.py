@@ -28,7 +28,9 @@ SWITCH = "BEIT_JAX_CPU_KERNELS"
 SOURCES = Path(__file__).parent
 PREFIX = "beit_jax_cpu_"
 """How the names begin by which XLA calls the functions."""
-CALLS = ("affine", "product", "packing", "normalized", "attention", "attention_back")
+CALLS = (
+    "affine", "product", "packing", "gelu", "gelu_back", "normalized", "normalized_back", "attention", "attention_back"
+)  # fmt: skip
 """The functions of the library, of calls.cpp."""
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-w")
 NEEDED = frozenset({"avx2", "fma"})

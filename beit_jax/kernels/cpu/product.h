@@ -7,10 +7,6 @@
 
 #include <unistd.h>
 
-#include <memory>
-#include <mutex>
-#include <vector>
-
 #include "tiles.h"
 
 namespace beit {
@@ -97,33 +93,6 @@ void multiply(Pool& pool, Index m, Index n, Index k, Matrix a, Right b, float* c
     }
   });
 }
-
-// Memory that one call after the other borrows, and that is kept: more than one only where calls overlap.
-class Borrowed {
- public:
-  Borrowed() {
-    std::lock_guard<std::mutex> lock(kept().mutex);
-    if (kept().free.empty()) return;
-    memory = std::move(kept().free.back());
-    kept().free.pop_back();
-  }
-  ~Borrowed() {
-    std::lock_guard<std::mutex> lock(kept().mutex);
-    kept().free.push_back(std::move(memory));
-  }
-  float* of(std::size_t wanted) { return memory->of(wanted); }
-
- private:
-  struct Kept {
-    std::mutex mutex;
-    std::vector<std::unique_ptr<Scratch>> free;
-  };
-  static Kept& kept() {
-    static Kept* all = new Kept;  // never destroyed: threads may outlive what is
-    return *all;
-  }
-  std::unique_ptr<Scratch> memory = std::make_unique<Scratch>();
-};
 
 // As `multiply`. Where rows of A are in several pieces of work, a matrix is laid out first, once for all of them.
 template <typename Pool, typename Finish>

@@ -2,9 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
+#include "memory.h"
 #include "threads.h"
 
 namespace beit {
@@ -18,22 +17,6 @@ struct Matrix {
   const float* data;
   Index row, column;
   const float* at(Index i, Index j) const { return data + i * row + j * column; }
-};
-
-// Memory that a thread keeps for its copies.
-struct Scratch {
-  float* data = nullptr;
-  std::size_t size = 0;
-  float* of(std::size_t wanted) {
-    if (wanted > size) {
-      std::free(data);
-      data = static_cast<float*>(std::aligned_alloc(64, (wanted * sizeof(float) + 63) / 64 * 64));
-      if (!data) throw std::bad_alloc();
-      size = wanted;
-    }
-    return data;
-  }
-  ~Scratch() { std::free(data); }
 };
 
 // Rows are divided as evenly as tiles allow: 15 rows are 8 and 7, not 14 and 1.
