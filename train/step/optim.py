@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from beit_jax.config import BeitConfig
+from beit_jax.models.one_cpu import on_one_cpu
 from beit_jax.tree import Nested, first_match, flatten, unflatten
 
 from ..recipe import OptimOptions
@@ -104,10 +105,19 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
     """
 
     def clip(updates: Nested, params: Nested | None) -> Nested:
-        share = jnp.minimum(largest / (optax.tree.norm(updates) + 1e-6), 1.0)
+        share = jnp.minimum(largest / (global_norm(updates) + 1e-6), 1.0)
         return jax.tree.map(lambda update: update * share, updates)
 
     return optax.stateless(clip)
+
+
+def global_norm(gradients: Nested) -> Float[Array, ""]:
+    """The norm of all gradients as one vector.
+
+    On one CPU, XLA would write their squares to memory, because Adam reads squares too: the barrier keeps them apart.
+    """
+    found: Float[Array, ""] = optax.tree.norm(jax.lax.optimization_barrier(gradients) if on_one_cpu() else gradients)
+    return found
 
 
 def weight_decay_mask(params: Nested, *, bias_tables: bool = True, class_token: bool = False) -> Nested:

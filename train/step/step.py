@@ -18,7 +18,7 @@ from beit_jax.tree import Nested
 
 from .criterion import Batch, Criterion, Metrics
 from .division import EVERYTHING, Division
-from .optim import ema_update
+from .optim import ema_update, global_norm
 from .state import State, variables
 
 TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
@@ -71,7 +71,7 @@ def make_train_step(
         differentiate = partial(_differentiate, graph, criterion, trained, state.params, teacher)
         stats, gradients, metrics = _average(differentiate, state.stats, parts)
 
-        norm, rate = optax.tree.norm(gradients), jnp.asarray(table)[state.step]
+        norm, rate = global_norm(gradients), jnp.asarray(table)[state.step]
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt = tx.update(gradients, state.opt, state.params)
         params = jax.tree.map(lambda leaf, update: leaf - rate * update, state.params, updates)

@@ -11,15 +11,19 @@
 
 namespace beit {
 
-// Lays out the columns of `layers` matrices, k n numbers apart, as [layers][panels][k][COLUMNS].
+// Lays out the columns of `layers` matrices, k n numbers apart, as [layers][panels][k][COLUMNS]. It reads them in the
+// order in which they lie in memory.
 template <typename Pool>
 void pack(Pool& pool, Index layers, Index n, Index k, Matrix first, float* to) {
-  constexpr Index SIDE = 256 / COLUMNS;  // panels that are laid out together, by rows of B
-  Index panels = panels_of(n), blocks = (panels + SIDE - 1) / SIDE;
-  share(pool, layers * blocks, [&](Index piece) {
-    Index layer = piece / blocks, panel = piece % blocks * SIDE, column = panel * COLUMNS;
-    copy_panels({first.data + layer * k * n, first.row, first.column}, 0, k, column,
-                std::min(SIDE * COLUMNS, n - column), to + (layer * panels + panel) * k * COLUMNS);
+  Index panels = panels_of(n);
+  bool by_rows = first.column == 1;
+  Division down(k, by_rows ? 64 : k), across(panels, by_rows ? panels : 256 / COLUMNS);
+  share(pool, layers * down.pieces * across.pieces, [&](Index piece) {
+    Index i = piece / across.pieces % down.pieces, j = piece % across.pieces;
+    Index layer = piece / across.pieces / down.pieces, row = down.start(i), column = across.start(j) * COLUMNS;
+    Index columns = std::min(n, across.start(j + 1) * COLUMNS) - column;
+    copy_panels({first.data + layer * k * n, first.row, first.column}, row, down.start(i + 1) - row, column, columns,
+                to + layer * panels * k * COLUMNS + across.start(j) * k * COLUMNS + row * COLUMNS, k * COLUMNS);
   });
 }
 

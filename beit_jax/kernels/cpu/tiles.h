@@ -52,23 +52,26 @@ INLINE void copy_tiles(const Matrix& a, Index top, const Division& rows, Index k
     return;
   }
   // Neighbours in memory, which are in several tiles, are read together.
+  Index all = rows.start(rows.pieces);
   for (Index i = 0; i < depth; i += WIDTH)
     for (Index t = 0; t < rows.pieces; t++) {
       Index first = rows.start(t), count = rows.start(t + 1) - first;
       for (Index r = 0; r < count; r += WIDTH) {
+        Index there = std::min<Index>(WIDTH, all - first - r), lines = std::min<Index>(WIDTH, depth - i);
         Vector square[WIDTH];
         for (int s = 0; s < WIDTH; s++)
           if (i + WIDTH + s < depth) __builtin_prefetch(a.at(top + first + r, k + i + WIDTH + s), 0, 2);
-        for (int s = 0; s < WIDTH; s++)
-          square[s] = i + s < depth ? load(a.at(top + first + r, k + i + s), count - r) : Vector{};
+        const float* from = a.at(top + first + r, k + i);
+        for (int s = 0; s < WIDTH; s++) square[s] = s < lines ? load(from + s * a.column, there) : Vector{};
         turn_over(square);
-        for (int c = 0; c < std::min<Index>(WIDTH, count - r); c++) store(to + (t * ROWS + r + c) * STRIDE + i, square[c]);
+        for (int c = 0; c < std::min<Index>(WIDTH, count - r); c++)
+          store(to + (t * ROWS + r + c) * STRIDE + i, square[c]);
       }
     }
 }
 
-// Columns of B as panels [depth][COLUMNS], the last one filled up with zeros.
-INLINE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Index columns, float* to) {
+// Columns of B as panels [depth][COLUMNS] that lie `apart`, the last one filled up with zeros.
+INLINE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Index columns, float* to, Index apart) {
   constexpr Index AHEAD = 8;  // rows that are asked for before they are read
   if (b.column == 1) {
     // Row by row: neighbours in memory are read together, and few pages at a time.
@@ -77,12 +80,12 @@ INLINE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Ind
       if (i + AHEAD < depth)
         for (Index j = 0; j < columns; j += LINE) __builtin_prefetch(b.at(k + i + AHEAD, column) + j);
       float* line = to + i * COLUMNS;
-      for (Index j = 0; j < columns; j += COLUMNS, line += depth * COLUMNS)
+      for (Index j = 0; j < columns; j += COLUMNS, line += apart)
         for (int v = 0; v < VECTORS; v++) store(line + v * WIDTH, load(from + j + v * WIDTH, columns - j - v * WIDTH));
     }
     return;
   }
-  for (Index j = 0; j < columns; j += COLUMNS, to += depth * COLUMNS)
+  for (Index j = 0; j < columns; j += COLUMNS, to += apart)
     for (Index v = 0; v < COLUMNS; v += WIDTH)
       for (Index i = 0; i < depth; i += WIDTH) {
         Vector square[WIDTH];
@@ -91,6 +94,11 @@ INLINE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Ind
         turn_over(square);
         for (Index s = 0; s < std::min<Index>(WIDTH, depth - i); s++) store(to + (i + s) * COLUMNS + v, square[s]);
       }
+}
+
+// Behind each other.
+INLINE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Index columns, float* to) {
+  copy_panels(b, k, depth, column, columns, to, depth * COLUMNS);
 }
 
 // Lines of the caches that a tile asks for while it is summed: `lines` from `at` on, two in every SLOT steps.
