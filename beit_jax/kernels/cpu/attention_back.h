@@ -26,9 +26,10 @@ INLINE void softmax(Index tokens, const float* bias, float of_first, const Stret
                                          std::min(LONGEST, tokens - at)));
   for (Index at = 0; at < tokens; at += LONGEST)
     total += powers(stretch(at), highest, std::min(LONGEST, tokens - at));
+  float share = 1 / total;
   for (Index at = 0; at < tokens; at += LONGEST)
     for (Index j = 0; j < std::min(LONGEST, tokens - at); j += WIDTH)
-      store(stretch(at) + j, load(stretch(at) + j) / total);
+      store(stretch(at) + j, load(stretch(at) + j) * share);
 }
 
 template <typename Pool>

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 namespace beit {
 
 using Index = std::int64_t;
@@ -26,21 +30,40 @@ typedef std::int32_t Integers __attribute__((vector_size(WIDTH * 4)));
 
 #define INLINE inline __attribute__((always_inline))
 
+// Zero, one, two, ...
+INLINE Integers places() {
+  Integers all{};
+  for (int i = 0; i < WIDTH; i++) all[i] = i;
+  return all;
+}
+
 INLINE Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 INLINE void store(float* to, Vector value) { *reinterpret_cast<Unaligned*>(to) = value; }
 INLINE Vector all(float value) { return value - Vector{}; }  // x - 0 is x, which compilers know; of 0 + x not for -0
 
-// The first `count` numbers, and zeros.
+// The first `count` numbers, and zeros; nothing behind them is read.
 INLINE Vector load(const float* from, Index count) {
   if (count >= WIDTH) return load(from);
+#if defined(__AVX512F__)
+  return (Vector)_mm512_maskz_loadu_ps(static_cast<__mmask16>(count > 0 ? (1u << count) - 1 : 0), from);
+#elif defined(__AVX__)
+  return (Vector)_mm256_maskload_ps(from, (__m256i)(places() < static_cast<std::int32_t>(count)));
+#else
   Vector value{};
   if (count > 0) std::memcpy(&value, from, count * sizeof(float));
   return value;
+#endif
 }
 
 INLINE void store(float* to, Vector value, Index count) {
   if (count >= WIDTH) return store(to, value);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>(count > 0 ? (1u << count) - 1 : 0), (__m512)value);
+#elif defined(__AVX__)
+  _mm256_maskstore_ps(to, (__m256i)(places() < static_cast<std::int32_t>(count)), (__m256)value);
+#else
   if (count > 0) std::memcpy(to, &value, count * sizeof(float));
+#endif
 }
 
 INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
@@ -48,9 +71,7 @@ INLINE Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
 
 // Numbers from `count` on become `filling`.
 INLINE Vector only(Vector value, Index count, float filling) {
-  Vector places{};
-  for (int i = 0; i < WIDTH; i++) places[i] = static_cast<float>(i);
-  return places < all(static_cast<float>(count)) ? value : all(filling);
+  return places() < static_cast<std::int32_t>(count) ? value : all(filling);
 }
 
 // Sums of halves: the order of additions is the same for every row.
