@@ -33,7 +33,7 @@ struct Division {
 INLINE Index panels_of(Index n) { return (n + COLUMNS - 1) / COLUMNS; }
 
 // Rows of A, whose columns are neighbours, as [ROWS][STRIDE].
-INLINE void copy_rows(const Matrix& a, Index row, int rows, Index k, Index depth, float* to) {
+ONCE void copy_rows(const Matrix& a, Index row, int rows, Index k, Index depth, float* to) {
   for (int r = 0; r < rows; r++) {
     const float* from = a.at(row + r, k);
     float* line = to + r * STRIDE;
@@ -44,7 +44,7 @@ INLINE void copy_rows(const Matrix& a, Index row, int rows, Index k, Index depth
 }
 
 // Rows of A from `top` on as tiles [ROWS][STRIDE], behind each other.
-INLINE void copy_tiles(const Matrix& a, Index top, const Division& rows, Index k, Index depth, float* to) {
+ONCE void copy_tiles(const Matrix& a, Index top, const Division& rows, Index k, Index depth, float* to) {
   if (a.column == 1) {
     for (Index t = 0; t < rows.pieces; t++)
       copy_rows(a, top + rows.start(t), static_cast<int>(rows.start(t + 1) - rows.start(t)), k, depth,
@@ -71,7 +71,7 @@ INLINE void copy_tiles(const Matrix& a, Index top, const Division& rows, Index k
 }
 
 // Columns of B as panels [depth][COLUMNS] that lie `apart`, the last one filled up with zeros.
-INLINE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Index columns, float* to, Index apart) {
+ONCE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Index columns, float* to, Index apart) {
   constexpr Index AHEAD = 8;  // rows that are asked for before they are read
   if (b.column == 1) {
     // Row by row: neighbours in memory are read together, and few pages at a time.
@@ -168,7 +168,7 @@ inline const Tile* tiles() {
 }
 
 // A tile of C, `count` rows of `there` numbers that lie `row` apart: fewer than COLUMNS at the edge.
-INLINE void tile_of(Tile run, Index depth, const float* a, const float* b, float* c, Index row, int count, Index there,
+ONCE void tile_of(Tile run, Index depth, const float* a, const float* b, float* c, Index row, int count, Index there,
                     bool add, Ahead ahead) {
   if (there == COLUMNS) return run(depth, a, b, c, row, add, ahead);
   alignas(64) float edge[ROWS * COLUMNS];

@@ -29,6 +29,7 @@ typedef float Unaligned __attribute__((vector_size(WIDTH * 4), aligned(4), may_a
 typedef std::int32_t Integers __attribute__((vector_size(WIDTH * 4)));
 
 #define INLINE inline __attribute__((always_inline))
+#define ONCE inline __attribute__((noinline))  // of long functions, compilers would make many copies
 
 // Zero, one, two, ...
 INLINE Integers places() {
