@@ -425,3 +425,21 @@ def test_rematerialisation_without_gradients(remat: str) -> None:
     with traced_for("cpu"):
         found, expected = (jax.jit(run, static_argnums=2)(params, pixels, how) for how in (remat, "none"))
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("dots", 1), ("block", 2)])
+def test_what_a_way_back_computes_again(remat: str, times: int) -> None:
+    """With "dots" neither products nor attention, and only the kernels' own ways back are called."""
+    config = replace(TINY, position_bias="per_layer")
+    params = unflatten(dict(zip(param_shapes(config), draw(*param_shapes(config).values()), strict=True)))
+    pixels = draw((2, *config.image_size, 3))[0]
+
+    def loss(params: Any) -> Any:
+        return jnp.sin(build_model(config, params)(pixels, remat=remat).logits).sum()
+
+    with traced_for("cpu"):
+        program = str(jax.make_jaxpr(jax.grad(loss))(params))
+    called = {name: program.count(f" beit_{name}[") + program.count(f" beit_{name} ") for name in library.CALLS}
+    expected = {"affine": 4 * times, "attention": times, "product": 8, "attention_back": 1, "packing": 0}
+    assert {name: called[name] for name in expected} == expected
+    assert called["gelu_back"] == 1 and called["normalized_back"] == 3  # two of a block and the pooled one
