@@ -119,14 +119,14 @@ def attend_in_pieces(
 
 
 def _has_kernel(bias: PositionBias | Array | None, qkv: Array) -> TypeGuard[PositionBias | None]:
-    """Whether the kernel computes it: a bias is that of one shard, with its table."""
+    """Whether the kernel computes it: heads are not too wide, and a bias is that of one shard, with its table."""
     tables = []
     if bias is not None:
         if not isinstance(bias, PositionBias) or len(bias.tables) != 1:
             return False
         tables.append(bias.tables)
     heads, width = qkv.shape[3:]
-    return calls.computes(qkv, *tables, widths=[heads * width])
+    return width <= calls.WIDEST_HEAD and calls.computes(qkv, *tables, widths=[heads * width])
 
 
 def _attend_by_pieces(

@@ -252,6 +252,37 @@ def positions(table: jax.Array, grid: tuple[int, int]) -> PositionBias:
     return PositionBias(position_bias_by_slices(table, grid)[None], table[None], grid)
 
 
+def test_heads_of_any_width() -> None:
+    """Wider ones than the kernel's stretches have XLA's form."""
+    for width, has_kernel in ((768, True), (800, False)):
+        (qkv,) = draw((1, 7, 3, 1, width))
+        with traced_for("cpu"):
+            both = jax.jit(with_gradients(lambda qkv: attend(qkv, None)[0], (qkv,)))
+            found, text = both(qkv), both.lower(qkv).as_text()
+        assert (library.target("attention") in text) == has_kernel
+        agree(found, in_double(with_gradients(lambda qkv: attend(qkv, None)[0], (qkv,)), qkv))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="too wide"):
+        calls.attention(qkv).block_until_ready()
+
+
+def test_gelu_of_any_magnitude() -> None:
+    """Far from zero it is x or 0, and its slope 1 or 0."""
+    x = jnp.asarray([-1e30, -50.0, -14.0, -6.0, -5.4, -1.0, 0.0, 1.0, 5.4, 6.0, 14.0, 1e30])
+    found, slope = (np.asarray(f(x)) for f in (calls.gelu_by_kernel, jax.vmap(jax.grad(calls.gelu))))
+    by_kernel = np.asarray(jax.grad(lambda x: calls.gelu_by_kernel(x).sum())(x))
+    assert_allclose(found, calls.gelu(x), rtol=1e-6, atol=3e-7)
+    assert_allclose(by_kernel, slope, rtol=1e-6, atol=3e-7)
+    assert np.isnan(np.asarray(calls.gelu_by_kernel(jnp.float32([np.nan])))).all()
+    for far in (found[:3], by_kernel[:3], by_kernel[-3:] - 1.0):
+        np.testing.assert_array_equal(np.abs(far), 0.0)
+
+
+def test_without_jit() -> None:
+    x, kernel, bias = draw((1, 5, 20), (20, 30), (30,))
+    with jax.disable_jit(), traced_for("cpu"):
+        agree(project(x, kernel, bias), in_double(project, x, kernel, bias))
+
+
 def test_a_bias_without_a_table_has_xlas_form() -> None:
     qkv, bias = draw((1, 5, 3, 2, 8), (1, 2, 5, 5))
     with traced_for("cpu"):
@@ -397,6 +428,8 @@ def test_threads_change_no_bit(tmp_path: Path) -> None:
         " calls.affine(draw(577, 1600), calls.Packed.of(draw(2, 1600, 900), 1).panels, jnp.int32(1), draw(900)),"
         " calls.product(draw(700, 577), draw(700, 300), turn_a=True),"
         " calls.product(draw(500, 900), draw(300, 900), turn_b=True),"
+        " calls.normalized(draw(129, 197), draw(197), draw(197), 1e-6), calls.gelu_by_kernel(draw(129, 777)),"
+        " *jax.grad(lambda *a: (calls.normalized(*a, 1e-6) ** 2).sum(), (0, 1))(draw(129, 197), draw(197), draw(197)),"
         " jax.grad(lambda x: (calls.attention(x) ** 2).sum())(draw(6, 197, 3, 3, 64)),"
         " calls.attention(draw(2, 577, 3, 3, 64),"
         " calls.PositionBias(jnp.zeros((1, 3, 577, 577)), draw(1, 47 * 47 + 3, 3), (24, 24))))"

@@ -119,6 +119,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 // qkv: [b, n, 3, heads, e]; in the other arguments the tables of the position bias, see Positions, if `biased`.
 static ffi::ErrorOr<Attention> attention_of(Array qkv, const ffi::RemainingArgs& more, bool biased) {
   auto size = qkv.dimensions();
+  if (size[4] > LONGEST) return ffi::Unexpected(ffi::Error::InvalidArgument("beit_jax: heads that are too wide"));
   Positions bias;
   if (biased) {
     auto offsets = more.get<Array>(0), classes = more.get<Array>(1);

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 SMALLEST = 192
 """The width of products from which the kernels are computed: for less, none is compiled."""
 
+WIDEST_HEAD = 768
+"""The width of a head up to which the kernel computes attention: a query's numbers are one stretch of its products."""
+
 Product = Callable[[Array, Array, Array], Array]
 """``x @ kernel + bias``, see `beit_jax.adapters.kernel.Product`."""
 
@@ -98,6 +101,10 @@ def _primitive(
     def compiled(names: tuple[str, ...], values: tuple[Any, ...]) -> Callable[..., Array]:
         return jax.jit(partial(primitive.bind, **dict(zip(names, values, strict=True))))
 
+    def alone(*arguments: Any, **options: Any) -> Any:
+        with jax.disable_jit(False):  # it has no other form than the compiled one
+            return compiled(tuple(options), tuple(options.values()))(*arguments)
+
     def kernel(context: Any, *operands: Any, **options: Any) -> Any:
         assert read is not None
         module = context.module_context
@@ -124,7 +131,7 @@ def _primitive(
         return jax.jvp(partial(plain, **options), tuple(primals), tuple(given))
 
     lowered = mlir.lower_fun(plain, multiple_results=several)
-    primitive.def_impl(lambda *arguments, **options: compiled(tuple(options), tuple(options.values()))(*arguments))
+    primitive.def_impl(alone)
     primitive.def_abstract_eval(shape)
     mlir.register_lowering(primitive, lowered)
     if read is not None:

@@ -28,10 +28,7 @@ void share(Pool& pool, Index count, const Task& task) {
   };
   Index helpers = pool.num_threads() - 1;
   if (helpers > count - 1) helpers = count - 1;
-  if (helpers <= 0) {
-    for (Index i = 0; i < count; i++) task(i);
-    return;
-  }
+  // There is one call of the task: compilers round otherwise where they make another copy of it.
   auto state = std::make_shared<State>();  // helpers that come late find it, and nothing left to do
   state->count = count;
   state->task = &task;
