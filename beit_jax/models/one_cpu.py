@@ -308,6 +308,6 @@ def gelu_with_derivative(_: Callable[..., Any], x: Float[Array, "*dims"]) -> Flo
     """`activations.gelu` with its derivative written out, which takes four passes through memory. The derivative that
     JAX finds takes six; TPUs fuse them. GPUs, which fuse none across the error function, compute this form too. The
     kernel takes two on a CPU."""
-    if on_one_cpu() and calls.computes(x, widths=x.shape[-1:]):
+    if x.ndim and on_one_cpu() and calls.computes(x, widths=x.shape[-1:]):
         return calls.gelu_by_kernel(x)
     return calls.gelu(x)

@@ -17,7 +17,7 @@ struct Gradients {
   float *of_qkv, *of_bias;
 };
 
-// Weights, of scores, from which the highest one and the sum of a row are taken; `at(s)` are those of one stretch.
+// The scores of a row become its weights. `stretch(at)`: where those from key `at` on lie.
 template <typename Stretch>
 INLINE void softmax(Index tokens, const float* bias, float of_first, const Stretch& stretch) {
   float highest = -std::numeric_limits<float>::infinity(), total = 0;
@@ -58,9 +58,9 @@ void attend_back(Pool& pool, const Attention& x, const Gradients& gradients) {
     float* left = memory.of(longest * 2 + TOGETHER * ROWS * STRIDE + 2 * e * keys + 3 * n * values + 2 * BLOCK * values +
                             ROWS * values);
     float* weights = left + TOGETHER * ROWS * STRIDE;  // [stretches][BLOCK][STRIDE]
-    float* scores = weights + longest;           // their gradients, likewise
-    float* key = scores + longest;               // columns of keys, turned over
-    float* value = key + e * keys;               // likewise
+    float* scores = weights + longest;                 // their gradients, likewise
+    float* key = scores + longest;                     // panels of keys, turned over; `key_rows`: as they are
+    float* value = key + e * keys;
     float* key_rows = value + e * keys;
     float* of_key = key_rows + n * values;
     float* of_value = of_key + n * values;
@@ -121,6 +121,7 @@ void attend_back(Pool& pool, const Attention& x, const Gradients& gradients) {
         }
         copy_panels(q, top, depth, 0, e, query_rows);
         copy_panels(of, top, depth, 0, e, of_rows);
+        // Sums over the block's queries, by tiles of keys.
         auto sums = [&](const float* factor, const float* rows, float* result) {
           for (Index s = 0; s < stretches; s++) {
             Matrix turned{factor + s * BLOCK * STRIDE, 1, STRIDE};
