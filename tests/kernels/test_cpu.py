@@ -315,6 +315,15 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
             np.testing.assert_array_equal(np.asarray(found), whole[:rows])
 
 
+def test_every_call_gives_the_same_bits() -> None:
+    """Whichever thread takes a piece of work. Ends of rows are the rest of a vector here."""
+    x, scale, bias, kernel = draw((129, 197), (197,), (197,), (197, 197))
+    for function in (lambda: calls.normalized(x, scale, bias, 1e-6), lambda: calls.affine(x, kernel, bias)):
+        first = np.asarray(function())
+        for _ in range(20):
+            np.testing.assert_array_equal(np.asarray(function()), first)
+
+
 def test_transformations() -> None:
     x, kernel, bias = draw((3, 7, 20), (20, 30), (30,))
     expected = in_double(project, x, kernel, bias)

@@ -259,7 +259,7 @@ def _affine() -> "Primitive":
         if len(primals) > 3 or primals[1].ndim > 2:
             return of_plain_form(primals, tangents, end=end)
         value = affine(*primals)
-        terms = (
+        terms: tuple[Callable[[Array], Array], ...] = (
             lambda rows: product(rows, primals[1]),
             lambda matrix: product(primals[0], matrix),
             lambda bias: jnp.broadcast_to(bias, value.shape),

@@ -17,7 +17,8 @@ void share(Pool& pool, Index count, const Task& task) {
     std::atomic<Index> next{0}, done{0};
     Index count;
     const Task* task;
-    void work() {
+    // Compiled once: compilers round otherwise where they make another copy of the task.
+    __attribute__((noinline)) void work() {
       for (;;) {
         Index i = next.fetch_add(1);
         if (i >= count) return;
@@ -28,7 +29,6 @@ void share(Pool& pool, Index count, const Task& task) {
   };
   Index helpers = pool.num_threads() - 1;
   if (helpers > count - 1) helpers = count - 1;
-  // There is one call of the task: compilers round otherwise where they make another copy of it.
   auto state = std::make_shared<State>();  // helpers that come late find it, and nothing left to do
   state->count = count;
   state->task = &task;
