@@ -51,7 +51,7 @@ REMAT: Mapping[Remat, Callable[[Any], Any]] = {
 """The rematerialisation of a scanned block: each value wraps the step of the scan.
 
 "block" computes the whole block again on the way back. "dots" keeps the products with parameters, and computes the rest
-again: attention scores too, which are quadratic in the tokens. Of attention by a kernel (`beit_jax.kernels.tpu`), which
+again: attention scores too, which are quadratic in the tokens. Of attention by a kernel (`beit_jax.kernels`), which
 has no scores to keep, it keeps the averages too: the kernel runs once. The forward and the backward pass are two loops,
 so the compiler cannot merge the second computation with the first, and `jax.checkpoint` need not prevent it.
 """

@@ -99,6 +99,21 @@ INLINE float powers(float* scores, float highest, Index count) {
   return sum(total);
 }
 
+// With the bias, if there is one, the scores of a token become e to the power of what they are more than the highest one;
+// returns their sum. `stretch(at)`: where those from key `at` on lie.
+template <typename Stretch>
+INLINE float exponentials(Index tokens, const Strips* strips, Index token, const Stretch& stretch) {
+  const float* bias = strips ? strips->row(token) : nullptr;
+  float of_first = strips ? strips->of_first(token) : 0;
+  float highest = -std::numeric_limits<float>::infinity(), total = 0;
+  for (Index at = 0; at < tokens; at += LONGEST)
+    highest = std::max(highest, add_bias(stretch(at), bias ? bias + at : nullptr, at ? nullptr : &of_first,
+                                         std::min(LONGEST, tokens - at)));
+  for (Index at = 0; at < tokens; at += LONGEST)
+    total += powers(stretch(at), highest, std::min(LONGEST, tokens - at));
+  return total;
+}
+
 // averages: [images][tokens][heads][width].
 template <typename Pool>
 void attend(Pool& pool, const Attention& x, float* averages) {
@@ -140,16 +155,8 @@ void attend(Pool& pool, const Attention& x, float* averages) {
                      false, {});
       float totals[ROWS];
       for (int r = 0; r < count; r++) {
-        const float* bias = x.bias.offsets ? strips.row(start + r) : nullptr;
-        float of_first = bias ? strips.of_first(start + r) : 0;
-        float highest = -std::numeric_limits<float>::infinity();
         auto stretch = [&](Index at) { return scores + (at / LONGEST * ROWS + r) * STRIDE; };
-        for (Index at = 0; at < x.tokens; at += LONGEST)
-          highest = std::max(highest, add_bias(stretch(at), bias ? bias + at : nullptr, at ? nullptr : &of_first,
-                                               std::min(LONGEST, x.tokens - at)));
-        totals[r] = 0;
-        for (Index at = 0; at < x.tokens; at += LONGEST)
-          totals[r] += powers(stretch(at), highest, std::min(LONGEST, x.tokens - at));
+        totals[r] = exponentials(x.tokens, x.bias.offsets ? &strips : nullptr, start + r, stretch);
       }
       for (Index at = 0; at < x.tokens; at += LONGEST) {
         Index depth = std::min(LONGEST, x.tokens - at);

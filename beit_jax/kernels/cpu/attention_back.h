@@ -7,7 +7,7 @@
 #pragma once
 
 #include "attention.h"
-#include "product.h"
+#include "memory.h"
 
 namespace beit {
 
@@ -16,21 +16,6 @@ struct Gradients {
   const float* of_averages;
   float *of_qkv, *of_bias;
 };
-
-// The scores of a row become its weights. `stretch(at)`: where those from key `at` on lie.
-template <typename Stretch>
-INLINE void softmax(Index tokens, const float* bias, float of_first, const Stretch& stretch) {
-  float highest = -std::numeric_limits<float>::infinity(), total = 0;
-  for (Index at = 0; at < tokens; at += LONGEST)
-    highest = std::max(highest, add_bias(stretch(at), bias ? bias + at : nullptr, at ? nullptr : &of_first,
-                                         std::min(LONGEST, tokens - at)));
-  for (Index at = 0; at < tokens; at += LONGEST)
-    total += powers(stretch(at), highest, std::min(LONGEST, tokens - at));
-  float share = 1 / total;
-  for (Index at = 0; at < tokens; at += LONGEST)
-    for (Index j = 0; j < std::min(LONGEST, tokens - at); j += WIDTH)
-      store(stretch(at) + j, load(stretch(at) + j) * share);
-}
 
 template <typename Pool>
 void attend_back(Pool& pool, const Attention& x, const Gradients& gradients) {
@@ -96,8 +81,9 @@ void attend_back(Pool& pool, const Attention& x, const Gradients& gradients) {
           }
           for (int r = 0; r < count; r++) {
             Index token = top + start + r;
-            softmax(n, x.bias.offsets ? strips.row(token) : nullptr, x.bias.offsets ? strips.of_first(token) : 0,
-                    [&](Index at) { return row(weights, r, at); });
+            auto stretch = [&](Index at) { return row(weights, r, at); };
+            float share = 1 / exponentials(n, x.bias.offsets ? &strips : nullptr, token, stretch);
+            for (Index j = 0; j < n; j += WIDTH) store(stretch(j), load(stretch(j)) * share);
             Vector along{};  // the weights' gradient, along the weights
             for (Index j = 0; j < n; j += WIDTH) along += load(row(weights, r, j)) * load(row(scores, r, j));
             float mean = sum(along);

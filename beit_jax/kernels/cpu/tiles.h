@@ -169,7 +169,7 @@ inline const Tile* tiles() {
 
 // A tile of C, `count` rows of `there` numbers that lie `row` apart: fewer than COLUMNS at the edge.
 ONCE void tile_of(Tile run, Index depth, const float* a, const float* b, float* c, Index row, int count, Index there,
-                    bool add, Ahead ahead) {
+                  bool add, Ahead ahead) {
   if (there == COLUMNS) return run(depth, a, b, c, row, add, ahead);
   alignas(64) float edge[ROWS * COLUMNS];
   if (add)

@@ -142,7 +142,7 @@ INLINE Vector exponential(Vector x) {
   return p * scale;
 }
 
-// The error function, within 4 units of the last place: x P(x^2) / Q(x^2) between the ends, where it is 1 in float32.
+// The error function, within 4 units of the last place: x P(x^2) / Q(x^2) between the ends, behind which it is 1.
 // Coefficients: Eigen and XLA.
 INLINE Vector error_function(Vector x) {
   const Vector end = all(3.832506856900711f);
