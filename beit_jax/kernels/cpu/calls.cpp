@@ -169,7 +169,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 static ffi::Error packing(ffi::ThreadPool pool, Array matrices, Result panels, std::int64_t columns) {
   auto size = matrices.dimensions();
   if (columns != COLUMNS) return ffi::Error::InvalidArgument("beit_jax: panels of another processor");
-  pack(pool, size[0], size[2], size[1], {matrices.typed_data(), size[2], 1}, panels->typed_data());
+  Packing packing(size[0], size[2], size[1], {matrices.typed_data(), size[2], 1}, panels->typed_data());
+  share(pool, packing.pieces, packing);
   return ffi::Error::Success();
 }
 

@@ -9,8 +9,16 @@
 
 namespace beit {
 
-// Calls task(i) for every i below `count`, on the calling thread and on the pool's. The calling thread takes pieces like
-// the others, and waits for no thread that has not begun: so it ends even where the pool is busy with callers like it.
+// For what another thread is about to do: other work runs only if that takes long.
+template <typename Condition>
+void wait_until(const Condition& holds) {
+  for (int tries = 0; !holds(); tries++)
+    if (tries > 1000) std::this_thread::yield();
+}
+
+// Calls task(i) for every i below `count`, which begin in this order, on the calling thread and on the pool's. The calling
+// thread takes pieces like the others, and waits for no thread that has not begun: so it ends even where the pool is busy
+// with callers like it.
 template <typename Pool, typename Task>
 void share(Pool& pool, Index count, const Task& task) {
   struct State {
@@ -34,8 +42,7 @@ void share(Pool& pool, Index count, const Task& task) {
   state->task = &task;
   for (Index i = 0; i < helpers; i++) pool.Schedule([state] { state->work(); });
   state->work();
-  for (int tries = 0; state->done.load(std::memory_order_acquire) < count; tries++)
-    if (tries > 1000) std::this_thread::yield();
+  wait_until([&] { return state->done.load(std::memory_order_acquire) == count; });
 }
 
 }  // namespace beit

@@ -70,9 +70,14 @@ ONCE void copy_tiles(const Matrix& a, Index top, const Division& rows, Index k, 
     }
 }
 
-// Columns of B as panels [depth][COLUMNS] that lie `apart`, the last one filled up with zeros.
+// Columns of B as panels [depth][COLUMNS] that lie `apart`, the last one filled up with zeros: in the caches if they are
+// read AT_ONCE, or else past them.
+template <bool AT_ONCE>
 ONCE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Index columns, float* to, Index apart) {
   constexpr Index AHEAD = 8;  // rows that are asked for before they are read
+  auto put = [](float* place, Vector value, bool whole_lines) __attribute__((always_inline)) {
+    AT_ONCE || !whole_lines ? store(place, value) : store_past_caches(place, value);
+  };
   if (b.column == 1) {
     // Row by row: neighbours in memory are read together, and few pages at a time.
     for (Index i = 0; i < depth; i++) {
@@ -81,7 +86,7 @@ ONCE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Index
         for (Index j = 0; j < columns; j += LINE) __builtin_prefetch(b.at(k + i + AHEAD, column) + j);
       float* line = to + i * COLUMNS;
       for (Index j = 0; j < columns; j += COLUMNS, line += apart)
-        for (int v = 0; v < VECTORS; v++) store(line + v * WIDTH, load(from + j + v * WIDTH, columns - j - v * WIDTH));
+        for (int v = 0; v < VECTORS; v++) put(line + v * WIDTH, load(from + j + v * WIDTH, columns - j - v * WIDTH), true);
     }
     return;
   }
@@ -92,13 +97,14 @@ ONCE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Index
         for (int c = 0; c < WIDTH; c++)
           square[c] = j + v + c < columns ? load(b.at(k + i, column + j + v + c), depth - i) : Vector{};
         turn_over(square);
-        for (Index s = 0; s < std::min<Index>(WIDTH, depth - i); s++) store(to + (i + s) * COLUMNS + v, square[s]);
+        for (Index s = 0; s < std::min<Index>(WIDTH, depth - i); s++)
+          put(to + (i + s) * COLUMNS + v, square[s], WIDTH == LINE);
       }
 }
 
-// Behind each other.
+// Behind each other, and read at once.
 INLINE void copy_panels(const Matrix& b, Index k, Index depth, Index column, Index columns, float* to) {
-  copy_panels(b, k, depth, column, columns, to, depth * COLUMNS);
+  copy_panels<true>(b, k, depth, column, columns, to, depth * COLUMNS);
 }
 
 // Lines of the caches that a tile asks for while it is summed: `lines` from `at` on, two in every SLOT steps.

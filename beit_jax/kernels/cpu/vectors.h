@@ -67,6 +67,23 @@ INLINE void store(float* to, Vector value, Index count) {
 #endif
 }
 
+// At an aligned place, and past the caches: what lies there is not read first. Other threads see it after `settle`.
+INLINE void store_past_caches(float* to, Vector value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)value);
+#elif defined(__AVX__)
+  _mm256_stream_ps(to, (__m256)value);
+#else
+  store(to, value);
+#endif
+}
+
+INLINE void settle() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
+
 INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
 // Numbers from `count` on become `filling`.
