@@ -221,11 +221,12 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 def scan_blocks(step: Step, carry: Any, layers: tuple[Any, ...], shared: Any) -> tuple[Any, Any]:
     """`jax.lax.scan`. On one CPU the kernels of the blocks stay where they lie, and products read them there; slices
-    are a copy of all parameters in every forward pass.
+    are a copy of all parameters in every pass.
 
-    That has no gradient of its own, which would be an array as large as all kernels for every block: its derivative is
-    that of `jax.lax.scan`. And `jax.lax.scan` is what computes steps with random numbers, which are for training, and
-    steps that read arrays which are none of their arguments, whose derivatives would be lost.
+    Where it is known only later what the program is compiled for, of two loops that are both differentiated, both would
+    keep what their way back reads. So the derivative is that of `jax.lax.scan` there. And `jax.lax.scan` is what
+    computes steps with random numbers, which are for training, and steps that read arrays which are none of their
+    arguments, whose derivatives would be lost.
 
     Args:
         layers: the blocks first.
@@ -233,10 +234,12 @@ def scan_blocks(step: Step, carry: Any, layers: tuple[Any, ...], shared: Any) ->
     """
     around = [cell.cell_contents for cell in inspect.unwrap(step).__closure__ or ()]
     leaves = jax.tree.leaves(layers)
-    if (
-        any(isinstance(one, jax.Array) for one in jax.tree.leaves(around))
-        or any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves)
-        or any(isinstance(one, AdaptedKernel) for one in jax.tree.leaves(layers[0], is_leaf=_is_adapted))
+    if any(isinstance(one, AdaptedKernel) for one in jax.tree.leaves(layers[0], is_leaf=_is_adapted)):
+        return _scan_slices(step, carry, layers, shared)
+    if on_one_cpu():
+        return _scan_numbers(_scan_slices, step, carry, layers, shared)
+    if any(isinstance(one, jax.Array) for one in jax.tree.leaves(around)) or any(
+        jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves
     ):
         return _scan_slices(step, carry, layers, shared)
     return _scan_in_place(step, carry, layers, shared)
@@ -263,20 +266,30 @@ def _scan_derivative(step: Step, primals: Any, tangents: Any) -> Any:
 def _scan_numbers(
     textbook: Callable[..., tuple[Any, Any]], step: Step, carry: Any, layers: tuple[Any, ...], shared: Any
 ) -> tuple[Any, Any]:
+    """The loop over the numbers of the layers.
+
+    Gradients of the stacks would be arrays as large as all kernels for every block, so they are those of slices. No
+    product reads these, and compilers leave them out.
+    """
     paths, structure = jax.tree_util.tree_flatten_with_path(layers)
     leaves = [leaf for _, leaf in paths]
     kernel = ["kernel" in jax.tree_util.keystr(path) and leaf.ndim > 2 for path, leaf in paths]
     kernels = [leaf for leaf, is_kernel in zip(leaves, kernel, strict=True) if is_kernel]
     if not kernels or not calls.computes(*kernels, widths=[isqrt(prod(one.shape[1:])) for one in kernels]):
         return textbook(step, carry, layers, shared)
+    stacks = [
+        jax.lax.stop_gradient(leaf) if is_kernel else None for leaf, is_kernel in zip(leaves, kernel, strict=True)
+    ]
 
-    def numbered(carry: Any, layer: tuple[Array, list[Array | None]]) -> tuple[Any, Any]:
-        number, rest = layer
-        found = [calls.Stacked(leaf, number) if own is None else own for leaf, own in zip(leaves, rest, strict=True)]
+    def numbered(carry: Any, layer: tuple[Array, list[Array]]) -> tuple[Any, Any]:
+        number, own = layer
+        found = [
+            leaf if stack is None else calls.Stacked(stack, number, leaf)
+            for stack, leaf in zip(stacks, own, strict=True)
+        ]
         return step(carry, jax.tree.unflatten(structure, found), shared)
 
-    rest = [None if is_kernel else leaf for leaf, is_kernel in zip(leaves, kernel, strict=True)]
-    return jax.lax.scan(numbered, carry, (jnp.arange(len(kernels[0]), dtype=jnp.int32), rest))
+    return jax.lax.scan(numbered, carry, (jnp.arange(len(kernels[0]), dtype=jnp.int32), leaves))
 
 
 _scan = for_one_cpu(_scan_numbers)(_scan_slices)

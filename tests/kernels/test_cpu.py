@@ -1,6 +1,7 @@
 """The kernels of one CPU: every form has the values and the gradients of the textbook form, or gives way to it."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -342,6 +343,25 @@ def test_transformations() -> None:
     agree(loop, np.asarray(expected).sum(), 1e-4)
 
 
+@pytest.mark.parametrize("end", ["bias", "gelu"])
+def test_gradients_of_a_kernel_that_stays_where_it_lies(end: str) -> None:
+    """They are those of the layer's own matrix, which no program reads."""
+    rows, kernels, bias = draw((7, 20), (3, 20, 30), (30,))
+
+    def in_place(rows: Any, own: Any, bias: Any) -> Any:
+        return jnp.sin(calls.affine(rows, kernels, jnp.int32(1), own, bias, end=end)).sum()
+
+    def textbook(rows: Any, own: Any, bias: Any) -> Any:
+        return jnp.sin(calls._plain_affine(rows, own, bias, end=end)).sum()
+
+    given = (rows, kernels[1], bias)
+    program = jax.jit(with_gradients(in_place, given)).lower(rows, jnp.full_like(kernels[1], jnp.nan), bias).compile()
+    agree(program(rows, jnp.full_like(kernels[1], jnp.nan), bias), in_double(with_gradients(textbook, given), *given))
+    ones = jax.tree.map(jnp.ones_like, given)
+    found, expected = (jax.jvp(jax.grad(function, argnums=(0, 1)), given, ones)[1] for function in (in_place, textbook))
+    agree(found, expected, 1e-4)
+
+
 def test_a_model_reads_its_kernels_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     """No block's kernels are sliced in a forward pass; gradients are those of the plain loop."""
     config = replace(TINY, position_bias="per_layer", layer_scale_init_value=0.1)
@@ -366,6 +386,27 @@ def test_a_model_reads_its_kernels_where_they_lie(monkeypatch: pytest.MonkeyPatc
     with traced_for("other"):
         expected = jax.jit(with_gradients(logits, (params, pixels)))(params, pixels)
     agree(found, expected, 2e-5)
+
+
+def test_training_slices_no_kernel() -> None:
+    params = {name: jnp.ones(shape) for name, shape in param_shapes(TINY).items()}
+    pixels = jnp.ones((2, *TINY.image_size, 3))
+
+    def slices(platform: str) -> set[str]:
+        def loss(params: Any) -> Any:
+            return build_model(TINY, unflatten(params))(pixels, remat="dots").logits.sum()
+
+        with traced_for(platform):
+            program = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
+        return set(re.findall(r"f32\[1,([0-9,]+)\]\S* dynamic-slice\(", program))
+
+    kernels = {
+        ",".join(map(str, shape[1:]))
+        for name, shape in param_shapes(TINY).items()
+        if "/blocks/" in name and "kernel" in name
+    }
+    assert len(kernels) == 4 and kernels <= slices("other")
+    assert not kernels & slices("cpu")
 
 
 def test_what_the_kernels_do_not_compute() -> None:

@@ -50,17 +50,31 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_affine, affine,
                                   .Ret<Array>()
                                   .Attr<std::string_view>("end"));
 
-// a: [m, k], or [k, m] if it is turned; b: [k, n], or [n, k] if it is turned; c: [m, n].
-static ffi::Error product_of_both(ffi::ThreadPool pool, Array a, Array b, Result c, bool turn_a, bool turn_b) {
+// a: [m, k], or [k, m] if it is turned; b: [k, n], or [n, k] if it is turned, or several of these, and the number of one
+// of them; c: [m, n].
+static ffi::Error product_of_both(ffi::ThreadPool pool, Array a, Array b, ffi::RemainingArgs more, Result c, bool turn_a,
+                                  bool turn_b) {
   Index m = c->dimensions()[0], n = c->dimensions()[1], k = a.dimensions()[turn_a ? 0 : 1];
-  Matrix left{a.typed_data(), turn_a ? 1 : k, turn_a ? m : 1}, right{b.typed_data(), turn_b ? 1 : n, turn_b ? k : 1};
+  const float* matrix = b.typed_data();
+  if (more.size()) {
+    auto number = more.get<ffi::Buffer<ffi::S32>>(0);
+    if (!number) return number.error();
+    matrix += *number->typed_data() * n * k;
+  }
+  Matrix left{a.typed_data(), turn_a ? 1 : k, turn_a ? m : 1}, right{matrix, turn_b ? 1 : n, turn_b ? k : 1};
   product(pool, m, n, k, left, Right{nullptr, right}, c->typed_data(), [](Index, Vector value, Index) { return value; });
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    beit_product, product_of_both,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Arg<Array>().Ret<Array>().Attr<bool>("turn_a").Attr<bool>("turn_b"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_product, product_of_both,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .RemainingArgs()
+                                  .Ret<Array>()
+                                  .Attr<bool>("turn_a")
+                                  .Attr<bool>("turn_b"));
 
 // x: [rows, width]; scale, bias: [width].
 static ffi::Error normalized(ffi::ThreadPool pool, Array x, Array scale, Array bias, Result out, double epsilon) {

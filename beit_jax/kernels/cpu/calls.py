@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial, wraps
 from math import pi, prod, sqrt
+from operator import itemgetter
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -243,7 +244,8 @@ def affine(
 
     Args:
         matrix: one [k, n]; those of several layers [layers, k, n]; or these packed, [layers, panels, k, columns].
-        more: the number of the layer, an int32, where they are several; then the bias, [n].
+        more: the number of the layer, an int32, where they are several; then, to have gradients, the layer's own matrix
+            [k, n], which is not read; then the bias, [n].
         end: "gelu" for GELU of it.
     """
     return _affine().bind(rows, matrix, *more, end=end)
@@ -252,23 +254,33 @@ def affine(
 @lru_cache
 def _affine() -> "Primitive":
     _, ad, _, _ = _parts()
-    primitive = _primitive("affine", _plain_affine)
+    primitive = _primitive("affine", _plain_affine, _without_own_matrix)
     of_plain_form = ad.primitive_jvps[primitive]
 
     def derivative(primals: Any, tangents: Any, *, end: str) -> Any:
-        if len(primals) > 3 or end != "bias":  # forms for forward passes
+        if len(primals) == 4:  # of several layers, for forward passes
             return of_plain_form(primals, tangents, end=end)
+        if end == "gelu":
+            made, change = derivative(primals, tangents, end="bias")
+            return jax.jvp(gelu_by_kernel, (made,), (change,))
         value = affine(*primals)
+        rows, *matrices, _ = primals
+        several = len(matrices) > 1
         terms: tuple[Callable[[Array], Array], ...] = (
-            lambda rows: product(rows, primals[1]),
-            lambda matrix: product(primals[0], matrix),
+            lambda rows: _product_with_layer(rows, *matrices) if several else product(rows, matrices[0]),
+            lambda matrix: product(rows, matrix),
             lambda bias: jnp.broadcast_to(bias, value.shape),
         )
-        changes = [term(one) for term, one in zip(terms, tangents, strict=True) if not isinstance(one, ad.Zero)]
+        of = (tangents[0], *tangents[-2:])
+        changes = [term(one) for term, one in zip(terms, of, strict=True) if not isinstance(one, ad.Zero)]
         return value, sum(changes[1:], changes[0])
 
     ad.primitive_jvps[primitive] = derivative
     return primitive
+
+
+def _without_own_matrix(operands: Sequence[Any]) -> tuple[Any, ...]:
+    return (*operands[:3], operands[4]) if len(operands) > 4 else tuple(operands)
 
 
 def _plain_product(a: Array, b: Array, turn_a: bool, turn_b: bool) -> Array:
@@ -302,6 +314,47 @@ def _product() -> "Primitive":
     return primitive
 
 
+def _plain_product_with_layer(
+    a: Array, matrices: Array, number: Array, _own: Array, turn_a: bool, turn_b: bool
+) -> Array:
+    return _plain_product(a, jax.lax.dynamic_index_in_dim(matrices, number, keepdims=False), turn_a, turn_b)
+
+
+def _product_with_layer(
+    a: Float[Array, "m _"],
+    matrices: Float[Array, "layers k n"],
+    number: Int[Array, ""],
+    own: Float[Array, "k n"],
+    turn_b: bool = False,
+) -> Float[Array, "m _"]:
+    """`product` with the matrix of a layer, whose gradient is that of its `own`, which is not read."""
+    return _layer_product().bind(a, matrices, number, own, turn_a=False, turn_b=turn_b)
+
+
+@lru_cache
+def _layer_product() -> "Primitive":
+    _, ad, _, _ = _parts()
+    primitive = _primitive("product", _plain_product_with_layer, itemgetter(slice(3)))
+
+    def derivative(primals: Any, tangents: Any, *, turn_a: bool, turn_b: bool) -> Any:
+        (a, matrices, number, own), (of_a, *_, of_own) = primals, tangents
+        terms: tuple[Callable[[Array], Array], ...] = (
+            lambda one: _product_with_layer(one, matrices, number, own, turn_b),
+            lambda one: product(a, one, turn_a, turn_b),
+        )
+        changes = [term(one) for term, one in zip(terms, (of_a, of_own), strict=True) if not isinstance(one, ad.Zero)]
+        return _product_with_layer(a, matrices, number, own, turn_b), sum(changes[1:], changes[0])
+
+    def transposed(
+        cotangent: Array, _: Any, matrices: Array, number: Array, own: Array, *, turn_a: bool, turn_b: bool
+    ) -> Any:
+        return _product_with_layer(cotangent, matrices, number, own, not turn_b), None, None, None
+
+    ad.primitive_jvps[primitive] = derivative
+    ad.primitive_transposes[primitive] = transposed
+    return primitive
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Stacked:
@@ -312,10 +365,12 @@ class Stacked:
     Attributes:
         kernels: [layers, *inputs, *outputs].
         number: of the layer.
+        own: the kernel again, if it has a gradient: no product reads it.
     """
 
     kernels: Float[Array, "layers *both"]
     number: Int[Array, ""]
+    own: Float[Array, "*both"] | None = None
 
     def __getitem__(self, index: EllipsisType) -> Self:
         """Itself: a variable's value is read by ``variable[...]``."""
@@ -327,6 +382,8 @@ class Stacked:
 
     def sliced(self) -> Float[Array, "*both"]:
         """The kernel as an array."""
+        if self.own is not None:
+            return self.own
         return jax.lax.dynamic_index_in_dim(self.kernels, self.number, keepdims=False)
 
     def times(
@@ -337,7 +394,8 @@ class Stacked:
         rows, matrices = x.reshape(-1, width), self.kernels.reshape(len(self.kernels), width, -1)
         if not computes(rows, matrices, bias, widths=matrices.shape[1:]):
             return product(x, self.sliced(), bias)
-        return affine(rows, matrices, self.number, bias.ravel(), end=end).reshape(*x.shape[:2], *bias.shape)
+        own = () if self.own is None else (self.own.reshape(matrices.shape[1:]),)
+        return affine(rows, matrices, self.number, *own, bias.ravel(), end=end).reshape(*x.shape[:2], *bias.shape)
 
 
 def _plain_packing(matrices: Array, columns: int) -> Array:
