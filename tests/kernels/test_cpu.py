@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -422,6 +423,16 @@ def test_what_the_kernels_do_not_compute() -> None:
     mesh = jax.sharding.AbstractMesh((2, 1, 1), ("data", "fsdp", "tensor"))
     with jax.sharding.use_abstract_mesh(mesh):
         assert "beit_" not in str(jax.make_jaxpr(project)(x, kernel, bias))
+
+
+@pytest.mark.parametrize("often", [False, True])
+def test_small_products_have_kernels_where_they_are_computed_often(
+    often: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    given = draw((1, 7, 64), (64, 64), (64,))
+    with traced_for("cpu"), calls.computed_often() if often else nullcontext():
+        assert ("beit_" in str(jax.make_jaxpr(lambda *given: project(*given))(*given))) == often
 
 
 def test_exported_programs_contain_none() -> None:

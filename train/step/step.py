@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from beit_jax.errors import BeitJaxError
+from beit_jax.kernels.cpu.calls import computed_often
 from beit_jax.models.build import Model
 from beit_jax.models.segmenter import batch_statistics
 from beit_jax.tree import Nested
@@ -130,7 +131,8 @@ def _differentiate(
         value, metrics = criterion.loss(model, batch, key, teacher)
         return value, (batch_statistics(model), metrics | {"loss": value})
 
-    gradients, (stats, metrics) = jax.grad(loss, has_aux=True)(params)
+    with computed_often():
+        gradients, (stats, metrics) = jax.grad(loss, has_aux=True)(params)
     return stats, gradients, metrics
 
 

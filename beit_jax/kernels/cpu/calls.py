@@ -5,7 +5,9 @@ several devices, under `jax.vmap`, and in a program that is exported, which anot
 products are products; all others have a primitive for the way back.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache, partial, wraps
 from math import pi, prod, sqrt
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 SMALLEST = 192
 """The width of products from which the kernels are computed: for less, none is compiled."""
+
+SMALLEST_OFTEN = 64
+"""That width in a program that runs thousands of times, see `computed_often`."""
 
 WIDEST_HEAD = 768
 """The width of a head up to which the kernel computes attention: a query's numbers are one stretch of its products."""
@@ -50,6 +55,17 @@ class Offer:
 
 
 _OFFERED: list[Offer] = []
+_OFTEN: ContextVar[bool] = ContextVar("often", default=False)
+
+
+@contextmanager
+def computed_often() -> Iterator[None]:
+    """A step of training, traced within, runs so often that kernels are worth compiling for small models too."""
+    before = _OFTEN.set(True)
+    try:
+        yield
+    finally:
+        _OFTEN.reset(before)
 
 
 def offer(kernels: Offer) -> None:
@@ -62,7 +78,8 @@ def computes(*arrays: Array, widths: Sequence[Any] = ()) -> bool:
     sizes = [size for array in arrays for size in array.shape] + list(widths)
     if any(export.is_symbolic_dim(size) or size == 0 for size in sizes):
         return False
-    fits = all(array.dtype == jnp.float32 for array in arrays) and all(width >= SMALLEST for width in widths)
+    smallest = min(SMALLEST, SMALLEST_OFTEN) if _OFTEN.get() else SMALLEST
+    fits = all(array.dtype == jnp.float32 for array in arrays) and all(width >= smallest for width in widths)
     return fits and _parts() is not None and any(kernels.available() for kernels in _OFFERED)
 
 

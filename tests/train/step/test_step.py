@@ -14,7 +14,9 @@ from flax import nnx
 
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
+from beit_jax.kernels.cpu import library
 from beit_jax.models.build import Model, abstract_model, statistics
+from beit_jax.models.one_cpu import traced_for
 from beit_jax.models.segmenter import batch_statistics
 from beit_jax.train.augmentation.labels import soft_cross_entropy
 from beit_jax.train.objectives.segmentation import SegmentationRecipe, segmentation
@@ -101,6 +103,22 @@ def compiled(accumulate: int = 1, seed: int = 0, config: BeitConfig = CONFIG) ->
     graph, _ = abstract_model(config)
     tx = optimizer(OPTIM, config)
     return jax.jit(make_train_step(graph, OBJECTIVE, tx, RATES, accumulate=accumulate, decays=DECAYS, seed=seed))
+
+
+@pytest.mark.skipif(not library.available(), reason="no compiler, or another processor")
+def test_on_one_cpu_a_step_of_a_small_model_has_kernels_and_a_forward_pass_none() -> None:
+    config = replace(CONFIG, hidden_size=64, intermediate_size=128)
+    graph, _ = abstract_model(config)
+    state = initial_state(drawn(config), optimizer(OPTIM, config), average=True)
+
+    def logits(state: State, batch: Batch) -> jax.Array:
+        return nnx.merge(graph, state.params)(batch["image"]).logits
+
+    with traced_for("cpu"):
+        found = [
+            "beit_affine" in str(jax.make_jaxpr(what)(state, batch())) for what in (compiled(config=config), logits)
+        ]
+    assert found == [True, False]
 
 
 def same_bits(one: Any, other: Any) -> bool:
