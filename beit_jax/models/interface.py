@@ -207,7 +207,7 @@ def scan(
     for part, (_, is_fixed) in zip(parts, loops, strict=True):
         blocks, *others = jax.tree.unflatten(structure, part)
         own = (jax.lax.stop_gradient(blocks) if is_fixed else blocks, *others)
-        carry, output = jax.lax.scan(lambda carry, layer: step(carry, layer, shared), carry, own)
+        carry, output = scan_blocks(step, carry, own, shared)
         outputs.append(output)
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 

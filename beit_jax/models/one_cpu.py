@@ -223,23 +223,22 @@ def scan_blocks(step: Step, carry: Any, layers: tuple[Any, ...], shared: Any) ->
     """`jax.lax.scan`. On one CPU the kernels of the blocks stay where they lie, and products read them there; slices
     are a copy of all parameters in every pass.
 
-    Where it is known only later what the program is compiled for, of two loops that are both differentiated, both would
-    keep what their way back reads. So the derivative is that of `jax.lax.scan` there. And `jax.lax.scan` is what
-    computes steps with random numbers, which are for training, and steps that read arrays which are none of their
-    arguments, whose derivatives would be lost.
+    Of two loops that are both differentiated, both keep what their way back reads. So where it is known only later what
+    the program is compiled for, derivatives are those of `jax.lax.scan`. And `jax.lax.scan` is what computes steps with
+    random numbers there, which are for training, and steps that read arrays which are none of their arguments, whose
+    derivatives would be lost.
 
     Args:
         layers: the blocks first.
         shared: what every step reads.
     """
-    around = [cell.cell_contents for cell in inspect.unwrap(step).__closure__ or ()]
-    leaves = jax.tree.leaves(layers)
     if any(isinstance(one, AdaptedKernel) for one in jax.tree.leaves(layers[0], is_leaf=_is_adapted)):
         return _scan_slices(step, carry, layers, shared)
     if on_one_cpu():
         return _scan_numbers(_scan_slices, step, carry, layers, shared)
+    around = [cell.cell_contents for cell in inspect.unwrap(step).__closure__ or ()]
     if any(isinstance(one, jax.Array) for one in jax.tree.leaves(around)) or any(
-        jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves
+        jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(layers)
     ):
         return _scan_slices(step, carry, layers, shared)
     return _scan_in_place(step, carry, layers, shared)
