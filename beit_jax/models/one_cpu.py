@@ -267,8 +267,8 @@ def _scan_numbers(
 ) -> tuple[Any, Any]:
     """The loop over the numbers of the layers.
 
-    Gradients of the stacks would be arrays as large as all kernels for every block, so they are those of slices. No
-    product reads these, and compilers leave them out.
+    Gradients of the stacks would be arrays as large as all kernels for every block, so they are those of slices. Where
+    no product reads these, compilers leave them out.
     """
     paths, structure = jax.tree_util.tree_flatten_with_path(layers)
     leaves = [leaf for _, leaf in paths]

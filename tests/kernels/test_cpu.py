@@ -389,6 +389,37 @@ def test_a_model_reads_its_kernels_where_they_lie(monkeypatch: pytest.MonkeyPatc
     agree(found, expected, 2e-5)
 
 
+def test_gradients_of_models_that_are_vmapped() -> None:
+    """Within `jax.vmap` products have their plain form, and kernels their gradients still."""
+    config = replace(TINY, position_bias="per_layer", layer_scale_init_value=0.1)
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.standard_normal(shape) * 0.2) for name, shape in param_shapes(config).items()}
+    pixels = jnp.asarray(rng.standard_normal((2, *config.image_size, 3)))
+
+    def logits(params: Any, one: Any) -> Any:
+        return jnp.sin(build_model(config, unflatten(params))(one[None]).logits)
+
+    def outputs(params: Any, pixels: Any) -> Any:
+        return jax.vmap(partial(logits, params))(pixels).sum()
+
+    def slopes(params: Any, pixels: Any) -> Any:
+        return jnp.square(jax.vmap(jax.grad(lambda one: logits(params, one).sum()))(pixels)).sum()
+
+    def rows_of_the_jacobian(params: Any, pixels: Any) -> Any:
+        return jnp.square(jax.jacrev(partial(logits, params))(pixels[0])).sum()
+
+    for function in (outputs, slopes, rows_of_the_jacobian):
+        with traced_for("cpu"):
+            found = jax.jit(jax.grad(function))(params, pixels)
+            change = jax.jit(
+                lambda function=function: jax.jvp(lambda one: function(one, pixels), [params], [params])[1]
+            )()
+        with traced_for("other"):
+            expected = jax.jit(jax.grad(function))(params, pixels)
+        agree(found, expected, 1e-4)
+        agree(change, sum(jnp.vdot(expected[name], params[name]) for name in params), 1e-4)
+
+
 def test_training_slices_no_kernel() -> None:
     params = {name: jnp.ones(shape) for name, shape in param_shapes(TINY).items()}
     pixels = jnp.ones((2, *TINY.image_size, 3))

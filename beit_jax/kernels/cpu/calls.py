@@ -245,9 +245,10 @@ def gelu_by_kernel(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
 
 
 def _plain_affine(rows: Array, matrix: Array, *more: Array, end: str) -> Array:
-    *number, bias = more
-    if number:
-        matrix = jax.lax.dynamic_index_in_dim(matrix, number[0], keepdims=False)
+    *layer, bias = more
+    if layer:
+        number, *own = layer
+        matrix = own[0] if own else jax.lax.dynamic_index_in_dim(matrix, number, keepdims=False)
     if matrix.ndim == 3:
         matrix = _unpacked(matrix, len(bias))
     value = jnp.dot(rows, matrix) + bias
@@ -262,7 +263,7 @@ def affine(
     Args:
         matrix: one [k, n]; those of several layers [layers, k, n]; or these packed, [layers, panels, k, columns].
         more: the number of the layer, an int32, where they are several; then, to have gradients, the layer's own matrix
-            [k, n], which is not read; then the bias, [n].
+            [k, n], which the kernel does not read; then the bias, [n].
         end: "gelu" for GELU of it.
     """
     return _affine().bind(rows, matrix, *more, end=end)
@@ -332,9 +333,9 @@ def _product() -> "Primitive":
 
 
 def _plain_product_with_layer(
-    a: Array, matrices: Array, number: Array, _own: Array, turn_a: bool, turn_b: bool
+    a: Array, _matrices: Array, _number: Array, own: Array, turn_a: bool, turn_b: bool
 ) -> Array:
-    return _plain_product(a, jax.lax.dynamic_index_in_dim(matrices, number, keepdims=False), turn_a, turn_b)
+    return _plain_product(a, own, turn_a, turn_b)
 
 
 def _product_with_layer(
@@ -344,7 +345,7 @@ def _product_with_layer(
     own: Float[Array, "k n"],
     turn_b: bool = False,
 ) -> Float[Array, "m _"]:
-    """`product` with the matrix of a layer, whose gradient is that of its `own`, which is not read."""
+    """`product` with the matrix of a layer, whose gradient is that of its `own`, which the kernel does not read."""
     return _layer_product().bind(a, matrices, number, own, turn_a=False, turn_b=turn_b)
 
 
@@ -382,7 +383,7 @@ class Stacked:
     Attributes:
         kernels: [layers, *inputs, *outputs].
         number: of the layer.
-        own: the kernel again, if it has a gradient: no product reads it.
+        own: the kernel again, if it has a gradient: it is what plain forms read, and no kernel of the processor.
     """
 
     kernels: Float[Array, "layers *both"]
