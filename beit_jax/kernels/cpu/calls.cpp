@@ -11,6 +11,13 @@ using namespace beit;
 using Array = ffi::Buffer<ffi::F32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
 
+// The numbers in front of one of several arrays, of so many each; which one is the first of the other arguments.
+static ffi::ErrorOr<Index> numbers_before(const ffi::RemainingArgs& more, Index size) {
+  auto number = more.get<ffi::Buffer<ffi::S32>>(0);
+  if (!number) return ffi::Unexpected(number.error());
+  return *number->typed_data() * size;
+}
+
 // a: [m, k]; b: [k, n], several [layers, k, n], or several packed ones [layers, panels, k, COLUMNS]. Then the number of
 // the matrix, if b is several, and the bias [n].
 static ffi::Error affine(ffi::ThreadPool pool, Array a, Array b, ffi::RemainingArgs more, Result c,
@@ -22,9 +29,9 @@ static ffi::Error affine(ffi::ThreadPool pool, Array a, Array b, ffi::RemainingA
   if (packed && (of_b[1] != panels_of(n) || of_b[2] != k || of_b[3] != COLUMNS))
     return ffi::Error::InvalidArgument("beit_jax: a kernel that was packed for another processor");
   if (several) {
-    auto number = more.get<ffi::Buffer<ffi::S32>>(0);
-    if (!number) return number.error();
-    matrix += *number->typed_data() * (packed ? of_b[1] * COLUMNS : n) * k;
+    auto before = numbers_before(more, (packed ? of_b[1] * COLUMNS : n) * k);
+    if (!before) return before.error();
+    matrix += *before;
   }
   auto found = more.get<Array>(several);
   if (!found) return found.error();
@@ -57,9 +64,9 @@ static ffi::Error product_of_both(ffi::ThreadPool pool, Array a, Array b, ffi::R
   Index m = c->dimensions()[0], n = c->dimensions()[1], k = a.dimensions()[turn_a ? 0 : 1];
   const float* matrix = b.typed_data();
   if (more.size()) {
-    auto number = more.get<ffi::Buffer<ffi::S32>>(0);
-    if (!number) return number.error();
-    matrix += *number->typed_data() * n * k;
+    auto before = numbers_before(more, n * k);
+    if (!before) return before.error();
+    matrix += *before;
   }
   Matrix left{a.typed_data(), turn_a ? 1 : k, turn_a ? m : 1}, right{matrix, turn_b ? 1 : n, turn_b ? k : 1};
   product(pool, m, n, k, left, Right{nullptr, right}, c->typed_data(), [](Index, Vector value, Index) { return value; });
