@@ -1,5 +1,6 @@
 """A packed model computes what it did, is written as it was, and stays as it is where nothing would be faster."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +20,7 @@ from beit_jax.inference import packing, predict, program_cache
 from beit_jax.inference.reading import read
 from beit_jax.kernels.cpu import calls, library
 from beit_jax.models.build import build_model, param_shapes
+from beit_jax.models.one_cpu import traced_for
 from beit_jax.tree import flatten, unflatten
 from beit_jax.weights import NativeCheckpoint
 
@@ -72,14 +74,17 @@ def test_a_packed_model_computes_what_it_did(kind: str) -> None:
     assert all(np.array_equal(*pair) for pair in zip(everything(model, pixels), found, strict=True))
 
 
-def test_gradients_are_those_of_the_model() -> None:
+@pytest.mark.parametrize("platform", ["said", "not said"])
+def test_gradients_are_those_of_the_model(platform: str) -> None:
+    """Whether it is known while the program is traced that it is for a CPU, or later."""
     model, pixels = drawn(PER_LAYER)
 
     def slopes(model: Any) -> dict[str, Any]:
         return packing.unpacked(leaves(jax.jit(jax.grad(lambda model: jnp.sin(model(pixels).logits).sum()))(model)))
 
-    expected = slopes(model)
-    found = slopes(beit_jax.pack(model))
+    with traced_for("cpu") if platform == "said" else nullcontext():
+        expected = slopes(model)
+        found = slopes(beit_jax.pack(model))
     for name, slope in expected.items():
         np.testing.assert_allclose(found[name], slope, rtol=0, atol=2e-5 * max(1.0, float(jnp.abs(slope).max())))
 

@@ -263,7 +263,7 @@ def affine(
     Args:
         matrix: one [k, n]; those of several layers [layers, k, n]; or these packed, [layers, panels, k, columns].
         more: the number of the layer, an int32, where they are several; then, to have gradients, the layer's own matrix
-            [k, n], which the kernel does not read; then the bias, [n].
+            or its own panels, which the kernel does not read; then the bias, [n].
         end: "gelu" for GELU of it.
     """
     return _affine().bind(rows, matrix, *more, end=end)
@@ -276,7 +276,7 @@ def _affine() -> "Primitive":
     of_plain_form = ad.primitive_jvps[primitive]
 
     def derivative(primals: Any, tangents: Any, *, end: str) -> Any:
-        if len(primals) == 4:  # of several layers, for forward passes
+        if len(primals) == 4 or primals[1].ndim == 4:  # without a matrix of its own, or packed: for forward passes
             return of_plain_form(primals, tangents, end=end)
         if end == "gelu":
             made, change = derivative(primals, tangents, end="bias")
@@ -398,6 +398,11 @@ class Stacked:
         """Itself in its own dtype; an array in another."""
         return self if jnp.dtype(dtype) == self.kernels.dtype else self.sliced().astype(dtype)
 
+    @property
+    def owned(self) -> tuple[Float[Array, "*both"], ...]:
+        """What has the kernel's gradient, as `affine` takes it: nothing where there is none."""
+        return () if self.own is None else (self.own,)
+
     def sliced(self) -> Float[Array, "*both"]:
         """The kernel as an array."""
         if self.own is not None:
@@ -412,7 +417,7 @@ class Stacked:
         rows, matrices = x.reshape(-1, width), self.kernels.reshape(len(self.kernels), width, -1)
         if not computes(rows, matrices, bias, widths=matrices.shape[1:]):
             return product(x, self.sliced(), bias)
-        own = () if self.own is None else (self.own.reshape(matrices.shape[1:]),)
+        own = (one.reshape(matrices.shape[1:]) for one in self.owned)
         return affine(rows, matrices, self.number, *own, bias.ravel(), end=end).reshape(*x.shape[:2], *bias.shape)
 
 
@@ -482,7 +487,8 @@ class Packed:
         several = panels if isinstance(panels, Stacked) else Stacked(panels[None], jnp.int32(0))
         if not computes(rows, several.kernels, bias, widths=(prod(self.inputs), prod(self.outputs))):
             return product(x, self.unpacked(), bias)
-        return affine(rows, several.kernels, several.number, bias.ravel(), end=end).reshape(*x.shape[:2], *bias.shape)
+        layer = several.kernels, several.number, *several.owned
+        return affine(rows, *layer, bias.ravel(), end=end).reshape(*x.shape[:2], *bias.shape)
 
 
 # --- LayerNorm --------------------------------------------------------------------------------------------------------
