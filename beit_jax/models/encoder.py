@@ -13,7 +13,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.kernels.cpu.calls import PositionBias
 from beit_jax.models import interface
 from beit_jax.models.elementary import EmbeddingHead, dropout, layer_norm
-from beit_jax.models.interface import REMAT, ArrayLike, BeitOutput, Remat, patch_grid
+from beit_jax.models.interface import ArrayLike, BeitOutput, Remat, patch_grid
 from beit_jax.models.layers import Block, stacked_blocks
 from beit_jax.models.partition import constrain
 from beit_jax.models.position import Grid, attention_bias, num_relative_offsets, resize_position_embeddings
@@ -129,9 +129,9 @@ class BeitModel(nnx.Module):
         rates = jnp.linspace(0.0, self.config.drop_path_rate, depth)
         keys = None if block_keys is None else jnp.stack(block_keys)
         slots, tapped = interface.tap_slots(taps, depth), interface.tap_buffer(taps, embedded)
-        step, layers = REMAT[remat](run), (self.blocks, rates, keys, slots)
+        layers, bias = (self.blocks, rates, keys, slots), self.shared_bias(grid, pixel_values.shape[0])
         (x, tapped), (states, attentions) = interface.scan(
-            step, (embedded, tapped), layers, self.shared_bias(grid, pixel_values.shape[0]), fixed=self.fixed_blocks
+            run, (embedded, tapped), layers, bias, fixed=self.fixed_blocks, remat=remat
         )
         last = self.norm(x) if self.config.pooling == "cls" else x.astype(jnp.float32)
         return BeitOutput(

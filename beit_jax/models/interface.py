@@ -21,7 +21,7 @@ from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError
 from beit_jax.kernels.cpu import calls
 from beit_jax.kernels.mesh import AVERAGES, KEPT
-from beit_jax.models.one_cpu import scan_blocks
+from beit_jax.models.one_cpu import scan_blocks, unrolls
 from beit_jax.models.position import Grid
 from beit_jax.tree import Nested
 
@@ -54,6 +54,9 @@ REMAT: Mapping[Remat, Callable[[Any], Any]] = {
 again: attention scores too, which are quadratic in the tokens. Of attention by a kernel (`beit_jax.kernels`), which
 has no scores to keep, it keeps the averages too: the kernel runs once. The forward and the backward pass are two loops,
 so the compiler cannot merge the second computation with the first, and `jax.checkpoint` need not prevent it.
+
+Where loops are written out (`beit_jax.models.one_cpu.unrolls`), it would merge them. So "dots" is "none" there: the
+compiler chooses what it keeps. "block" stays a loop.
 """
 
 
@@ -185,6 +188,7 @@ def scan(
     shared: Any = None,
     *,
     fixed: Collection[int] = (),
+    remat: Remat = "none",
 ) -> tuple[Any, Any]:
     """`jax.lax.scan` over stacked blocks, and what belongs to each, without gradients of some blocks' parameters.
 
@@ -197,9 +201,12 @@ def scan(
         layers: the blocks first; every leaf has an axis of length depth in front.
         shared: what all blocks read.
         fixed: numbers of the blocks, from 0, without gradients.
+        remat: what gradients compute again on the way back, see `REMAT`.
     """
+    unrolled = remat != "block" and unrolls()
+    step = step if unrolled else REMAT[remat](step)
     if not fixed:
-        return scan_blocks(step, carry, layers, shared)
+        return scan_blocks(step, carry, layers, shared, unrolled=unrolled)
     leaves, structure = jax.tree.flatten(layers)
     loops, outputs = runs(len(leaves[0]), fixed), []
     # The way back of `split` is a concatenation; that of slices would be a sum of arrays as long as all blocks.
@@ -207,7 +214,7 @@ def scan(
     for part, (_, is_fixed) in zip(parts, loops, strict=True):
         blocks, *others = jax.tree.unflatten(structure, part)
         own = (jax.lax.stop_gradient(blocks) if is_fixed else blocks, *others)
-        carry, output = scan_blocks(step, carry, own, shared)
+        carry, output = scan_blocks(step, carry, own, shared, unrolled=unrolled)
         outputs.append(output)
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 

@@ -15,7 +15,7 @@ from beit_jax.kernels.cpu.calls import PositionBias
 from beit_jax.models import interface
 from beit_jax.models.elementary import dense, layer_norm
 from beit_jax.models.encoder import BeitModel
-from beit_jax.models.interface import REMAT, ArrayLike, BeitOutput, Remat, check_task, patch_grid
+from beit_jax.models.interface import ArrayLike, BeitOutput, Remat, check_task, patch_grid
 from beit_jax.models.layers import Block, stacked_blocks
 from beit_jax.models.partition import constrain
 from beit_jax.models.position import Grid
@@ -56,7 +56,7 @@ class Aggregation(nnx.Module):
             block, drop_path_rate, block_key = layer
             return constrain(block(x, grid, bias, drop_path_rate, block_key)[0]), None
 
-        return interface.scan(REMAT[remat](run), x, (self.blocks, rates, keys), shared_bias)[0]
+        return interface.scan(run, x, (self.blocks, rates, keys), shared_bias, remat=remat)[0]
 
 
 class BeitForMaskedImageModeling(nnx.Module):

@@ -219,7 +219,18 @@ def project_by_matrices(
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
-def scan_blocks(step: Step, carry: Any, layers: tuple[Any, ...], shared: Any) -> tuple[Any, Any]:
+def unrolls() -> bool:
+    """Whether loops over blocks are best written out, block by block: in steps of training on one CPU.
+
+    A loop fills arrays of all blocks with zeros, and copies what the way back reads to them, and back. Compilers take
+    twice as long without it.
+    """
+    return bool(on_one_cpu()) and calls.is_computed_often()
+
+
+def scan_blocks(
+    step: Step, carry: Any, layers: tuple[Any, ...], shared: Any, *, unrolled: bool = False
+) -> tuple[Any, Any]:
     """`jax.lax.scan`. On one CPU the kernels of the blocks stay where they lie, and products read them there; slices
     are a copy of all parameters in every pass.
 
@@ -231,16 +242,18 @@ def scan_blocks(step: Step, carry: Any, layers: tuple[Any, ...], shared: Any) ->
     Args:
         layers: the blocks first.
         shared: what every step reads.
+        unrolled: whether the loop is written out, see `unrolls`.
     """
+    in_slices = partial(_scan_slices, unrolled=unrolled)
     if any(isinstance(one, AdaptedKernel) for one in jax.tree.leaves(layers[0], is_leaf=_is_adapted)):
-        return _scan_slices(step, carry, layers, shared)
+        return in_slices(step, carry, layers, shared)
     if on_one_cpu():
-        return _scan_numbers(_scan_slices, step, carry, layers, shared)
+        return _scan_numbers(in_slices, step, carry, layers, shared, unrolled=unrolled)
     around = [cell.cell_contents for cell in inspect.unwrap(step).__closure__ or ()]
     if any(isinstance(one, jax.Array) for one in jax.tree.leaves(around)) or any(
         jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(layers)
     ):
-        return _scan_slices(step, carry, layers, shared)
+        return in_slices(step, carry, layers, shared)
     return _scan_in_place(step, carry, layers, shared)
 
 
@@ -248,8 +261,10 @@ def _is_adapted(value: Any) -> bool:
     return isinstance(value, AdaptedKernel)
 
 
-def _scan_slices(step: Step, carry: Any, layers: tuple[Any, ...], shared: Any) -> tuple[Any, Any]:
-    return jax.lax.scan(lambda carry, layer: step(carry, layer, shared), carry, layers)
+def _scan_slices(
+    step: Step, carry: Any, layers: tuple[Any, ...], shared: Any, unrolled: bool = False
+) -> tuple[Any, Any]:
+    return jax.lax.scan(lambda carry, layer: step(carry, layer, shared), carry, layers, unroll=unrolled)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -263,7 +278,12 @@ def _scan_derivative(step: Step, primals: Any, tangents: Any) -> Any:
 
 
 def _scan_numbers(
-    textbook: Callable[..., tuple[Any, Any]], step: Step, carry: Any, layers: tuple[Any, ...], shared: Any
+    textbook: Callable[..., tuple[Any, Any]],
+    step: Step,
+    carry: Any,
+    layers: tuple[Any, ...],
+    shared: Any,
+    unrolled: bool = False,
 ) -> tuple[Any, Any]:
     """The loop over the numbers of the layers.
 
@@ -288,7 +308,8 @@ def _scan_numbers(
         ]
         return step(carry, jax.tree.unflatten(structure, found), shared)
 
-    return jax.lax.scan(numbered, carry, (jnp.arange(len(kernels[0]), dtype=jnp.int32), leaves))
+    numbers = jnp.arange(len(kernels[0]), dtype=jnp.int32)
+    return jax.lax.scan(numbered, carry, (numbers, leaves), unroll=unrolled)
 
 
 _scan = for_one_cpu(_scan_numbers)(_scan_slices)

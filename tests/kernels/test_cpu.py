@@ -344,6 +344,24 @@ def test_transformations() -> None:
     agree(loop, np.asarray(expected).sum(), 1e-4)
 
 
+@pytest.mark.parametrize("of", [(1,), (2,), (1, 2), (0, 1, 2)], ids=str)
+def test_gradients_of_some_of_a_product(of: tuple[int, ...]) -> None:
+    """And derivatives of these gradients, forward and backward."""
+    given = draw((70, 20), (20, 33), (33,))
+
+    def slopes(function: Callable[..., Any], *given: Any) -> Any:
+        def loss(*given: Any) -> Any:
+            return jnp.sin(function(*given)).sum()
+
+        def total(*given: Any) -> Any:
+            return sum(jnp.square(one).sum() for one in jax.grad(loss, of)(*given))
+
+        return jax.grad(loss, of)(*given), jax.grad(total, of)(*given), jax.jvp(total, given, given)[1]
+
+    found = jax.jit(partial(slopes, calls.affine))(*given)
+    agree(found, in_double(partial(slopes, partial(calls._plain_affine, end="bias")), *given), 1e-5)
+
+
 @pytest.mark.parametrize("end", ["bias", "gelu"])
 def test_gradients_of_a_kernel_that_stays_where_it_lies(end: str) -> None:
     """They are those of the layer's own matrix, which no program reads."""

@@ -1,5 +1,7 @@
-"""Rematerialisation changes the memory of gradients, and nothing else."""
+"""What is kept, and whether loops over blocks are written out, changes the memory and the time of gradients alone."""
 
+import re
+from contextlib import nullcontext
 from typing import Any, get_args
 
 import jax
@@ -10,8 +12,10 @@ from flax import nnx
 from tolerances import GRADIENT
 
 from beit_jax.config import BeitConfig
+from beit_jax.kernels.cpu.calls import computed_often
 from beit_jax.models.build import abstract_model, param_shapes
 from beit_jax.models.interface import REMAT, Remat
+from beit_jax.models.one_cpu import traced_for
 from beit_jax.train.recipe import ModelOptions
 from beit_jax.tree import flatten, unflatten
 
@@ -32,9 +36,9 @@ CONFIG = BeitConfig(
 BATCH = 8
 
 
-def gradient(remat: Remat) -> Any:
-    """The compiled gradient of a sum of squares of the logits, with dropout."""
-    graph, shapes = abstract_model(CONFIG)
+def gradient(remat: Remat, fixed: tuple[int, ...] = ()) -> Any:
+    """The compiled gradient of a sum of squares of the logits, with dropout; some blocks may have none."""
+    graph, shapes = abstract_model(CONFIG, fixed_blocks=fixed)
 
     def loss(params: Any, pixels: Any) -> Any:
         return jnp.square(nnx.merge(graph, params)(pixels, key=jax.random.key(0), remat=remat).logits).sum()
@@ -75,3 +79,24 @@ def test_dots_keeps_no_scores(gradients: dict[Remat, Any]) -> None:
     depth, tokens, hidden = CONFIG.num_hidden_layers, 65, CONFIG.hidden_size
     products = depth * BATCH * tokens * (3 + 1 + 4 + 1) * hidden * 4  # query, key and value; attention out; MLP
     assert memory["dots"] - memory["block"] < products
+
+
+@pytest.mark.parametrize("fixed", [(), (0, 1, 4)], ids=["all learn", "some fixed"])
+@pytest.mark.parametrize("remat", REMAT)
+def test_steps_of_training_on_one_cpu_have_loops_written_out(remat: Remat, fixed: tuple[int, ...]) -> None:
+    """But for "block", which would keep what it should compute again. Some products are wide enough for kernels then,
+    which round otherwise."""
+    rng = np.random.default_rng(0)
+    params = {n: rng.standard_normal(s).astype(np.float32) * 0.1 for n, s in param_shapes(CONFIG).items()}
+    pixels = rng.standard_normal((BATCH, 32, 32, 3)).astype(np.float32)
+    found = {}
+    for platform, often in (("cpu", True), ("cpu", False), ("other", True)):
+        with traced_for(platform), computed_often() if often else nullcontext():
+            program = gradient(remat, fixed)
+        loops = set(re.findall(r'known_trip_count":{"n":"(\d+)"', program.as_text()))
+        over_blocks = loops & {"6", "2"}  # of all, and of neighbours that learn or do not; others are of random numbers
+        assert bool(over_blocks) is not (platform == "cpu" and often and remat != "block")
+        found[platform, often] = flatten(program(unflatten(params), pixels))
+    for name, leaf in found.pop(("other", True)).items():
+        for other in found.values():
+            assert np.abs(other[name] - leaf).max() <= 4 * GRADIENT * max(np.abs(leaf).max(), 1e-6), name

@@ -32,6 +32,11 @@ GATHER_FIRST = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 multiply each part as it comes around a ring instead, and read and write the sum of the products, which is as large as
 the activations, once for every part."""
 
+IN_LITTLE_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+"""For a CPU: operations in an order that needs little memory, instead of one in which most of them could run at the same
+time: 1.26 GB instead of 1.53 for BEiT-B and eight images, in the same time. Kernels use all threads by themselves."""
+OPTIONS = {"tpu": GATHER_FIRST, "cpu": IN_LITTLE_MEMORY}
+
 
 @dataclass(frozen=True)
 class Program:
@@ -68,9 +73,8 @@ class Program:
             division=self.objective.division,
             seed=self.recipe.run.seed,
         )
-        tpus = self.mesh.devices.flat[0].platform == "tpu"
-        places = (self.shardings, None)
-        return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=GATHER_FIRST if tpus else None)
+        options = OPTIONS.get(self.mesh.devices.flat[0].platform)
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None), compiler_options=options)
 
     def lower(self) -> jax.stages.Lowered:
         """The step traced for the mesh's devices, which may belong to another machine."""

@@ -60,12 +60,18 @@ _OFTEN: ContextVar[bool] = ContextVar("often", default=False)
 
 @contextmanager
 def computed_often() -> Iterator[None]:
-    """A step of training, traced within, runs so often that kernels are worth compiling for small models too."""
+    """A step of training, traced within, runs so often that compiling for longer is worth it: kernels for small models
+    too, and loops over blocks written out (`beit_jax.models.one_cpu.unrolls`)."""
     before = _OFTEN.set(True)
     try:
         yield
     finally:
         _OFTEN.reset(before)
+
+
+def is_computed_often() -> bool:
+    """Whether what is traced is within `computed_often`."""
+    return _OFTEN.get()
 
 
 def offer(kernels: Offer) -> None:
@@ -78,7 +84,7 @@ def computes(*arrays: Array, widths: Sequence[Any] = ()) -> bool:
     sizes = [size for array in arrays for size in array.shape] + list(widths)
     if any(export.is_symbolic_dim(size) or size == 0 for size in sizes):
         return False
-    smallest = min(SMALLEST, SMALLEST_OFTEN) if _OFTEN.get() else SMALLEST
+    smallest = min(SMALLEST, SMALLEST_OFTEN) if is_computed_often() else SMALLEST
     fits = all(array.dtype == jnp.float32 for array in arrays) and all(width >= smallest for width in widths)
     return fits and _parts() is not None and any(kernels.available() for kernels in _OFFERED)
 
