@@ -127,6 +127,11 @@ def dropout(x: Array, rate: float | Array, key: Key[Array, ""] | None, *, per_sa
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
+def drops(rate: float, key: Key[Array, ""] | None) -> bool:
+    """Whether dropout with this rate and key drops anything."""
+    return key is not None and rate > 0.0
+
+
 class EmbeddingHead(nnx.Module):
     """The embedding of an image: a linear map without bias, and its result divided by its Euclidean norm.
 

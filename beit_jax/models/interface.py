@@ -55,8 +55,7 @@ again: attention scores too, which are quadratic in the tokens. Of attention by 
 has no scores to keep, it keeps the averages too: the kernel runs once. The forward and the backward pass are two loops,
 so the compiler cannot merge the second computation with the first, and `jax.checkpoint` need not prevent it.
 
-Where loops are written out (`beit_jax.models.one_cpu.unrolls`), it would merge them. So "dots" is "none" there: the
-compiler chooses what it keeps. "block" stays a loop.
+A loop that is written out (`beit_jax.models.one_cpu.unrolls`) has no rematerialisation: the compiler would merge them.
 """
 
 
@@ -189,6 +188,7 @@ def scan(
     *,
     fixed: Collection[int] = (),
     remat: Remat = "none",
+    keeps_scores: bool = True,
 ) -> tuple[Any, Any]:
     """`jax.lax.scan` over stacked blocks, and what belongs to each, without gradients of some blocks' parameters.
 
@@ -198,12 +198,14 @@ def scan(
 
     Args:
         step: takes the carry, a layer, and `shared`.
+        carry: what the first block reads, before all else.
         layers: the blocks first; every leaf has an axis of length depth in front.
         shared: what all blocks read.
         fixed: numbers of the blocks, from 0, without gradients.
         remat: what gradients compute again on the way back, see `REMAT`.
+        keeps_scores: whether attention is computed without a kernel, for its dropout or for weights that are returned.
     """
-    unrolled = remat != "block" and unrolls()
+    unrolled = unrolls(jax.tree.leaves(carry)[0], remat, keeps_scores=keeps_scores)
     step = step if unrolled else REMAT[remat](step)
     if not fixed:
         return scan_blocks(step, carry, layers, shared, unrolled=unrolled)

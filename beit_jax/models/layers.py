@@ -18,7 +18,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.kernels.cpu.calls import PositionBias
 from beit_jax.kernels.elements import for_accelerators, kept, with_scaled_kernels
 from beit_jax.models.attention import attend
-from beit_jax.models.elementary import bias_of, dense, dropout, expand, layer_norm, project
+from beit_jax.models.elementary import bias_of, dense, dropout, drops, expand, layer_norm, project
 from beit_jax.models.position import Grid, attention_bias, num_relative_offsets
 
 
@@ -63,7 +63,7 @@ class Attention(nnx.Module):
         qkv = project(cast(x), cast(self.qkv_kernel[...]), cast(qkv_bias))
         biases = [bias for bias in (self.layer_bias(grid, x.shape[0]), shared_bias) if bias is not None]
         bias = sum(biases[1:], biases[0]) if biases else None
-        drop = None if key is None or not rate else lambda weights: dropout(weights, rate, key)
+        drop = (lambda weights: dropout(weights, rate, key)) if drops(rate, key) else None
         attended, probabilities = attend(qkv, bias, drop, output_attentions=output_attentions)
         if self.config.use_sub_norm:
             attended = cast(self.norm(attended.reshape(x.shape)).reshape(attended.shape))

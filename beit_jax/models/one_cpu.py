@@ -219,13 +219,21 @@ def project_by_matrices(
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
-def unrolls() -> bool:
-    """Whether loops over blocks are best written out, block by block: in steps of training on one CPU.
+def unrolls(x: Float[Array, "b n d"], remat: str, *, keeps_scores: bool) -> bool:
+    """Whether a loop over blocks is best written out, block by block: in a step of training on one CPU.
 
-    A loop fills arrays of all blocks with zeros, and copies what the way back reads to them, and back. Compilers take
-    twice as long without it.
+    A loop fills arrays of all blocks with zeros, and copies what the way back reads to them, and back. Without it the
+    compiler takes twice as long, and what is computed twice it computes once, and keeps. So "block" stays a loop. So does
+    "dots" where scores of attention would be kept, which are quadratic in the tokens: kernels have none.
+
+    Args:
+        x: what the first block reads.
+        remat: see `beit_jax.models.interface.REMAT`.
+        keeps_scores: whether attention is computed without a kernel, for its dropout or for weights that are returned.
     """
-    return bool(on_one_cpu()) and calls.is_computed_often()
+    if not on_one_cpu() or not calls.is_computed_often() or remat == "block":
+        return False
+    return remat == "none" or (not keeps_scores and calls.computes(x, widths=x.shape[-1:]))
 
 
 def scan_blocks(

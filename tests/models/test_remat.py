@@ -2,6 +2,7 @@
 
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, get_args
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from tolerances import GRADIENT
 
 from beit_jax.config import BeitConfig
+from beit_jax.kernels.cpu import library
 from beit_jax.kernels.cpu.calls import computed_often
 from beit_jax.models.build import abstract_model, param_shapes
 from beit_jax.models.interface import REMAT, Remat
@@ -34,11 +36,12 @@ CONFIG = BeitConfig(
     labels=("a", "b", "c"),
 )
 BATCH = 8
+HAS_KERNELS = pytest.mark.skipif(not library.available(), reason="no compiler, or another processor")
 
 
-def gradient(remat: Remat, fixed: tuple[int, ...] = ()) -> Any:
+def gradient(remat: Remat, config: BeitConfig = CONFIG, fixed: tuple[int, ...] = ()) -> Any:
     """The compiled gradient of a sum of squares of the logits, with dropout; some blocks may have none."""
-    graph, shapes = abstract_model(CONFIG, fixed_blocks=fixed)
+    graph, shapes = abstract_model(config, fixed_blocks=fixed)
 
     def loss(params: Any, pixels: Any) -> Any:
         return jnp.square(nnx.merge(graph, params)(pixels, key=jax.random.key(0), remat=remat).logits).sum()
@@ -81,21 +84,35 @@ def test_dots_keeps_no_scores(gradients: dict[Remat, Any]) -> None:
     assert memory["dots"] - memory["block"] < products
 
 
-@pytest.mark.parametrize("fixed", [(), (0, 1, 4)], ids=["all learn", "some fixed"])
-@pytest.mark.parametrize("remat", REMAT)
-def test_steps_of_training_on_one_cpu_have_loops_written_out(remat: Remat, fixed: tuple[int, ...]) -> None:
-    """But for "block", which would keep what it should compute again. Some products are wide enough for kernels then,
-    which round otherwise."""
+@pytest.mark.parametrize(
+    ("remat", "drops", "kernels", "fixed", "expected"),
+    [
+        ("none", True, "auto", (), True),
+        ("none", False, "off", (0, 1, 4), True),
+        pytest.param("dots", False, "auto", (), True, marks=HAS_KERNELS),
+        pytest.param("dots", False, "auto", (0, 1, 4), True, marks=HAS_KERNELS),
+        ("dots", True, "auto", (), False),
+        ("dots", False, "off", (), False),
+        ("block", False, "auto", (0, 1, 4), False),
+    ],
+)
+def test_steps_of_training_on_one_cpu_have_loops_written_out(
+    monkeypatch: pytest.MonkeyPatch, remat: Remat, drops: bool, kernels: str, fixed: tuple[int, ...], expected: bool
+) -> None:
+    """But for those which would keep what they should compute again: whole blocks, or scores where no kernel computes
+    attention. Some products are wide enough for kernels then, which round otherwise."""
+    monkeypatch.setenv(library.SWITCH, kernels)
+    config = CONFIG if drops else replace(CONFIG, attention_probs_dropout_prob=0.0)
     rng = np.random.default_rng(0)
     params = {n: rng.standard_normal(s).astype(np.float32) * 0.1 for n, s in param_shapes(CONFIG).items()}
     pixels = rng.standard_normal((BATCH, 32, 32, 3)).astype(np.float32)
     found = {}
     for platform, often in (("cpu", True), ("cpu", False), ("other", True)):
         with traced_for(platform), computed_often() if often else nullcontext():
-            program = gradient(remat, fixed)
+            program = gradient(remat, config, fixed)
         loops = set(re.findall(r'known_trip_count":{"n":"(\d+)"', program.as_text()))
         over_blocks = loops & {"6", "2"}  # of all, and of neighbours that learn or do not; others are of random numbers
-        assert bool(over_blocks) is not (platform == "cpu" and often and remat != "block")
+        assert bool(over_blocks) is not (platform == "cpu" and often and expected)
         found[platform, often] = flatten(program(unflatten(params), pixels))
     for name, leaf in found.pop(("other", True)).items():
         for other in found.values():

@@ -33,8 +33,8 @@ multiply each part as it comes around a ring instead, and read and write the sum
 the activations, once for every part."""
 
 IN_LITTLE_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-"""For a CPU: operations in an order that needs little memory, instead of one in which most of them could run at the same
-time: 1.26 GB instead of 1.53 for BEiT-B and eight images, in the same time. Kernels use all threads by themselves."""
+"""For a CPU: operations in an order that needs little memory, and not in one by which most could run at the same time:
+1.26 GB instead of 1.53 for BEiT-B and eight images, and no slower. Kernels use all threads by themselves."""
 OPTIONS = {"tpu": GATHER_FIRST, "cpu": IN_LITTLE_MEMORY}
 
 
