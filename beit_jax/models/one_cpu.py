@@ -223,8 +223,8 @@ def unrolls(x: Float[Array, "b n d"], remat: str, *, keeps_scores: bool) -> bool
     """Whether a loop over blocks is best written out, block by block: in a step of training on one CPU.
 
     A loop fills arrays of all blocks with zeros, and copies what the way back reads to them, and back. Without it the
-    compiler takes twice as long, and what is computed twice it computes once, and keeps. So "block" stays a loop. So does
-    "dots" where scores of attention would be kept, which are quadratic in the tokens: kernels have none.
+    compiler takes twice as long, and what is computed twice it computes once, and keeps. So "block" stays a loop, and
+    "dots" too where scores of attention would be kept, which are quadratic in the tokens: kernels have none.
 
     Args:
         x: what the first block reads.
