@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# jax 0.10.2 and 0.12.0.1, CPU: jax.checkpoint of layers that are not in a loop of XLA saves no memory, or some.
+# jax 0.10.2, CPU: jax.checkpoint of layers that are not in a loop of XLA computes them again and saves no memory.
 #
 # jax.checkpoint computes a layer again on the way back. Within jax.lax.scan it saves the memory that it should. Of the
 # same layers in a loop of Python (or with unroll=True), jax 0.10.2 computes them again, as its products show, and still
-# holds as much as without, although prevent_cse is True by default. jax 0.12.0.1 saves it; asked for a schedule for
-# little memory (xla_cpu_scheduler_type), it holds twice as much as with its ordinary one.
+# holds as much as without, although prevent_cse is True by default; a schedule for little memory (the option
+# xla_cpu_scheduler_type) changes nothing. jax 0.12.0.1 saves it.
 # Seen, of the compiled gradient's temporary memory in MB, and its products, jax 0.10.2 (0.12.0.1):
 #   scan: 925 (724), 6 products; with checkpoint 98 (98), 7
-#   loop of Python: 477 (477), 70 products; with checkpoint 477 (110), 81
-#   the same with checkpoint, scheduled for memory: 484 (223), 81
+#   loop of Python: 477 (463), 70 products; with checkpoint 477 (98), 81
+#   the same with checkpoint, scheduled for memory: 484 (71), 81
 # Touched: whoever writes loops over layers out, for speed or by habit, and counts on rematerialisation.
 set -euo pipefail
 PYTHON=${PYTHON:-python3.13}
@@ -60,8 +60,8 @@ for name, (memory, products) in found.items():
 scan, scan_again, plain, plain_again, scheduled = found.values()
 saved = scan_again[0] < scan[0] / 4 and plain_again[1] > plain[1]
 if jax.__version__ == "0.10.2":
-    sys.exit(0 if saved and plain_again[0] >= plain[0] else 1)
-sys.exit(0 if saved and plain_again[0] < plain[0] / 4 and scheduled[0] > 1.5 * plain_again[0] else 1)
+    sys.exit(0 if saved and min(plain_again[0], scheduled[0]) >= plain[0] else 1)
+sys.exit(0 if saved and max(plain_again[0], scheduled[0]) < plain[0] / 4 else 1)
 END
 for version in 0.10.2 0.12.0.1; do
     "$PYTHON" -m venv --clear "$folder/venv"

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 
 def total(matrices):
     sums = []
-    for matrix in matrices:
+    for i in range(len(matrices)):
+        matrix = matrices[i]
         value = jnp.sin(matrix)
         for _ in range(3):
             value = jnp.tanh(value @ matrix)
@@ -32,7 +33,7 @@ def total(matrices):
     return sum(sums)
 
 
-matrices = [jnp.ones((512, 512)) for _ in range(12)]
+matrices = jnp.ones((12, 512, 512))
 options = json.loads(sys.argv[1]) or None
 program = jax.jit(total, compiler_options=options).lower(matrices).compile()
 print(f"{program.memory_analysis().temp_size_in_bytes / 1e6:.1f}")
