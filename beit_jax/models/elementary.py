@@ -132,6 +132,14 @@ def drops(rate: float, key: Key[Array, ""] | None) -> bool:
     return key is not None and rate > 0.0
 
 
+def has_scores(dtype: DTypeLike, rate: float, key: Key[Array, ""] | None) -> bool:
+    """Whether attention in this dtype, with such dropout of its weights, has scores that a way back may keep.
+
+    The kernels of one CPU have none. They compute float32 without dropout.
+    """
+    return jnp.dtype(dtype) != jnp.float32 or drops(rate, key)
+
+
 class EmbeddingHead(nnx.Module):
     """The embedding of an image: a linear map without bias, and its result divided by its Euclidean norm.
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, Shaped
 from beit_jax.config import BeitConfig
 from beit_jax.kernels.cpu.calls import PositionBias
 from beit_jax.models import interface
-from beit_jax.models.elementary import EmbeddingHead, dropout, drops, layer_norm
+from beit_jax.models.elementary import EmbeddingHead, dropout, has_scores, layer_norm
 from beit_jax.models.interface import ArrayLike, BeitOutput, Remat, patch_grid
 from beit_jax.models.layers import Block, stacked_blocks
 from beit_jax.models.partition import constrain
@@ -130,9 +130,10 @@ class BeitModel(nnx.Module):
         keys = None if block_keys is None else jnp.stack(block_keys)
         slots, tapped = interface.tap_slots(taps, depth), interface.tap_buffer(taps, embedded)
         layers, bias = (self.blocks, rates, keys, slots), self.shared_bias(grid, pixel_values.shape[0])
-        keeps_scores = output_attentions or drops(self.config.attention_probs_dropout_prob, key)
+        rate = self.config.attention_probs_dropout_prob
+        scores = output_attentions or has_scores(self.blocks.attention.dtype, rate, key)
         (x, tapped), (states, attentions) = interface.scan(
-            run, (embedded, tapped), layers, bias, fixed=self.fixed_blocks, remat=remat, keeps_scores=keeps_scores
+            run, (embedded, tapped), layers, bias, fixed=self.fixed_blocks, remat=remat, scores=scores
         )
         last = self.norm(x) if self.config.pooling == "cls" else x.astype(jnp.float32)
         return BeitOutput(

@@ -188,7 +188,7 @@ def scan(
     *,
     fixed: Collection[int] = (),
     remat: Remat = "none",
-    keeps_scores: bool = True,
+    scores: bool = True,
 ) -> tuple[Any, Any]:
     """`jax.lax.scan` over stacked blocks, and what belongs to each, without gradients of some blocks' parameters.
 
@@ -203,9 +203,9 @@ def scan(
         shared: what all blocks read.
         fixed: numbers of the blocks, from 0, without gradients.
         remat: what gradients compute again on the way back, see `REMAT`.
-        keeps_scores: whether attention is computed without a kernel, for its dropout or for weights that are returned.
+        scores: whether attention has scores, as it has without the kernels of one CPU; False where they may compute it.
     """
-    unrolled = unrolls(jax.tree.leaves(carry)[0], remat, keeps_scores=keeps_scores)
+    unrolled = unrolls(jax.tree.leaves(carry)[0], remat, scores=scores)
     step = step if unrolled else REMAT[remat](step)
     if not fixed:
         return scan_blocks(step, carry, layers, shared, unrolled=unrolled)

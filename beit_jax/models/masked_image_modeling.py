@@ -13,7 +13,7 @@ from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
 from beit_jax.kernels.cpu.calls import PositionBias
 from beit_jax.models import interface
-from beit_jax.models.elementary import dense, drops, layer_norm
+from beit_jax.models.elementary import dense, has_scores, layer_norm
 from beit_jax.models.encoder import BeitModel
 from beit_jax.models.interface import ArrayLike, BeitOutput, Remat, check_task, patch_grid
 from beit_jax.models.layers import Block, stacked_blocks
@@ -56,8 +56,8 @@ class Aggregation(nnx.Module):
             block, drop_path_rate, block_key = layer
             return constrain(block(x, grid, bias, drop_path_rate, block_key)[0]), None
 
-        layers, keeps_scores = (self.blocks, rates, keys), drops(self.config.attention_probs_dropout_prob, key)
-        return interface.scan(run, x, layers, shared_bias, remat=remat, keeps_scores=keeps_scores)[0]
+        scores = has_scores(self.blocks.attention.dtype, self.config.attention_probs_dropout_prob, key)
+        return interface.scan(run, x, (self.blocks, rates, keys), shared_bias, remat=remat, scores=scores)[0]
 
 
 class BeitForMaskedImageModeling(nnx.Module):

@@ -219,7 +219,7 @@ def project_by_matrices(
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
-def unrolls(x: Float[Array, "b n d"], remat: str, *, keeps_scores: bool) -> bool:
+def unrolls(x: Float[Array, "b n d"], remat: str, *, scores: bool) -> bool:
     """Whether a loop over blocks is best written out, block by block: in a step of training on one CPU.
 
     A loop fills arrays of all blocks with zeros, and copies what the way back reads to them, and back. Without it the
@@ -229,11 +229,11 @@ def unrolls(x: Float[Array, "b n d"], remat: str, *, keeps_scores: bool) -> bool
     Args:
         x: what the first block reads.
         remat: see `beit_jax.models.interface.REMAT`.
-        keeps_scores: whether attention is computed without a kernel, for its dropout or for weights that are returned.
+        scores: whether attention has scores, as it has without the kernels; False where they may compute it.
     """
     if not on_one_cpu() or not calls.is_computed_often() or remat == "block":
         return False
-    return remat == "none" or (not keeps_scores and calls.computes(x, widths=x.shape[-1:]))
+    return remat == "none" or (not scores and calls.computes(x, widths=x.shape[-1:]))
 
 
 def scan_blocks(
