@@ -256,7 +256,7 @@ def scan_blocks(
     if any(isinstance(one, AdaptedKernel) for one in jax.tree.leaves(layers[0], is_leaf=_is_adapted)):
         return in_slices(step, carry, layers, shared)
     if on_one_cpu():
-        return _scan_numbers(in_slices, step, carry, layers, shared, unrolled=unrolled)
+        return _scan_numbers(in_slices, step, carry, layers, shared)
     around = [cell.cell_contents for cell in inspect.unwrap(step).__closure__ or ()]
     if any(isinstance(one, jax.Array) for one in jax.tree.leaves(around)) or any(
         jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(layers)
@@ -286,12 +286,7 @@ def _scan_derivative(step: Step, primals: Any, tangents: Any) -> Any:
 
 
 def _scan_numbers(
-    textbook: Callable[..., tuple[Any, Any]],
-    step: Step,
-    carry: Any,
-    layers: tuple[Any, ...],
-    shared: Any,
-    unrolled: bool = False,
+    textbook: Callable[..., tuple[Any, Any]], step: Step, carry: Any, layers: tuple[Any, ...], shared: Any
 ) -> tuple[Any, Any]:
     """The loop over the numbers of the layers.
 
@@ -308,7 +303,7 @@ def _scan_numbers(
         jax.lax.stop_gradient(leaf) if is_kernel else None for leaf, is_kernel in zip(leaves, kernel, strict=True)
     ]
 
-    def numbered(carry: Any, layer: tuple[Array, list[Array]]) -> tuple[Any, Any]:
+    def numbered(carry: Any, layer: tuple[Array, list[Array]], shared: Any) -> tuple[Any, Any]:
         number, own = layer
         found = [
             leaf if stack is None else calls.Stacked(stack, number, leaf)
@@ -316,8 +311,7 @@ def _scan_numbers(
         ]
         return step(carry, jax.tree.unflatten(structure, found), shared)
 
-    numbers = jnp.arange(len(kernels[0]), dtype=jnp.int32)
-    return jax.lax.scan(numbered, carry, (numbers, leaves), unroll=unrolled)
+    return textbook(numbered, carry, (jnp.arange(len(kernels[0]), dtype=jnp.int32), leaves), shared)
 
 
 _scan = for_one_cpu(_scan_numbers)(_scan_slices)
