@@ -115,12 +115,13 @@ def bias_of(linear: nnx.Linear) -> Float[Array, "outputs"]:
     return linear.bias[...]
 
 
-def dropout(x: Array, rate: float | Array, key: Key[Array, ""] | None, *, per_sample: bool = False) -> Array:
+def dropout(x: Array, rate: float | Array | None, key: Key[Array, ""] | None, *, per_sample: bool = False) -> Array:
     """Zeroes elements, or samples (stochastic depth, arXiv:1603.09382), with probability `rate`; scales the rest up.
 
-    `x` has any shape; its first axis is the samples. `key` None means inference: nothing is dropped.
+    `x` has any shape; its first axis is the samples. `key` None means inference: nothing is dropped then, nor without a
+    rate.
     """
-    if key is None or (isinstance(rate, float) and rate == 0.0):
+    if key is None or rate is None or (isinstance(rate, float) and rate == 0.0):
         return x
     shape = (x.shape[0],) + (1,) * (x.ndim - 1) if per_sample else x.shape
     keep = jax.random.bernoulli(key, 1.0 - rate, shape)

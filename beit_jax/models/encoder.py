@@ -119,14 +119,14 @@ class BeitModel(nnx.Module):
         embedded = constrain(self.embeddings(pixel_values, bool_masked_pos, embed_key).astype(self.residual))
 
         def run(
-            carry: _Carry, layer: tuple[Block, Array, Array | None, Array | None], bias: PositionBias | None
+            carry: _Carry, layer: tuple[Block, Array | None, Array | None, Array | None], bias: PositionBias | None
         ) -> tuple[_Carry, _States]:
             (x, tapped), (block, drop_rate, block_key, slot) = carry, layer
             x, probabilities = block(x, grid, bias, drop_rate, block_key, output_attentions=output_attentions)
             x = constrain(x)
             return (x, interface.write_tap(tapped, x, slot)), (x if output_hidden_states else None, probabilities)
 
-        rates = jnp.linspace(0.0, self.config.drop_path_rate, depth)
+        rates = interface.drop_path_rates(self.config, depth)
         keys = None if block_keys is None else jnp.stack(block_keys)
         slots, tapped = interface.tap_slots(taps, depth), interface.tap_buffer(taps, embedded)
         layers, bias = (self.blocks, rates, keys, slots), self.shared_bias(grid, pixel_values.shape[0])

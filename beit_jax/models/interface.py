@@ -144,6 +144,15 @@ def checked_mask(config: BeitConfig, mask: ArrayLike, shape: tuple[int, ...]) ->
     return jnp.asarray(mask, bool)
 
 
+def drop_path_rates(config: BeitConfig, depth: int, blocks: range | None = None) -> Float[Array, "blocks"] | None:
+    """The rates of stochastic depth of these blocks, by default of all: from 0 for the first of `depth` up to the
+    configuration's for the last. None if that is 0."""
+    if not config.drop_path_rate:
+        return None
+    rates = jnp.linspace(0.0, config.drop_path_rate, depth)
+    return rates if blocks is None else rates[blocks.start : blocks.stop]
+
+
 # --- Taps: hidden states on request, without a buffer for every layer -------------------------------------------------
 
 

@@ -116,7 +116,7 @@ class Block(nnx.Module):
         x: Float[Array, "b n d"],
         grid: Grid,
         shared_bias: PositionBias | None = None,
-        drop_path_rate: Float[Array, ""] | float = 0.0,
+        drop_path_rate: Float[Array, ""] | float | None = None,
         key: Key[Array, ""] | None = None,
         *,
         output_attentions: bool = False,

@@ -49,10 +49,12 @@ class Aggregation(nnx.Module):
     ) -> Float[Array, "b n d"]:
         first, count = self.config.aggregate_from, self.config.aggregation_layers
         total = max(self.config.num_hidden_layers, first + count)
-        rates = jnp.linspace(0.0, self.config.drop_path_rate, total)[first : first + count]
+        rates = interface.drop_path_rates(self.config, total, range(first, first + count))
         keys = None if key is None else jax.random.split(key, count)
 
-        def run(x: Array, layer: tuple[Block, Array, Array | None], bias: PositionBias | None) -> tuple[Array, None]:
+        def run(
+            x: Array, layer: tuple[Block, Array | None, Array | None], bias: PositionBias | None
+        ) -> tuple[Array, None]:
             block, drop_path_rate, block_key = layer
             return constrain(block(x, grid, bias, drop_path_rate, block_key)[0]), None
 

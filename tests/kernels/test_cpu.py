@@ -279,6 +279,60 @@ def test_gelu_of_any_magnitude() -> None:
         np.testing.assert_array_equal(np.abs(far), 0.0)
 
 
+ADAMW = {"beta1": 0.8, "beta2": 0.9, "epsilon": 1e-3, "decay": 0.2}
+
+
+def step_of_adamw(*shape: int, rows: bool, moves: bool = True) -> list[Any]:
+    parameter, mean, square, gradient = draw(*[shape] * 4)
+    rates = (
+        jnp.asarray(0.1 / (1 + jnp.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)))) if rows else jnp.float32(0.1)
+    )
+    return [parameter, mean, square**2, gradient, rates, jnp.asarray([0.7, 0.2, 0.3, moves], jnp.float32)]
+
+
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (33,), (3, 16), (2, 5, 7), (3, 17000), (40000,)], ids=str)
+def test_adamw_of_any_size(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], rows: bool) -> None:
+    monkeypatch.setattr(calls, "SMALLEST_STEP", 1)
+    arguments = step_of_adamw(*shape, rows=rows)
+    step = jax.jit(partial(calls.adamw, **ADAMW))
+    assert library.target("adamw") in step.lower(*arguments).as_text()
+    agree(step(*arguments), in_double(partial(calls._plain_adamw, **ADAMW), *arguments), 1e-6)
+
+
+@pytest.mark.parametrize("spoilt", [jnp.nan, jnp.inf])
+def test_a_step_of_adamw_that_does_not_count_changes_no_bit(monkeypatch: pytest.MonkeyPatch, spoilt: float) -> None:
+    monkeypatch.setattr(calls, "SMALLEST_STEP", 1)
+    arguments = step_of_adamw(3, 50, rows=True, moves=False)
+    arguments[3] = arguments[3].at[1, 2].set(spoilt)
+    before = [np.asarray(one).tobytes() for one in arguments]
+    found = jax.jit(partial(calls.adamw, **ADAMW))(*arguments)
+    assert [np.asarray(one).tobytes() for one in found] == before[:3]
+
+
+def test_adamw_writes_where_it_read_what_is_given_away_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "SMALLEST_STEP", 1)
+    arguments = step_of_adamw(64, 1000, rows=True)
+    before = [np.array(one) for one in arguments]
+    kept = jax.jit(partial(calls.adamw, **ADAMW))
+    kept(*arguments)
+    for one, old in zip(arguments, before, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), old)
+    given = jax.jit(partial(calls.adamw, **ADAMW), donate_argnums=(0, 1, 2)).lower(*arguments).compile()
+    sizes = given.memory_analysis()
+    assert sizes.alias_size_in_bytes == 3 * arguments[0].nbytes and sizes.temp_size_in_bytes < arguments[0].nbytes
+
+
+def test_adamw_where_no_kernel_computes_it() -> None:
+    arguments = step_of_adamw(3, 5, rows=True)
+    expected = in_double(partial(calls._plain_adamw, **ADAMW), *arguments)
+    agree(calls.adamw(*arguments, **ADAMW), expected, 1e-6)  # smaller than SMALLEST_STEP
+    several = [jnp.stack([one, one]) for one in arguments]
+    primitive = calls._primitive("adamw", calls._plain_adamw, several=True, in_place=3)
+    found = jax.vmap(lambda *given: primitive.bind(*given, **ADAMW))(*several)
+    agree([one[1] for one in found], expected, 1e-6)
+
+
 def test_without_jit() -> None:
     x, kernel, bias = draw((1, 5, 20), (20, 30), (30,))
     with jax.disable_jit(), traced_for("cpu"):

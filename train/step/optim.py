@@ -4,16 +4,18 @@ What depends on the parameter is a table over flat names. Blocks are stacked on 
 is an entry of a vector along it.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from beit_jax.config import BeitConfig
+from beit_jax.kernels.cpu import calls
 from beit_jax.models.one_cpu import on_one_cpu
 from beit_jax.tree import Nested, first_match, flatten, unflatten
 
@@ -23,6 +25,7 @@ from .schedule import SPAN, correction_tables
 
 Depth = Literal["first", "blocks", "last"]
 Scalar = float | Float[Array, ""]
+N = TypeVar("N")
 
 # microsoft/unilm@768a3c8 beit/optim_factory.py, `get_num_layer_for_vit`: the shared bias table counts as last.
 DEPTH: Sequence[tuple[str, Depth]] = (
@@ -41,10 +44,44 @@ BLOCK_TABLES = r"(beit/)?blocks/attention/bias_table"
 CLASS_TOKEN = r"(beit/)?embeddings/cls_token"
 
 
-def optimizer(
-    options: OptimOptions, config: BeitConfig, division: Division = EVERYTHING
-) -> optax.GradientTransformation:
+class AdamW(optax.GradientTransformation):  # type: ignore[misc]  # optax is untyped here
     """AdamW without its learning rate: subtract its updates times the rate of the step.
+
+    Attributes:
+        move: what one CPU computes instead, in one pass through memory: see `moved`, whose arguments it takes.
+    """
+
+    move: Callable[..., tuple[Nested, Any]]
+
+    def __new__(cls, transformation: optax.GradientTransformation, move: Callable[..., Any]) -> "AdamW":
+        made = super().__new__(cls, *transformation)
+        made.move = move
+        return made
+
+
+def moved(
+    tx: optax.GradientTransformation,
+    gradients: Nested,
+    state: Any,
+    params: Nested,
+    rate: Float[Array, ""],
+    finite: Bool[Array, ""],
+) -> tuple[Nested, Any]:
+    """Parameters and optimizer state after a step at this learning rate; the old ones, bit for bit, if not `finite`."""
+    if isinstance(tx, AdamW) and on_one_cpu():
+        return tx.move(gradients, state, params, rate, finite)
+    updates, new_state = tx.update(gradients, state, params)
+    new = jax.tree.map(lambda leaf, update: leaf - rate * update, params, updates)
+    return chosen(finite, (new, new_state), (params, state))
+
+
+def chosen(condition: Bool[Array, ""], new: N, old: N) -> N:
+    """`new` where the condition holds, `old` bit for bit where not."""
+    return jax.tree.map(partial(jnp.where, condition), new, old)
+
+
+def optimizer(options: OptimOptions, config: BeitConfig, division: Division = EVERYTHING) -> AdamW:
+    """AdamW for this model.
 
     Gradients are clipped by their global norm, then scaled by Adam; decay is added; both are multiplied by the layer's
     share of the learning rate. All as torch.optim.AdamW on the original's parameter groups.
@@ -57,15 +94,39 @@ def optimizer(
     def mask(params: Nested) -> Nested:
         return weight_decay_mask(params, bias_tables=options.decay_bias_tables, class_token=options.decay_class_token)
 
-    def scale(updates: Nested, params: Nested | None) -> Nested:
-        return jax.tree.map(jnp.multiply, updates, layer_scales(updates, config, options.layer_decay, blocks))
+    def scales(params: Nested) -> Nested:
+        return layer_scales(params, config, options.layer_decay, blocks)
 
-    return optax.chain(
+    def scale(updates: Nested, params: Nested | None) -> Nested:
+        return jax.tree.map(jnp.multiply, updates, scales(updates))
+
+    chain = optax.chain(
         optax.identity() if options.clip is None else clip_by_global_norm(options.clip),
         adam(options.beta1, options.beta2, options.epsilon),
         optax.add_decayed_weights(options.weight_decay, mask),
         optax.stateless(scale),
     )
+
+    def move(gradients: Nested, state: Any, params: Nested, rate: Float[Array, ""], finite: Bool[Array, ""]) -> Any:
+        clipping, moments, *others = state  # of the chain
+        share = jnp.ones(()) if options.clip is None else clipped_share(gradients, options.clip)
+        count = optax.safe_increment(moments.count)
+        first, second = corrections(options.beta1, options.beta2, count)
+        numbers = jnp.stack([share, first, second, finite.astype(jnp.float32)])
+
+        def leaf(parameter: Array, mean: Array, square: Array, gradient: Array, scale: np.ndarray, decays: bool) -> Any:
+            return calls.adamw(
+                parameter, mean, square, gradient, rate * scale, numbers,
+                beta1=options.beta1, beta2=options.beta2, epsilon=options.epsilon,
+                decay=options.weight_decay if decays else 0.0,
+            )  # fmt: skip
+
+        found = jax.tree.map(leaf, params, moments.mu, moments.nu, gradients, scales(params), mask(params))
+        new, mean, square = jax.tree.transpose(jax.tree.structure(params), None, found)
+        count = jnp.where(finite, count, moments.count)
+        return new, (clipping, optax.ScaleByAdamState(count, mean, square), *others)
+
+    return AdamW(chain, move)
 
 
 def adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
@@ -74,12 +135,6 @@ def adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransforma
     The moments are corrected by numbers that were computed in float64 (`schedule.correction_tables`), as in torch;
     optax computes them in float32, which shows in the first steps.
     """
-    tables = [correction_tables(beta) for beta in (beta1, beta2)]
-
-    def correction(tables: tuple[np.ndarray, np.ndarray], count: Int[Array, ""]) -> Float[Array, ""]:
-        low, high = (jnp.asarray(table) for table in tables)
-        done = high[jnp.minimum(count // SPAN, len(high) - 1)]
-        return done + (1.0 - done) * low[count % SPAN]
 
     def init(params: Nested) -> optax.ScaleByAdamState:
         state: optax.ScaleByAdamState = optax.scale_by_adam(mu_dtype=jnp.float32).init(params)
@@ -91,11 +146,22 @@ def adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransforma
         count = optax.safe_increment(state.count)
         mean = optax.tree.update_moment(gradients, state.mu, beta1, 1)
         square = optax.tree.update_moment(gradients, state.nu, beta2, 2)
-        first, second = correction(tables[0], count), jnp.sqrt(correction(tables[1], count))
+        first, second = corrections(beta1, beta2, count)
         updates = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v) / second + epsilon), mean, square)
         return updates, optax.ScaleByAdamState(count, mean, square)
 
     return optax.GradientTransformation(init, update)
+
+
+def corrections(beta1: float, beta2: float, count: Int[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What the mean is divided by after so many steps, and what the root of the mean square is."""
+
+    def correction(beta: float) -> Float[Array, ""]:
+        low, high = (jnp.asarray(table) for table in correction_tables(beta))
+        done = high[jnp.minimum(count // SPAN, len(high) - 1)]
+        return done + (1.0 - done) * low[count % SPAN]
+
+    return correction(beta1), jnp.sqrt(correction(beta2))
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
@@ -105,10 +171,15 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
     """
 
     def clip(updates: Nested, params: Nested | None) -> Nested:
-        share = jnp.minimum(largest / (global_norm(updates) + 1e-6), 1.0)
+        share = clipped_share(updates, largest)
         return jax.tree.map(lambda update: update * share, updates)
 
     return optax.stateless(clip)
+
+
+def clipped_share(gradients: Nested, largest: float) -> Float[Array, ""]:
+    """What gradients are multiplied by so that their global norm is not above `largest`."""
+    return jnp.minimum(largest / (global_norm(gradients) + 1e-6), 1.0)
 
 
 def global_norm(gradients: Nested) -> Float[Array, ""]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from beit_jax.errors import BeitJaxError
 from beit_jax.kernels.cpu.calls import computed_often
@@ -19,7 +19,7 @@ from beit_jax.tree import Nested
 
 from .criterion import Batch, Criterion, Metrics
 from .division import EVERYTHING, Division
-from .optim import ema_update, global_norm
+from .optim import chosen, ema_update, global_norm, moved
 from .state import State, variables
 
 TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
@@ -74,20 +74,21 @@ def make_train_step(
 
         norm, rate = global_norm(gradients), jnp.asarray(table)[state.step]
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        updates, opt = tx.update(gradients, state.opt, state.params)
-        params = jax.tree.map(lambda leaf, update: leaf - rate * update, state.params, updates)
+        params, opt = moved(tx, gradients, state.opt, state.params, rate, finite)
         average = state.average
         if averaging is not None:
-            average = ema_update(average, params, *(jnp.asarray(column)[state.step] for column in averaging))
-        new = {"params": params, "stats": stats, "opt": opt, "average": average}
-        old = {name: getattr(state, name) for name in new}
+            decay, gain = (jnp.asarray(column)[state.step] for column in averaging)
+            average = chosen(finite, ema_update(average, params, decay, gain), average)
         after = State(
             step=state.step + 1,
+            params=params,
+            stats=chosen(finite, stats, state.stats),
+            opt=opt,
+            average=average,
             bad=jnp.where(finite, 0, state.bad + 1),
             skipped=state.skipped + jnp.where(finite, 0, 1),
             frozen=state.frozen,
             fixed=state.fixed,
-            **_chosen(finite, new, old),
         )
         metrics |= {"grad_norm": norm, "learning_rate": rate, "finite": finite}
         if averaging is not None:
@@ -162,8 +163,3 @@ def _average(
 def _distance(average: Nested, params: Nested) -> Float[Array, ""]:
     """Norm of the difference over the norm of the parameters."""
     return optax.tree.norm(jax.tree.map(jnp.subtract, average, params)) / optax.tree.norm(params)
-
-
-def _chosen(condition: Bool[Array, ""], new: Nested, old: Nested) -> Nested:
-    """`new` where the condition holds, `old` bit for bit where not."""
-    return jax.tree.map(partial(jnp.where, condition), new, old)

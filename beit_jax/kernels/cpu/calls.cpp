@@ -1,4 +1,5 @@
 // What XLA calls: shapes come from the arrays, the rest from attributes.
+#include "adamw.h"
 #include "attention_back.h"
 #include "elements.h"
 #include "norm.h"
@@ -197,5 +198,39 @@ static ffi::Error packing(ffi::ThreadPool pool, Array matrices, Result panels, s
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_packing, packing,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Ret<Array>().Attr<std::int64_t>("columns"));
+
+// Arrays are [rows, ...]; rates: [rows], or one for all. numbers: what gradients are multiplied by, the corrections of both
+// moments, that of the second one's root, and whether anything moves. Results lie where the arguments do.
+static ffi::Error adamw_of(ffi::ThreadPool pool, Array parameter, Array mean, Array square, Array gradient, Array rates,
+                           Array numbers, Result to_parameter, Result to_mean, Result to_square, double beta1,
+                           double beta2, double epsilon, double decay) {
+  Moved<const float> from{parameter.typed_data(), mean.typed_data(), square.typed_data()};
+  Moved<float> to{to_parameter->typed_data(), to_mean->typed_data(), to_square->typed_data()};
+  if (from.parameter != to.parameter || from.mean != to.mean || from.square != to.square)
+    return ffi::Error::InvalidArgument("beit_jax: results of AdamW have places of their own");
+  const float* of_step = numbers.typed_data();
+  if (of_step[3] == 0) return ffi::Error::Success();
+  Index rows = rates.element_count();
+  adamw(pool, {beta1, beta2, static_cast<float>(epsilon), static_cast<float>(decay), of_step[0], 1 / of_step[1], 1 / of_step[2]},
+        rows, parameter.element_count() / rows, rates.typed_data(), gradient.typed_data(), from, to);
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_adamw, adamw_of,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Array>()
+                                  .Attr<double>("beta1")
+                                  .Attr<double>("beta2")
+                                  .Attr<double>("epsilon")
+                                  .Attr<double>("decay"));
 
 extern "C" int beit_columns() { return COLUMNS; }

@@ -109,6 +109,7 @@ def _primitive(
     plain: Callable[..., Any],
     read: Callable[[Sequence[Any]], Sequence[Any]] | None = tuple,
     several: bool = False,
+    in_place: int = 0,
 ) -> "Primitive":
     """A primitive whose results have the shapes and the dtypes of its plain form's.
 
@@ -116,6 +117,7 @@ def _primitive(
         call: the function of the library. What the plain form takes by name are its attributes.
         read: which of the arguments the function reads; None: the library has none.
         several: whether it has several results, in a tuple.
+        in_place: how many results the function writes where the arguments of the same numbers lie.
     """
     make, ad, batching, mlir = _parts()
     primitive: Primitive = make(f"beit_{call}")
@@ -137,7 +139,10 @@ def _primitive(
         for kernels in _OFFERED:
             if devices == 1 and kernels.available() and (kernels.may_be_exported() or not exported):
                 narrowed = context.replace(avals_in=read(context.avals_in))
-                return jax.ffi.ffi_lowering(kernels.target(call))(narrowed, *read(operands), **options)
+                lowering = jax.ffi.ffi_lowering(
+                    kernels.target(call), operand_output_aliases={i: i for i in range(in_place)}
+                )
+                return lowering(narrowed, *read(operands), **options)
         return lowered(context, *operands, **options)
 
     def shape(*arguments: Any, **options: Any) -> Any:
@@ -582,6 +587,57 @@ def _attention() -> "Primitive":
 
 def _without_written_bias(operands: Sequence[Any]) -> tuple[Any, ...]:
     return (operands[0], *operands[2:]) if len(operands) > 2 else tuple(operands)
+
+
+# --- AdamW ------------------------------------------------------------------------------------------------------------
+
+SMALLEST_STEP = 2**14
+"""How many numbers a parameter has from which the kernel moves it."""
+
+
+def _plain_adamw(
+    parameter: Array, mean: Array, square: Array, gradient: Array, rates: Array, numbers: Array,
+    beta1: float, beta2: float, epsilon: float, decay: float,
+) -> list[Array]:  # fmt: skip
+    share, first, second, moves = numbers
+    change = gradient * share
+    new_mean = (1 - beta1) * change + beta1 * mean
+    new_square = (1 - beta2) * jnp.square(change) + beta2 * square
+    update = new_mean / first / (jnp.sqrt(new_square) / second + epsilon) + decay * parameter
+    new, old = (parameter - rates * update, new_mean, new_square), (parameter, mean, square)
+    return [jnp.where(moves > 0, *pair) for pair in zip(new, old, strict=True)]
+
+
+def adamw(
+    parameter: Float[Array, "*dims"],
+    mean: Float[Array, "*dims"],
+    square: Float[Array, "*dims"],
+    gradient: Float[Array, "*dims"],
+    rates: Float[Array, "..."],
+    numbers: Float[Array, "4"],
+    *,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    decay: float,
+) -> list[Array]:
+    """A parameter and the moments of its gradient after a step of AdamW (arXiv:1711.05101).
+
+    The kernel goes through memory once, and writes them where they were.
+
+    Args:
+        rates: learning rates: one, or of every row along the first axis, broadcastable to the parameter.
+        numbers: what the gradient is multiplied by; the correction of the mean, and the root of that of the squares;
+            and 0 for a step that changes nothing, not by a bit.
+        decay: what the parameter is multiplied by and loses at its rate.
+    """
+    arrays = (parameter, mean, square, gradient, rates, numbers)
+    if parameter.size < SMALLEST_STEP or not computes(*arrays):
+        return _plain_adamw(*arrays, beta1, beta2, epsilon, decay)
+    found: list[Array] = _primitive("adamw", _plain_adamw, several=True, in_place=3).bind(
+        *arrays, beta1=beta1, beta2=beta2, epsilon=epsilon, decay=decay
+    )
+    return found
 
 
 # --- What a way back keeps --------------------------------------------------------------------------------------------

@@ -86,6 +86,17 @@ INLINE void settle() {
 
 INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
+INLINE Vector root(Vector value) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_sqrt_ps((__m512)value);
+#elif defined(__AVX__)
+  return (Vector)_mm256_sqrt_ps((__m256)value);
+#else
+  for (int i = 0; i < WIDTH; i++) value[i] = __builtin_sqrtf(value[i]);
+  return value;
+#endif
+}
+
 // Numbers from `count` on become `filling`.
 INLINE Vector only(Vector value, Index count, float filling) {
   return places() < static_cast<std::int32_t>(count) ? value : all(filling);

@@ -1,6 +1,8 @@
 """Which parameters decay, how fast each layer learns, and the arithmetic of clipping, AdamW and averages."""
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +14,19 @@ from hypothesis import strategies as st
 
 from beit_jax.config import BeitConfig, Task
 from beit_jax.errors import BeitJaxError
+from beit_jax.kernels.cpu import calls, library
 from beit_jax.models.build import abstract_model, statistics
+from beit_jax.models.one_cpu import traced_for
 from beit_jax.train.recipe import OptimOptions
-from beit_jax.train.step.optim import adam, clip_by_global_norm, ema_update, layer_scales, optimizer, weight_decay_mask
+from beit_jax.train.step.optim import (
+    adam,
+    clip_by_global_norm,
+    ema_update,
+    layer_scales,
+    moved,
+    optimizer,
+    weight_decay_mask,
+)  # fmt: skip
 from beit_jax.train.step.schedule import SPAN, correction_tables
 from beit_jax.tree import Nested, flatten, unflatten
 from beit_jax.variants import VARIANTS
@@ -143,6 +155,37 @@ def test_three_steps_of_adamw_written_out() -> None:
             adam = first[name] / (1 - 0.8**step) / (np.sqrt(second[name] / (1 - 0.9**step)) + 1e-2)
             expected = shares[name] * (adam + 0.2 * decays[name] * leaf)
             np.testing.assert_allclose(flatten(found)[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("clip", [None, 2.0])
+def test_one_cpu_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch, clip: float | None, kernels: bool) -> None:
+    """As the chain of optax's: parameters, moments and count, after steps of which one changes nothing."""
+    if kernels and not library.available():
+        pytest.skip("no compiler, or another processor")
+    monkeypatch.setattr(calls, "SMALLEST_STEP", 1 if kernels else 2**60)
+    options = OptimOptions(weight_decay=0.2, layer_decay=0.5, beta1=0.8, beta2=0.9, epsilon=1e-2, clip=clip)
+    tx, params = optimizer(options, SMALL), drawn(SMALL, 0)
+    ways = {}
+    for platform in ("cpu", "other"):
+        with traced_for(platform):
+            step = jax.jit(partial(moved, tx)).lower(params, tx.init(params), params, jnp.float32(0.1), jnp.bool_(True))
+        assert ("beit_jax_cpu_adamw" in step.as_text()) == (kernels and platform == "cpu")
+        run, found, state = step.compile(), params, tx.init(params)
+        for seed, finite in ((1, True), (2, False), (3, True), (4, True)):
+            gradients = drawn(SMALL, seed) if finite else jax.tree.map(lambda leaf: leaf * np.nan, params)
+            before, (found, state) = (found, state), run(gradients, state, found, jnp.float32(0.1), jnp.bool_(finite))
+            if not finite:
+                assert same_bits(before, (found, state))
+        ways[platform] = found, state
+    for one, other in zip(*(jax.tree.leaves(way) for way in ways.values()), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-6, atol=2e-7)
+    assert jax.tree.structure(ways["cpu"]) == jax.tree.structure(ways["other"])
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.98, 0.999, 0.9999, 0.999999])
