@@ -252,7 +252,7 @@ def scan_blocks(
         shared: what every step reads.
         unrolled: whether the loop is written out, see `unrolls`.
     """
-    in_slices = partial(_scan_slices, unrolled=unrolled)
+    in_slices: Callable[..., tuple[Any, Any]] = _written_out if unrolled else _scan_slices
     if any(isinstance(one, AdaptedKernel) for one in jax.tree.leaves(layers[0], is_leaf=_is_adapted)):
         return in_slices(step, carry, layers, shared)
     if on_one_cpu():
@@ -269,10 +269,17 @@ def _is_adapted(value: Any) -> bool:
     return isinstance(value, AdaptedKernel)
 
 
-def _scan_slices(
-    step: Step, carry: Any, layers: tuple[Any, ...], shared: Any, unrolled: bool = False
-) -> tuple[Any, Any]:
-    return jax.lax.scan(lambda carry, layer: step(carry, layer, shared), carry, layers, unroll=unrolled)
+def _scan_slices(step: Step, carry: Any, layers: tuple[Any, ...], shared: Any) -> tuple[Any, Any]:
+    return jax.lax.scan(lambda carry, layer: step(carry, layer, shared), carry, layers)
+
+
+def _written_out(step: Step, carry: Any, layers: tuple[Any, ...], shared: Any) -> tuple[Any, Any]:
+    leaves, structure = jax.tree.flatten(layers)
+    block, outputs = jax.jit(step), []  # which is traced once
+    for own in zip(*map(calls.unstacked, leaves), strict=True):
+        carry, output = block(carry, jax.tree.unflatten(structure, own), shared)
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *rows: jnp.stack(rows), *outputs)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -333,6 +333,36 @@ def test_adamw_where_no_kernel_computes_it() -> None:
     agree([one[1] for one in found], expected, 1e-6)
 
 
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7), (2, 16), (3, 4, 33000), (12, 64, 64)], ids=str)
+def test_gradients_of_rows_are_stacked(shape: tuple[int, ...]) -> None:
+    stack, *weights = draw(shape, *[shape[1:]] * shape[0])
+
+    def loss(stack: Any, *weights: Any) -> Any:
+        return sum((row**2 * weight).sum() for row, weight in zip(calls.unstacked(stack), weights, strict=True))
+
+    gradient = jax.jit(jax.grad(loss))
+    assert library.target("stacked") in gradient.lower(stack, *weights).as_text()
+    np.testing.assert_array_equal(np.asarray(gradient(stack, *weights)), np.asarray(2 * stack * jnp.stack(weights)))
+    some = jax.grad(lambda stack: loss(stack[:1], *weights[:1]) + calls.unstacked(stack)[-1].sum())(stack)
+    expected = np.zeros(shape, np.float32)
+    expected[:1] += 2 * np.asarray(stack[:1] * weights[0])
+    expected[-1] += 1
+    np.testing.assert_array_equal(np.asarray(some), expected)
+
+
+def test_rows_of_what_no_kernel_stacks() -> None:
+    keys, half = jax.random.split(jax.random.key(0), 3), jnp.ones((2, 3), jnp.bfloat16)
+    for stack in (keys, jnp.arange(6).reshape(2, 3), half):
+        assert [bool((row == stack[i]).all()) for i, row in enumerate(calls.unstacked(stack))] == [True] * len(stack)
+    gradient = jax.grad(lambda stack: sum(row.sum() * i for i, row in enumerate(calls.unstacked(stack))))(half)
+    np.testing.assert_array_equal(np.asarray(gradient, np.float32), [[0.0] * 3, [1.0] * 3])
+    (stack,) = draw((4, 3, 5))
+    several = jax.vmap(jax.grad(lambda stack: sum((row**3).sum() for row in calls.unstacked(stack))))(stack)
+    agree(several, 3 * stack**2)
+    second = jax.jacfwd(jax.grad(lambda stack: sum((row**3).sum() for row in calls.unstacked(stack))))(stack[0])
+    agree(jnp.einsum("abab->ab", second), 6 * stack[0])
+
+
 def test_without_jit() -> None:
     x, kernel, bias = draw((1, 5, 20), (20, 30), (30,))
     with jax.disable_jit(), traced_for("cpu"):

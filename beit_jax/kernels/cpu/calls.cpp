@@ -4,6 +4,7 @@
 #include "elements.h"
 #include "norm.h"
 #include "product.h"
+#include "stack.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -198,6 +199,21 @@ static ffi::Error packing(ffi::ThreadPool pool, Array matrices, Result panels, s
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_packing, packing,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Array>().Ret<Array>().Attr<std::int64_t>("columns"));
+
+// rows: arrays of the same shape.
+static ffi::Error stacked(ffi::ThreadPool pool, ffi::RemainingArgs rows, Result all) {
+  std::vector<const float*> from;
+  for (std::size_t i = 0; i < rows.size(); i++) {
+    auto row = rows.get<Array>(i);
+    if (!row) return row.error();
+    from.push_back(row->typed_data());
+  }
+  stack(pool, from, all->element_count() / static_cast<Index>(from.size()), all->typed_data());
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_stacked, stacked,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Array>());
 
 // Arrays are [rows, ...]; rates: [rows], or one for all. numbers: what gradients are multiplied by, the corrections of both
 // moments, that of the second one's root, and whether anything moves. Results lie where the arguments do.

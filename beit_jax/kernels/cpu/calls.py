@@ -502,6 +502,42 @@ class Packed:
         return affine(rows, *layer, bias.ravel(), end=end).reshape(*x.shape[:2], *bias.shape)
 
 
+# --- Stacks of layers -------------------------------------------------------------------------------------------------
+
+
+def _plain_unstacked(stack: Array) -> list[Array]:
+    return [row[0] for row in jax.lax.split(stack, [1] * len(stack))]
+
+
+def _plain_stacked(*rows: Array) -> Array:
+    return jnp.stack(rows)
+
+
+def unstacked(stack: Array) -> Sequence[Array]:
+    """The rows along the first axis. The kernel stacks their gradients by all threads, XLA by one."""
+    if not computes(stack):
+        return _plain_unstacked(stack)
+    rows: Sequence[Array] = _unstacked().bind(stack)
+    return rows
+
+
+@lru_cache
+def _unstacked() -> "Primitive":
+    _, ad, _, _ = _parts()
+    primitive = _primitive("unstacked", _plain_unstacked, None, several=True)
+    back = _primitive("stacked", _plain_stacked)
+
+    def derivative(primals: Any, tangents: Any) -> Any:
+        return primitive.bind(*primals), primitive.bind(*map(ad.instantiate_zeros, tangents))
+
+    def transposed(cotangents: Sequence[Any], _: Any) -> Any:
+        return [back.bind(*map(ad.instantiate_zeros, cotangents))]
+
+    ad.primitive_jvps[primitive] = derivative
+    ad.primitive_transposes[primitive] = transposed
+    return primitive
+
+
 # --- LayerNorm --------------------------------------------------------------------------------------------------------
 
 

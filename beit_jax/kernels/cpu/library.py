@@ -30,7 +30,7 @@ PREFIX = "beit_jax_cpu_"
 """How the names begin by which XLA calls the functions."""
 CALLS = (
     "affine", "product", "packing", "gelu", "gelu_back", "normalized", "normalized_back", "attention", "attention_back",
-    "adamw",
+    "adamw", "stacked",
 )  # fmt: skip
 """The functions of the library, of calls.cpp."""
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-w")
