@@ -6,15 +6,17 @@ panel after the other, and are not copied in every forward pass (benchmarks/RESU
 
 import re
 from collections.abc import Mapping
+from math import prod
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from beit_jax.kernels.cpu import library
-from beit_jax.kernels.cpu.calls import Packed
+from beit_jax.kernels.cpu.calls import Packed, computes
 from beit_jax.tree import flatten
 
 if TYPE_CHECKING:
@@ -60,10 +62,14 @@ def pack(model: "Model") -> "Model":
     return model
 
 
-def packed(params: Mapping[str, Array]) -> dict[str, Any]:
-    """Flat parameters of a model, with the kernels of its blocks as `pack` lays them out."""
+def packed(params: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Flat parameters of a model in float32, with the kernels of its blocks as `pack` lays them out.
+
+    Args:
+        params: of a checkpoint that nobody else uses. They are taken out, and kernels are laid out where they lie.
+    """
     library.offer()  # where no model was imported, nobody has
-    return {name: _packed(name, leaf) if _is_kernel(name, leaf) else leaf for name, leaf in params.items()}
+    return {name: _taken(name, params.pop(name)) for name in list(params)}
 
 
 def unpacked(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,5 +84,28 @@ def _is_kernel(name: str, leaf: Any) -> bool:
     return [device.platform for device in leaf.devices()] == ["cpu"]
 
 
+def _taken(name: str, leaf: np.ndarray) -> Packed | Array:
+    """An array of a checkpoint, as an array of JAX."""
+    if not _KERNEL.fullmatch(name) or jax.default_backend() != "cpu":
+        return jnp.asarray(leaf, jnp.float32)
+    sides, inputs = leaf.shape[1:], _inputs(name)
+    k, n = prod(sides[:inputs]), prod(sides[inputs:])
+    if not _may_be_written(leaf) or not computes(leaf, widths=(k, n)) or n % library.columns():
+        return _packed(name, jnp.asarray(leaf, jnp.float32))
+    panels = library.pack_in_place(leaf.reshape(-1, k, n))
+    return Packed(jnp.asarray(panels, jnp.float32), sides[:inputs], sides[inputs:])
+
+
+def _may_be_written(leaf: np.ndarray) -> bool:
+    """Whether panels may take its place: JAX copies arrays that are not aligned."""
+    aligned = leaf.ctypes.data % library.ALIGNMENT == 0
+    return aligned and leaf.dtype == np.float32 and leaf.flags.c_contiguous and leaf.flags.writeable
+
+
 def _packed(name: str, leaf: Array) -> Packed | Array:
-    return Packed.of(leaf, inputs=2 if name.endswith("/out_kernel") else 1)  # heads and their width
+    return Packed.of(leaf, _inputs(name))
+
+
+def _inputs(name: str) -> int:
+    """How many axes of a block's kernel are inputs."""
+    return 2 if name.endswith("/out_kernel") else 1  # heads and their width

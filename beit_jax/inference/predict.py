@@ -17,6 +17,7 @@ from beit_jax.errors import BeitJaxError, printable
 from beit_jax.hub import resolve
 from beit_jax.images.files import ImageLike
 from beit_jax.images.processor import ImageProcessor
+from beit_jax.inference import packing
 from beit_jax.inference.predictor import Guess, OutputName, Pooling, Predictor, named, params_of
 from beit_jax.inference.reading import read, with_head
 from beit_jax.models.build import Model, build_model
@@ -35,6 +36,7 @@ def from_pretrained(
     labels: Labels | int | None = None,
     problem_type: ProblemType | None = None,
     seed: int = 0,
+    packed: bool = False,
 ) -> tuple[Model, ImageProcessor]:
     """The model and image processor of a checkpoint.
 
@@ -50,6 +52,7 @@ def from_pretrained(
             this order, and so do numbers of them; of other names the whole head starts new, and a warning says so.
         problem_type: what a classifier's outputs are, which decides how they become scores.
         seed: draws what starts new in a head.
+        packed: for many forward passes on one CPU: as `pack` lays kernels out, in the memory that they were read to.
 
     Returns:
         The model, a pytree that works under `jax.jit`, `jax.grad` and `jax.vmap`; and its `ImageProcessor`.
@@ -64,7 +67,7 @@ def from_pretrained(
         checkpoint, change = with_head(checkpoint, labels, problem_type, seed=seed)
         if change.drawn:
             warnings.warn(f"{printable(source)}: {'; '.join(change.notes)}", stacklevel=2)
-    return build(checkpoint, dtype=dtype, param_dtype=param_dtype), checkpoint.processor
+    return build(checkpoint, dtype=dtype, param_dtype=param_dtype, packed=packed), checkpoint.processor
 
 
 def _float(name: str, value: DTypeLike) -> DTypeLike:
@@ -79,10 +82,16 @@ def _float(name: str, value: DTypeLike) -> DTypeLike:
 
 
 def build(
-    checkpoint: NativeCheckpoint, *, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32
+    checkpoint: NativeCheckpoint,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    packed: bool = False,
 ) -> Model:
-    """Builds the model of a loaded checkpoint."""
-    return build_model(checkpoint.config, unflatten(params_of(checkpoint, param_dtype)), dtype=dtype)
+    """Builds the model of a loaded checkpoint; `packed` takes the parameters out of it, see `packing.packed`."""
+    fits = packed and {jnp.dtype(dtype), jnp.dtype(param_dtype)} == {jnp.dtype(jnp.float32)} and jax.device_count() == 1
+    params = packing.packed(checkpoint.params) if fits else params_of(checkpoint, param_dtype)
+    return build_model(checkpoint.config, unflatten(params), dtype=dtype)
 
 
 @overload

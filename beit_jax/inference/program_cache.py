@@ -24,7 +24,7 @@ from jaxtyping import Array
 from beit_jax.atomic import new_file
 from beit_jax.config import BeitConfig
 from beit_jax.errors import BeitJaxError
-from beit_jax.inference.packing import pack, packed
+from beit_jax.inference.packing import packed
 from beit_jax.inference.predictor import OutputName, Predictor, params_of
 from beit_jax.kernels.cpu import library
 from beit_jax.kernels.cpu.calls import Packed
@@ -50,19 +50,19 @@ def predictor(checkpoint: NativeCheckpoint, *, many: bool = False) -> Predictor:
     """The predictor of a checkpoint; it uses the cache where `cache_directory` names one.
 
     Args:
-        many: for so many images that kernels are laid out for the processor first, see `packing.pack`.
+        many: for so many images that kernels are laid out for the processor first, see `packing.packed`: this takes the
+            parameters out of the checkpoint.
     """
     directory = cache_directory()
     if directory is None:
         from beit_jax.inference import predict  # not at the top: it imports Flax
 
-        model = predict.build(checkpoint)
-        return predict.predictor(pack(model) if many else model, checkpoint.processor)
+        return predict.predictor(predict.build(checkpoint, packed=many), checkpoint.processor)
     # By default JAX stores only what takes more than a second to compile, which no small model's forward pass does.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    params = params_of(checkpoint)
-    compute = forward(checkpoint.config, packed(params) if many else params, directory)
+    params = packed(checkpoint.params) if many else params_of(checkpoint)
+    compute = forward(checkpoint.config, params, directory)
     return Predictor(checkpoint.config, checkpoint.processor, compute)
 
 

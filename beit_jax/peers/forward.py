@@ -32,11 +32,9 @@ def ours(job: Job, kernels: str | None = None) -> Call:
     import jax
     import jax.numpy as jnp
 
-    from beit_jax.inference.packing import pack
     from beit_jax.inference.predict import from_pretrained
 
-    model, _ = from_pretrained(Path(job.directory, "native"), dtype=job.dtype)
-    model = pack(model)
+    model, _ = from_pretrained(Path(job.directory, "native"), dtype=job.dtype, packed=True)
     pixels = jnp.asarray(job.inputs["pixels"])
     forward = jax.jit(lambda model, pixels: model(pixels).logits)
     if not job.accelerator:

@@ -116,21 +116,65 @@ def test_nothing_is_packed_where_nothing_would_be_faster(monkeypatch: pytest.Mon
     assert not is_packed(model)
 
 
-@pytest.fixture(scope="module")
 def digits() -> NativeCheckpoint:
     return read(resolve(str(files("beit_jax") / "digits")))
 
 
-def test_the_predictor_of_many_images(digits: NativeCheckpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arrays", ["ours", "not aligned", "read-only", "with gaps", "of bfloat16"])
+def test_a_model_that_is_packed_while_it_is_read(kind: str, arrays: str, tmp_path: Path) -> None:
+    config = replace(KINDS[kind], hidden_size=32, num_attention_heads=2, intermediate_size=40)
+    model, pixels = drawn(config)
+    beit_jax.save_pretrained(tmp_path / "native", model, beit_jax.preset("hf", size=config.image_size[0]))
+    checkpoint = beit_jax.load(tmp_path / "native")
+    given = checkpoint.params
+    for name, leaf in given.items():
+        if arrays == "not aligned":
+            memory = np.empty(leaf.size + 17, np.float32)
+            start = 1 + -memory.ctypes.data // 4 % 16
+            given[name] = memory[start : start + leaf.size].reshape(leaf.shape)
+            given[name][...] = leaf
+        elif arrays == "with gaps":
+            given[name] = np.repeat(leaf, 2, axis=-1)[..., ::2]
+        elif arrays == "of bfloat16":
+            given[name] = leaf.astype(jnp.bfloat16)
+        leaf.flags.writeable = arrays != "read-only"
+    before = {name: (leaf.ctypes.data, np.array(leaf, np.float32)) for name, leaf in given.items()}
+    found = predict.build(checkpoint, packed=True)
+    assert not given
+    kernels = {name: leaf for name, leaf in leaves(found).items() if isinstance(leaf, calls.Packed)}
+    assert len(kernels) == 4
+    for name, leaf in leaves(found).items():
+        np.testing.assert_array_equal(packing.unpacked({name: leaf})[name], before[name][1], err_msg=name)
+        if name in kernels and np.prod(leaf.outputs) % library.columns() == 0:
+            assert (leaf.panels.unsafe_buffer_pointer() == before[name][0]) == (arrays == "ours")
+    whole = build_model(config, unflatten({name: jnp.asarray(leaf) for name, (_, leaf) in before.items()}))
+    expected = everything(beit_jax.pack(whole), pixels)
+    assert all(np.array_equal(*pair) for pair in zip(everything(found, pixels), expected, strict=True))
+
+
+def test_from_pretrained_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kinds(**options: Any) -> set[type]:
+        model, _ = beit_jax.from_pretrained(str(files("beit_jax") / "digits"), packed=True, **options)
+        return {type(leaf) for name, leaf in leaves(model).items() if "kernel" in name and "blocks" in name}
+
+    assert kinds() == {calls.Packed}
+    for options in ({"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}):
+        assert calls.Packed not in kinds(**options)
+    monkeypatch.setenv(library.SWITCH, "off")
+    assert calls.Packed not in kinds()
+
+
+def test_the_predictor_of_many_images(tmp_path: Path) -> None:
     """With stored programs and without them; a program for packed kernels is another than one for arrays."""
-    pixels = np.random.default_rng(0).standard_normal((2, *digits.config.image_size, 3)).astype(np.float32)
-    expected = np.asarray(predict.forward(predict.build(digits), pixels, "logits"))
+    pixels = np.random.default_rng(0).standard_normal((2, *digits().config.image_size, 3)).astype(np.float32)
+    expected = np.asarray(predict.forward(predict.build(digits()), pixels, "logits"))
     before = jax.config.values["jax_compilation_cache_dir"]
-    found = [program_cache.predictor(digits, many=True).compute(pixels, "logits")]
+    found = [program_cache.predictor(digits(), many=True).compute(pixels, "logits")]
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     try:
         for many in (False, True, True):
-            found.append(program_cache.predictor(digits, many=many).compute(pixels, "logits"))
+            found.append(program_cache.predictor(digits(), many=many).compute(pixels, "logits"))
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     assert len(list(tmp_path.glob("beit-jax/*.stablehlo"))) == 2

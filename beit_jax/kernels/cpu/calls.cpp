@@ -250,3 +250,22 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_adamw, adamw_of,
                                   .Attr<double>("decay"));
 
 extern "C" int beit_columns() { return COLUMNS; }
+
+// [layers, k, n] becomes [layers, panels, k, COLUMNS] where it lies; n is a multiple of COLUMNS. A thread copies a matrix at
+// a time.
+extern "C" void beit_pack_in_place(float* first, Index layers, Index k, Index n, Index threads) {
+  std::atomic<Index> next{0};
+  auto work = [&] {
+    std::vector<float> copy(k * n);
+    for (Index layer; (layer = next++) < layers;) {
+      float* place = first + layer * k * n;
+      std::memcpy(copy.data(), place, k * n * sizeof(float));
+      Packing packing(1, n, k, {copy.data(), n, 1}, place);
+      for (Index piece = 0; piece < packing.pieces; piece++) packing(piece);
+    }
+  };
+  std::vector<std::thread> others;
+  for (Index i = 1; i < std::min(threads, layers); i++) others.emplace_back(work);
+  work();
+  for (auto& thread : others) thread.join();
+}

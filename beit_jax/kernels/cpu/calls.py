@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -79,7 +80,7 @@ def offer(kernels: Offer) -> None:
     _OFFERED[:] = [kernels]
 
 
-def computes(*arrays: Array, widths: Sequence[Any] = ()) -> bool:
+def computes(*arrays: Array | np.ndarray, widths: Sequence[Any] = ()) -> bool:
     """Whether the kernels can compute these arrays: float32 of known shape, of products so wide."""
     sizes = [size for array in arrays for size in array.shape] + list(widths)
     if any(export.is_symbolic_dim(size) or size == 0 for size in sizes):

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 from beit_jax.errors import BeitJaxError, environment_choice, printable
 from beit_jax.kernels.cpu import calls
@@ -35,6 +37,8 @@ CALLS = (
 """The functions of the library, of calls.cpp."""
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-w")
 NEEDED = frozenset({"avx2", "fma"})
+ALIGNMENT = 64
+"""Bytes: the kernels write whole lines of the caches past them. XLA's arrays begin at multiples of it."""
 SECONDS = 300
 """How long a compiler may take."""
 
@@ -159,6 +163,18 @@ def target(name: str, digest: str | None = None) -> str:
 def columns() -> int:
     """How many columns a panel of a packed kernel has, which the width of registers decides."""
     return int(ctypes.CDLL(library().reason).beit_columns())
+
+
+def pack_in_place(kernels: Float[np.ndarray, "layers k n"]) -> Float[np.ndarray, "layers panels k columns"]:
+    """The panels of kernels, where the kernels were.
+
+    Args:
+        kernels: contiguous, aligned to `ALIGNMENT` bytes; n is a multiple of `columns`.
+    """
+    layers, k, n = kernels.shape
+    call, threads = ctypes.CDLL(library().reason).beit_pack_in_place, 2  # more would wait for memory
+    call(ctypes.c_void_p(kernels.ctypes.data), *map(ctypes.c_int64, (layers, k, n, threads)))
+    return kernels.reshape(layers, n // columns(), k, columns())
 
 
 def targets() -> list[str]:
