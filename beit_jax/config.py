@@ -163,8 +163,14 @@ class BeitConfig:
             _require(value >= 0.0, name, "a number >= 0", value)
         if self.hidden_size % self.num_attention_heads:
             raise BeitJaxError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
-        if any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
-            raise BeitJaxError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        sides = list(zip(self.image_size, self.patch_size, strict=True))
+        if any(size % patch for size, patch in sides):
+            below = tuple(max(size // patch, 1) * patch for size, patch in sides)
+            above = tuple(-(-size // patch) * patch for size, patch in sides)
+            raise BeitJaxError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
+                f"{below} and {above} are"
+            )
         if self.aggregation_layers or self.aggregate_from or self.own_aggregation_head:
             self._check_aggregation()
         if self.embedding_size:

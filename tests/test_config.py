@@ -130,7 +130,11 @@ BAD = [
     ({"hidden_size": 0}, "hidden_size: expected a positive integer, found 0"),
     ({"hidden_size": 100}, "hidden_size 100 is not a multiple of 12 heads"),
     ({"image_size": [224]}, "image_size: expected an integer or [height, width]"),
-    ({"image_size": 225}, "image_size (225, 225) is not a multiple of patch_size (16, 16)"),
+    (
+        {"image_size": 225},
+        "image_size (225, 225) is not a multiple of patch_size (16, 16); (224, 224) and (240, 240) are",
+    ),
+    ({"image_size": [9, 33]}, "image_size (9, 33) is not a multiple of patch_size (16, 16); (16, 32) and (16, 48) are"),
     ({"layer_norm_eps": "small"}, "layer_norm_eps: expected a number"),
     ({"drop_path_rate": 1.5}, "drop_path_rate: expected a rate in [0, 1), found 1.5"),
     ({"use_mean_pooling": 1}, "use_mean_pooling: expected true or false, found 1"),
