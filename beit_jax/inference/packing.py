@@ -35,7 +35,8 @@ def pack(model: "Model") -> "Model":
     Outputs agree with those of before up to rounding. The model is for forward passes on this machine from then on:
     it has gradients, but training it is slow. `save_pretrained` writes it as before. Nothing is changed where nothing
     would be faster: on GPUs, TPUs and several devices, of products in bfloat16, of small models, and where kernels
-    cannot be built (`beit_jax.kernels.cpu.library`).
+    cannot be built (`beit_jax.kernels.cpu.library`). ``from_pretrained(..., packed=True)`` does the same while it
+    reads, in less memory.
 
     Args:
         model: with parameters of float32.

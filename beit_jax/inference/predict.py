@@ -88,7 +88,12 @@ def build(
     param_dtype: DTypeLike = jnp.float32,
     packed: bool = False,
 ) -> Model:
-    """Builds the model of a loaded checkpoint; `packed` takes the parameters out of it, see `packing.packed`."""
+    """Builds the model of a loaded checkpoint.
+
+    Args:
+        packed: of a checkpoint that nobody else uses: parameters are taken out, and their arrays written over, where
+            kernels can be packed (`packing.packed`).
+    """
     fits = packed and {jnp.dtype(dtype), jnp.dtype(param_dtype)} == {jnp.dtype(jnp.float32)} and jax.device_count() == 1
     params = packing.packed(checkpoint.params) if fits else params_of(checkpoint, param_dtype)
     return build_model(checkpoint.config, unflatten(params), dtype=dtype)

@@ -323,6 +323,13 @@ def test_adamw_writes_where_it_read_what_is_given_away_and_nowhere_else(monkeypa
     assert sizes.alias_size_in_bytes == 3 * arguments[0].nbytes and sizes.temp_size_in_bytes < arguments[0].nbytes
 
 
+def test_constants_of_adamw_may_be_any_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "SMALLEST_STEP", 1)
+    arguments = step_of_adamw(3, 16, rows=False)
+    numbers = {"beta1": 0, "beta2": np.float32(0.5), "epsilon": 1, "decay": np.int64(0)}
+    agree(calls.adamw(*arguments, **numbers), in_double(partial(calls._plain_adamw, **numbers), *arguments), 1e-6)
+
+
 def test_adamw_where_no_kernel_computes_it() -> None:
     arguments = step_of_adamw(3, 5, rows=True)
     expected = in_double(partial(calls._plain_adamw, **ADAMW), *arguments)

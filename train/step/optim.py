@@ -5,6 +5,7 @@ is an entry of a vector along it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -44,19 +45,21 @@ BLOCK_TABLES = r"(beit/)?blocks/attention/bias_table"
 CLASS_TOKEN = r"(beit/)?embeddings/cls_token"
 
 
-class AdamW(optax.GradientTransformation):  # type: ignore[misc]  # optax is untyped here
-    """AdamW without its learning rate: subtract its updates times the rate of the step.
+@dataclass(frozen=True)
+class Updates:
+    """The updates of an `optax.GradientTransformation`, which one CPU need not compute.
 
     Attributes:
-        move: what one CPU computes instead, in one pass through memory: see `moved`, whose arguments it takes.
+        of: what computes them.
+        move: takes the arguments of `moved` but the first and gives its results, in one pass through memory.
     """
 
+    of: Callable[..., tuple[Nested, Any]]
     move: Callable[..., tuple[Nested, Any]]
 
-    def __new__(cls, transformation: optax.GradientTransformation, move: Callable[..., Any]) -> "AdamW":
-        made = super().__new__(cls, *transformation)
-        made.move = move
-        return made
+    def __call__(self, gradients: Nested, state: Any, params: Nested | None = None) -> tuple[Nested, Any]:
+        """As optax calls an update."""
+        return self.of(gradients, state, params)
 
 
 def moved(
@@ -68,8 +71,8 @@ def moved(
     finite: Bool[Array, ""],
 ) -> tuple[Nested, Any]:
     """Parameters and optimizer state after a step at this learning rate; the old ones, bit for bit, if not `finite`."""
-    if isinstance(tx, AdamW) and on_one_cpu():
-        return tx.move(gradients, state, params, rate, finite)
+    if isinstance(tx.update, Updates) and on_one_cpu():
+        return tx.update.move(gradients, state, params, rate, finite)
     updates, new_state = tx.update(gradients, state, params)
     new = jax.tree.map(lambda leaf, update: leaf - rate * update, params, updates)
     return chosen(finite, (new, new_state), (params, state))
@@ -80,8 +83,10 @@ def chosen(condition: Bool[Array, ""], new: N, old: N) -> N:
     return jax.tree.map(partial(jnp.where, condition), new, old)
 
 
-def optimizer(options: OptimOptions, config: BeitConfig, division: Division = EVERYTHING) -> AdamW:
-    """AdamW for this model.
+def optimizer(
+    options: OptimOptions, config: BeitConfig, division: Division = EVERYTHING
+) -> optax.GradientTransformation:
+    """AdamW without its learning rate: subtract its updates times the rate of the step, as `moved` does.
 
     Gradients are clipped by their global norm, then scaled by Adam; decay is added; both are multiplied by the layer's
     share of the learning rate. All as torch.optim.AdamW on the original's parameter groups.
@@ -108,7 +113,7 @@ def optimizer(options: OptimOptions, config: BeitConfig, division: Division = EV
     )
 
     def move(gradients: Nested, state: Any, params: Nested, rate: Float[Array, ""], finite: Bool[Array, ""]) -> Any:
-        clipping, moments, *others = state  # of the chain
+        clipping, moments, *others = state  # in the order of the chain
         share = jnp.ones(()) if options.clip is None else clipped_share(gradients, options.clip)
         count = optax.safe_increment(moments.count)
         first, second = corrections(options.beta1, options.beta2, count)
@@ -126,7 +131,7 @@ def optimizer(options: OptimOptions, config: BeitConfig, division: Division = EV
         count = jnp.where(finite, count, moments.count)
         return new, (clipping, optax.ScaleByAdamState(count, mean, square), *others)
 
-    return AdamW(chain, move)
+    return chain._replace(update=Updates(chain.update, move))
 
 
 def adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:

@@ -216,14 +216,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_stacked, stacked,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Array>());
 
 // Arrays are [rows, ...]; rates: [rows], or one for all. numbers: what gradients are multiplied by, the corrections of both
-// moments, that of the second one's root, and whether anything moves. Results lie where the arguments do.
+// moments, that of the second one's root, and whether anything moves. Results must lie where the arguments do.
 static ffi::Error adamw_of(ffi::ThreadPool pool, Array parameter, Array mean, Array square, Array gradient, Array rates,
                            Array numbers, Result to_parameter, Result to_mean, Result to_square, double beta1,
                            double beta2, double epsilon, double decay) {
   Moved<const float> from{parameter.typed_data(), mean.typed_data(), square.typed_data()};
   Moved<float> to{to_parameter->typed_data(), to_mean->typed_data(), to_square->typed_data()};
   if (from.parameter != to.parameter || from.mean != to.mean || from.square != to.square)
-    return ffi::Error::InvalidArgument("beit_jax: results of AdamW have places of their own");
+    return ffi::Error::InvalidArgument("beit_jax: results of AdamW that do not lie where the arguments do");
   const float* of_step = numbers.typed_data();
   if (of_step[3] == 0) return ffi::Error::Success();
   Index rows = rates.element_count();

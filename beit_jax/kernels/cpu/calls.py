@@ -671,9 +671,9 @@ def adamw(
     arrays = (parameter, mean, square, gradient, rates, numbers)
     if parameter.size < SMALLEST_STEP or not computes(*arrays):
         return _plain_adamw(*arrays, beta1, beta2, epsilon, decay)
-    found: list[Array] = _primitive("adamw", _plain_adamw, several=True, in_place=3).bind(
-        *arrays, beta1=beta1, beta2=beta2, epsilon=epsilon, decay=decay
-    )
+    constants = {"beta1": beta1, "beta2": beta2, "epsilon": epsilon, "decay": decay}
+    exact = {name: float(value) for name, value in constants.items()}  # the kernel takes no other numbers
+    found: list[Array] = _primitive("adamw", _plain_adamw, several=True, in_place=3).bind(*arrays, **exact)
     return found
 
 

@@ -172,7 +172,8 @@ def pack_in_place(kernels: Float[np.ndarray, "layers k n"]) -> Float[np.ndarray,
         kernels: contiguous, aligned to `ALIGNMENT` bytes; n is a multiple of `columns`.
     """
     layers, k, n = kernels.shape
-    call, threads = ctypes.CDLL(library().reason).beit_pack_in_place, 2  # more would wait for memory
+    call = ctypes.CDLL(library().reason).beit_pack_in_place
+    threads = 2  # more would wait for memory
     call(ctypes.c_void_p(kernels.ctypes.data), *map(ctypes.c_int64, (layers, k, n, threads)))
     return kernels.reshape(layers, n // columns(), k, columns())
 
