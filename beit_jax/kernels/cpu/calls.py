@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 if TYPE_CHECKING:
     from jax.extend.core import Primitive
@@ -514,7 +514,7 @@ def _plain_stacked(*rows: Array) -> Array:
     return jnp.stack(rows)
 
 
-def unstacked(stack: Array) -> Sequence[Array]:
+def unstacked(stack: Shaped[Array, "rows *dims"]) -> Sequence[Shaped[Array, "*dims"]]:
     """The rows along the first axis. The kernel stacks their gradients by all threads, XLA by one."""
     if not computes(stack):
         return _plain_unstacked(stack)
