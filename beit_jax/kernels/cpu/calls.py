@@ -665,7 +665,7 @@ def adamw(
     Args:
         rates: learning rates: one, or of every row along the first axis, broadcastable to the parameter.
         numbers: what the gradient is multiplied by; the correction of the mean, and the root of that of the squares;
-            and 0 for a step that changes nothing, not by a bit.
+            and 1, or 0 for a step that changes nothing, not by a bit.
         decay: what the parameter is multiplied by and loses at its rate.
     """
     arrays = (parameter, mean, square, gradient, rates, numbers)
