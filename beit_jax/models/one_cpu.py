@@ -222,9 +222,9 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 def unrolls(x: Float[Array, "b n d"], remat: str, *, scores: bool) -> bool:
     """Whether a loop over blocks is best written out, block by block: in a step of training on one CPU.
 
-    A loop fills arrays of all blocks with zeros, and copies what the way back reads to them, and back. Without it the
-    compiler takes twice as long, and what is computed twice it computes once, and keeps. So "block" stays a loop, and
-    "dots" too where scores of attention would be kept, which are quadratic in the tokens: kernels have none.
+    A loop fills arrays of all blocks with zeros, and copies what the way back reads to them, and back. Without it, what
+    is computed twice the compiler computes once, and keeps. So "block" stays a loop, and "dots" too where scores of
+    attention would be kept, which are quadratic in the tokens: kernels have none.
 
     Args:
         x: what the first block reads.

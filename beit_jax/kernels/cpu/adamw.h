@@ -15,15 +15,14 @@ struct AdamW {
 };
 
 // Parameters and both moments.
-template <typename Number>
 struct Moved {
-  Number *parameter, *mean, *square;
+  float *parameter, *mean, *square;
 };
 
-// Arrays are [rows][width]; row i moves at the rate rates[i]. Results may lie where the arguments do.
+// Arrays are [rows][width]; row i moves at the rate rates[i], where it lies.
 template <typename Pool>
 void adamw(Pool& pool, const AdamW& how, Index rows, Index width, const float* rates, const float* gradient,
-           const Moved<const float>& from, const Moved<float>& to) {
+           const Moved& moved) {
   constexpr Index PIECE = 1 << 14, AHEAD = 1 << 10;  // numbers of a piece of work, and from what is read to what is asked for
   const float old1 = how.beta1, new1 = 1 - how.beta1, old2 = how.beta2, new2 = 1 - how.beta2;
   Index parts = (width + PIECE - 1) / PIECE;
@@ -33,14 +32,15 @@ void adamw(Pool& pool, const AdamW& how, Index rows, Index width, const float* r
     float rate = rates[row];
     for (Index i = start; i < end; i += WIDTH) {
       Index count = end - i;
-      for (const float* one : {gradient, from.parameter, from.mean, from.square}) __builtin_prefetch(one + i + AHEAD);
-      Vector change = load(gradient + i, count) * how.share, parameter = load(from.parameter + i, count);
-      Vector mean = load(from.mean + i, count) * old1 + change * new1;
-      Vector square = load(from.square + i, count) * old2 + change * change * new2;
+      __builtin_prefetch(gradient + i + AHEAD);
+      for (float* one : {moved.parameter, moved.mean, moved.square}) __builtin_prefetch(one + i + AHEAD);
+      Vector change = load(gradient + i, count) * how.share, parameter = load(moved.parameter + i, count);
+      Vector mean = load(moved.mean + i, count) * old1 + change * new1;
+      Vector square = load(moved.square + i, count) * old2 + change * change * new2;
       Vector update = mean * how.first / (root(square) * how.second + how.epsilon) + how.decay * parameter;
-      store(to.parameter + i, parameter - rate * update, count);
-      store(to.mean + i, mean, count);
-      store(to.square + i, square, count);
+      store(moved.parameter + i, parameter - rate * update, count);
+      store(moved.mean + i, mean, count);
+      store(moved.square + i, square, count);
     }
   });
 }

@@ -220,15 +220,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(beit_stacked, stacked,
 static ffi::Error adamw_of(ffi::ThreadPool pool, Array parameter, Array mean, Array square, Array gradient, Array rates,
                            Array numbers, Result to_parameter, Result to_mean, Result to_square, double beta1,
                            double beta2, double epsilon, double decay) {
-  Moved<const float> from{parameter.typed_data(), mean.typed_data(), square.typed_data()};
-  Moved<float> to{to_parameter->typed_data(), to_mean->typed_data(), to_square->typed_data()};
-  if (from.parameter != to.parameter || from.mean != to.mean || from.square != to.square)
+  Moved moved{to_parameter->typed_data(), to_mean->typed_data(), to_square->typed_data()};
+  if (parameter.typed_data() != moved.parameter || mean.typed_data() != moved.mean || square.typed_data() != moved.square)
     return ffi::Error::InvalidArgument("beit_jax: results of AdamW that do not lie where the arguments do");
   const float* of_step = numbers.typed_data();
   if (of_step[3] == 0) return ffi::Error::Success();
   Index rows = rates.element_count();
   adamw(pool, {beta1, beta2, static_cast<float>(epsilon), static_cast<float>(decay), of_step[0], 1 / of_step[1], 1 / of_step[2]},
-        rows, parameter.element_count() / rows, rates.typed_data(), gradient.typed_data(), from, to);
+        rows, parameter.element_count() / rows, rates.typed_data(), gradient.typed_data(), moved);
   return ffi::Error::Success();
 }
 

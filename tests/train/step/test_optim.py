@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from bits import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -181,11 +181,6 @@ def test_one_cpu_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch, clip: flo
     for one, other in zip(*(jax.tree.leaves(way) for way in ways.values()), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-6, atol=2e-7)
     assert jax.tree.structure(ways["cpu"]) == jax.tree.structure(ways["other"])
-
-
-def same_bits(one: Any, other: Any) -> bool:
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.98, 0.999, 0.9999, 0.999999])

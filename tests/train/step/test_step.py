@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from bits import same_bits
 from flax import nnx
 
 from beit_jax.config import BeitConfig
@@ -119,12 +120,6 @@ def test_on_one_cpu_a_step_of_a_small_model_has_kernels_and_a_forward_pass_none(
             "beit_affine" in str(jax.make_jaxpr(what)(state, batch())) for what in (compiled(config=config), logits)
         ]
     assert found == [True, False]
-
-
-def same_bits(one: Any, other: Any) -> bool:
-    leaves = [jax.tree.leaves(tree) for tree in (one, other)]
-    assert jax.tree.structure(one) == jax.tree.structure(other) and leaves[0]
-    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(*leaves, strict=True))
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
