@@ -2,10 +2,10 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
-from typing import ClassVar
+from typing import Any, ClassVar
 
 _UNSAFE = re.compile(r"[^ -~]")
 
@@ -54,6 +54,17 @@ def environment_choice(variable: str, *words: str) -> str:
         expected = ", ".join(words[:-1]) + f" or {words[-1]}"
         raise BeitJaxError(f"{variable}: expected {expected}, found {printable(said)}")
     return said
+
+
+def size_near(sides: Sequence[Any], steps: Sequence[int]) -> tuple[Any, ...]:
+    """The image size nearest to these sides that is made of multiples of the steps, for a message.
+
+    A side that is symbolic (`jax.export`) becomes the step times itself.
+    """
+    return tuple(
+        max(1, round(side / step)) * step if isinstance(side, int) else step * side
+        for side, step in zip(sides, steps, strict=True)
+    )
 
 
 def printable(name: object, limit: int | None = None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from beit_jax.config import BeitConfig
-from beit_jax.errors import BeitJaxError
+from beit_jax.errors import BeitJaxError, size_near
 from beit_jax.hub import PROCESSOR, Source
 from beit_jax.images.processor import ImageProcessor, preset
 
@@ -136,8 +136,8 @@ def _check(processor: ImageProcessor, config: BeitConfig, file: str) -> None:
     size, patch = _size(processor), config.patch_size
     if size is not None and any(side % step for side, step in zip(size, patch, strict=True)):
         raise BeitJaxError(
-            f"{file}: images of {size[0]}x{size[1]} are not multiples of the model's patch {patch[0]}x{patch[1]}; "
-            "correct the file"
+            f"{file}: images of {size[0]}x{size[1]} are not multiples of the model's patch {patch[0]}x{patch[1]}, as "
+            f"{'x'.join(map(str, size_near(size, patch)))} would be; correct the file"
         )
     if processor.num_channels != config.num_channels:
         raise BeitJaxError(

@@ -13,7 +13,7 @@ import numpy as np
 
 from beit_jax.atomic import check_destination, new_directory
 from beit_jax.config import BeitConfig
-from beit_jax.errors import BeitJaxError, printable
+from beit_jax.errors import BeitJaxError, printable, size_near
 from beit_jax.hub import WEIGHTS, Source, as_source, resolve
 from beit_jax.images.processor import ImageProcessor
 from beit_jax.models.adapt import Adaptation, adaptations
@@ -260,10 +260,9 @@ def _target(config: BeitConfig, options: Options) -> BeitConfig:
         )
     sides, patch = changes.get("image_size", config.image_size), changes.get("patch_size", config.patch_size)
     if any(side % step for side, step in zip(sides, patch, strict=True)):
-        near = (max(1, round(side / step)) * step for side, step in zip(sides, patch, strict=True))
         raise BeitJaxError(
             f"--image-size {sides[0]} {sides[1]}: expected multiples of the patch {patch[0]}x{patch[1]}, such as "
-            f"{' '.join(map(str, near))}"
+            f"{' '.join(map(str, size_near(sides, patch)))}"
         )
     return replace(config, **changes)
 

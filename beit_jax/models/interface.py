@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import export
 from jaxtyping import Array, Float, Int
 
 from beit_jax.config import BeitConfig, Task
-from beit_jax.errors import BeitJaxError
+from beit_jax.errors import BeitJaxError, size_near
 from beit_jax.kernels.cpu import calls
 from beit_jax.kernels.mesh import AVERAGES, KEPT
 from beit_jax.models.one_cpu import scan_blocks, unrolls
@@ -123,10 +122,9 @@ def patch_grid(config: BeitConfig, pixel_shape: tuple[int, ...]) -> Grid:
         )
     sides = pixel_shape[1:3]
     if any(side % patch or not side for side, patch in zip(sides, config.patch_size, strict=True)):
-        symbolic = any(export.is_symbolic_dim(side) for side in sides)
         raise BeitJaxError(
-            f"pixel_values: height and width {sides} are not multiples of the patch {config.patch_size}"
-            + (f"; write a symbolic side as one, {config.patch_size[0]}*h" if symbolic else "")
+            f"pixel_values: height and width {sides} are not multiples of the patch {config.patch_size}, "
+            f"as {size_near(sides, config.patch_size)} would be"
         )
     return sides[0] // config.patch_size[0], sides[1] // config.patch_size[1]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from beit_jax.config import BeitConfig
-from beit_jax.errors import BeitJaxError, printable
+from beit_jax.errors import BeitJaxError, printable, size_near
 from beit_jax.hub import CONFIG
 from beit_jax.json_file import read_json
 
@@ -38,7 +38,10 @@ class DvaeEncoderConfig:
     def __post_init__(self) -> None:
         _check(self)
         if any(side % self.stride for side in self.image_size):
-            raise BeitJaxError(f"image_size: expected multiples of {self.stride}, found {list(self.image_size)}")
+            near = list(size_near(self.image_size, (self.stride, self.stride)))
+            raise BeitJaxError(
+                f"image_size: expected multiples of {self.stride}, such as {near}, found {list(self.image_size)}"
+            )
 
     @property
     def stride(self) -> int:

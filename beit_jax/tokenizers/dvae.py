@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from beit_jax.errors import BeitJaxError
+from beit_jax.errors import BeitJaxError, size_near
 from beit_jax.tokenizers.configs import DvaeDecoderConfig, DvaeEncoderConfig
 
 ArrayLike = Array | np.ndarray
@@ -161,7 +161,10 @@ class DvaeEncoder(nnx.Module):
         if len(shape) != 4 or shape[-1] != channels:
             raise BeitJaxError(f"pixel_values: expected [batch, height, width, {channels}], found {list(shape)}")
         if any(side % stride or not side for side in shape[1:3]):
-            raise BeitJaxError(f"pixel_values: height and width {shape[1:3]} are not multiples of the stride {stride}")
+            raise BeitJaxError(
+                f"pixel_values: height and width {shape[1:3]} are not multiples of the stride {stride}, "
+                f"as {size_near(shape[1:3], (stride, stride))} would be"
+            )
 
 
 class DvaeDecoder(nnx.Module):

@@ -428,7 +428,7 @@ def test_other_models_are_stored_alike(tmp_path: Path, config: TokenizerConfig) 
         ({"n_hid": 16}, "expected shape"),
         ({"n_blk_per_group": 10**9}, "n_blk_per_group: expected at most 64"),
         ({"group_count": 10**9}, "group_count: expected at most 8"),
-        ({"image_size": [112, 110]}, "image_size: expected multiples of 8"),
+        ({"image_size": [112, 110]}, r"image_size: expected multiples of 8, such as \[112, 112\]"),
         ({"width": 3}, "unknown key width"),
     ],
 )

@@ -310,7 +310,7 @@ UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"image_mean": [0.5] * 4, "image_std": [0.5] * 4}, "4 channels, the model takes 3"),
     ({"image_mean": [0.5], "image_std": [0.5]}, "1 channels, the model takes 3"),
     ({"image_mean": [0.5, 0.5]}, "std is (0.5, 0.5, 0.5), expected 2 positives"),
-    ({"size": {"height": 30, "width": 30}}, "30x30 are not multiples of the model's patch 4x4"),
+    ({"size": {"height": 30, "width": 30}}, "30x30 are not multiples of the model's patch 4x4, as 32x32 would be"),
     ({"size": {"height": 10**18, "width": 32}}, "at most"),
     ({"size": "large"}, "size"),
     ({"image_processor_type": "ViTImageProcessor"}, "image_processor_type"),

@@ -168,7 +168,7 @@ def test_dropout_keeps_the_mean_and_drops_per_sample() -> None:
     [
         ((1, 3, 32, 32), None, r"pixel_values: expected \[batch, height, width, 3\], found \[1, 3, 32, 32\]"),
         ((32, 32, 3), None, "pixel_values: expected"),
-        ((1, 30, 32, 3), None, r"\(30, 32\) are not multiples of the patch \(8, 8\)"),
+        ((1, 30, 32, 3), None, r"\(30, 32\) are not multiples of the patch \(8, 8\), as \(32, 32\) would be"),
         ((1, 0, 32, 3), None, "are not multiples"),
         ((1, 32, 32, 3), (1, 17), r"bool_masked_pos: expected shape \(1, 16\) \(batch, patches\), found \(1, 17\)"),
     ],

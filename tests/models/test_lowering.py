@@ -197,7 +197,7 @@ FREE_SIDES = {
         "absolute position embeddings .* h x 2",
     ),
     "segmentation": (replace(EVERY["segmentation"], position_bias="none"), "b, 8*h, 8*w, 3", "feature pyramid"),
-    "no multiple": (TINY, "b, h, w, 3", r"\(h, w\) are not multiples of the patch .* 8\*h"),
+    "no multiple": (TINY, "b, h, w, 3", r"\(h, w\) are not multiples of the patch .*, as \(8\*h, 8\*w\) would be"),
 }
 
 

@@ -239,7 +239,7 @@ def test_a_run_leaves_a_tokenizer_and_a_decoder(params: Nested, tmp_path: Path) 
 
 
 def test_an_image_size_that_tokens_do_not_fill() -> None:
-    with pytest.raises(BeitJaxError, match=r"image_size: expected multiples of 2, found \[8, 9\]"):
+    with pytest.raises(BeitJaxError, match=r"image_size: expected multiples of 2, such as \[8, 8\], found \[8, 9\]"):
         configs(TINY, (8, 9))
 
 
