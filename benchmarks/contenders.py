@@ -58,6 +58,7 @@ def _our_step(job: Job) -> Call:
 
     from beit_jax.train.data.stored_tokens import StoredTokens
     from beit_jax.train.forecast.aot import abstract_program
+    from beit_jax.train.loop.dispatch import Dispatch
     from beit_jax.train.objectives.classification import ClassificationRecipe
     from beit_jax.train.objectives.masked_tokens import MaskedTokensRecipe
     from beit_jax.train.recipe import AugmentOptions, DataOptions, OptimOptions
@@ -81,11 +82,12 @@ def _our_step(job: Job) -> Call:
         program = replace(program, objective=program.objective.replaced(sources=sources))
     names = program.objective.batch(1)
     state, batch = program.first_state(), {name: jax.device_put(inputs[name]) for name in names}
+    dispatch = Dispatch(program)
 
     def call() -> Any:
         nonlocal state
         with jax.set_mesh(program.mesh):
-            state, metrics = program.step(state, batch)
+            state, metrics = dispatch(state, batch)
         return jax.block_until_ready(metrics["loss"])
 
     return call

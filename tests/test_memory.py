@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from beit_jax import keep_freed_memory
+from beit_jax import keep_freed_memory, memory
 from beit_jax.cli import main as __main__
 from beit_jax.memory import imports, leave_objects
 
@@ -41,6 +41,34 @@ x = jnp.arange(1024, dtype=jnp.float32)
 print(statistics.median_low([call() for _ in range(60)]))
 """
 
+# A block of 128 MiB comes and goes. While it is there, small ones are allocated that stay. Prints the peak in blocks.
+BLOCKS = """
+import ctypes
+import sys
+
+from beit_jax import keep_freed_memory
+from beit_jax.memory import Heap
+
+assert keep_freed_memory({})
+libc, size, heap = ctypes.CDLL(None), 2**27, Heap()
+libc.aligned_alloc.restype = libc.malloc.restype = ctypes.c_void_p
+for i in range(12):
+    block = libc.aligned_alloc(ctypes.c_size_t(64), ctypes.c_size_t(size))
+    ctypes.memset(block, 1, size)
+    for small in (40, 100, 1000, 100_000):
+        libc.malloc(ctypes.c_size_t(small + 16 * i))
+    libc.free(ctypes.c_void_p(block))
+    if sys.argv[1:] == ["settled"]:
+        heap.settle()
+print(int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024 / size)
+"""
+has_glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_kept", False)
+
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
@@ -65,6 +93,21 @@ def page_faults(*arguments: str) -> int:
 def test_a_call_finds_the_memory_of_the_last_one() -> None:
     assert page_faults() > 16_000
     assert page_faults("kept") < 16
+
+
+@has_glibc
+def test_a_block_finds_its_place_in_a_settled_heap() -> None:
+    def peak(*arguments: str) -> float:
+        return float(subprocess.check_output([sys.executable, "-c", BLOCKS, *arguments], text=True))
+
+    assert peak("settled") < 2 < 3 < peak()
+
+
+def test_another_heap_is_not_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())  # without a function to call
+    memory.Heap().settle()
+    monkeypatch.setattr(memory, "_kept", True)
+    memory.Heap().settle()
 
 
 @pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])

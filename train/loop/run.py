@@ -29,6 +29,7 @@ from ..recipe import Resume
 from ..step.state import State, from_saved, to_saved
 from .best import Best
 from .contract import begin
+from .dispatch import Dispatch
 from .kernel_check import check_kernels
 from .log import Log
 from .plan import Plan
@@ -146,6 +147,7 @@ class _Run:
                 plan.first_state() if restored is None else from_saved(restored.state, plan.abstract_state)
             )
         self.first = self.step = self.saved = int(self.state.step)
+        self.dispatch = Dispatch(plan)
         peers.begin(self.step)
         self.bad = int(self.state.bad)
         self.last: Mapping[str, jax.Array] | None = None
@@ -194,7 +196,7 @@ class _Run:
             self.log.compiling(self.step + 1)
         phase: Phase = "compile" if compiling else "step"
         with self.watchdog.phase(phase), self.clock.measure(phase, images=plan.recipe.data.batch_size):
-            self.state, metrics = plan.step(self.state, batch)
+            self.state, metrics = self.dispatch(self.state, batch)
             if compiling:
                 jax.block_until_ready(metrics)
             self._watch_finite()  # of the step before: this one is on its way
