@@ -154,7 +154,7 @@ def test_packed_kernels_where_no_product_reads_them(monkeypatch: pytest.MonkeyPa
 
 
 def test_panels_of_another_processor_are_refused() -> None:
-    x, several, bias = draw((7, 20), (2, 20, 30), (30,))
+    x, several, bias = draw((7, 20), (2, 20, 25), (25,))
     panels = calls.Packed.of(several, inputs=1).panels
     for wrong in (panels[:, :, :, :-1], jnp.pad(panels, [(0, 0), (0, 1), (0, 0), (0, 0)])):
         with pytest.raises(jax.errors.JaxRuntimeError, match="packed for another processor"):
