@@ -80,8 +80,13 @@ class Heap:
         self._largest = libc.mallinfo2().arena
         libc.free(ctypes.c_void_p(self._spacer))
         libc.malloc_trim(ctypes.c_size_t(0))
-        # Half of the largest place is taken, so that the block does not fit there now and then. None of it is touched.
+        # If one place has most of what is free, half of that is taken: the block might fit there now and then. None of
+        # it is touched.
+        arena = libc.mallinfo2().arena
         self._spacer = libc.malloc(ctypes.c_size_t(_free_elsewhere(libc) // 2))
+        if libc.mallinfo2().arena > arena:  # there is none: it lies at the end
+            libc.free(ctypes.c_void_p(self._spacer))
+            self._spacer = None
         end = libc.malloc(ctypes.c_size_t(_free_elsewhere(libc) + 2**20))  # no other place is so large
         if end is None:
             return

@@ -82,11 +82,11 @@ def _our_step(job: Job) -> Call:
         program = replace(program, objective=program.objective.replaced(sources=sources))
     names = program.objective.batch(1)
     state, batch = program.first_state(), {name: jax.device_put(inputs[name]) for name in names}
-    dispatch = Dispatch(program)
+    dispatch, mesh = Dispatch(program.step, program.mesh), program.mesh
 
     def call() -> Any:
         nonlocal state
-        with jax.set_mesh(program.mesh):
+        with jax.set_mesh(mesh):
             state, metrics = dispatch(state, batch)
         return jax.block_until_ready(metrics["loss"])
 

@@ -197,11 +197,12 @@ def _train(
     with cluster.joined(hosts) as peers:
         if not dry_run:
             contract.check_out(out)  # before data and models are read
-        plan = make_plan(recipe, data, **reads.loaded(recipe))
+        planned = partial(make_plan, recipe, data)
         if dry_run:
-            _print_once(preview(plan), peers, json=json)
+            _print_once(preview(planned(**reads.loaded(recipe))), peers, json=json)
             return 0
-        outcome = loop.train(plan, out, resume=resume, peers=peers)
+        # Nothing else keeps the plan, see `Program.begun`.
+        outcome = loop.train(planned(**reads.loaded(recipe)), out, resume=resume, peers=peers)
         if peers.index == 0:
             adapters = save_adapters(outcome.models, lambda line: print(line, file=sys.stderr))
             outcome = replace(outcome, models=(*outcome.models, *adapters))

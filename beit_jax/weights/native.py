@@ -5,9 +5,9 @@ tensor, which is checked at every load.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -39,6 +39,11 @@ class NativeCheckpoint:
     processor: ImageProcessor
     params: dict[str, np.ndarray]
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def without_values(self) -> Self:
+        """The same with parameters of these shapes and dtypes that take no memory: zeros."""
+        zeros = {name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in self.params.items()}
+        return replace(self, params=zeros)
 
 
 def is_native(path: str | Path) -> bool:

@@ -4,27 +4,27 @@ import time
 from collections.abc import Mapping
 
 import jax
+from jax.sharding import Mesh
 
 from beit_jax.memory import Heap
 
 from ..step.state import State
-from .program import Program
 
 SHORT = 0.2
 """Seconds. The temporaries of steps that take less are small, and waiting between such steps costs a hundredth."""
 
 
 class Dispatch:
-    """Calls a program's step.
+    """Calls a program's compiled step.
 
     A step on a GPU or TPU is called while the one before is computed, and waits for it there. On a CPU it is called
     when the one before has ended and freed its temporaries: XLA would allocate those of a waiting step at once. BEiT-B
     and eight images take 3 GB so, and took 5 to 9.
     """
 
-    def __init__(self, program: Program) -> None:
-        self._program = program
-        self._waits = program.mesh.devices.flat[0].platform == "cpu"
+    def __init__(self, step: jax.stages.Wrapped, mesh: Mesh) -> None:
+        self._step = step
+        self._waits = mesh.devices.flat[0].platform == "cpu"
         self._before: Mapping[str, jax.Array] | None = None
         self._began = 0.0
         self._heap = Heap()
@@ -34,7 +34,7 @@ class Dispatch:
         if self._waits and self._before is not None:
             self._await_memory(self._before)
         self._began = time.perf_counter()
-        state, self._before = self._program.step(state, batch)
+        state, self._before = self._step(state, batch)
         return state, self._before
 
     def _await_memory(self, before: Mapping[str, jax.Array]) -> None:

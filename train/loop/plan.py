@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from jax.sharding import Mesh
 
@@ -39,6 +39,9 @@ class Plan(Program):
     sources: Sources
     training: "Images"
     validation: "Images | None"
+
+    def begun(self) -> Self:
+        return replace(super().begun(), sources=self.sources.begun())
 
     @cached_property
     def watched(self) -> Best | None:

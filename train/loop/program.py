@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import jax
 import numpy as np
@@ -109,6 +109,10 @@ class Program:
         first = self.objective.initial(self._key(START))
         placed = Parts(*(self._placed(part) for part in (first.params, first.stats, first.frozen)))
         return init_sharded(self._state, self.mesh, placed)
+
+    def begun(self) -> Self:
+        """The same program for the time after its first state: without the values that only that is made of."""
+        return replace(self, objective=self.objective.replaced(sources=self.objective.sources.begun()))
 
     def whole(self, state: State) -> State:
         """The state with all parameters of the model, as evaluation and results read it: `step.state.whole`."""

@@ -112,6 +112,7 @@ def train(
         check_kernels(plan)
         notes = begin(plan, out, resume, peers)
         run = _Run(plan, out, stack, quiet, peers)
+        plan = run.plan  # frees what the first state was made of, unless the caller keeps it
         for note in (*notes, *plan.objective.notes):
             run.log.note(note)
         run.catch_up()
@@ -134,6 +135,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         plan, enter, run, peers = self.plan, self.stack.enter_context, self.plan.recipe.run, self.peers
+        self.dispatch = Dispatch(plan.step, plan.mesh)
         self.clock = Clock()
         self.step = 0  # until it is known: others ask where this process is while it restores
         enter(Interruption(peers.request, lambda name: peers.fail(f"stopped by a second {name}", stay=False)))
@@ -146,8 +148,8 @@ class _Run:
             self.state: State = (
                 plan.first_state() if restored is None else from_saved(restored.state, plan.abstract_state)
             )
+        plan = self.plan = plan.begun()
         self.first = self.step = self.saved = int(self.state.step)
-        self.dispatch = Dispatch(plan)
         peers.begin(self.step)
         self.bad = int(self.state.bad)
         self.last: Mapping[str, jax.Array] | None = None

@@ -62,16 +62,20 @@ def run(
         BeitJaxError: as `make_plan` and `loop.train`.
     """
     changed = recipe_with(recipe, options or {})
-    plan = make_plan(
-        changed,
-        Path(data),
-        init=_model(init),
-        tokenizer=_path(tokenizer),
-        decoder=_path(decoder),
-        stored_tokens=None if stored_tokens is None else Path(stored_tokens),
-        teacher=_model(teacher),
+    outcome = loop.train(
+        make_plan(  # which nothing else keeps, see `Program.begun`
+            changed,
+            Path(data),
+            init=_model(init),
+            tokenizer=_path(tokenizer),
+            decoder=_path(decoder),
+            stored_tokens=None if stored_tokens is None else Path(stored_tokens),
+            teacher=_model(teacher),
+        ),
+        Path(out),
+        resume=resume,
+        quiet=quiet,
     )
-    outcome = loop.train(plan, Path(out), resume=resume, quiet=quiet)
     if jax.process_index() > 0:
         return outcome
     adapters = save_adapters(outcome.models, lambda line: None if quiet else print(line, file=sys.stderr))

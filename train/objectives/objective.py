@@ -71,6 +71,10 @@ class Sources:
     teacher: NativeCheckpoint | None = None
     tokens: "StoredTokens | None" = None
 
+    def begun(self) -> Self:
+        """The same without the values of `start`, of which a run has made its first state."""
+        return replace(self, start=None if self.start is None else self.start.without_values())
+
 
 @dataclass(frozen=True)
 class Result:

@@ -57,7 +57,7 @@ def test_steps_wait_on_a_cpu_if_they_are_long(
     monkeypatch.setattr(of, "SHORT", 0.1)
     monkeypatch.setattr(of.Heap, "settle", lambda heap: settled.append(True))
     program: Any = Program(platform, seconds)
-    dispatch, state = Dispatch(program), 0
+    dispatch, state = Dispatch(program.step, program.mesh), 0
     for _ in range(5):
         state, _ = dispatch(state, {})  # type: ignore[assignment,arg-type]
     assert state == 5
