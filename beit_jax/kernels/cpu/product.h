@@ -58,6 +58,12 @@ inline Index resident_rows() {
   return rows;
 }
 
+// About so many rows of A in each: of 197 with room for 98, two, as a third would have all of B read once more.
+inline Division blocks_of(Index m) {
+  Index blocks = std::max<Index>((m + resident_rows() / 2) / resident_rows(), 1);
+  return Division(m, std::max<Index>((m + blocks - 1) / blocks, 1));
+}
+
 // The right factor of a product: panels [panels][k][COLUMNS] or, where there are none, the matrix, of which a piece of
 // work copies some panels at a time.
 struct Right {
@@ -129,9 +135,10 @@ void multiply(const Pieces& pieces, Index piece, Index n, Index k, Matrix a, Rig
 // C = finish(A B). A matrix whose panels more than one block of rows reads is laid out first, once for all of them.
 template <typename Pool, typename Finish>
 void product(Pool& pool, Index m, Index n, Index k, Matrix a, Right b, float* c, const Finish& finish) {
-  bool one_block = !b.panels && m <= resident_rows() * 5 / 4, packs = !b.panels && !one_block;
+  Division down = blocks_of(m);
+  bool one_block = !b.panels && down.pieces <= 1, packs = !b.panels && !one_block;
   Index threads = std::max<Index>(1, pool.num_threads());
-  Pieces pieces{Division(m, one_block ? m : resident_rows()), panels_of(n), threads * (one_block || threads == 1 ? 1 : 2)};
+  Pieces pieces{down, panels_of(n), threads * (one_block || threads == 1 ? 1 : 2)};
   Borrowed memory;
   float* panels = packs ? memory.of(panels_of(n) * COLUMNS * k) : nullptr;
   Packing packing(packs, n, k, b.matrix, panels);
