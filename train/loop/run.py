@@ -207,6 +207,8 @@ class _Run:
         self.step += 1
         self.log.advance(self.step)
         last = self.step == plan.steps
+        if last:
+            self._watch_finite()  # no other step does
         if last or self.step % run.log_every == 0:
             self._record()
         if last or self.step % run.save_every == 0:
@@ -230,6 +232,7 @@ class _Run:
 
     def results(self) -> tuple[Path, ...]:
         """Writes the models of a run that came to its end."""
+        self._watch_finite()  # early stopping may end it after any step
         self._wait_until_saved()
         if not self.scores.last:  # nothing to evaluate, or the run had come to its end before
             self._evaluate()
@@ -270,10 +273,11 @@ class _Run:
             self.named += 1
 
     def _watch_finite(self) -> None:
-        """Counts the last step whose result is known, and gives up after too many bad ones in a row."""
+        """Counts the last step, once, when its result is known, and gives up after too many bad ones in a row."""
         if self.last is None:
             return
         self.bad = 0 if bool(self.last["finite"]) else self.bad + 1
+        self.last = None
         if self.bad >= self.plan.recipe.optim.max_bad_steps:
             self.checkpoints.wait()
             raise NotFinite(

@@ -180,6 +180,23 @@ def test_a_diverging_run_stops_and_says_so(recipe: Recipe, digits: Path, tmp_pat
     assert NotFinite.exit_code == 8
 
 
+@pytest.mark.parametrize(("steps", "stops_early"), [(2, False), (3, False), (2, True)])
+def test_the_last_steps_may_be_the_bad_ones(
+    recipe: Recipe, digits: Path, tmp_path: Path, steps: int, stops_early: bool
+) -> None:
+    """The first one is finite, and moves parameters too far. No model is written, and no state after the bad ones."""
+    epochs = steps / make_plan(recipe, digits, None).steps_per_epoch
+    optim = replace(recipe.optim, lr=1e30, min_lr=1e30, warmup_epochs=0, epochs=epochs, max_bad_steps=steps - 1)
+    hopeless = replace(recipe, optim=optim)
+    if stops_early:
+        run = replace(recipe.run, best="loss", patience=1, eval_every_epochs=epochs)
+        hopeless = replace(hopeless, optim=replace(optim, epochs=2 * epochs), run=run)
+    with pytest.raises(NotFinite, match=f"were not finite in steps 2 to {steps}, all of them skipped"):
+        train(make_plan(hopeless, digits, None), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "model").exists()
+    assert newest(tmp_path / "run") < steps
+
+
 def test_the_model_classifies_as_the_run_says(uninterrupted: Path, digits: Path) -> None:
     """Both models, through the public functions; the run's own evaluation counted the first."""
     last = [entry for entry in records(uninterrupted) if "accuracy_top5" in entry][-1]
