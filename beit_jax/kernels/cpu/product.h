@@ -90,6 +90,7 @@ struct Pieces {
 };
 
 // finish(column, value, count): what is stored of `count` neighbours in a row of the product, which has n numbers.
+// The last sums of a tile stay in the first cache until then: rows of C often share their places there, and get lost.
 template <typename Finish>
 void multiply(const Pieces& pieces, Index piece, Index n, Index k, Matrix a, Right b, float* c, const Finish& finish) {
   constexpr Index SIDE = 128 / COLUMNS;  // panels that are copied at a time
@@ -124,9 +125,16 @@ void multiply(const Pieces& pieces, Index piece, Index n, Index k, Matrix a, Rig
         int count = static_cast<int>(top + rows.start(t + 1) - start);
         Ahead ahead;
         if (t < shares.pieces) ahead = {next + shares.start(t) * LINE, shares.start(t + 1) - shares.start(t)};
-        tile_of(table[count], depth, left + t * ROWS * STRIDE, panel, c + start * n + p * COLUMNS, n, count, there,
-                at > 0, ahead);
-        if (ends) finish_tile(c + start * n + p * COLUMNS, n, count, p * COLUMNS, there, finish);
+        const float* tile = left + t * ROWS * STRIDE;
+        float* place = c + start * n + p * COLUMNS;
+        if (!ends) {
+          tile_of(table[count], depth, tile, panel, place, n, count, there, at > 0, ahead);
+          continue;
+        }
+        alignas(64) float sums[ROWS * COLUMNS];
+        ask_for_rows(place, n, count);
+        table[count](depth, tile, panel, sums, COLUMNS, false, ahead);
+        finish_tile(sums, place, n, count, p * COLUMNS, there, at > 0, finish);
       }
     }
   }

@@ -114,13 +114,17 @@ struct Ahead {
 };
 constexpr Index SLOT = 8, FEW = 128;  // steps; after few of them what was asked for is not there yet
 
+// Rows of C, `row` apart, that are about to be written.
+INLINE void ask_for_rows(const float* c, Index row, int count) {
+  for (int r = 0; r < count; r++)
+    for (int v = 0; v < COLUMNS; v += LINE) __builtin_prefetch(c + r * row + v, 1);
+}
+
 // C[R][COLUMNS] = or += A[R][depth] B[depth][COLUMNS]
 template <int R>
 __attribute__((noinline)) void tile(Index depth, const float* __restrict a, const float* __restrict b,
                                     float* __restrict c, Index row, bool add, Ahead ahead) {
-  if (depth > FEW)
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < COLUMNS; v += LINE) __builtin_prefetch(c + r * row + v, 1);
+  if (depth > FEW) ask_for_rows(c, row, R);
   Vector sums[R][VECTORS];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < VECTORS; v++) sums[r][v] = Vector{};
@@ -173,7 +177,7 @@ inline const Tile* tiles() {
   return made.table;
 }
 
-// A tile of C, `count` rows of `there` numbers that lie `row` apart: fewer than COLUMNS at the edge.
+// Sums that are not at their end, C = or += A B: `count` rows of `there` numbers, which are fewer than COLUMNS at the edge.
 ONCE void tile_of(Tile run, Index depth, const float* a, const float* b, float* c, Index row, int count, Index there,
                   bool add, Ahead ahead) {
   if (there == COLUMNS) return run(depth, a, b, c, row, add, ahead);
@@ -184,12 +188,16 @@ ONCE void tile_of(Tile run, Index depth, const float* a, const float* b, float* 
   for (int r = 0; r < count; r++) std::memcpy(c + r * row, edge + r * COLUMNS, there * sizeof(float));
 }
 
+// C = finish(sums), of [count][COLUMNS] sums, or of what they add to C.
 template <typename Finish>
-INLINE void finish_tile(float* c, Index row, int count, Index column, Index there, const Finish& finish) {
+INLINE void finish_tile(const float* sums, float* c, Index row, int count, Index column, Index there, bool add,
+                        const Finish& finish) {
   for (int r = 0; r < count; r++)
     for (Index v = 0; v < there; v += WIDTH) {
       float* place = c + r * row + v;
-      store(place, finish(column + v, load(place, there - v), there - v), there - v);
+      Vector value = load(sums + r * COLUMNS + v);
+      if (add) value = load(place, there - v) + value;
+      store(place, finish(column + v, value, there - v), there - v);
     }
 }
 
