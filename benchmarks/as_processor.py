@@ -30,22 +30,30 @@ def environment(name: str) -> dict[str, str]:
     """The variables under which a program finds that processor.
 
     Raises:
-        BeitJaxError: this machine cannot do it.
+        BeitJaxError: this machine cannot do it, or its compiler fails.
     """
     needed = {"cpuid_fault", *(["avx512f"] if name.endswith("avx512") else [])}
     lacking = sorted(needed - library.processor().flags)
     compiler = library.compiler()
     if lacking or compiler is None:
         raise BeitJaxError(f"{name}: this machine has no {lacking[0] if lacking else 'C++ compiler'}; take another one")
-    cache = library.directory().parent / "as" / name
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = (library.directory().parent / "as" / name).absolute()
+    if set(str(cache)) & set(" :"):
+        raise BeitJaxError(
+            f"{cache}: the dynamic linker cannot preload from there; set XDG_CACHE_HOME to a folder whose name has no "
+            "spaces and colons"
+        )
     made = cache / "as_processor.so"
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", str(SOURCE), "-o", f"{made}.{os.getpid()}", "-ldl"]
-    subprocess.run(command, check=True)
-    os.replace(f"{made}.{os.getpid()}", made)
+    try:
+        library.build(compiler, ("-std=c++17", "-O2", "-shared", "-fPIC", str(SOURCE), "-ldl"), made)
+    except OSError as error:
+        raise BeitJaxError(f"{cache}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written") from None
+    except subprocess.SubprocessError as error:
+        found = library.complaint(error)
+        raise BeitJaxError(f"{compiler} cannot compile {SOURCE.name}: {found}; name another compiler in CXX") from None
     return {
         "AS_PROCESSOR": name,
-        "LD_PRELOAD": str(made),
+        "LD_PRELOAD": " ".join(filter(None, (str(made), os.environ.get("LD_PRELOAD")))),
         "XDG_CACHE_HOME": str(cache),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
     }
@@ -60,11 +68,13 @@ def main(arguments: list[str]) -> None:
     try:
         if program is None:
             raise BeitJaxError(f"{command[0]}: no such program")
-        variables = os.environ | environment(name)
+        os.execve(program, command, os.environ | environment(name))
     except BeitJaxError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    os.execve(program, command, variables)
+    except OSError as error:
+        print(f"{program}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -146,12 +146,12 @@ def library() -> Found:
     path = directory() / f"{digest}.so"
     try:
         if not path.is_file():
-            build(program, path)
+            build(program, (*FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCES / "calls.cpp")), path)
         calls = ctypes.CDLL(str(path))
         for name in CALLS:
             jax.ffi.register_ffi_target(target(name, digest), jax.ffi.pycapsule(getattr(calls, f"beit_{name}")), "cpu")
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        return Found(None, f"building the CPU kernels failed: {_last_line(error)}")
+        return Found(None, f"building the CPU kernels failed: {complaint(error)}")
     return Found(digest, str(path))
 
 
@@ -195,19 +195,26 @@ def directory() -> Path:
     return Path(home, "beit-jax", "kernels")
 
 
-def build(program: str, path: Path) -> None:
-    """Compiles the library beside its place and moves it there: processes that build it at once all succeed.
+def build(program: str, arguments: Sequence[str], path: Path) -> None:
+    """Compiles a library beside its place and moves it there: processes that build it at once all succeed.
 
     Raises:
         OSError: a file cannot be written.
-        subprocess.SubprocessError: the compiler failed.
+        subprocess.SubprocessError: the compiler failed, see `complaint`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch, path.name)
-        command = [program, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCES / "calls.cpp"), "-o", str(made)]
+        command = [program, *arguments, "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
         os.replace(made, path)
+
+
+def complaint(error: Exception) -> str:
+    """What a compiler that failed says is wrong, in one line."""
+    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+    lines = [line for line in (text or "").splitlines() if "error" in line] or (text or "").splitlines()
+    return printable(lines[0] if lines else type(error).__name__)
 
 
 @cache
@@ -223,9 +230,3 @@ def _digest(program: str) -> str:
         if file.suffix in (".h", ".cpp"):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _last_line(error: Exception) -> str:
-    text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-    lines = [line for line in (text or "").splitlines() if "error" in line] or (text or "").splitlines()
-    return printable(lines[0] if lines else type(error).__name__)
