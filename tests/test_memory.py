@@ -110,6 +110,14 @@ def test_another_heap_is_not_settled(monkeypatch: pytest.MonkeyPatch) -> None:
     memory.Heap().settle()
 
 
+def test_the_heap_of_a_process_that_does_not_keep_memory_is_not_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    library = SimpleNamespace(mallinfo2=lambda: calls.append("asked"), malloc=calls.append, free=calls.append)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    memory.Heap().settle()
+    assert calls == []
+
+
 @pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
 def test_what_the_user_has_set_stays(name: str, told: list[tuple[int, int]]) -> None:
     assert not keep_freed_memory({name: "1"})

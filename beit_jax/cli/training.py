@@ -192,17 +192,19 @@ def _train(
         from beit_jax.train.forecast.preview import preview
         from beit_jax.train.loop import contract
         from beit_jax.train.loop import run as loop
-        from beit_jax.train.loop.plan import make_plan
+        from beit_jax.train.loop.plan import Plan, make_plan
 
     with cluster.joined(hosts) as peers:
         if not dry_run:
             contract.check_out(out)  # before data and models are read
-        planned = partial(make_plan, recipe, data)
+
+        def planned() -> Plan:  # a new one, which nothing keeps: see `Program.begun`
+            return make_plan(recipe, data, **reads.loaded(recipe))
+
         if dry_run:
-            _print_once(preview(planned(**reads.loaded(recipe))), peers, json=json)
+            _print_once(preview(planned()), peers, json=json)
             return 0
-        # Nothing else keeps the plan, see `Program.begun`.
-        outcome = loop.train(planned(**reads.loaded(recipe)), out, resume=resume, peers=peers)
+        outcome = loop.train(planned(), out, resume=resume, peers=peers)
         if peers.index == 0:
             adapters = save_adapters(outcome.models, lambda line: print(line, file=sys.stderr))
             outcome = replace(outcome, models=(*outcome.models, *adapters))
